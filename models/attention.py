@@ -1,0 +1,69 @@
+"""Scaled dot-product attention, written twice: readable (`explicit`) and fast (`fused`).
+
+Every network of this repository calls `attention`; the two forms agree (tests/test_attention.py).
+
+Letters: B batch, H heads, N queries, M keys, D channels per head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H*D) -> (B, H, N, D)."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H*D)."""
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    impl: str = "fused",
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale) v.
+
+    q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), any float dtype; mask: bool, broadcastable to
+    (B, H, N, M), True = attend; `causal` = query n sees keys 0..n (N == M); scale defaults to 1/√D.
+    Returns (B, H, N, E) in q's dtype.
+
+    A query whose mask is False everywhere attends to all keys alike (the mean of v): masked scores are
+    the lowest finite number, not -inf, so there is no NaN. impl: "fused" calls torch's SDPA, "explicit"
+    materialises the probabilities in float32.
+    """
+    if impl == "explicit":
+        return attention_probs(q, k, mask, causal=causal, scale=scale).to(v.dtype) @ v  # (B, H, N, E)
+    if impl != "fused":
+        raise ValueError(f"attention impl {impl!r}: expected 'fused' or 'explicit'")
+    # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
+    bias = None if mask is None else _bias(mask, q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+
+
+def attention_probs(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """softmax(q kᵀ · scale) in float32, (B, H, N, M). Arguments as `attention`."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()  # (N, M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,430 @@
+"""The Stable Diffusion UNet, with one opening for methods: an attention hook.
+
+Parameter names are diffusers' (`UNet2DConditionModel`), so a public state dict loads as it is.
+Sources: LDM (arXiv 2112.10752) and diffusers' unet_2d_condition.py; compared in tests/test_unet.py.
+
+Letters: B batch, C channels, h w grid of a level, N = h*w tokens, T text tokens, H heads, D = C / H.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import attention, merge_heads, split_heads
+
+Grid = tuple[int, int]
+
+
+class AttentionHook(Protocol):
+    """What may take the place of an attention layer's core, softmax(QKᵀ)V.
+
+    The UNet calls it between the input and the output projections of every layer, with q, k, v of shape
+    (B, H, N or T, D), the layer's number in execution order (down, mid, up) and its grid (h, w). It returns
+    z (B, H, N, D) in place of the plain attention, and a record (or None) that the UNet hands back to
+    its caller. A hook is made for one UNet call out of what it needs and is never written on a module.
+    """
+
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]: ...
+
+    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet, level by level from fine to coarse. Defaults: Stable Diffusion 1.5."""
+
+    in_channels: int = 4  # latent channels
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks per attention; 0 = a level without attention
+    mid_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_dim: tuple[int, ...] = (768, 768, 768, 768)  # width of the text states
+    linear_projection: bool = (
+        False  # True: the transformers' proj_in/out are Linear (SD2, SDXL), else 1x1 conv
+    )
+    resnets: int = 2  # per level on the way down; one more on the way up
+    norm_groups: int = 32
+    norm_eps: float = 1e-5  # of the residual blocks
+    transformer_norm_eps: float = 1e-6  # of the transformers' GroupNorm: another number in the public models
+    ff_mult: int = 4  # width of the feed-forward layer over the level's
+    time_mult: int = 4  # width of the time embedding over channels[0]
+    time_period: int = 10_000  # longest period of the sinusoids
+    added_cond_dim: int | None = None  # SDXL's pooled text and sizes; None = the model has none
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass: slower, far less memory
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "depth", "heads", "context_dim"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+            if len(getattr(self, name)) != len(self.channels):
+                raise ValueError(f"UNet {name} {getattr(self, name)}: expected {len(self.channels)} levels")
+
+    @property
+    def levels(self) -> int:
+        return len(self.channels)
+
+    @property
+    def time_dim(self) -> int:
+        return self.channels[0] * self.time_mult
+
+    @classmethod
+    def from_public(cls, json: dict[str, Any]) -> "UNetConfig":
+        """From a diffusers `unet/config.json`; ValueError for what this UNet cannot represent."""
+        channels = tuple(json["block_out_channels"])
+        expected = {
+            "act_fn": "silu",
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "center_input_sample": False,
+            "dual_cross_attention": False,
+            "only_cross_attention": False,
+            "class_embed_type": None,
+            "num_class_embeds": None,
+            "encoder_hid_dim": None,
+            "resnet_time_scale_shift": "default",
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "downsample_padding": 1,
+            "conv_in_kernel": 3,
+            "conv_out_kernel": 3,
+        }
+        for key, value in expected.items():
+            if json.get(key, value) != value:
+                raise ValueError(
+                    f"UNet config: {key} is {json[key]!r}, expected {value!r}: not an SD1.5 or SDXL UNet"
+                )
+
+        def per_level(value: Any) -> tuple:
+            return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
+
+        kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+        if unknown := set(json["down_block_types"]) - set(kinds):
+            raise ValueError(f"UNet config: block type {unknown.pop()!r}, expected one of {', '.join(kinds)}")
+        depths = per_level(json.get("transformer_layers_per_block", 1))
+        # `attention_head_dim` of the SD models is the number of heads, whatever its name says.
+        heads = json.get("num_attention_heads") or json.get("attention_head_dim", 8)
+        added = json.get("addition_embed_type")
+        if added not in (None, "text_time"):
+            raise ValueError(f"UNet config: addition_embed_type {added!r}, expected none or 'text_time'")
+        return cls(
+            in_channels=json["in_channels"],
+            out_channels=json["out_channels"],
+            channels=channels,
+            depth=tuple(d * kinds[kind] for d, kind in zip(depths, json["down_block_types"], strict=True)),
+            mid_depth=depths[-1],
+            heads=per_level(heads),
+            context_dim=per_level(json["cross_attention_dim"]),
+            linear_projection=json.get("use_linear_projection", False),
+            resnets=json["layers_per_block"],
+            norm_groups=json.get("norm_num_groups", 32),
+            norm_eps=json.get("norm_eps", 1e-5),
+            added_cond_dim=json["projection_class_embeddings_input_dim"] if added else None,
+        )
+
+
+SD15 = UNetConfig()
+SDXL = UNetConfig(
+    channels=(320, 640, 1280),
+    depth=(0, 2, 10),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    context_dim=(2048, 2048, 2048),
+    linear_projection=True,
+    added_cond_dim=2816,
+)
+PRESETS = {"sd15": SD15, "sdxl": SDXL}
+
+
+class AttentionLayer(NamedTuple):
+    """Sizes of one transformer block's attention layers."""
+
+    channels: int
+    heads: int
+    context_dim: int
+
+
+def attention_layers(cfg: UNetConfig) -> list[AttentionLayer]:
+    """The attention layers in execution order: down, mid, up. SD1.5 has 6 + 1 + 9."""
+
+    def level(i: int, blocks: int) -> list[AttentionLayer]:
+        return [AttentionLayer(cfg.channels[i], cfg.heads[i], cfg.context_dim[i])] * blocks
+
+    down = [layer for i in range(cfg.levels) for layer in level(i, cfg.depth[i] * cfg.resnets)]
+    up = [layer for i in reversed(range(cfg.levels)) for layer in level(i, cfg.depth[i] * (cfg.resnets + 1))]
+    return down + level(cfg.levels - 1, cfg.mid_depth) + up
+
+
+class Attention(nn.Module):
+    """Projections of one attention layer. Self-attention: context_dim == dim."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor, core: Callable | None) -> tuple[Tensor, Any]:
+        """x (B, N, C), context (B, N or T, ·); core(q, k, v) -> (z, record), None = plain attention."""
+        q = split_heads(self.to_q(x), self.heads)  # (B, H, N, D)
+        k = split_heads(self.to_k(context), self.heads)  # (B, H, T, D)
+        v = split_heads(self.to_v(context), self.heads)  # (B, H, T, D)
+        z, record = (attention(q, k, v), None) if core is None else core(q, k, v)  # (B, H, N, D)
+        return self.to_out[0](merge_heads(z)), record  # (B, N, C)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)  # 2 x (B, N, 4C)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, mult: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))  # (B, N, C)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; `layer` is its number in execution order."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, ff_mult: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, dim, heads)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.ff = FeedForward(dim, ff_mult)
+
+    def forward(
+        self, x: Tensor, text: Tensor, hook: AttentionHook | None, grid: Grid
+    ) -> tuple[Tensor, list[Any]]:
+        """x (B, N, C), text (B, T, context_dim). Returns x and the records of its two layers."""
+        self_core = cross_core = None
+        if hook is not None:
+            self_core = lambda q, k, v: hook.self_attn(self.layer, q, k, v, grid)  # noqa: E731
+            cross_core = lambda q, k, v: hook.cross_attn(self.layer, q, k, v, grid)  # noqa: E731
+        y = self.norm1(x)
+        z, self_record = self.attn1(y, y, self_core)
+        x = x + z
+        z, cross_record = self.attn2(self.norm2(x), text, cross_core)
+        x = x + z
+        x = x + self.ff(self.norm3(x))
+        return x, [r for r in (self_record, cross_record) if r is not None]
+
+
+class Transformer(nn.Module):
+    """GroupNorm, projection in, transformer blocks on the grid's tokens, projection out, residual."""
+
+    def __init__(self, cfg: UNetConfig, level: int, depth: int, first_layer: int) -> None:
+        super().__init__()
+        dim = cfg.channels[level]
+        self.norm = nn.GroupNorm(cfg.norm_groups, dim, eps=cfg.transformer_norm_eps)
+        projection = nn.Linear if cfg.linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
+        self.proj_in, self.proj_out = projection(dim, dim), projection(dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, cfg.context_dim[level], cfg.heads[level], cfg.ff_mult, first_layer + i)
+            for i in range(depth)
+        )
+        self.linear = cfg.linear_projection
+
+    def forward(self, x: Tensor, text: Tensor, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
+        h, w = x.shape[-2:]
+        y = self.norm(x)
+        if self.linear:
+            y = self.proj_in(rearrange(y, "b c h w -> b (h w) c"))  # (B, N, C)
+        else:
+            y = rearrange(self.proj_in(y), "b c h w -> b (h w) c")  # (B, N, C)
+        records = []
+        for block in self.transformer_blocks:
+            y, new = block(y, text, hook, (h, w))
+            records += new
+        if self.linear:
+            y = rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=h)  # (B, C, h, w)
+        else:
+            y = self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h))  # (B, C, h, w)
+        return x + y, records
+
+
+class Resnet(nn.Module):
+    """Residual block of two convolutions; the time embedding enters between them."""
+
+    def __init__(self, cfg: UNetConfig, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(cfg.norm_groups, dim_in, eps=cfg.norm_eps)
+        self.conv1 = nn.Conv2d(dim_in, dim_out, kernel_size=3, padding=1)
+        self.time_emb_proj = nn.Linear(cfg.time_dim, dim_out)
+        self.norm2 = nn.GroupNorm(cfg.norm_groups, dim_out, eps=cfg.norm_eps)
+        self.conv2 = nn.Conv2d(dim_out, dim_out, kernel_size=3, padding=1)
+        self.conv_shortcut = nn.Conv2d(dim_in, dim_out, kernel_size=1) if dim_in != dim_out else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, C_in, h, w), time (B, time_dim) after its SiLU."""
+        y = self.conv1(F.silu(self.norm1(x)))  # (B, C, h, w)
+        y = y + self.time_emb_proj(time)[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # (B, C, ceil(h/2), ceil(w/2))
+
+
+class Upsample(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, size: Grid) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # (B, C, *size)
+
+
+class Level(nn.Module):
+    """One resolution, on the way down, in the middle or on the way up.
+
+    Residual block i is followed by attention i, where there is one.
+    """
+
+    def __init__(
+        self, cfg: UNetConfig, level: int, dims_in: list[int], attentions: int, depth: int, first_layer: int
+    ) -> None:
+        super().__init__()
+        dim = cfg.channels[level]
+        self.resnets = nn.ModuleList(Resnet(cfg, dim_in, dim) for dim_in in dims_in)
+        self.attentions = nn.ModuleList(
+            Transformer(cfg, level, depth, first_layer + i * depth) for i in range(attentions if depth else 0)
+        )
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+        self.checkpointing = cfg.gradient_checkpointing
+
+    def step(
+        self, i: int, x: Tensor, time: Tensor, text: Tensor, hook: AttentionHook | None
+    ) -> tuple[Tensor, list[Any]]:
+        """x (B, C_in, h, w) -> (B, C, h, w) and the records of the attention layers passed."""
+
+        def run(x: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, list[Any]]:
+            x = self.resnets[i](x, time)  # (B, C, h, w)
+            return self.attentions[i](x, text, hook) if i < len(self.attentions) else (x, [])
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, x, time, text, use_reentrant=False)
+        return run(x, time, text)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, dim_in: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))  # (B, time_dim)
+
+
+class UNet(nn.Module):
+    """eps(x_t, t, text). See `UNetConfig` for the sizes and `AttentionHook` for what methods may do."""
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        ch, last = cfg.channels, cfg.levels - 1
+        self.conv_in = nn.Conv2d(cfg.in_channels, ch[0], kernel_size=3, padding=1)
+        self.time_embedding = TimeEmbedding(ch[0], cfg.time_dim)
+        self.add_embedding = TimeEmbedding(cfg.added_cond_dim, cfg.time_dim) if cfg.added_cond_dim else None
+
+        layer, dim, skips = (
+            0,
+            ch[0],
+            [ch[0]],
+        )  # number of the next attention layer, channels of x and of skips
+        self.down_blocks = nn.ModuleList()
+        for i in range(cfg.levels):
+            dims_in = [dim] + [ch[i]] * (cfg.resnets - 1)
+            level = Level(cfg, i, dims_in, cfg.resnets, cfg.depth[i], layer)
+            layer, dim, skips = layer + cfg.depth[i] * cfg.resnets, ch[i], skips + [ch[i]] * cfg.resnets
+            if i < last:
+                level.downsamplers.append(Downsample(dim))
+                skips.append(dim)
+            self.down_blocks.append(level)
+        self.mid_block = Level(cfg, last, [dim, dim], 1, cfg.mid_depth, layer)
+        layer += cfg.mid_depth
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(cfg.levels)):
+            dims_in = [(dim if j == 0 else ch[i]) + skips.pop() for j in range(cfg.resnets + 1)]
+            level = Level(cfg, i, dims_in, cfg.resnets + 1, cfg.depth[i], layer)
+            layer, dim = layer + cfg.depth[i] * (cfg.resnets + 1), ch[i]
+            if i > 0:
+                level.upsamplers.append(Upsample(dim))
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, ch[0], eps=cfg.norm_eps)
+        self.conv_out = nn.Conv2d(ch[0], cfg.out_channels, kernel_size=3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        hook: AttentionHook | None = None,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, list[Any]]:
+        """eps (B, out_channels, h, w) and the hook's records in execution order.
+
+        x (B, in_channels, h, w) noisy latents of any size; t (B,) timesteps 0..999, int or float;
+        text (B, T, context_dim) text states; hook=None is the plain UNet; added (B, added_cond_dim), SDXL only.
+        """
+        time = self.time_embedding(sinusoids(t, self.cfg).to(x.dtype))  # (B, time_dim)
+        if self.add_embedding is not None:
+            time = time + self.add_embedding(added)
+        time = F.silu(time)  # every residual block begins with it
+
+        records: list[Any] = []
+        x = self.conv_in(x)  # (B, C0, h, w)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x, new = level.step(i, x, time, text, hook)  # (B, C, h, w)
+                records += new
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)  # (B, C, h/2, w/2)
+                skips.append(x)
+        for i in range(len(self.mid_block.resnets)):
+            x, new = self.mid_block.step(i, x, time, text, hook)
+            records += new
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
+                x, new = level.step(i, x, time, text, hook)  # (B, C, h, w)
+                records += new
+            for upsample in level.upsamplers:
+                x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or the skip's odd size
+        return self.conv_out(F.silu(self.conv_norm_out(x))), records  # (B, out_channels, h, w)
+
+
+def sinusoids(t: Tensor, cfg: UNetConfig) -> Tensor:
+    """Sinusoidal features of timesteps t (B,): float32 (B, channels[0]), cosines first."""
+    half = cfg.channels[0] // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(cfg.time_period) * steps)  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, channels[0])
