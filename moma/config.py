@@ -5,6 +5,7 @@
 mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` follows the text.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -127,3 +128,15 @@ class SampleConfig:
     height: int = 512  # pixels, a multiple of 8
     width: int = 512
     batch_size: int = 4  # pictures per UNet call (two rows each); only memory and speed depend on it
+
+    def check(self, factor: int) -> None:
+        """ValueError for settings that cannot work; factor: pixels per latent (8 for Stable Diffusion)."""
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side < factor or side % factor:
+                raise ValueError(f"{name} {side}: expected a positive multiple of {factor} pixels")
+        for name in ("guidance", "strength"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"batch size {self.batch_size}: expected 1 or more")

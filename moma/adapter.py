@@ -1,0 +1,225 @@
+"""Everything that MoMA trains, as one module outside the UNet, and the two hooks by which it acts.
+
+Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), E embedding, L attention
+layers in execution order (down, mid, up), H heads, N tokens of a layer, M reference keys, C context tokens,
+T text tokens, D channels per head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attention, merge_heads, split_heads
+from models.unet import AttentionLayer, TransformerBlock, UNet, UNetConfig, attention_layers
+from moma.attention import ReferenceLayer, context_cross_attention, drop_background, subject_self_attention
+from moma.config import MethodConfig
+from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer, next_m_gen
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes of the adapter beyond those of the UNet. Defaults: the released MoMA."""
+
+    mllm_dim: int = 4096  # hidden width of the MLLM (LLaVA-7B)
+    embed_dim: int = 1024  # width of the CLIP image embedding that the decoder predicts (Eq. 4)
+    tokens: int = 4  # context tokens made of one embedding, as in IP-Adapter
+    learnable_token: bool = False  # a new input embedding ends the instruction (paper); False: the word `*`
+
+
+class Mapping(nn.Module):
+    """MLLM hidden state (B, mllm_dim) -> image embedding (B, E). Official: LlamaMLP_mapping."""
+
+    def __init__(self, cfg: AdapterConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.mllm_dim, cfg.embed_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.mllm_dim, cfg.embed_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.embed_dim, cfg.embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, E)
+
+
+class Projector(nn.Module):
+    """Image embedding (B, E) -> context tokens (B, C, context_dim). Official: ImageProjModel."""
+
+    def __init__(self, cfg: AdapterConfig, context_dim: int) -> None:
+        super().__init__()
+        self.tokens = cfg.tokens
+        self.proj = nn.Linear(cfg.embed_dim, cfg.tokens * context_dim)
+        self.norm = nn.LayerNorm(context_dim)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.norm(self.proj(embedding).unflatten(-1, (self.tokens, -1)))  # (B, C, context_dim)
+
+
+class ContextProjection(nn.Module):
+    """One layer's K, V of the context tokens, beside the UNet's of the text."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(layer.context_dim, layer.channels, bias=False)
+        self.to_v = nn.Linear(layer.context_dim, layer.channels, bias=False)
+
+
+class SubjectProjection(nn.Module):
+    """One layer's K', V' on top of the UNet's frozen K, V, and its λ of Eq. 3."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(layer.channels, layer.channels, bias=False)
+        self.to_v = nn.Linear(layer.channels, layer.channels, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+
+class Adapter(nn.Module):
+    """All parameters of MoMA. It computes nothing by itself: `condition` and the hooks below do."""
+
+    def __init__(self, cfg: AdapterConfig, unet_cfg: UNetConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.layers = attention_layers(unet_cfg)
+        self.mapping = Mapping(cfg)
+        self.projector = Projector(cfg, self.layers[0].context_dim)
+        self.context = nn.ModuleList(ContextProjection(layer) for layer in self.layers)
+        self.subject = nn.ModuleList(SubjectProjection(layer) for layer in self.layers)
+        self.token = nn.Parameter(torch.zeros(cfg.mllm_dim)) if cfg.learnable_token else None
+
+    @torch.no_grad()
+    def init_from_base(self, unet: UNet, method: MethodConfig) -> None:
+        """The start of stage 2 (Sec. 3.4): context K, V copied from the UNet's text K, V (an IP-Adapter
+        checkpoint may replace them afterwards), K', V' and λ as `method` says."""
+        for block in (m for m in unet.modules() if isinstance(m, TransformerBlock)):
+            context, subject = self.context[block.layer], self.subject[block.layer]
+            context.to_k.weight.copy_(block.attn2.to_k.weight)
+            context.to_v.weight.copy_(block.attn2.to_v.weight)
+            init = nn.init.eye_ if method.subject_init == "identity" else nn.init.zeros_
+            init(subject.to_k.weight)
+            init(subject.to_v.weight)
+            subject.scale.fill_(method.lambda_init)
+
+
+@dataclass(frozen=True)
+class ReferenceHook:
+    """The reference pass (Sec. 3.3): plain attention, and each self-attention layer's K', V', M_ref recorded.
+
+    The text given to the UNet is the label's states without their last `method.reference_text_cut` tokens.
+    Official: the "extract" mode of IPAttnProcessor_Self.
+    """
+
+    adapter: Adapter
+    m_ref: Tensor  # (B, 1, H, W) in {0, 1}
+    method: MethodConfig
+
+    def self_attn(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid
+    ) -> tuple[Tensor, ReferenceLayer]:
+        new, heads = self.adapter.subject[layer], q.shape[1]
+        k_ref = split_heads(new.to_k(merge_heads(k)), heads)  # (B, H, M, D)
+        v_ref = split_heads(new.to_v(merge_heads(v)), heads)  # (B, H, M, D)
+        keep = m_ref_of_layer(self.m_ref, grid, self.method.keep_one_key)  # (B, M)
+        return attention(q, k, v, impl=self.method.attention), ReferenceLayer(k_ref, v_ref, keep)
+
+    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        return attention(q, k, v, impl=self.method.attention), None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that the UNet is told about B images. It does not change over the denoising steps."""
+
+    text: Tensor  # (R, T, context_dim) text states
+    label: Tensor  # (R, T), 1 at the label's tokens (of the conditional prompt, in both rows: as the release)
+    context: list[tuple[Tensor, Tensor]]  # L x K, V of the context tokens, each (R, H, C, D)
+    reference: list[ReferenceLayer]  # L x K', V', M_ref, R rows
+    lam: list[Tensor]  # L x (1,)
+    beta: Tensor  # (R, 1, 1, 1), the strength
+    method: MethodConfig
+
+    def hook(self, t: int, m_gen: Tensor | None) -> "MoMAHook":
+        """The attention of the UNet call at timestep t; m_gen (B, 1, h, w) of the step before, or None."""
+        rows = None if m_gen is None else torch.cat([m_gen, m_gen]).to(self.text.dtype)  # (R, 1, h, w)
+        return MoMAHook(self, t < self.method.subject_below_t, rows)
+
+    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
+        """The mask for the next step out of this call's records, float32 (B, 1, *size)."""
+        return next_m_gen(records, size, self.method)
+
+
+@dataclass(frozen=True)
+class MoMAHook:
+    """Eq. 3 in every self-attention, decoupled cross-attention with the label's map recorded.
+
+    m_gen (R, 1, h, w) or None; subject_on: whether the subject term of Eq. 3 acts at this timestep.
+    """
+
+    cond: Conditioning
+    subject_on: bool
+    m_gen: Tensor | None
+
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        cond, impl = self.cond, self.cond.method.attention
+        if not self.subject_on:
+            return attention(q, k, v, impl=impl), None
+        m_gen = self._m_gen(grid)
+        lam, beta = cond.lam[layer], cond.beta
+        return subject_self_attention(q, k, v, cond.reference[layer], m_gen, lam, beta, impl), None
+
+    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        cond = self.cond
+        m_gen = self._m_gen(grid) if cond.method.context_masked else 1.0
+        k_context, v_context = cond.context[layer]
+        z, label_map = context_cross_attention(
+            q, k, v, k_context, v_context, m_gen, cond.label, cond.method.attention
+        )
+        return z, label_map.unflatten(-1, (1, *grid))  # (R, H, N, D), (R, 1, h, w)
+
+    def _m_gen(self, grid: Grid) -> Tensor | float:
+        return 1.0 if self.m_gen is None else m_gen_of_layer(self.m_gen, grid)  # (R, 1, N, 1)
+
+
+def condition(
+    adapter: Adapter,
+    embedding: Tensor,
+    text: Tensor,
+    negative: Tensor,
+    label: Tensor,
+    references: Sequence[list[ReferenceLayer]],
+    beta: Tensor,
+    method: MethodConfig,
+) -> Conditioning:
+    """The conditioning of B images with both rows of classifier-free guidance.
+
+    embedding (B, E) from the decoder; text and negative (B, T, context_dim) states of the prompts; label
+    (B, T); references: one list of L layers with one row per image; beta (B,). The unconditional rows get the
+    context tokens of a zero embedding, and the subject's features like the conditional ones (release).
+    """
+    embeddings = torch.cat([torch.zeros_like(embedding), embedding])  # (R, E)
+    tokens = adapter.projector(embeddings)  # (R, C, context_dim)
+    context = [
+        (
+            split_heads(new.to_k(tokens), layer.heads),
+            split_heads(new.to_v(tokens), layer.heads),
+        )  # (R, H, C, D)
+        for new, layer in zip(adapter.context, adapter.layers, strict=True)
+    ]
+    reference = [_both_rows(rows) for rows in zip(*references, strict=True)]
+    if method.attention == "fused":
+        reference = [drop_background(layer) for layer in reference]
+    return Conditioning(
+        text=torch.cat([negative, text]),
+        label=torch.cat([label, label]),
+        context=context,
+        reference=reference,
+        lam=[new.scale for new in adapter.subject],
+        beta=torch.cat([beta, beta])[:, None, None, None].to(text.dtype),  # (R, 1, 1, 1)
+        method=method,
+    )
+
+
+def _both_rows(rows: Sequence[ReferenceLayer]) -> ReferenceLayer:
+    """B references of one row -> one of R rows: B for the unconditional, B for the conditional half."""
+    k, v, keep = (torch.cat([getattr(r, name) for r in rows] * 2) for name in ("k", "v", "keep"))
+    return ReferenceLayer(k, v, keep)

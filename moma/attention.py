@@ -1,0 +1,108 @@
+"""MoMA's two attention blocks: masked subject self-attention (Eq. 3) and decoupled cross-attention.
+
+Each is written twice: `explicit`, the formula with materialised probabilities, and `fused`, which calls
+torch's scaled_dot_product_attention, never sees background keys and gets the label's attention map from the
+same call. They agree (tests/test_moma_attention.py).
+
+Letters: R rows of a UNet call, H heads, N queries, M reference keys, T text tokens, C context tokens,
+D channels per head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import attention, attention_probs
+
+# Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
+HEAD_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class ReferenceLayer:
+    """One layer's subject features K', V' and M_ref on its grid. keep = None: every key is kept."""
+
+    k: Tensor  # (R, H, M, D)
+    v: Tensor  # (R, H, M, D)
+    keep: Tensor | None  # bool (R, M)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """M_ref as an attention mask, bool (R, 1, 1, M)."""
+        return None if self.keep is None else self.keep[:, None, None, :]
+
+
+def subject_self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reference: ReferenceLayer,
+    m_gen: Tensor | float,
+    lam: Tensor,
+    beta: Tensor | float,
+    impl: str,
+) -> Tensor:
+    """Eq. 3: Z = Attn(Q, K, V) + λ · Attn(Q, K', V', M_ref) · M_gen · β.
+
+    q, k, v (R, H, N, D); m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one; lam (1,), learned per
+    layer; beta (R, 1, 1, 1) or a number, the strength. Returns (R, H, N, D). Official: IPAttnProcessor_Self.
+    """
+    z = attention(q, k, v, impl=impl)  # (R, H, N, D)
+    z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, N, D)
+    return z + lam * z_ref * m_gen * beta
+
+
+def drop_background(reference: ReferenceLayer) -> ReferenceLayer:
+    """The same attention with the keys outside M_ref left out: M shrinks to the largest subject's.
+
+    Rows with fewer keys are padded and masked. A row without any subject keeps all its keys, all masked:
+    their plain mean, as the release.
+    """
+    if reference.keep is None:
+        return reference
+    k, v, keep = reference.k, reference.v, reference.keep
+    order = keep.int().argsort(dim=1, descending=True, stable=True)  # (R, M), kept keys first
+    counts = keep.sum(dim=1)  # (R,)
+    longest = int(torch.where(counts > 0, counts, keep.shape[1]).max())
+    order = order[:, :longest]  # (R, M')
+    index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (R, H, M', D)
+    kept = keep.gather(1, order)  # (R, M')
+    return ReferenceLayer(k.gather(2, index), v.gather(2, index), None if kept.all() else kept)
+
+
+def context_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_context: Tensor,
+    v_context: Tensor,
+    m_gen: Tensor | float,
+    label: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Decoupled cross-attention, Z = Attn(Q, K, V) + Attn(Q, K_context, V_context) · M_gen; the label's map.
+
+    q (R, H, N, D); k, v (R, H, T, D) of the text; k_context, v_context (R, H, C, D); m_gen (R, 1, N, 1) or
+    1.0; label (R, T), 1 at the label's tokens. Returns Z (R, H, N, D) and the attention that the label's
+    tokens get, averaged over heads, (R, N). Official: IPAttnProcessor.
+    """
+    z, label_map = (_text_fused if impl == "fused" else _text_explicit)(q, k, v, label)
+    return z + attention(q, k_context, v_context, impl=impl) * m_gen, label_map
+
+
+def _text_explicit(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    probs = attention_probs(q, k)  # (R, H, N, T)
+    label_map = (probs * label[:, None, None, :]).sum(dim=-1).mean(dim=1)  # (R, N)
+    return probs.to(v.dtype) @ v, label_map
+
+
+def _text_fused(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_label softmax(QKᵀ) is attention's output for one more column of V, 1 at the label's keys."""
+    d = q.shape[-1]
+    column = label.to(v.dtype)[:, None, :, None].expand(-1, v.shape[1], -1, 1)  # (R, H, T, 1)
+    v = F.pad(torch.cat([v, column], dim=-1), (0, HEAD_ALIGNMENT - 1))  # (R, H, T, D + 8)
+    q, k = F.pad(q, (0, HEAD_ALIGNMENT)), F.pad(k, (0, HEAD_ALIGNMENT))  # zeros: scores stay
+    z = attention(q, k, v, scale=d**-0.5)  # (R, H, N, D + 8)
+    return z[..., :d], z[..., d].mean(dim=1)  # (R, H, N, D), (R, N)

@@ -1,0 +1,62 @@
+"""M_ref and M_gen: which keys of the reference are the subject, and where the subject appears (Sec. 3.3).
+
+Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), h w latent grid,
+N tokens of a layer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moma.config import MethodConfig
+
+Grid = tuple[int, int]
+
+
+def m_ref_of_layer(m_ref: Tensor, grid: Grid, keep_one_key: bool) -> Tensor:
+    """M_ref on a layer's grid: m_ref (B, 1, H, W) in {0, 1} -> bool (B, N), nearest as the release.
+
+    keep_one_key: where nearest sampling loses a small subject, its best-covered cell stands for it. A mask
+    that was empty before stays empty.
+    """
+    keep = F.interpolate(m_ref, size=grid, mode="nearest").flatten(1) > 0  # (B, N)
+    if not keep_one_key:
+        return keep
+    coverage = F.adaptive_avg_pool2d(m_ref, grid).flatten(1)  # (B, N)
+    best = F.one_hot(coverage.argmax(dim=1), coverage.shape[1]).bool() & (coverage > 0)  # (B, N)
+    return keep | (best & ~keep.any(dim=1, keepdim=True))
+
+
+def m_gen_of_layer(m_gen: Tensor, grid: Grid) -> Tensor:
+    """M_gen on a layer's grid, ready to weight attention outputs: (B, 1, h, w) -> (B, 1, N, 1), nearest."""
+    return F.interpolate(m_gen, size=grid, mode="nearest").flatten(2)[..., None]
+
+
+def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig) -> Tensor:
+    """M_gen for the next step from this step's label maps (release: get_mask_from_cross).
+
+    maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, any float dtype.
+    Returns float32 (B, 1, h, w) in [0, 1] of the conditional rows.
+    """
+    if method.m_gen_layers is not None:
+        maps = [maps[i] for i in method.m_gen_layers]
+    eps = method.m_gen_eps
+    scaled = [
+        min_max(m.float(), dims=(1, 2, 3), eps=eps) for m in maps
+    ]  # each (R, 1, h_l, w_l), each row alone
+    mean = torch.stack([F.interpolate(m, size=size, mode="nearest") for m in scaled]).mean(
+        dim=0
+    )  # (R, 1, h, w)
+    rows = mean.unflatten(0, (2, -1))  # (2, B, 1, h, w)
+    if method.m_gen_norm == "image":
+        rows = min_max(rows, dims=(0, 2, 3, 4), eps=eps)
+    elif method.m_gen_norm == "batch":
+        rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
+    conditional = rows[1]  # (B, 1, h, w)
+    return conditional.masked_fill(conditional <= method.m_gen_threshold, 0.0)
+
+
+def min_max(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """x scaled to 0..1 over `dims`; a range below eps is divided by eps (eps = 0: NaN if constant)."""
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return (x - low) / (high - low).clamp_min(eps)

@@ -1,0 +1,340 @@
+"""From a picture of a subject to new pictures of it: the Python API behind sample.py.
+
+    pipe = MoMA.load("weights/moma")
+    subject = pipe.encode_subject(image, mask, "cat")
+    images = pipe.sample(subject, "a cat on the beach", seeds=[0, 1])
+
+Letters: B images, Z latent channels, S side of the reference, h w latents, L attention layers, T text tokens,
+E embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.clip import CLIPText
+from models.clip_image import clip_image
+from models.llava import Llava
+from models.tokenizers import ClipTokenizer, LlamaTokenizer
+from models.unet import UNet
+from models.vae import VAE
+from moma.adapter import Adapter, Conditioning, ReferenceHook, condition
+from moma.attention import ReferenceLayer
+from moma.bundle import Bundle
+from moma.config import MethodConfig, SampleConfig
+from moma.decoder import decode_embedding
+from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod, intervals
+from moma.preprocess import Reference, make_reference
+from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
+from moma.sampler import Step, denoise
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is computed once per reference picture (`MoMA.encode_subject`)."""
+
+    word: str
+    reference: Reference
+    layers: list[ReferenceLayer]  # L x K', V', M_ref, one row each
+    image_features: Tensor  # (1, N, C) of the MLLM's tower and projector
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One picture to draw. The last two are drawn from the seed, or computed, unless given."""
+
+    subject: Subject
+    prompt: str
+    seed: int
+    negative: str = ""
+    strength: float | None = None  # β; None = the SampleConfig's
+    latents: Tensor | None = None  # float32 (1, Z, h, w), the start noise
+    embedding: Tensor | None = None  # (1, E), the decoder's output
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One finished picture."""
+
+    image: Image.Image
+    latents: Tensor  # float32 (1, Z, h, w), scaled as the UNet's
+    m_gen: Tensor  # float32 (1, h, w), the last mask
+
+
+class MoMA:
+    """The networks of one bundle and what is done with them. Nothing changes after construction."""
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        vae: VAE,
+        text: CLIPText,
+        llava: Llava,
+        adapter: Adapter,
+        clip_tokenizer: ClipTokenizer,
+        llama_tokenizer: LlamaTokenizer,
+        image_size: int,
+        method: MethodConfig,
+        dtype_reason: str = "given",
+    ) -> None:
+        """image_size: side S of the reference in pixels. All networks on one device, in one dtype."""
+        self.unet, self.vae, self.text, self.llava, self.adapter = unet, vae, text, llava, adapter
+        self.clip_tokenizer, self.llama_tokenizer = clip_tokenizer, llama_tokenizer
+        self.image_size, self.method, self.schedule = image_size, method, ScheduleConfig()
+        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+        self.dtype_reason = dtype_reason
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str = "auto", dtype: str = "auto", method: MethodConfig | None = None
+    ) -> Self:
+        """The bundle in `folder`, in evaluation mode; method None = the bundle's own.
+
+        device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32". ValueError for
+        a folder that is no complete bundle, or a device that is not there.
+        """
+        bundle = Bundle.open(folder)
+        place = choose_device(device)
+        kind, reason = choose_dtype(dtype, place)
+        networks = {
+            name: bundle.build(name, place, kind).eval().requires_grad_(False)
+            for name in ("unet", "vae", "text", "llava", "adapter")
+        }
+        return cls(
+            **networks,
+            clip_tokenizer=bundle.clip_tokenizer(),
+            llama_tokenizer=bundle.llama_tokenizer(),
+            image_size=bundle.image_size,
+            method=bundle.method if method is None else method,
+            dtype_reason=reason,
+        )
+
+    @torch.no_grad()
+    def encode_subject(
+        self,
+        image: Image.Image,
+        mask: Image.Image,
+        word: str,
+        *,
+        seed: int = 0,
+        posterior_noise: Tensor | None = None,
+        reference_noise: Tensor | None = None,
+    ) -> Subject:
+        """The reference pass (Sec. 3.3) and the MLLM's view of one subject.
+
+        image: any PIL picture; mask: mode L, 255 = subject, of the same aspect ratio; word: what it is,
+        such as "cat"; seed and noises: as `reference_pass`. ValueError for an empty or a full mask.
+        """
+        reference = make_reference(image, mask, self.image_size, self.method)
+        layers = self.reference_pass(
+            reference.image, reference.mask, word, seed, posterior_noise, reference_noise
+        )
+        pixels = clip_image(reference.white, self.llava.cfg.vision.image_size, pad=True)[None]  # (1, 3, s, s)
+        features = self.llava.encode_images(pixels.to(self.device, self.dtype))  # (1, N, C)
+        return Subject(word, reference, layers, features)
+
+    @torch.no_grad()
+    def reference_pass(
+        self,
+        image: Tensor,
+        m_ref: Tensor,
+        word: str,
+        seed: int = 0,
+        posterior_noise: Tensor | None = None,
+        reference_noise: Tensor | None = None,
+    ) -> list[ReferenceLayer]:
+        """K', V' and M_ref of every self-attention layer: one UNet call at t = 0 with the label as text.
+
+        image (1, 3, S, S) in [-1, 1]; m_ref (1, 1, any, any) in {0, 1}; the two noises, float32
+        (1, Z, S/f, S/f), come from `seed` unless given (`method.reference_noise`).
+        """
+        moments = self.vae.encode(image.to(self.device, self.dtype))  # 2 x (1, Z, S/f, S/f)
+        latent = self._reference_latent(*moments, seed, posterior_noise, reference_noise)
+        label = self.text(self.clip_tokenizer.ids([word]).to(self.device))[0]  # (1, T, context_dim)
+        label = label[:, : label.shape[1] - self.method.reference_text_cut]  # (1, T - cut, context_dim)
+        hook = ReferenceHook(self.adapter, m_ref.to(self.device), self.method)
+        t = torch.zeros(1, device=self.device, dtype=torch.long)  # (1,)
+        return self.unet(latent.to(self.dtype), t, label, hook)[1]
+
+    def _reference_latent(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        seed: int,
+        posterior_noise: Tensor | None,
+        reference_noise: Tensor | None,
+    ) -> Tensor:
+        """The posterior's mean and std -> the latent that the UNet sees at t = 0, float32 (1, Z, h, w)."""
+        mean, std = mean.float(), std.float()
+        if self.method.reference_noise == "none":
+            return mean * self.vae.cfg.scaling
+        # The release draws from torch's global generator (None).
+        generator = None if self.method.reference_noise == "global" else torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(mean.shape, generator=generator) for _ in range(2)]
+        given = (posterior_noise, reference_noise)
+        first, second = ((d if g is None else g).to(mean.device) for d, g in zip(drawn, given, strict=True))
+        latent = (mean + std * first) * self.vae.cfg.scaling
+        return add_noise(latent, second, alphas_cumprod(self.schedule)[0])
+
+    @torch.no_grad()
+    def embed(self, subjects: Sequence[Subject], prompts: Sequence[str]) -> Tensor:
+        """The decoder's image embedding (B, E) of B pairs of subject and prompt, in one pass of the MLLM."""
+        features = torch.cat([s.image_features for s in subjects])  # (B, N, C)
+        texts = [
+            instruction(s.word, prompt, self.method.template)
+            for s, prompt in zip(subjects, prompts, strict=True)
+        ]
+        return decode_embedding(self.llava, self.adapter, self.llama_tokenizer, features, texts, self.method)
+
+    def sample(
+        self,
+        subject: Subject,
+        prompt: str | Sequence[str],
+        seeds: Sequence[int] = (0,),
+        *,
+        strength: float | None = None,
+        negative: str = "",
+        config: SampleConfig | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of `subject`, for each prompt for each seed. strength: β of Eq. 3, None = the config's."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        jobs = [Job(subject, text, seed, negative, strength) for text in prompts for seed in seeds]
+        return [result.image for result in self.run(jobs, config, on_step)]
+
+    @torch.no_grad()
+    def run(
+        self, jobs: Sequence[Job], config: SampleConfig | None = None, on_step: OnStep | None = None
+    ) -> list[Result]:
+        """Draw any mix of subjects, prompts and seeds; result i does not depend on the other jobs.
+
+        ValueError for a prompt without the subject's word, a size that does not fit, unknown settings.
+        """
+        config = config or SampleConfig()
+        config.check(self.vae.cfg.factor)
+        for job in jobs:
+            check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
+        embeddings = self._embed_once(jobs, config.batch_size)
+        path = intervals(self.schedule, config.steps, config.solver)
+        batches = range(0, len(jobs), config.batch_size)
+        results: list[Result] = []
+        for n, start in enumerate(batches):
+            batch = jobs[start : start + config.batch_size]
+            guide = self.guide(batch, embeddings[start : start + config.batch_size], config)
+            noise = torch.cat([self._start_latents(job, config) for job in batch]).to(self.device)
+            for step in denoise(self.unet, guide, path, noise, config.guidance, config.solver):
+                if on_step:
+                    on_step(n * len(path) + step.index + 1, len(batches) * len(path))
+            results += self._finish(step)
+        return results
+
+    def _embed_once(self, jobs: Sequence[Job], batch_size: int) -> list[Tensor]:
+        """Each job's embedding (1, E); the MLLM reads every pair of subject and prompt once."""
+        pairs = {
+            (id(job.subject), job.prompt): (job.subject, job.prompt) for job in jobs if job.embedding is None
+        }
+        keys, found = list(pairs), {}
+        for start in range(0, len(keys), batch_size):
+            chunk = keys[start : start + batch_size]
+            rows = self.embed(*zip(*(pairs[key] for key in chunk), strict=True))  # (B, E)
+            found |= dict(zip(chunk, rows.split(1), strict=True))
+        return [
+            found[id(job.subject), job.prompt]
+            if job.embedding is None
+            else job.embedding.to(self.device, self.dtype)
+            for job in jobs
+        ]
+
+    @torch.no_grad()
+    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Conditioning:
+        """The conditioning of one batch: text, label positions, context tokens, reference features, β.
+
+        embeddings: one (1, E) per job, of `embed` or given.
+        """
+        texts = [sd_prompt(job.subject.word, job.prompt) for job in jobs]
+        ids = self.clip_tokenizer.ids([*texts, *(job.negative for job in jobs)])  # (2B, T)
+        text, negative = self.text(ids.to(self.device))[0].chunk(2)  # 2 x (B, T, context_dim)
+        label = torch.zeros(len(jobs), ids.shape[1])  # (B, T)
+        for row, (job, full) in enumerate(zip(jobs, texts, strict=True)):
+            label[row, self._label_positions(full, job.subject.word)] = 1
+        beta = [config.strength if job.strength is None else job.strength for job in jobs]
+        return condition(
+            self.adapter,
+            torch.cat(list(embeddings)),
+            text,
+            negative,
+            label.to(self.device),
+            [job.subject.layers for job in jobs],
+            torch.tensor(beta, device=self.device),
+            self.method,
+        )
+
+    def _label_positions(self, text: str, word: str) -> list[int]:
+        positions = label_positions(self.clip_tokenizer, text, word, self.method.label_tokens)
+        if not positions and self.method.absent_label == "error":
+            raise ValueError(f"no token of the subject {word!r} is in {text!r}: name it in the prompt")
+        return positions
+
+    def _start_latents(self, job: Job, config: SampleConfig) -> Tensor:
+        """float32 (1, Z, h, w) on the CPU, so that a seed gives the same noise on every device."""
+        factor = self.vae.cfg.factor
+        shape = (1, self.vae.cfg.latent_channels, config.height // factor, config.width // factor)
+        if job.latents is None:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
+        if tuple(job.latents.shape) != shape:
+            raise ValueError(f"start latents {tuple(job.latents.shape)}: expected {shape}")
+        return job.latents.float().cpu()
+
+    def _finish(self, step: Step) -> list[Result]:
+        """The last step's latents -> pictures, bytes truncated as in the release."""
+        x = self.vae.decode((step.latents / self.vae.cfg.scaling).to(self.dtype)).float()  # (B, 3, H, W)
+        pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        return [
+            Result(Image.fromarray(array), step.latents[i : i + 1], step.m_gen[i])
+            for i, array in enumerate(pixels)
+        ]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" -> the accelerator if there is one, else the CPU; ValueError for one that is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise ValueError(f"device {name!r} is not available here: use --device {accelerator or 'cpu'}")
+    if device.index is not None and device.index >= torch.accelerator.device_count():
+        raise ValueError(
+            f"device {name!r}: there are {torch.accelerator.device_count()} {device.type} devices"
+        )
+    return device
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype and why. "auto": bf16 where the hardware has it, else fp16 (GPU) or fp32 (CPU)."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+        return DTYPES[name], "asked for"
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        if abilities.get("amx_bf16") or abilities.get("avx512_bf16") or abilities.get("bf16"):
+            return torch.bfloat16, "this CPU multiplies bf16"
+        return torch.float32, "this CPU has no bf16 instructions"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, "this GPU has no bf16"
+    return torch.bfloat16, f"the default on {device.type}"

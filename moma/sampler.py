@@ -1,0 +1,66 @@
+"""The denoising loop with classifier-free guidance and iterative masking (Sec. 3.3).
+
+It knows nothing of networks but the UNet, and nothing of MoMA but that each step's mask shapes the next step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from models.unet import AttentionHook, UNet
+from moma.diffusion import SOLVERS, Interval
+
+
+class Guide(Protocol):
+    """What steers the UNet: `moma.adapter.Conditioning`, or `TextOnly` for plain Stable Diffusion."""
+
+    text: Tensor  # (2B, T, context_dim): B unconditional rows, then B conditional ones
+
+    def hook(self, t: int, m_gen: Tensor | None) -> AttentionHook | None: ...
+
+    def next_m_gen(self, records: list, size: tuple[int, int]) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class TextOnly:
+    """Plain text-to-image: no hook, no mask."""
+
+    text: Tensor
+
+    def hook(self, t: int, m_gen: Tensor | None) -> None:
+        return None
+
+    def next_m_gen(self, records: list, size: tuple[int, int]) -> None:
+        return None
+
+
+class Step(NamedTuple):
+    """The state after one denoising step."""
+
+    index: int
+    t: int
+    latents: Tensor  # float32 (B, Z, h, w)
+    noise_pred: Tensor  # float32 (B, Z, h, w), after guidance
+    m_gen: Tensor | None  # float32 (B, 1, h, w), made in this step and used in the next
+
+
+def denoise(
+    unet: UNet, guide: Guide, path: Sequence[Interval], latents: Tensor, guidance: float, solver: str
+) -> Iterator[Step]:
+    """Yields the state after each step of `path` (moma.diffusion.intervals), from noise to clean latents.
+
+    latents: float32 (B, Z, h, w), standard normal noise; guidance: 1 = the conditional prediction alone.
+    """
+    x, m_gen, history = latents, None, None
+    for index, step in enumerate(path):
+        rows = torch.cat([x, x]).to(guide.text.dtype)  # (2B, Z, h, w)
+        t = torch.full((rows.shape[0],), step.t, device=x.device)  # (2B,)
+        eps, records = unet(rows, t, guide.text, guide.hook(step.t, m_gen))  # (2B, Z, h, w)
+        unconditional, conditional = eps.float().chunk(2)  # 2 x (B, Z, h, w)
+        noise_pred = unconditional + guidance * (conditional - unconditional)
+        x, history = SOLVERS[solver](x, noise_pred, step, history)
+        m_gen = guide.next_m_gen(records, (x.shape[-2], x.shape[-1]))
+        yield Step(index, step.t, x, noise_pred, m_gen)

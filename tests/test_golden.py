@@ -1,0 +1,306 @@
+"""The released MoMA, reproduced: single attention layers, the autoencoder, and the whole sampling loop.
+
+Preset RELEASE, float32, both attention implementations. Tolerances are absolute.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import attention, split_heads
+from models.clip import CLIPText, CLIPTextConfig
+from models.tokenizers import Encoding
+from models.unet import Attention, UNet, UNetConfig, attention_layers
+from models.vae import VAE, VAEConfig
+from moma import RELEASE, Job, MoMA, SampleConfig, Subject
+from moma.adapter import Adapter, AdapterConfig, Conditioning, MoMAHook, ReferenceHook
+from moma.attention import ReferenceLayer, context_cross_attention, drop_background
+from moma.diffusion import intervals
+from moma.masks import min_max
+from moma.sampler import Step, denoise
+from tests.golden_files import assert_recorded, golden
+from tests.recipe import ellipse, fill, normal, uniform
+
+LAYER, PIPELINE = (
+    1e-5,
+    5e-4,
+)  # tolerances of a layer's output and of the loop's noise prediction (values to 12)
+IMPLS = ["explicit", "fused"]
+UNET = UNetConfig(channels=(64, 128, 256, 256))
+
+
+def tensor(key: str, *shape: int) -> Tensor:
+    return torch.from_numpy(normal(f"input/{key}", shape))
+
+
+def official_key(name: str, unet: UNetConfig = UNET) -> str:
+    """Our adapter's parameter name -> the key whose recipe weights the official file holds."""
+    down = sum(d * unet.resnets for d in unet.depth)
+    part, layer, rest = name.split(".", 2) if name.startswith(("context", "subject")) else ("", "", name)
+    if not part:
+        return name.removeprefix("projector.") if name.startswith("projector") else name
+    i, last = int(layer), len(attention_layers(unet)) - 1  # official order: down, up, mid
+    position = last if i == down else i if i < down else i - 1
+    rest = rest.replace("to_k", "to_k_ip").replace("to_v", "to_v_ip").replace("scale", "scale_learnable")
+    return f"{2 * position + (part == 'context')}.{rest}"
+
+
+def old_vae_key(name: str) -> str:
+    """Current name -> the name in the public file that the weights' seeds were taken from."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, was in old.items():
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+    return name
+
+
+def filled_adapter(unet: UNetConfig) -> Adapter:
+    adapter = Adapter(AdapterConfig(), unet)
+    fill(adapter, lambda name: official_key(name, unet))
+    return adapter
+
+
+def first_layer(name: str) -> Attention:
+    layer = Attention(320, 768 if name == "attn2" else 320, 8)
+    fill(layer, lambda key: f"down_blocks.0.attentions.0.transformer_blocks.0.{name}.{key}")
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cross_attention_layer(impl: str) -> None:
+    recorded, layer, adapter = (
+        golden("attn_cross"),
+        first_layer("attn2"),
+        Adapter(AdapterConfig(), UNetConfig()),
+    )
+    fill(adapter.context[0], lambda key: f"1.{key.replace('.weight', '_ip.weight')}")
+    hidden, context = tensor("attn_cross/hidden", 2, 1024, 320), tensor("attn_cross/context", 2, 81, 768)
+    text, tokens = context[:, :77], context[:, 77:]
+    k, v = (split_heads(new(tokens), 8) for new in (adapter.context[0].to_k, adapter.context[0].to_v))
+    mask = torch.from_numpy(uniform("input/attn_cross/mask_prev", (1, 1, 512, 512)))
+    label = torch.zeros(2, 77)
+    label[:, [4, 7]] = 1
+
+    def run(m_gen: Tensor | float) -> tuple[Tensor, Tensor]:
+        return layer(
+            hidden, text, lambda q, k_t, v_t: context_cross_attention(q, k_t, v_t, k, v, m_gen, label, impl)
+        )
+
+    rows = mask[:, :, ::16, ::16].reshape(1, 1, 1024, 1)
+    out, label_map = run(rows)
+    assert_recorded(out, recorded["out_masked"], LAYER)
+    label_map = min_max(label_map.unflatten(1, (1, 32, 32)), (1, 2, 3), RELEASE.m_gen_eps)
+    assert_recorded(label_map, recorded["mask_i_native"], LAYER)
+    assert_recorded(run(1.0)[0], recorded["out_inject"], LAYER)
+    assert_recorded(run(1.0)[0], recorded["out_nomask"], LAYER)
+    assert_recorded(run(0.5)[0], recorded["out_scale0.5"], LAYER)
+    plain = lambda n: layer(hidden, text[:, :n], None)[0]  # noqa: E731
+    assert_recorded(plain(77), recorded["out_disabled"], LAYER)
+    assert_recorded(plain(73), recorded["out_disabled77"], LAYER)  # the reference pass: 4 tokens cut
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("impl", IMPLS)
+def test_self_attention_layer(impl: str) -> None:
+    recorded, layer, adapter = (
+        golden("attn_self"),
+        first_layer("attn1"),
+        Adapter(AdapterConfig(), UNetConfig()),
+    )
+    fill(adapter.subject[0], lambda key: f"0.{official_subject_key(key)}")
+    torch.testing.assert_close(adapter.subject[0].scale, recorded["scale_learnable"], rtol=0, atol=0)
+    method = replace(RELEASE, attention=impl)
+    ref, hidden = tensor("attn_self/ref", 1, 1024, 320), tensor("attn_self/hidden", 2, 1024, 320)
+    m_gen = torch.from_numpy(uniform("input/attn_self/mask_ig", (1, 1, 512, 512))).expand(2, -1, -1, -1)
+    m_ref = torch.from_numpy(ellipse(512, 512, 256, 200, 180, 120))
+
+    def extract(m_ref: Tensor) -> tuple[Tensor, ReferenceLayer]:
+        hook = ReferenceHook(adapter, m_ref, method)
+        return layer(ref, ref, lambda q, k, v: hook.self_attn(0, q, k, v, (32, 32)))
+
+    def run(m_ref: Tensor, m_gen: Tensor | None, beta: list[float], subject_on: bool = True) -> Tensor:
+        stored = extract(m_ref)[1]
+        both = ReferenceLayer(*(torch.cat([x, x]) for x in (stored.k, stored.v, stored.keep)))
+        both = drop_background(both) if impl == "fused" else both
+        cond = Conditioning(
+            text=hidden, label=hidden, context=[], reference=[both], lam=[adapter.subject[0].scale],
+            beta=torch.tensor(beta)[:, None, None, None], method=method,
+        )  # fmt: skip
+        hook = MoMAHook(cond, subject_on, m_gen)
+        return layer(hidden, hidden, lambda q, k, v: hook.self_attn(0, q, k, v, (32, 32)))[0]
+
+    out, stored = extract(m_ref)
+    assert_recorded(out, recorded["out_extract"], LAYER)
+    assert_recorded(stored.k[0], recorded["store_ks"], LAYER)
+    assert_recorded(stored.v[0], recorded["store_vs"], LAYER)
+    assert_recorded(stored.keep.float().view(1, 1, 32, 32), recorded["mask_id_at_32"], 0)
+    assert_recorded(run(m_ref, m_gen, [1.0, 1.0]), recorded["out_s1.0"], LAYER)
+    assert_recorded(run(m_ref, m_gen, [0.4, 0.4]), recorded["out_s0.4"], LAYER)
+    assert_recorded(run(m_ref, m_gen, [0.3, 0.9]), recorded["out_stensor"], LAYER)
+    assert_recorded(run(m_ref, None, [1.0, 1.0]), recorded["out_s1.0_noig"], LAYER)
+    assert_recorded(run(m_ref * 0, None, [1.0, 1.0]), recorded["out_emptyid"], LAYER)
+    assert_recorded(run(m_ref * 0 + 1, None, [1.0, 1.0]), recorded["out_fullid"], LAYER)
+    assert_recorded(run(m_ref, m_gen, [1.0, 1.0], subject_on=False), recorded["out_disabled"], LAYER)
+
+
+def official_subject_key(key: str) -> str:
+    return official_key(f"subject.0.{key}").split(".", 1)[1]
+
+
+@torch.no_grad()
+def test_autoencoder(vae: VAE) -> None:
+    recorded = golden("vae_full")
+    image = torch.from_numpy(2 * uniform("input/vae_full/image", (1, 3, 256, 256)) - 1)
+    mean, std = vae.encode(image)
+    moments = recorded["moments"]
+    assert_recorded(torch.cat([mean, 2 * std.log()], dim=1), moments, 1e-4)
+    assert_recorded(std, recorded["std"], 1e-4)
+    assert_recorded(vae.decode(tensor("vae_full/latent", 1, 4, 32, 32)), recorded["decoded"], 1e-4)
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    vae = VAE(VAEConfig())
+    fill(vae, old_vae_key)
+    return vae
+
+
+class RecordedTokenizer:
+    """The public CLIP tokenizer's answers for the recorded texts (its files are not ours to carry)."""
+
+    def __init__(self, recorded: dict[str, Tensor]) -> None:
+        self.table = {
+            "car": recorded["ids_label"],
+            "photo of a car. A car in autumn with falling leaves.": recorded["ids_cond"],
+            "": recorded["ids_uncond"],
+        }
+
+    def ids(self, texts: list[str]) -> Tensor:
+        return torch.cat([self.table[text] for text in texts])
+
+    def encode(self, text: str) -> Encoding:
+        return Encoding(tuple(self.table[text][0].tolist()), spans=(), dropped=())
+
+
+@pytest.fixture(scope="module")
+def pipe(vae: VAE) -> Iterator[MoMA]:
+    unet, text, adapter = UNet(UNET), CLIPText(CLIPTextConfig()), filled_adapter(UNET)
+    fill(unet)
+    fill(text, lambda key: f"text_model.{key}")
+    yield MoMA(
+        unet=unet, vae=vae, text=text, adapter=adapter, llava=None, llama_tokenizer=None,
+        clip_tokenizer=RecordedTokenizer(golden("unet_moma_small")), image_size=256, method=RELEASE,
+    )  # fmt: skip
+
+
+def with_method(pipe: MoMA, **changes) -> MoMA:
+    parts = {name: getattr(pipe, name) for name in ("unet", "vae", "text", "adapter", "llava")}
+    return MoMA(
+        **parts, clip_tokenizer=pipe.clip_tokenizer, llama_tokenizer=None, image_size=pipe.image_size,
+        method=replace(pipe.method, **changes),
+    )  # fmt: skip
+
+
+def reference(pipe: MoMA) -> list[ReferenceLayer]:
+    image = torch.from_numpy(2 * uniform("input/unet_moma_small/image", (1, 3, 256, 256)) - 1)
+    m_ref = torch.from_numpy(ellipse(512, 512, 256, 200, 180, 120))
+    noises = [tensor(f"unet_moma_small/{name}", 1, 4, 32, 32) for name in ("posterior_noise", "ref_noise")]
+    return pipe.reference_pass(image, m_ref, "car", 0, *noises)
+
+
+def job(layers: list[ReferenceLayer], name: str, init: int, strength: float) -> Job:
+    subject = Subject("car", reference=None, layers=layers, image_features=None)
+    return Job(
+        subject, "A car in autumn with falling leaves.", seed=0, strength=strength,
+        latents=tensor(f"unet_moma_small/init_latents/{name}/{init}", 1, 4, 32, 32),
+        embedding=tensor("unet_moma_small/llava_emb", 1, 1024),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_reference_pass(pipe: MoMA) -> None:
+    recorded = golden("unet_moma_small")
+    layers = reference(pipe)
+    mid = 6  # the middle block, the release's processor 30
+    for name, layer in (("0", 0), ("30", mid)):
+        assert_recorded(layers[layer].k[0], recorded[f"ref_k_{name}"], 1e-4)
+        assert_recorded(layers[layer].v[0], recorded[f"ref_v_{name}"], 1e-4)
+    tokens = pipe.adapter.projector(
+        torch.cat([torch.zeros(1, 1024), tensor("unet_moma_small/llava_emb", 1, 1024)])
+    )
+    assert_recorded(tokens[:1], recorded["image_prompt_uncond"], LAYER)
+    assert_recorded(tokens[1:], recorded["image_prompt_cond"], LAYER)
+    text = pipe.text(recorded["ids_cond"])[0]
+    assert_recorded(text, recorded["text_cond"], 1e-4)
+
+
+RUNS = [  # name, key of the start latents, strength, steps, first timestep without the subject term
+    ("s1.0", 1, 1.0, 6, 950),
+    ("s0.4", 10, 0.4, 6, 950),
+    ("t950", 0, 1.0, 20, 950),
+    ("trange600", 3, 1.0, 6, 600),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "init", "strength", "steps", "below", "impl"),
+    [(*RUNS[0], "explicit"), *((*r, "fused") for r in RUNS)],
+)
+def test_sampling_loop(
+    pipe: MoMA, name: str, init: int, strength: float, steps: int, below: int, impl: str
+) -> None:
+    """Every step's noise prediction, latents and mask."""
+    recorded = golden("unet_moma_small")
+    pipe = with_method(pipe, attention=impl, subject_below_t=below)
+    one = job(reference(pipe), name, init, strength)
+    guide = pipe.guide([one], [one.embedding], SampleConfig())
+    path = intervals(pipe.schedule, steps, "ddim")
+    assert [step.t for step in path] == recorded[f"{name}.timesteps"].tolist()
+    trace: list[Step] = list(denoise(pipe.unet, guide, path, one.latents, 7.5, "ddim"))
+    for part, tolerance in (("noise_pred", PIPELINE), ("latents", None), ("m_gen", 1e-4)):
+        ours = torch.cat([getattr(step, part) for step in trace])
+        theirs = recorded[f"{name}.{'M_gen' if part == 'm_gen' else part}"]
+        assert_recorded(ours, theirs, tolerance or 1e-4 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+def test_finished_picture(pipe: MoMA) -> None:
+    """`MoMA.run` from start noise to bytes."""
+    config = SampleConfig(steps=6, height=256, width=256)
+    (result,) = pipe.run([job(reference(pipe), "s1.0", 1, 1.0)], config)
+    ours = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)[None]  # (1, 3, 256, 256) uint8
+    theirs = golden("unet_moma_small")["s1.0.image"] * 255
+    assert_recorded(ours, theirs, 1.0 + 0.05)  # truncation to bytes loses up to one step
+
+
+@torch.no_grad()
+def test_wrong_semantics_are_seen(pipe: MoMA) -> None:
+    """The recorded case is sharp enough to tell the release from its neighbours."""
+    recorded = golden("unet_moma_small")
+    for change in (
+        {"reference_text_cut": 0},
+        {"context_masked": False},
+        {"m_gen_threshold": 0.0},
+        {"m_gen_norm": "none"},
+    ):
+        other = with_method(pipe, **change)
+        one = job(reference(other), "s1.0", 1, 1.0)
+        guide = other.guide([one], [one.embedding], SampleConfig())
+        steps = denoise(other.unet, guide, intervals(other.schedule, 6, "ddim")[:2], one.latents, 7.5, "ddim")
+        ours = torch.cat([step.noise_pred for step in steps])
+        with pytest.raises(AssertionError):
+            assert_recorded(ours, recorded["s1.0.noise_pred"][:2], 10 * PIPELINE)
+
+
+def test_plain_attention_is_the_base() -> None:
+    """The implementations agree on plain attention, whatever the mask."""
+    q, k, v = (torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(3)) > 0.5
+    for m in (None, mask, mask & False):
+        explicit, fused = (attention(q, k, v, m, impl=impl) for impl in IMPLS)
+        torch.testing.assert_close(explicit, fused, rtol=0, atol=1e-6)
