@@ -40,7 +40,8 @@ def attention(
     Returns (B, H, N, E) in q's dtype.
 
     A query whose mask is False everywhere attends to all keys alike (the mean of v): masked scores are
-    the lowest finite number, not -inf, so there is no NaN. impl: "fused" calls torch's SDPA, "explicit"
+    the lowest finite number, not -inf, so there is no NaN (in float16 the fused form is only near that mean:
+    its lowest number does not swallow the scores). impl: "fused" calls torch's SDPA, "explicit"
     materialises the probabilities in float32.
     """
     if impl == "explicit":

@@ -57,16 +57,16 @@ def subject_self_attention(
 def drop_background(reference: ReferenceLayer) -> ReferenceLayer:
     """The same attention with the keys outside M_ref left out: M shrinks to the largest subject's.
 
-    Rows with fewer keys are padded and masked. A row without any subject keeps all its keys, all masked:
-    their plain mean, as the release.
+    Rows with fewer keys are padded and masked. A row without any subject gives the plain mean of its V', as
+    the release: all its keys stay, as zeros.
     """
     if reference.keep is None:
         return reference
-    k, v, keep = reference.k, reference.v, reference.keep
+    empty = ~reference.keep.any(dim=1)  # (R,)
+    k = reference.k.masked_fill(empty[:, None, None, None], 0.0)
+    v, keep = reference.v, reference.keep | empty[:, None]
     order = keep.int().argsort(dim=1, descending=True, stable=True)  # (R, M), kept keys first
-    counts = keep.sum(dim=1)  # (R,)
-    longest = int(torch.where(counts > 0, counts, keep.shape[1]).max())
-    order = order[:, :longest]  # (R, M')
+    order = order[:, : int(keep.sum(dim=1).max())]  # (R, M')
     index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (R, H, M', D)
     kept = keep.gather(1, order)  # (R, M')
     return ReferenceLayer(k.gather(2, index), v.gather(2, index), None if kept.all() else kept)

@@ -26,7 +26,7 @@ from models.vae import VAE
 from moma.adapter import Adapter, Conditioning, ReferenceHook, condition
 from moma.attention import ReferenceLayer
 from moma.bundle import Bundle
-from moma.config import MethodConfig, SampleConfig
+from moma.config import MethodConfig, SampleConfig, method_config
 from moma.decoder import decode_embedding
 from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod, intervals
 from moma.preprocess import Reference, make_reference
@@ -113,7 +113,7 @@ class MoMA:
             clip_tokenizer=bundle.clip_tokenizer(),
             llama_tokenizer=bundle.llama_tokenizer(),
             image_size=bundle.image_size,
-            method=bundle.method if method is None else method,
+            method=method_config(**bundle.method) if method is None else method,
             dtype_reason=reason,
         )
 

@@ -37,7 +37,7 @@ def ints(key: str, shape: Sequence[int], low: int, high: int) -> np.ndarray:
 
 
 def ellipse(h: int, w: int, cy: float, cx: float, ry: float, rx: float) -> np.ndarray:
-    """(1, 1, h, w) float32, 1 inside the ellipse with centre (cy, cx) and radii (ry, rx) in pixels, else 0."""
+    """(1, 1, h, w) float32, 1 inside the ellipse with centre (cy, cx), radii (ry, rx) in pixels, else 0."""
     y, x = np.ogrid[:h, :w]
     inside = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1  # (h, w)
     return inside.astype(np.float32)[None, None]
@@ -46,8 +46,8 @@ def ellipse(h: int, w: int, cy: float, cx: float, ry: float, rx: float) -> np.nd
 def weight(key: str, shape: Sequence[int]) -> np.ndarray:
     """A parameter, float32, of `shape`, scaled so that activations keep their size.
 
-    Matrices and kernels: unit variance over the fan-in. One element (a learnable scale): 0.5 ± 0.1. Norm weights
-    (1-D, key ends in "weight"): 1 ± 0.1. Biases and the rest: 0 ± 0.1.
+    Matrices and kernels: unit variance over the fan-in. One element (a learnable scale): 0.5 ± 0.1.
+    Norm weights (1-D, key ends in "weight"): 1 ± 0.1. Biases and the rest: 0 ± 0.1.
     """
     x = normal(key, shape)
     if len(shape) >= 2:

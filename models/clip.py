@@ -1,0 +1,324 @@
+"""CLIP's text and vision transformers (Radford et al., arXiv 2103.00020), OpenAI's and OpenCLIP's weights.
+
+Parameter names are those of transformers' CLIPTextModel and CLIPVisionModel, without the prefixes
+`text_model.` and `vision_model.`.
+
+Letters: B batch, T text tokens, N image patches, C width, P projection width, S image side in pixels,
+H heads, D channels per head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attention, merge_heads, split_heads
+
+# What transformers' CLIP configurations mean by a key that is absent from config.json.
+PUBLIC_DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 512,
+        "eos_token_id": 49407,
+    },
+    "vision": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 512,
+    },
+}
+# Written by old versions of transformers in place of the real id; it then pools at the largest id.
+LEGACY_END_ID = 2
+
+Activation = Literal["quick_gelu", "gelu"]
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class _BlockConfig:
+    """What the text and the vision transformer have in common; defaults are ViT-L/14's text side."""
+
+    width: int = 768  # C
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072  # width of the hidden layer of each MLP
+    act: Activation = "quick_gelu"  # x·σ(1.702x), OpenAI's; OpenCLIP's weights want the true GELU
+    eps: float = 1e-5  # LayerNorm
+    projection: int | None = None  # P of the joint text-image space; None = a model without the projection
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"CLIP width {self.width}: expected a multiple of heads ({self.heads})")
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"CLIP activation {self.act!r}: expected one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(_BlockConfig):
+    """Text encoder; the defaults are Stable Diffusion 1.5's (ViT-L/14 without projection)."""
+
+    vocab: int = 49408
+    positions: int = 77  # longest text, BOS and EOS included
+    end_id: int | None = None  # pooled at its first occurrence; None = at the largest id (OpenAI's own rule)
+
+    @classmethod
+    def from_public(cls, public: dict[str, Any]) -> Self:
+        """From the config.json of a CLIPModel or CLIPTextModel(WithProjection), else ValueError."""
+        part, common = _read_public(public, "text")
+        end = part["eos_token_id"]
+        return cls(
+            **common,
+            vocab=part["vocab_size"],
+            positions=part["max_position_embeddings"],
+            end_id=None if end == LEGACY_END_ID else end,
+        )
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(_BlockConfig):
+    """Image encoder; the defaults are ViT-L/14 at 336 pixels without projection, as LLaVA uses it."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    image_size: int = 336  # S, pixels
+    patch: int = 14  # pixels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"CLIP image_size {self.image_size}: expected a multiple of patch ({self.patch})"
+            )
+
+    @property
+    def patches(self) -> int:
+        """N."""
+        return (self.image_size // self.patch) ** 2
+
+    @classmethod
+    def from_public(cls, public: dict[str, Any]) -> Self:
+        """From the config.json of a CLIPModel or CLIPVisionModel(WithProjection), else ValueError."""
+        part, common = _read_public(public, "vision")
+        if part["num_channels"] != 3:
+            raise ValueError(f"CLIP config.json: num_channels {part['num_channels']}, expected 3 (RGB)")
+        return cls(**common, image_size=part["image_size"], patch=part["patch_size"])
+
+
+def _read_public(
+    public: dict[str, Any], kind: Literal["text", "vision"]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the text or vision part of a config.json with its gaps filled, our fields common to both kinds)."""
+    model_type = public.get("model_type", "clip" if f"{kind}_config" in public else f"clip_{kind}_model")
+    architecture = (public.get("architectures") or [""])[0]
+    defaults = PUBLIC_DEFAULTS[kind]
+    if model_type == "clip":
+        # Old files hold the part twice; the `_dict` one wins wholly, its gaps being defaults.
+        part = defaults | (public.get(f"{kind}_config_dict") or public.get(f"{kind}_config") or {})
+        projection = public.get("projection_dim", defaults["projection_dim"])
+    elif model_type == f"clip_{kind}_model":
+        part = defaults | public
+        projection = part["projection_dim"] if architecture.endswith("WithProjection") else None
+    else:
+        raise ValueError(f"config.json: model_type {model_type!r}, expected 'clip' or 'clip_{kind}_model'")
+    common = {
+        "width": part["hidden_size"],
+        "layers": part["num_hidden_layers"],
+        "heads": part["num_attention_heads"],
+        "mlp": part["intermediate_size"],
+        "act": part["hidden_act"],
+        "eps": part["layer_norm_eps"],
+        "projection": projection,
+    }
+    return part, common
+
+
+TEXT_PRESETS = {
+    "sd15": CLIPTextConfig(),
+    "l14": CLIPTextConfig(projection=768),
+    "b32": CLIPTextConfig(width=512, heads=8, mlp=2048, projection=512),
+}
+VISION_PRESETS = {
+    "l14": CLIPVisionConfig(image_size=224, projection=768),
+    "l14_336": CLIPVisionConfig(projection=768),
+    "b32": CLIPVisionConfig(
+        width=768, layers=12, heads=12, mlp=3072, image_size=224, patch=32, projection=512
+    ),
+    # OpenCLIP ViT-H/14 laion2B-s32B-b79K, the image encoder of IP-Adapter
+    "h14": CLIPVisionConfig(
+        width=1280, layers=32, heads=16, mlp=5120, act="gelu", image_size=224, projection=1024
+    ),
+}
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, cfg: _BlockConfig) -> None:
+        super().__init__()
+        self.heads = cfg.heads
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.k_proj = nn.Linear(cfg.width, cfg.width)
+        self.v_proj = nn.Linear(cfg.width, cfg.width)
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q = split_heads(self.q_proj(x), self.heads)  # (B, T, C) -> (B, H, T, D)
+        k = split_heads(self.k_proj(x), self.heads)
+        v = split_heads(self.v_proj(x), self.heads)
+        return self.out_proj(merge_heads(attention(q, k, v, causal=causal)))  # (B, T, C)
+
+
+class _MLP(nn.Module):
+    def __init__(self, cfg: _BlockConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act]
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
+        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class CLIPBlock(nn.Module):
+    """One pre-norm transformer block, (B, T, C) -> (B, T, C); text is causal, images are not."""
+
+    def __init__(self, cfg: _BlockConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(cfg.width, cfg.eps)
+        self.self_attn = _SelfAttention(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.width, cfg.eps)
+        self.mlp = _MLP(cfg)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, cfg: _BlockConfig, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.layers = nn.ModuleList(CLIPBlock(cfg) for _ in range(cfg.layers))
+
+    def forward(self, x: Tensor, layers: int) -> Tensor:
+        for block in self.layers[:layers]:
+            x = block(x, self.causal)
+        return x
+
+
+class _TextEmbeddings(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab, cfg.width)
+        self.position_embedding = nn.Embedding(cfg.positions, cfg.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = self.position_embedding.weight[: ids.shape[1]]  # (T, C)
+        return self.token_embedding(ids) + positions  # (B, T) -> (B, T, C)
+
+
+class _VisionEmbeddings(nn.Module):
+    def __init__(self, cfg: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, cfg.width, cfg.patch, cfg.patch, bias=False)
+        self.position_embedding = nn.Embedding(cfg.patches + 1, cfg.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, N, C)
+        cls = self.class_embedding.expand(pixels.shape[0], 1, -1)  # (B, 1, C)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight  # (B, 1+N, C)
+
+
+class CLIPText(nn.Module):
+    """CLIP's text encoder (transformers' CLIPTextModel, or ...WithProjection when cfg.projection is set)."""
+
+    def __init__(self, cfg: CLIPTextConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embeddings = _TextEmbeddings(cfg)
+        self.encoder = _Encoder(cfg, causal=True)
+        self.final_layer_norm = nn.LayerNorm(cfg.width, cfg.eps)
+        if cfg.projection is not None:
+            self.text_projection = nn.Linear(cfg.width, cfg.projection, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, T) int64, T <= cfg.positions, padding included: the mask is causal, padding is not masked
+        (as in Stable Diffusion).
+
+        Returns (hidden states after the final LayerNorm (B, T, C), the state at the end token, projected if
+        cfg.projection is set, (B, P or C)), in the parameters' dtype.
+        """
+        if ids.shape[1] > self.cfg.positions:
+            raise ValueError(f"text of {ids.shape[1]} tokens: expected at most {self.cfg.positions}")
+        x = self.encoder(self.embeddings(ids), self.cfg.layers)  # (B, T, C)
+        hidden = self.final_layer_norm(x)
+        # argmax of 0/1 is the first 1; of the ids, the end token, which is the last of OpenAI's vocabulary.
+        score = ids if self.cfg.end_id is None else (ids == self.cfg.end_id).int()  # (B, T)
+        pooled = hidden[torch.arange(ids.shape[0], device=ids.device), score.argmax(dim=1)]  # (B, C)
+        if self.cfg.projection is not None:
+            pooled = self.text_projection(pooled)  # (B, P)
+        return hidden, pooled
+
+
+class CLIPVision(nn.Module):
+    """CLIP's image encoder (transformers' CLIPVisionModel, ...WithProjection when cfg.projection is set)."""
+
+    def __init__(self, cfg: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embeddings = _VisionEmbeddings(cfg)
+        self.pre_layrnorm = nn.LayerNorm(cfg.width, cfg.eps)  # the name is misspelt in every public file
+        self.encoder = _Encoder(cfg, causal=False)
+        self.post_layernorm = nn.LayerNorm(cfg.width, cfg.eps)
+        if cfg.projection is not None:
+            self.visual_projection = nn.Linear(cfg.width, cfg.projection, bias=False)
+
+    def hidden(self, pixels: Tensor, layer: int = -1) -> Tensor:
+        """Hidden states (B, 1+N, C), the class token first, before `post_layernorm`.
+
+        pixels (B, 3, S, S), normalised by `models.clip_image`. layer counts as transformers' `hidden_states`:
+        0 = before the first block, -1 = after the last, -2 = what LLaVA reads. Later blocks are not run.
+        """
+        size = self.cfg.image_size
+        if tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"CLIP image of shape {tuple(pixels.shape)}: expected (B, 3, {size}, {size})")
+        count = layer + self.cfg.layers + 1 if layer < 0 else layer
+        if not 0 <= count <= self.cfg.layers:
+            raise ValueError(f"CLIP layer {layer}: expected {-self.cfg.layers - 1}..{self.cfg.layers}")
+        x = self.pre_layrnorm(self.embeddings(pixels))  # (B, 3, S, S) -> (B, 1+N, C)
+        return self.encoder(x, count)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """The class token of the last layer's hidden states (B, 1+N, C), normalised: (B, C).
+
+        It is the target of Eq. 4 (with ViT-L/14: 1024 wide), and what `visual_projection` projects.
+        """
+        return self.post_layernorm(hidden[:, 0])  # (B, C)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, S, S) -> (hidden states of the last layer (B, 1+N, C), embedding (B, P)).
+
+        Without cfg.projection the embedding is the pooled feature (B, C).
+        """
+        hidden = self.hidden(pixels)  # (B, 1+N, C)
+        pooled = self.pool(hidden)  # (B, C)
+        if self.cfg.projection is not None:
+            pooled = self.visual_projection(pooled)  # (B, P)
+        return hidden, pooled

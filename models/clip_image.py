@@ -1,0 +1,44 @@
+"""A picture as CLIP's image encoder wants it: the constants and steps of transformers' CLIPImageProcessor.
+
+Letters: S side of the square input in pixels.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Channel statistics of CLIP's training images; all public CLIP weights, OpenCLIP's included, use them.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+# LLaVA pads with the mean colour, so that the border is about zero after normalisation.
+PAD_COLOUR = tuple(int(255 * m) for m in MEAN)
+
+
+def clip_image(image: Image.Image, size: int, *, pad: bool = False) -> Tensor:
+    """Picture of any size and mode -> (3, S, S) float32, normalised, S = `size`.
+
+    pad=False: resize the shorter edge to S (bicubic), cut the centre square (CLIP's own way).
+    pad=True: pad to a square with the mean colour first, so that nothing is cut (LLaVA's "pad").
+    """
+    image = image.convert("RGB")
+    if pad:
+        image = pad_to_square(image)
+    w, h = image.size
+    short = min(w, h)
+    w, h = size * w // short, size * h // short
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - size) // 2, (h - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    x = np.asarray(image, dtype=np.float32) / 255  # (S, S, 3) in [0, 1]
+    x = (x - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, S, S)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
+    """RGB picture centred on a square of its longer edge; an odd rest goes to the right or the bottom."""
+    w, h = image.size
+    side = max(w, h)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    return square

@@ -1,0 +1,306 @@
+"""LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases.
+
+Parameter names are those of transformers' LlamaForCausalLM without the prefix `model.`.
+
+Letters: B batch, T tokens, C width, V vocabulary, H heads, G key-value heads, D channels per head,
+M cached keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import attention, merge_heads, split_heads
+
+# What transformers' LlamaConfig means by a key that is absent from config.json.
+PUBLIC_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+}
+
+Rope = tuple[Tensor, Tensor]  # cos, sin, each (B or 1, 1, T, D) float32
+KeyValue = tuple[Tensor, Tensor]  # keys (rotated), values, each (B, G, M, D)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The defaults are Vicuna-7B's, the language model of LLaVA-1.5-7B."""
+
+    vocab: int = 32000  # V
+    width: int = 4096  # C
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int | None = None  # G; fewer than heads = grouped-query attention; None = as many
+    mlp: int = 11008  # hidden width of the SwiGLU
+    eps: float = 1e-5  # RMSNorm
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    positions: int = 4096  # longest sequence of the training; rotary angles beyond it are untrained
+    eos: int = 2  # token that ends a generated text
+    lm_head: bool = True  # only `generate` needs it; MoMA reads hidden states
+    gradient_checkpointing: bool = False  # recompute each block in the backward to save memory
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"LLaMA width {self.width}: expected a multiple of 2 * heads ({2 * self.heads})")
+        if self.heads % self.groups:
+            raise ValueError(f"LLaMA kv_heads {self.kv_heads}: expected a divisor of heads ({self.heads})")
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.width // self.heads
+
+    @classmethod
+    def from_public(cls, public: dict[str, Any]) -> Self:
+        """From a LLaMA or original LLaVA config.json (or the `text_config` of llava-hf's).
+
+        Absent keys mean transformers' defaults; ValueError for what this file does not compute.
+        """
+        part = PUBLIC_DEFAULTS | public
+        rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        head_dim = part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"]
+        for key, value, expected in (
+            ("hidden_act", part.get("hidden_act", "silu"), "silu"),
+            ("rope type", rope_type, "default"),
+            ("attention_bias", part.get("attention_bias", False), False),
+            ("mlp_bias", part.get("mlp_bias", False), False),
+            ("tie_word_embeddings", part.get("tie_word_embeddings", False), False),
+            ("head_dim", head_dim, part["hidden_size"] // part["num_attention_heads"]),
+        ):
+            if value != expected:
+                raise ValueError(f"LLaMA config.json: {key} {value!r}, expected {expected!r}")
+        return cls(
+            vocab=part["vocab_size"],
+            width=part["hidden_size"],
+            layers=part["num_hidden_layers"],
+            heads=part["num_attention_heads"],
+            kv_heads=part.get("num_key_value_heads"),
+            mlp=part["intermediate_size"],
+            eps=part["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta", part["rope_theta"]),
+            positions=part["max_position_embeddings"],
+            eos=part["eos_token_id"],
+        )
+
+
+PRESETS = {"7b": LlamaConfig()}
+
+
+def rope_at(positions: Tensor, cfg: LlamaConfig) -> Rope:
+    """cos and sin of the rotary angles at `positions` (B or 1, T) int64: each (B or 1, 1, T, D) float32."""
+    exponent = torch.arange(0, cfg.head_dim, 2, device=positions.device).float() / cfg.head_dim  # (D/2,)
+    angles = positions[..., None].float() * (1 / cfg.rope_theta**exponent)  # (B, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn channel pairs (d, d + D/2) of x (B, H, T, D) by their position's angles.
+
+    It is the layout of transformers' LLaMA files (Meta's own files pair neighbours).
+    """
+    cos, sin = (a.to(x.dtype) for a in rope)
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, the mean square in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = x.float()
+        scaled = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, cfg: LlamaConfig) -> None:
+        super().__init__()
+        self.heads, self.groups = cfg.heads, cfg.groups
+        self.q_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        q = rotate(split_heads(self.q_proj(x), self.heads), rope)  # (B, T, C) -> (B, H, T, D)
+        k = rotate(split_heads(self.k_proj(x), self.groups), rope)  # (B, G, T, D)
+        v = split_heads(self.v_proj(x), self.groups)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, G, M+T, D)
+        share = self.heads // self.groups
+        wide = (k, v) if share == 1 else [a.repeat_interleave(share, dim=1) for a in (k, v)]  # (B, H, M+T, D)
+        out = attention(q, *wide, mask, causal=mask is None)  # (B, H, T, D)
+        return self.o_proj(merge_heads(out)), (k, v)  # (B, T, C)
+
+
+class _MLP(nn.Module):
+    def __init__(self, cfg: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """One block as a function of its input: whoever calls it may hold a single block's weights at a time."""
+
+    def __init__(self, cfg: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.self_attn = _SelfAttention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.mlp = _MLP(cfg)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). mask: bool, broadcast to (B, H, T, T), True = attend; None = causal."""
+        return self.step(x, rope, mask)[0]
+
+    def step(
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """As forward, after the M keys and values of `past` (mask then covers M+T keys and is not None).
+
+        Returns (x (B, T, C), keys and values including past's (B, G, M+T, D)).
+        """
+        out, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Llama(nn.Module):
+    """The language model over input embeddings (images are spliced in before)."""
+
+    def __init__(self, cfg: LlamaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
+        self.layers = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.eps)
+        if cfg.lm_head:
+            self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+
+    def forward(self, embeds: Tensor, layers: int | None = None) -> Tensor:
+        """embeds (B, T, C), rows right-padded -> hidden states after the final RMSNorm (B, T, C).
+
+        Attention is causal, so that valid positions never see the padding at their right; states at padding
+        positions have no meaning. layers: use only the first blocks; None = all. ValueError if T or layers is
+        out of range.
+        """
+        rope = self.rope(embeds)
+        count = self.cfg.layers if layers is None else layers
+        if not 1 <= count <= self.cfg.layers:
+            raise ValueError(f"LLaMA layers {layers}: expected 1..{self.cfg.layers}")
+        x = embeds
+        for block in self.layers[:count]:
+            if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        return self.norm(x)  # (B, T, C)
+
+    def rope(self, embeds: Tensor) -> Rope:
+        """Rotary angles of positions 0..T-1 for embeds (B, T, C); ValueError if T exceeds cfg.positions."""
+        self._check_length(embeds.shape[1])
+        return rope_at(torch.arange(embeds.shape[1], device=embeds.device)[None], self.cfg)  # (1, 1, T, D)
+
+    def generate(
+        self,
+        embeds: Tensor,
+        lengths: Tensor,
+        *,
+        max_new: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> list[list[int]]:
+        """Continue each row; result i does not depend on the other rows. Grad mode is the caller's.
+
+        embeds (B, T, C) right-padded, lengths (B,) int64 valid positions of each row. temperature 0 takes the
+        likeliest token; above 0 it draws from the smallest set of tokens with probability >= top_p, with
+        generators[i] (on the CPU) for row i. Returns B lists of at most max_new ids, without the end token.
+        """
+        if not self.cfg.lm_head:
+            raise ValueError(
+                "this LLaMA has no lm_head to generate with: set lm_head=True and load its weight"
+            )
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature}, top_p {top_p}: expected >= 0 and a value in (0, 1]")
+        if temperature > 0 and (generators is None or len(generators) != len(embeds)):
+            raise ValueError(f"temperature {temperature}: expected {len(embeds)} generators, one per row")
+        rows, total = embeds.shape[:2]
+        self._check_length(total + max_new)
+        device = embeds.device
+        # Keys in the cache: 0..T-1 the prompt (a shorter row ends in padding, masked), then the new tokens.
+        mask = torch.arange(total, device=device) < lengths[:, None]  # (B, T)
+        rope, x, step_mask = self.rope(embeds), embeds, None
+        caches: list[KeyValue | None] = [None] * self.cfg.layers
+        position = lengths  # (B,) of the next token
+        last = lengths - 1  # (B,) where x holds the newest token
+        texts: list[list[int]] = [[] for _ in range(rows)]
+        done = [False] * rows
+        for _ in range(max_new):
+            for i, block in enumerate(self.layers):
+                x, caches[i] = block.step(x, rope, step_mask, caches[i])
+            newest = x[torch.arange(rows, device=device), last]  # (B, C)
+            logits = self.lm_head(self.norm(newest)).float()  # (B, V)
+            if temperature == 0:
+                ids = logits.argmax(dim=-1)  # (B,)
+            else:
+                ids = _draw(logits / temperature, top_p, generators)
+            for row, token in enumerate(ids.tolist()):
+                done[row] = done[row] or token == self.cfg.eos
+                if not done[row]:
+                    texts[row].append(token)
+            if all(done):
+                break
+            x = self.embed_tokens(ids)[:, None]  # (B, 1, C)
+            rope = rope_at(position[:, None], self.cfg)  # (B, 1, 1, D)
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)  # (B, M+1)
+            step_mask = mask[:, None, None]  # (B, 1, 1, M+1)
+            position, last = position + 1, torch.zeros_like(last)
+        return texts
+
+    def _check_length(self, length: int) -> None:
+        if length > self.cfg.positions:
+            raise ValueError(f"LLaMA sequence of {length} tokens: expected at most {self.cfg.positions}")
+
+
+def _draw(logits: Tensor, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token per row of logits (B, V): (B,) int64."""
+    probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    # A token stays if those before it have not reached top_p; the first always does.
+    before = probs.cumsum(dim=-1) - probs
+    kept = torch.where(before < top_p, probs, 0).cumsum(dim=-1)  # (B, V)
+    uniform = torch.stack([torch.rand(1, generator=g) for g in generators]).to(logits)  # (B, 1)
+    total = kept[:, -1:]  # (B, 1)
+    place = ((kept <= uniform * total) & (kept < total)).sum(dim=-1, keepdim=True)  # (B, 1)
+    return order.gather(1, place)[:, 0]

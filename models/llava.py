@@ -1,0 +1,144 @@
+"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): LLaMA reads CLIP's patch features in an image token's place.
+
+Parameter names: `tower.*` as in models/clip.py, `llama.*` as in models/llama.py, `projector.*` as the
+original files' `model.mm_projector.*`.
+
+Letters: B batch, S image side in pixels, N patches, C LLaMA's width, W the tower's width, T tokens with the
+image's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from models.clip import CLIPVision, CLIPVisionConfig
+from models.llama import Llama, LlamaConfig
+from models.tokenizers import IMAGE_TOKEN
+
+PROJECTORS = ("linear", "mlp2x_gelu")
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """The defaults are LLaVA-1.5-7B's."""
+
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # LLaVA-1 has one linear layer, LLaVA-1.5 two
+    tower_layer: int = -2  # hidden state read from the tower; the last is too specialised to CLIP's own loss
+
+    def __post_init__(self) -> None:
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"LLaVA projector {self.projector!r}: expected one of {', '.join(PROJECTORS)}")
+
+    @classmethod
+    def from_public(cls, public: dict[str, Any], vision: CLIPVisionConfig | None = None) -> Self:
+        """From the config.json of the original LLaVA or of transformers' (llava-hf).
+
+        vision: the tower's configuration, which the original file does not hold (it names a CLIP folder).
+        ValueError for what this file does not compute.
+        """
+        return cls._from_hf(public) if "text_config" in public else cls._from_original(public, vision)
+
+    @classmethod
+    def _from_original(cls, public: dict[str, Any], vision: CLIPVisionConfig | None) -> Self:
+        if vision is None:
+            raise ValueError("LLaVA config.json without a vision tower: give its CLIP model too")
+        if public.get("mm_hidden_size", vision.width) != vision.width:
+            raise ValueError(
+                f"LLaVA config.json: mm_hidden_size {public['mm_hidden_size']}, but the CLIP model has "
+                f"{vision.width}; give the CLIP model that mm_vision_tower names"
+            )
+        _expect(public, "mm_vision_select_feature", "patch", "patch")
+        _expect(public, "mm_use_im_start_end", False, False)
+        _expect(public, "mm_patch_merge_type", "flat", "flat")
+        if "mm_vision_select_layer" not in public:
+            raise ValueError("LLaVA config.json: mm_vision_select_layer is missing; is this a LLaVA model?")
+        return cls(
+            llama=LlamaConfig.from_public(public),
+            vision=replace(vision, projection=None),
+            projector=public.get("mm_projector_type", "linear"),
+            tower_layer=public["mm_vision_select_layer"],
+        )
+
+    @classmethod
+    def _from_hf(cls, public: dict[str, Any]) -> Self:
+        _expect(public, "vision_feature_select_strategy", "default", "default")
+        _expect(public, "projector_hidden_act", "gelu", "gelu")
+        _expect(public, "multimodal_projector_bias", True, True)
+        llama = LlamaConfig.from_public(public["text_config"])
+        # Ids from the image token on were added by llava-hf (image, pad, filling up to a multiple of 64).
+        vocab = min(llama.vocab, public.get("image_token_index", llama.vocab))
+        return cls(
+            llama=replace(llama, vocab=vocab),
+            vision=replace(CLIPVisionConfig.from_public(public["vision_config"]), projection=None),
+            projector="mlp2x_gelu",
+            tower_layer=public.get("vision_feature_layer", -2),
+        )
+
+
+def _expect(public: dict[str, Any], key: str, default: Any, expected: Any) -> None:
+    if (value := public.get(key, default)) != expected:
+        raise ValueError(f"LLaVA config.json: {key} {value!r}, expected {expected!r}")
+
+
+class Llava(nn.Module):
+    """Image and instruction -> hidden state of the last token, or text."""
+
+    def __init__(self, cfg: LlavaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tower = CLIPVision(cfg.vision)
+        layers = [nn.Linear(cfg.vision.width, cfg.llama.width)]
+        if cfg.projector == "mlp2x_gelu":
+            layers += [nn.GELU(), nn.Linear(cfg.llama.width, cfg.llama.width)]
+        self.projector = nn.Sequential(*layers)
+        self.llama = Llama(cfg.llama)
+
+    def forward(
+        self, pixels: Tensor, ids: Sequence[Tensor], extra: Tensor | None = None, layers: int | None = None
+    ) -> Tensor:
+        """pixels (B, 3, S, S), ids and extra as `splice`, layers as `Llama` -> `last_hidden` (B, C)."""
+        embeds, lengths = self.splice(ids, self.encode_images(pixels), extra)
+        return self.last_hidden(embeds, lengths, layers)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S), normalised by `models.clip_image` -> (B, N, C)."""
+        patches = self.tower.hidden(pixels, self.cfg.tower_layer)[:, 1:]  # (B, N, W), without the class token
+        return self.projector(patches)  # (B, N, C)
+
+    def splice(
+        self, ids: Sequence[Tensor], image_features: Tensor, extra: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed each prompt with its image in the place of IMAGE_TOKEN.
+
+        ids: B int64 vectors, each with IMAGE_TOKEN once; image_features (B, N, C); extra (B, 1, C): an
+        embedding appended to each row (a learnable token). Returns (embeddings (B, T, C), right-padded with
+        zeros, lengths (B,) int64). ValueError unless a row holds the image token exactly once.
+        """
+        rows = []
+        for i, row in enumerate(ids):
+            at = (row == IMAGE_TOKEN).nonzero()  # (count, 1)
+            if len(at) != 1:
+                raise ValueError(f"prompt {i} holds {len(at)} image tokens: expected exactly one")
+            head, tail = row[: at[0, 0]], row[at[0, 0] + 1 :]
+            parts = [self.llama.embed_tokens(head), image_features[i], self.llama.embed_tokens(tail)]
+            if extra is not None:
+                parts.append(extra[i])
+            rows.append(torch.cat(parts))  # (T_i, C)
+        lengths = torch.tensor([len(row) for row in rows], device=image_features.device)
+        return pad_sequence(rows, batch_first=True), lengths  # (B, T, C), (B,)
+
+    def last_hidden(self, embeds: Tensor, lengths: Tensor, layers: int | None = None) -> Tensor:
+        """State after the final RMSNorm at each row's last valid position, (B, C), of `splice`'s result."""
+        hidden = self.llama(embeds, layers)  # (B, T, C)
+        return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # (B, C)
+
+    def generate(self, pixels: Tensor, ids: Sequence[Tensor], **options: Any) -> list[list[int]]:
+        """Answer each prompt; arguments as forward, options (max_new, ...) and result as `Llama.generate`."""
+        embeds, lengths = self.splice(ids, self.encode_images(pixels))
+        return self.llama.generate(embeds, lengths, **options)

@@ -1,0 +1,134 @@
+"""MoMA's attention blocks: fused equals explicit in values and gradients, rows do not mix."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moma.attention import (
+    ReferenceLayer,
+    context_cross_attention,
+    drop_background,
+    subject_self_attention,
+)
+
+R, H, N, M, D, T = 4, 3, 20, 24, 8, 11
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def keep_of(counts: list[int]) -> Tensor:
+    """bool (len(counts), M): that many keys kept, at scattered places."""
+    places = torch.stack(
+        [torch.randperm(M, generator=torch.Generator().manual_seed(i)) for i in range(len(counts))]
+    )
+    return places < torch.tensor(counts)[:, None]
+
+
+def reference(counts: list[int]) -> ReferenceLayer:
+    return ReferenceLayer(
+        rand(len(counts), H, M, D, seed=1), rand(len(counts), H, M, D, seed=2), keep_of(counts)
+    )
+
+
+def self_attention(ref: ReferenceLayer, impl: str, rows: slice = slice(None), **changes) -> Tensor:
+    q, k, v = (rand(R, H, N, D, seed=s)[rows] for s in (3, 4, 5))
+    m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(6))[rows]
+    beta = torch.tensor([0.4, 1.0, 1.2, 0.0])[:, None, None, None][rows]
+    given = {"m_gen": m_gen, "lam": torch.tensor([0.7]), "beta": beta} | changes
+    return subject_self_attention(q, k, v, ref, **given, impl=impl)
+
+
+COUNTS = {
+    "same size": [9, 9, 9, 9],
+    "subjects of different size": [3, 24, 1, 9],
+    "one without a subject": [5, 0, 7, 24],
+    "none with a subject": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_fused_equals_explicit(counts: list[int]) -> None:
+    ref = reference(counts)
+    dropped = drop_background(ref)
+    assert dropped.k.shape[2] == (max(counts) if min(counts) else M)
+    explicit = self_attention(ref, "explicit")
+    torch.testing.assert_close(self_attention(dropped, "fused"), explicit, rtol=0, atol=1e-6)
+    for row in range(R):  # the rest of the batch does not matter
+        alone = replace(ref, k=ref.k[row : row + 1], v=ref.v[row : row + 1], keep=ref.keep[row : row + 1])
+        single = self_attention(drop_background(alone), "fused", slice(row, row + 1))
+        torch.testing.assert_close(single, explicit[row : row + 1], rtol=0, atol=1e-6)
+
+
+def test_equation_3_by_hand() -> None:
+    """Against the formula written with loops over rows, heads and queries."""
+    ref = reference([3, 24, 1, 9])
+    q, k, v = (rand(R, H, N, D, seed=s) for s in (3, 4, 5))
+    m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(6))
+    z = self_attention(ref, "explicit")
+    beta = [0.4, 1.0, 1.2, 0.0]
+    for r, h, n in [(0, 0, 0), (1, 2, 7), (2, 1, 19), (3, 0, 3)]:
+        plain = (q[r, h, n] @ k[r, h].T / D**0.5).softmax(-1) @ v[r, h]
+        k_ref, v_ref = ref.k[r, h][ref.keep[r]], ref.v[r, h][ref.keep[r]]
+        subject = (q[r, h, n] @ k_ref.T / D**0.5).softmax(-1) @ v_ref
+        torch.testing.assert_close(z[r, h, n], plain + 0.7 * subject * m_gen[r, 0, n, 0] * beta[r])
+
+
+@pytest.mark.parametrize("name", ["m_gen", "lam", "beta"])
+@pytest.mark.parametrize("impl", ["explicit", "fused"])
+def test_subject_term_vanishes(name: str, impl: str) -> None:
+    """Eq. 3 with M_gen, λ or β at zero is plain self-attention, bit for bit."""
+    from models.attention import attention
+
+    zero = torch.zeros(1)
+    z = self_attention(reference([3, 24, 1, 9]), impl, **{name: zero})
+    q, k, v = (rand(R, H, N, D, seed=s) for s in (3, 4, 5))
+    assert torch.equal(z, attention(q, k, v, impl=impl))
+
+
+def cross(impl: str, m_gen: Tensor | float, q: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    k, v = rand(R, H, T, D, seed=12)[rows], rand(R, H, T, D, seed=13)[rows]
+    k_context, v_context = rand(R, H, 4, D, seed=14)[rows], rand(R, H, 4, D, seed=15)[rows]
+    label = torch.zeros(R, T)
+    label[0, [2, 5]] = label[1, [1]] = label[2, [0, 1, 2]] = 1  # row 3 has none
+    return context_cross_attention(q, k, v, k_context, v_context, m_gen, label[rows], impl)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_cross_fused_equals_explicit(masked: bool) -> None:
+    q = rand(R, H, N, D, seed=11)
+    m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(16)) if masked else 1.0
+    (z, label_map), (z_fused, map_fused) = (cross(impl, m_gen, q) for impl in ("explicit", "fused"))
+    torch.testing.assert_close(z_fused, z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(map_fused, label_map, rtol=0, atol=1e-6)
+    assert label_map.shape == (R, N) and (label_map[3] == 0).all() and (label_map[:3] > 0).all()
+
+
+def test_gradients_agree() -> None:
+    """Training may use either implementation: same gradients of queries, K', V', λ and the label's map."""
+    grads = []
+    for impl in ("explicit", "fused"):
+        ref = reference([3, 24, 1, 9])
+        leaves = [x.requires_grad_() for x in (ref.k, ref.v, torch.tensor([0.7]), rand(R, H, N, D, seed=11))]
+        used = drop_background(ref) if impl == "fused" else ref
+        z, label_map = cross(impl, 1.0, leaves[3])
+        (
+            self_attention(used, impl, lam=leaves[2]).square().sum() + z.square().sum() + label_map.sum()
+        ).backward()
+        grads.append([x.grad for x in leaves])
+    for explicit, fused in zip(*grads, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_near(dtype: torch.dtype) -> None:
+    ref = reference([3, 24, 0, 9])
+    low = drop_background(ReferenceLayer(ref.k.to(dtype), ref.v.to(dtype), ref.keep))
+    q, k, v = (rand(R, H, N, D, seed=s).to(dtype) for s in (3, 4, 5))
+    one = torch.ones(1, dtype=dtype)
+    z = subject_self_attention(q, k, v, low, 1.0, one, 1.0, "fused")
+    exact = self_attention(ref, "explicit", m_gen=1.0, lam=torch.ones(1), beta=1.0)
+    assert z.dtype == dtype and (z.float() - exact).abs().max() < 0.05
