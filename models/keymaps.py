@@ -1,0 +1,336 @@
+"""Tables from public parameter names to this project's, and the small engine that applies them.
+
+A table is a list of rows, public name -> our name, and a `Transform` for the values where the shapes differ.
+`{}` stands for a number and `*` for any text; both sides carry the same ones in the same order. The first
+row that matches decides. A row without our name drops the key. Every table works in both directions
+("in" = public to ours, "out" = back); where several public spellings lead to one name, "out" writes the
+first. Only names are handled here, so that full-size tables cost nothing.
+
+Sources of the public names: CompVis/stable-diffusion (ldm/modules/diffusionmodules), diffusers
+(UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration),
+haotian-liu/LLaVA (llava/model), tencent-ailab/IP-Adapter, bytedance/MoMA.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Direction = Literal["in", "out"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to the values: `into` on the way in, `back` on the way out. Both run on meta tensors."""
+
+    into: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _to_matrix(x: Tensor) -> Tensor:
+    """(C, D), (C, D, 1) or (C, D, 1, 1) -> (C, D); anything else is left for the shape check to report."""
+    return x.reshape(x.shape[:2]) if x.dim() > 2 and x.shape[2:].numel() == 1 else x
+
+
+def _to_conv(x: Tensor) -> Tensor:
+    """(C, D) -> (C, D, 1, 1)."""
+    return x[:, :, None, None]
+
+
+COPY = Transform(_same, _same)
+CONV = Transform(_to_matrix, _to_conv)  # a 1x1 convolution there, a linear layer here
+MATRIX = Transform(_to_matrix, _same)  # linear on both sides, in some files shaped like a convolution
+
+
+class Row(NamedTuple):
+    public: str
+    ours: str | None  # None: not a weight of ours, dropped
+    transform: Transform = COPY
+
+
+Table = Sequence[Row]
+
+
+@dataclass
+class Converted:
+    """names: new name -> (old name, what to do with the values); dropped, unknown: old names."""
+
+    names: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def convert(table: Table, keys: Iterable[str], direction: Direction = "in") -> Converted:
+    """Names `keys` through `table`; ValueError if two of them end at the same name."""
+    if direction == "in":
+        rows = [(_pattern(row.public), row.ours, row.transform.into) for row in table]
+    else:
+        rows = [(_pattern(row.ours), row.public, row.transform.back) for row in table if row.ours is not None]
+    result = Converted()
+    for key in keys:
+        hits = ((pattern.fullmatch(key), target, change) for pattern, target, change in rows)
+        match, target, change = next((hit for hit in hits if hit[0]), (None, None, None))
+        if match is None:
+            result.unknown.append(key)
+            continue
+        if target is None:
+            result.dropped.append(key)
+            continue
+        name = _fill(target, match.groups())
+        if name in result.names:
+            raise ValueError(f"{key} and {result.names[name][0]} are both {name}; a mix of two layouts")
+        result.names[name] = (key, change)
+    return result
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.*)"))
+
+
+def _fill(text: str, parts: Sequence[str]) -> str:
+    values = iter(parts)
+    return re.sub(r"\{\}|\*", lambda _: next(values), text)
+
+
+# --- Stable Diffusion 1.5, single file (LDM) --------------------------------------------------------
+
+LDM_UNET_PREFIX = "model.diffusion_model."
+LDM_VAE_PREFIX = "first_stage_model."
+LDM_TEXT_PREFIX = "cond_stage_model."
+LDM_EMA_PREFIX = "model_ema."
+
+_UNET_RESNET = (  # LDM, diffusers
+    ("in_layers.0.*", "norm1.*"),
+    ("in_layers.2.*", "conv1.*"),
+    ("emb_layers.1.*", "time_emb_proj.*"),
+    ("out_layers.0.*", "norm2.*"),
+    ("out_layers.3.*", "conv2.*"),
+    ("skip_connection.*", "conv_shortcut.*"),
+)
+
+
+def ldm_unet(attention: Sequence[bool], resnets: int) -> Table:
+    """LDM UNet <-> diffusers' names.
+
+    attention: for each level (finest first) whether it has attention; resnets: per level on the way down (one
+    more on the way up). LDM numbers the blocks of all levels through, a level's sampler included.
+    """
+    levels = len(attention)
+    rows = [
+        Row("time_embed.0.*", "time_embedding.linear_1.*"),
+        Row("time_embed.2.*", "time_embedding.linear_2.*"),
+        Row("input_blocks.0.0.*", "conv_in.*"),
+        Row("out.0.*", "conv_norm_out.*"),
+        Row("out.2.*", "conv_out.*"),
+    ]
+
+    def resnet(public: str, ours: str) -> None:
+        rows.extend(Row(f"{public}.{there}", f"{ours}.{here}") for there, here in _UNET_RESNET)
+
+    for level in range(levels):
+        first = 1 + level * (resnets + 1)
+        for j in range(resnets):
+            resnet(f"input_blocks.{first + j}.0", f"down_blocks.{level}.resnets.{j}")
+            if attention[level]:
+                rows.append(Row(f"input_blocks.{first + j}.1.*", f"down_blocks.{level}.attentions.{j}.*"))
+        if level < levels - 1:
+            sampler = f"down_blocks.{level}.downsamplers.0.conv.*"
+            rows.append(Row(f"input_blocks.{first + resnets}.0.op.*", sampler))
+    resnet("middle_block.0", "mid_block.resnets.0")
+    rows.append(Row("middle_block.1.*", "mid_block.attentions.0.*"))
+    resnet("middle_block.2", "mid_block.resnets.1")
+    for block, has_attention in enumerate(reversed(attention)):
+        for j in range(resnets + 1):
+            number = block * (resnets + 1) + j
+            resnet(f"output_blocks.{number}.0", f"up_blocks.{block}.resnets.{j}")
+            if block < levels - 1 and j == resnets:  # before the attention row, whose `*` would take it too
+                slot = 2 if has_attention else 1
+                sampler = f"up_blocks.{block}.upsamplers.0.conv.*"
+                rows.append(Row(f"output_blocks.{number}.{slot}.conv.*", sampler))
+            if has_attention:
+                rows.append(Row(f"output_blocks.{number}.1.*", f"up_blocks.{block}.attentions.{j}.*"))
+    return rows
+
+
+_VAE_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def ldm_vae(levels: int) -> Table:
+    """LDM autoencoder <-> diffusers' names; the mid attention is 1x1 convolutions there, linear here."""
+    rows: list[Row] = []
+    for half in ("encoder", "decoder"):
+        mid = f"{half}.mid_block.attentions.0"
+        for public, ours in zip(("q", "k", "v", "proj_out"), _VAE_ATTENTION, strict=True):
+            rows.append(Row(f"{half}.mid.attn_1.{public}.weight", f"{mid}.{ours}.weight", CONV))
+            rows.append(Row(f"{half}.mid.attn_1.{public}.bias", f"{mid}.{ours}.bias"))
+        rows.append(Row(f"{half}.mid.attn_1.norm.*", f"{mid}.group_norm.*"))
+        for j in (0, 1):
+            there, here = f"{half}.mid.block_{j + 1}", f"{half}.mid_block.resnets.{j}"
+            rows += [
+                Row(f"{there}.nin_shortcut.*", f"{here}.conv_shortcut.*"),
+                Row(f"{there}.*", f"{here}.*"),
+            ]
+        rows.append(Row(f"{half}.norm_out.*", f"{half}.conv_norm_out.*"))
+        rows += [Row(f"{half}.{conv}.*", f"{half}.{conv}.*") for conv in ("conv_in", "conv_out")]
+    for level in range(levels):
+        for there, here in (
+            (f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
+            (f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}"),  # LDM counts from the finest
+        ):
+            rows += [
+                Row(f"{there}.block.{{}}.nin_shortcut.*", f"{here}.resnets.{{}}.conv_shortcut.*"),
+                Row(f"{there}.block.{{}}.*", f"{here}.resnets.{{}}.*"),
+                Row(f"{there}.downsample.conv.*", f"{here}.downsamplers.0.conv.*"),
+                Row(f"{there}.upsample.conv.*", f"{here}.upsamplers.0.conv.*"),
+            ]
+    return [*rows, Row("quant_conv.*", "quant_conv.*"), Row("post_quant_conv.*", "post_quant_conv.*")]
+
+
+def ldm_ema(keys: Iterable[str]) -> dict[str, str]:
+    """LDM's averaged UNet weights: key of the plain weight -> key of its average, where the file has one."""
+    present = set(keys)
+    plain = [key for key in present if key.startswith(LDM_UNET_PREFIX)]
+    averages = {key: LDM_EMA_PREFIX + key.removeprefix("model.").replace(".", "") for key in plain}
+    return {key: average for key, average in averages.items() if average in present}
+
+
+# --- diffusers autoencoder ----------------------------------------------------------------------------
+
+
+def _diffusers_vae(old: bool) -> Table:
+    rows: list[Row] = []
+    names = ("query", "key", "value", "proj_attn") if old else _VAE_ATTENTION
+    for public, ours in zip(names, _VAE_ATTENTION, strict=True):
+        for half in ("encoder", "decoder"):
+            mid = f"{half}.mid_block.attentions.0"
+            rows.append(Row(f"{mid}.{public}.weight", f"{mid}.{ours}.weight", MATRIX))
+            rows.append(Row(f"{mid}.{public}.bias", f"{mid}.{ours}.bias"))
+    return [*rows, Row("*", "*")]
+
+
+DIFFUSERS_VAE = _diffusers_vae(old=False)
+DIFFUSERS_VAE_OLD = _diffusers_vae(old=True)  # files from before diffusers 0.17, such as sd-vae-ft-mse
+DIFFUSERS_UNET: Table = [Row("*", "*")]
+
+# --- CLIP ------------------------------------------------------------------------------------------------
+
+CLIP_TEXT: Table = [
+    Row("*position_ids", None),  # a buffer of old transformers
+    Row("vision_model.*", None),
+    Row("visual_projection.*", None),
+    Row("logit_scale", None),
+    Row("text_projection.weight", "text_projection.weight"),
+    Row("text_model.*", "*"),
+]
+CLIP_VISION: Table = [
+    Row("*position_ids", None),
+    Row("text_model.*", None),
+    Row("text_projection.*", None),
+    Row("logit_scale", None),
+    Row("visual_projection.weight", "visual_projection.weight"),
+    Row("vision_model.*", "*"),
+]
+# transformers 5 saves a lone tower without its prefix
+CLIP_BARE: Table = [Row("*position_ids", None), Row("*", "*")]
+LDM_TEXT: Table = [
+    Row("transformer.text_model.embeddings.position_ids", None),
+    Row("transformer.embeddings.position_ids", None),
+    Row("transformer.text_model.*", "*"),
+]
+# NAI and other early fine-tunes
+LDM_TEXT_BARE: Table = [Row("transformer.embeddings.position_ids", None), Row("transformer.*", "*")]
+
+# --- LLaVA -----------------------------------------------------------------------------------------------
+# Ours: llama.*, projector.*, tower.*
+
+LLAVA_ORIGINAL: Table = [  # haotian-liu/LLaVA, KunpengSong/MoMA_llava_7b
+    Row("*position_ids", None),
+    Row("model.layers.{}.self_attn.rotary_emb.inv_freq", None),
+    Row("model.vision_tower.vision_tower.vision_model.*", "tower.*"),
+    Row("model.mm_projector.*", "projector.*"),
+    Row("model.embed_tokens.weight", "llama.embed_tokens.weight"),
+    Row("model.layers.*", "llama.layers.*"),
+    Row("model.norm.weight", "llama.norm.weight"),
+    Row("lm_head.weight", "llama.lm_head.weight"),
+]
+
+
+def llava_hf(new: bool, vocab: int, padded: int) -> Table:
+    """llava-hf <-> ours. new: the names of transformers >= 4.52 in memory, else those of the hub's files.
+
+    vocab, padded: rows of the word embedding that LLaMA has and that the file has (llava-hf adds <image>,
+    <pad> and fills up); the rest is cut on the way in and zero on the way out.
+    """
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(padded - x.shape[0], x.shape[1])])
+
+    words = Transform(lambda x: x[:vocab], pad)
+    if new:
+        language, head, model = "model.language_model.", "lm_head.weight", "model."
+    else:
+        language, head, model = "language_model.model.", "language_model.lm_head.weight", ""
+    return [
+        Row("*position_ids", None),
+        Row(f"{language}layers.{{}}.self_attn.rotary_emb.inv_freq", None),
+        Row(f"{language}embed_tokens.weight", "llama.embed_tokens.weight", words),
+        Row(head, "llama.lm_head.weight", words),
+        Row(f"{language}layers.*", "llama.layers.*"),
+        Row(f"{language}norm.weight", "llama.norm.weight"),
+        Row(f"{model}multi_modal_projector.linear_1.*", "projector.0.*"),
+        Row(f"{model}multi_modal_projector.linear_2.*", "projector.2.*"),
+        Row(f"{model}vision_tower.vision_model.*", "tower.*"),
+        Row(f"{model}vision_tower.*", "tower.*"),  # transformers 5
+    ]
+
+
+# --- adapters --------------------------------------------------------------------------------------------
+
+
+def _processors(down: int, up: int, mid: int) -> Iterable[tuple[int, int]]:
+    """(place in diffusers' list of attention layers, place in execution order).
+
+    diffusers lists an UNet's layers as it registers them: down, up, mid; they run as down, mid, up.
+    """
+    for layer in range(down + up + mid):
+        if layer < down:
+            yield layer, layer
+        elif layer < down + up:
+            yield layer, layer + mid
+        else:
+            yield layer, layer - up
+
+
+def moma_th(down: int, up: int, mid: int) -> Table:
+    """The official attn_adapters_projectors.th <-> ours.
+
+    down, up, mid: transformer layers (pairs of self- and cross-attention) of the UNet's three parts. The
+    file numbers self-attention 2l and cross-attention 2l+1.
+    """
+    rows = [Row("projectors.*", "projector.*"), Row("llm_mapping.mapping.*", "mapping.*")]
+    for layer, ours in _processors(down, up, mid):
+        for kind, number in (("subject", 2 * layer), ("context", 2 * layer + 1)):
+            public = f"self_cross_attentions.{number}"
+            rows.append(Row(f"{public}.to_k_ip.weight", f"{kind}.{ours}.to_k.weight"))
+            rows.append(Row(f"{public}.to_v_ip.weight", f"{kind}.{ours}.to_v.weight"))
+        rows.append(Row(f"self_cross_attentions.{2 * layer}.scale_learnable", f"subject.{ours}.scale"))
+    return rows
+
+
+def ip_adapter(down: int, up: int, mid: int) -> Table:
+    """IP-Adapter (.bin flattened, .safetensors, or its trainer's output) <-> projector and context."""
+    rows: list[Row] = []
+    for head, body in (("image_proj", "ip_adapter"), ("image_proj_model", "adapter_modules")):
+        rows.append(Row(f"{head}.*", "projector.*"))
+        for layer, ours in _processors(down, up, mid):
+            public = f"{body}.{2 * layer + 1}"
+            rows.append(Row(f"{public}.to_k_ip.weight", f"context.{ours}.to_k.weight"))
+            rows.append(Row(f"{public}.to_v_ip.weight", f"context.{ours}.to_v.weight"))
+    return rows

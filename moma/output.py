@@ -1,0 +1,163 @@
+"""What a run leaves behind: pictures that know how they were made, and contact sheets.
+
+A picture's settings are a `Record`, kept as JSON in an iTXt chunk of its PNG file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from moma.config import MethodConfig, SampleConfig, method_config
+
+CHUNK = "moma"  # key of the PNG text chunk
+FORMAT, VERSION = "moma-picture", 1
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that went into a picture."""
+
+    path: str  # as the user gave it
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path) -> Self:
+        return cls(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that one picture was made from."""
+
+    subject: str
+    prompt: str
+    negative: str
+    seed: int  # of the start noise
+    subject_seed: int  # of the reference's noise
+    sample: SampleConfig
+    method: MethodConfig
+    reference: InputFile
+    mask: InputFile | None  # None: found in the picture itself
+    weights: str  # the bundle's folder
+    weight_hashes: Mapping[str, str]  # file -> sha256
+    dtype: str  # bf16, fp16, fp32
+    device: str
+    versions: Mapping[str, str]  # package -> version
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """ValueError for what `to_json` of this version did not write."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            found = (data.pop("format"), data.pop("version"))
+            if found != (FORMAT, VERSION):
+                raise ValueError(f"format {found}, expected {(FORMAT, VERSION)}")
+            data["sample"] = SampleConfig(**data["sample"])
+            data["method"] = method_config(**data["method"])
+            data["reference"] = InputFile(**data["reference"])
+            data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"settings of another version or damaged ({error})") from None
+
+
+def save_png(path: str | Path, image: Image.Image, record: Record | None = None) -> None:
+    """Write a PNG, with the record in it; the file appears only when it is complete."""
+    info = PngInfo()
+    if record is not None:
+        info.add_itxt(CHUNK, record.to_json())
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, "PNG", pnginfo=info)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_record(path: str | Path) -> Record:
+    """The record of a picture that `save_png` wrote; ValueError for any other file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"picture {str(path)!r}: no such file")
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(CHUNK)
+    except (OSError, SyntaxError):
+        raise ValueError(f"picture {str(path)!r} is not a picture: expected a PNG of sample.py") from None
+    if not isinstance(text, str):
+        raise ValueError(
+            f"picture {str(path)!r} has no settings in it: expected an unedited PNG of sample.py"
+        )
+    try:
+        return Record.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"picture {str(path)!r}: {error}") from None
+
+
+# --- contact sheets ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """Looks of a contact sheet, in pixels."""
+
+    cell: int = 256  # side of the square that a picture is fitted into
+    gap: int = 12
+    caption: int = 34  # height of the two lines below a picture
+    font: int = 13
+    background: tuple[int, int, int] = (248, 248, 246)
+    ink: tuple[int, int, int] = (50, 50, 50)
+
+
+class Cell(NamedTuple):
+    """One picture of a sheet with up to two short lines below."""
+
+    image: Image.Image
+    lines: tuple[str, ...] = ()
+
+
+def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None) -> Image.Image:
+    """Rows of pictures, each fitted into an equal square; lines that are too long end in an ellipsis."""
+    cfg = cfg or SheetConfig()
+    step_x, step_y = cfg.cell + cfg.gap, cfg.cell + cfg.caption + cfg.gap
+    size = (cfg.gap + step_x * max(map(len, rows)), cfg.gap + step_y * len(rows))
+    sheet, font = Image.new("RGB", size, cfg.background), ImageFont.load_default(cfg.font)
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            x, y = cfg.gap + j * step_x, cfg.gap + i * step_y
+            picture = ImageOps.contain(cell.image.convert("RGB"), (cfg.cell, cfg.cell))
+            sheet.paste(picture, (x + (cfg.cell - picture.width) // 2, y + (cfg.cell - picture.height) // 2))
+            for n, line in enumerate(cell.lines):
+                place = (x, y + cfg.cell + 2 + n * cfg.caption // 2)
+                draw.text(place, _fit(line, font, cfg.cell), cfg.ink, font)
+    return sheet
+
+
+def mask_picture(mask: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
+    """A mask (1, h, w) or (1, 1, h, w) in [0, 1] as grey picture, its cells blown up to `size` if given."""
+    values = mask.detach().float().cpu().numpy().reshape(mask.shape[-2:])  # (h, w)
+    image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    return image if size is None else image.resize(size, Image.Resampling.NEAREST)
+
+
+def _fit(text: str, font: Any, width: int) -> str:
+    """The text, cut to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

@@ -1,0 +1,456 @@
+"""Checkpoints in the public formats with pseudo-random weights, to test conversion at any size.
+
+    python -m tests.make_checkpoints --out DIR --scale tiny|full [--only NAME ...]
+
+full has the real sizes (LLaVA-7B alone is 14 GB); names, shapes, files and configs are those of the public
+models, the values are noise.
+"""
+
+import argparse
+import json
+import mmap
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import keymaps
+from models.clip import VISION_PRESETS, CLIPTextConfig, CLIPVisionConfig
+from models.keymaps import Row, Table
+from models.llama import LlamaConfig
+from models.llava import LlavaConfig
+from models.loading import LazyTensor, ShardConfig, write_safetensors
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from moma.adapter import AdapterConfig
+from moma.bundle import expected_shapes
+from moma.tiny import build_tokenizers
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of every network. Defaults: the public models'."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    tower: CLIPVisionConfig = field(default_factory=lambda: VISION_PRESETS["l14_336"])
+    ip_vision: CLIPVisionConfig = field(default_factory=lambda: VISION_PRESETS["h14"])
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    padded_vocab: int = 32064  # of llava-hf
+    first_shard: int = 9_976_000_000  # bytes; LLaVA's first shard has 9.98 GB
+
+    @property
+    def llava(self) -> LlavaConfig:
+        return LlavaConfig(llama=self.llama, vision=replace(self.tower, projection=None))
+
+
+FULL = Scale()
+TINY = Scale(
+    unet=UNetConfig(channels=(16, 32, 32, 32), heads=(2, 2, 2, 2), context_dim=(24,) * 4, norm_groups=8),
+    vae=VAEConfig(channels=(8, 16, 16, 16), norm_groups=8),
+    text=CLIPTextConfig(width=24, layers=2, heads=2, mlp=48, vocab=1000),
+    tower=CLIPVisionConfig(width=32, layers=3, heads=2, mlp=64, image_size=28, projection=16),
+    ip_vision=CLIPVisionConfig(width=48, layers=2, heads=3, mlp=64, act="gelu", image_size=28, projection=40),
+    llama=LlamaConfig(vocab=500, width=64, layers=3, heads=4, mlp=96),
+    adapter=AdapterConfig(mllm_dim=64, embed_dim=40),
+    padded_vocab=512,
+    first_shard=250_000,
+)
+SCALES = {"tiny": TINY, "full": FULL}
+
+
+# --- values ----------------------------------------------------------------------------------------------
+
+
+def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Values that keep a deep net's activations at their size; the same name gives the same values."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    values = torch.empty(shape, dtype=dtype)
+    if len(shape) < 2:  # norms and biases; λ
+        centre = 1.0 if name.endswith("weight") else 0.0
+        return values.normal_(centre, 0.02, generator=generator)
+    return values.normal_(0.0, prod(shape[1:]) ** -0.5, generator=generator)
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, salt: str = "") -> dict[str, LazyTensor]:
+    def lazy(name: str, shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(shape, dtype, Path("drawn"), lambda: draw(salt + name, shape, dtype))
+
+    return {name: lazy(name, shape) for name, shape in shapes.items()}
+
+
+def outward(table: Table, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Our names -> the public ones."""
+    result = keymaps.convert(table, tensors, "out")
+    assert not result.unknown, result.unknown
+    return {name: tensors[old].map(change) for name, (old, change) in result.names.items()}
+
+
+def network(
+    name: str, config: Any, scale: Scale, dtype: torch.dtype, salt: str = ""
+) -> dict[str, LazyTensor]:
+    return drawn(expected_shapes(name, config, scale.unet), dtype, salt)
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """One file, one tensor in memory at a time; the suffix decides the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write_safetensors(path.parent, path.stem, tensors, config=ShardConfig(max_bytes=sys.maxsize))
+        return
+    with torch.serialization.skip_data():  # the file with room for the values, which are never touched here
+        torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, path)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):  # writing changes the file
+        places = torch.load(path, mmap=True, weights_only=True)
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor.read())
+
+
+def save_sharded(folder: Path, tensors: Mapping[str, LazyTensor], first: int, kind: str = "bin") -> None:
+    """Two shards and their index, the first with up to `first` bytes."""
+    stem = "pytorch_model" if kind == "bin" else "model"
+    shards: list[dict[str, LazyTensor]] = [{}, {}]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        shards[size > first][name] = tensor
+    places = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}-{i:05}-of-00002.{kind}"
+        save(folder / file, shard)
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+    write_json(folder / f"{stem}.{kind}.index.json", index)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+# --- public configs ----------------------------------------------------------------------------------------
+
+
+def unet_json(cfg: UNetConfig) -> dict[str, Any]:
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": cfg.heads[0],
+        "block_out_channels": list(cfg.channels),
+        "cross_attention_dim": cfg.context_dim[0],
+        "down_block_types": down,
+        "up_block_types": up,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "layers_per_block": cfg.resnets,
+        "norm_num_groups": cfg.norm_groups,
+        "sample_size": 64,
+    }
+
+
+def vae_json(cfg: VAEConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(cfg.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * len(cfg.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(cfg.channels),
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.in_channels,
+        "latent_channels": cfg.latent_channels,
+        "layers_per_block": cfg.resnets,
+        "norm_num_groups": cfg.norm_groups,
+    }
+
+
+def clip_json(cfg: CLIPTextConfig | CLIPVisionConfig) -> dict[str, Any]:
+    data = {
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "intermediate_size": cfg.mlp,
+        "hidden_act": cfg.act,
+        "layer_norm_eps": cfg.eps,
+        "projection_dim": cfg.projection or cfg.width,
+    }
+    if isinstance(cfg, CLIPTextConfig):
+        more = {"model_type": "clip_text_model", "vocab_size": cfg.vocab, "architectures": ["CLIPTextModel"]}
+        return data | more | {"max_position_embeddings": cfg.positions, "bos_token_id": 0, "eos_token_id": 2}
+    return data | {"model_type": "clip_vision_model", "image_size": cfg.image_size, "patch_size": cfg.patch}
+
+
+def llama_json(cfg: LlamaConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.groups,
+        "rms_norm_eps": cfg.eps,
+        "max_position_embeddings": cfg.positions,
+        "vocab_size": cfg.vocab,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+    }
+
+
+def llava_json(scale: Scale) -> dict[str, Any]:
+    return llama_json(scale.llama) | {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_hidden_size": scale.tower.width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+    }
+
+
+def llava_hf_json(scale: Scale) -> dict[str, Any]:
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_token_index": scale.llama.vocab,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": llama_json(scale.llama) | {"model_type": "llama", "vocab_size": scale.padded_vocab},
+        "vision_config": clip_json(scale.tower),
+    }
+
+
+# --- the checkpoints ----------------------------------------------------------------------------------------
+
+
+def position_ids(prefix: str, count: int) -> dict[str, LazyTensor]:
+    """The buffer that old transformers saved."""
+    ids = torch.arange(count)[None]
+    return {f"{prefix}embeddings.position_ids": LazyTensor((1, count), ids.dtype, Path("drawn"), lambda: ids)}
+
+
+def make_sd15(folder: Path, scale: Scale, tokenizers: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Stable Diffusion 1.5 in diffusers folders."""
+    ending = ".fp16.safetensors" if dtype == torch.float16 else ".safetensors"
+    unet, vae = network("unet", scale.unet, scale, dtype), network("vae", scale.vae, scale, dtype)
+    text = outward([Row("text_model.*", "*")], network("text", scale.text, scale, dtype))
+    text |= position_ids("text_model.", scale.text.positions)
+    for part, tensors, stem, config in (
+        ("unet", unet, "diffusion_pytorch_model", unet_json(scale.unet)),
+        ("vae", vae, "diffusion_pytorch_model", vae_json(scale.vae)),
+        ("text_encoder", text, "model", clip_json(scale.text)),
+    ):
+        write_json(folder / part / "config.json", config)
+        save(folder / part / f"{stem}{ending}", tensors)
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "PNDMScheduler"})
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(tokenizers / name, folder / "tokenizer" / name)
+    return folder
+
+
+def ldm_tensors(
+    scale: Scale, dtype: torch.dtype, ema: bool = False, salt: str = "", vae: bool = True, text: bool = True
+) -> dict[str, LazyTensor]:
+    """What a single-file Stable Diffusion 1.5 holds, without the outer `state_dict`."""
+    table = keymaps.ldm_unet([depth > 0 for depth in scale.unet.depth], scale.unet.resnets)
+    unet = outward(table, network("unet", scale.unet, scale, dtype, salt))
+    result = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
+    if ema:
+        average = outward(table, network("unet", scale.unet, scale, dtype, f"{salt}ema"))
+        for name, tensor in average.items():
+            result[f"model_ema.diffusion_model{name.replace('.', '')}"] = tensor
+        result |= drawn({"model_ema.decay": (), "model_ema.num_updates": ()}, torch.float32)
+    result |= drawn({"betas": (1000,), "alphas_cumprod": (1000,)}, torch.float32)
+    if vae:
+        named = outward(
+            keymaps.ldm_vae(len(scale.vae.channels)), network("vae", scale.vae, scale, dtype, salt)
+        )
+        result |= {f"first_stage_model.{name}": tensor for name, tensor in named.items()}
+    if text:
+        named = network("text", scale.text, scale, dtype, salt)
+        result |= {f"cond_stage_model.transformer.text_model.{name}": t for name, t in named.items()}
+        result |= position_ids("cond_stage_model.transformer.text_model.", scale.text.positions)
+    return result
+
+
+def make_ldm(path: Path, scale: Scale, dtype: torch.dtype = torch.float16, **parts: Any) -> Path:
+    """A single-file checkpoint; .ckpt nests its tensors as pytorch_lightning does."""
+    tensors = ldm_tensors(scale, dtype, **parts)
+    if path.suffix == ".safetensors":
+        save(path, tensors)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
+        torch.save({"epoch": 3, "global_step": 470000, "state_dict": state, "lr_schedulers": []}, path)
+    return path
+
+
+def make_vae(folder: Path, scale: Scale, old: bool = True, salt: str = "mse") -> Path:
+    """sd-vae-ft-mse: a lone VAE folder, with diffusers' old names for the attention."""
+    tensors = network("vae", scale.vae, scale, torch.float32, salt)
+    write_json(folder / "config.json", vae_json(scale.vae))
+    table = keymaps.DIFFUSERS_VAE_OLD if old else keymaps.DIFFUSERS_VAE
+    save(folder / "diffusion_pytorch_model.safetensors", outward(table, tensors))
+    return folder
+
+
+def tower_tensors(scale: Scale, dtype: torch.dtype, salt: str = "tower") -> dict[str, LazyTensor]:
+    return network("vision", replace(scale.tower, projection=None), scale, dtype, salt)
+
+
+def make_clip(folder: Path, scale: Scale) -> Path:
+    """openai/clip-vit-large-patch14-336: a whole CLIPModel, float32, as .bin."""
+    tower, text = tower_tensors(scale, torch.float32), replace(scale.text, projection=scale.tower.projection)
+    tensors = {f"vision_model.{name}": tensor for name, tensor in tower.items()}
+    for name, tensor in network("text", text, scale, torch.float32).items():
+        tensors[name if name == "text_projection.weight" else f"text_model.{name}"] = tensor
+    projection = {"visual_projection.weight": (scale.tower.projection, scale.tower.width), "logit_scale": ()}
+    tensors |= drawn(projection, torch.float32) | position_ids("text_model.", scale.text.positions)
+    tensors |= position_ids("vision_model.", scale.tower.patches + 1)
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": scale.tower.projection}
+    config |= {"text_config": clip_json(text), "vision_config": clip_json(scale.tower)}
+    write_json(folder / "config.json", config)
+    save(folder / "pytorch_model.bin", tensors)
+    return folder
+
+
+def make_ip_vision(folder: Path, scale: Scale) -> Path:
+    """IP-Adapter's models/image_encoder."""
+    tensors = network("ip_vision", scale.ip_vision, scale, torch.float16)
+    named = {n if n == "visual_projection.weight" else f"vision_model.{n}": t for n, t in tensors.items()}
+    config = clip_json(scale.ip_vision) | {"architectures": ["CLIPVisionModelWithProjection"]}
+    write_json(folder / "config.json", config)
+    save(folder / "model.safetensors", named)
+    return folder
+
+
+def make_llava(
+    folder: Path, scale: Scale, tokenizers: Path, tower: str | None = None, dtype: torch.dtype = torch.float16
+) -> Path:
+    """The original layout: config.json, two .bin shards and their index, tokenizer.model, a stale
+    mm_projector.bin. tower: salt of the image tower inside, None = none inside."""
+    tensors = network("llava", scale.llava, scale, dtype)
+    if tower is not None:
+        inside = tower_tensors(scale, dtype, tower)
+        tensors |= {f"tower.{name}": tensor for name, tensor in inside.items()}
+    named = outward(keymaps.LLAVA_ORIGINAL, tensors)
+    angles = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(scale.llama.layers)}
+    named |= drawn(angles, torch.float32)
+    write_json(folder / "config.json", llava_json(scale))
+    save_sharded(folder, named, scale.first_shard)
+    stale = drawn({"model.mm_projector.0.weight": (scale.llama.width, scale.tower.width)}, dtype, "stale")
+    save(folder / "mm_projector.bin", stale)
+    shutil.copyfile(tokenizers / "tokenizer.model", folder / "tokenizer.model")
+    return folder
+
+
+def make_llava_hf(folder: Path, scale: Scale, tokenizers: Path, new: bool = False) -> Path:
+    """llava-hf's layout: safetensors shards, padded vocabulary, the tower inside."""
+    tensors = network("llava", scale.llava, scale, torch.float16)
+    tensors |= {f"tower.{n}": t for n, t in tower_tensors(scale, torch.float16).items()}
+    named = outward(keymaps.llava_hf(new, scale.llama.vocab, scale.padded_vocab), tensors)
+    write_json(folder / "config.json", llava_hf_json(scale))
+    save_sharded(folder, named, scale.first_shard, "safetensors")
+    shutil.copyfile(tokenizers / "tokenizer.model", folder / "tokenizer.model")
+    return folder
+
+
+def _layers(cfg: UNetConfig) -> tuple[int, int, int]:
+    return (
+        sum(d * cfg.resnets for d in cfg.depth),
+        sum(d * (cfg.resnets + 1) for d in cfg.depth),
+        cfg.mid_depth,
+    )
+
+
+def make_moma(path: Path, scale: Scale) -> Path:
+    """attn_adapters_projectors.th: three state dicts, mixed precision, a second projector in llm_mapping."""
+    tensors = network("adapter", scale.adapter, scale, torch.float32)
+    parts: dict[str, dict[str, Tensor]] = {"projectors": {}, "self_cross_attentions": {}, "llm_mapping": {}}
+    for name, tensor in outward(keymaps.moma_th(*_layers(scale.unet)), tensors).items():
+        part, key = name.split(".", 1)
+        half = part == "self_cross_attentions"
+        parts[part][key] = tensor.read().half() if half else tensor.read()
+    parts["llm_mapping"] |= {f"projector.{name}": t for name, t in parts["projectors"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(parts, path)
+    return path
+
+
+def make_ip_adapter(path: Path, scale: Scale) -> Path:
+    """ip-adapter_sd15: .bin is nested, .safetensors flat."""
+    tensors = network("ip_adapter", scale.adapter, scale, torch.float16, "ip")
+    named = outward(keymaps.ip_adapter(*_layers(scale.unet)), tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save(path, named)
+    else:
+        parts: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+        for name, tensor in named.items():
+            part, key = name.split(".", 1)
+            parts[part][key] = tensor.read()
+        torch.save(parts, path)
+    return path
+
+
+def make_all(out: Path, scale: Scale, tokenizers: Path, only: Iterable[str] = ()) -> None:
+    """Everything that a full conversion needs, and one of each further format."""
+    makers: dict[str, Callable[[], Path]] = {
+        "sd15": lambda: make_sd15(out / "sd15", scale, tokenizers),
+        "vae": lambda: make_vae(out / "sd-vae-ft-mse", scale),
+        "clip": lambda: make_clip(out / "clip-vit-large-patch14-336", scale),
+        "llava": lambda: make_llava(out / "MoMA_llava_7b", scale, tokenizers, tower="tower"),
+        "moma": lambda: make_moma(out / "attn_adapters_projectors.th", scale),
+        "ckpt": lambda: make_ldm(out / "v1-5-pruned.ckpt", scale, torch.float32, ema=True),
+        "community": lambda: make_ldm(out / "community.safetensors", scale, salt="community"),
+        "ip_vision": lambda: make_ip_vision(out / "image_encoder", scale),
+        "ip_adapter": lambda: make_ip_adapter(out / "ip-adapter_sd15.bin", scale),
+        "ip_adapter_flat": lambda: make_ip_adapter(out / "ip-adapter_sd15.safetensors", scale),
+        "llava_hf": lambda: make_llava_hf(out / "llava-1.5-7b-hf", scale, tokenizers),
+    }
+    if unknown := set(only) - set(makers):
+        raise SystemExit(f"{unknown.pop()!r}: expected one of {', '.join(makers)}")
+    for name, make in makers.items():
+        if not only or name in only:
+            print(make())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scale", choices=SCALES, default="tiny")
+    parser.add_argument("--only", nargs="*", default=[], help="some of the checkpoints")
+    parser.add_argument("--tokenizers", type=Path, help="folder with vocab.json, merges.txt, tokenizer.model")
+    args = parser.parse_args()
+    tokenizers = args.tokenizers
+    if tokenizers is None:
+        tokenizers = args.out / "tokenizers"
+        build_tokenizers(tokenizers)
+    make_all(args.out, SCALES[args.scale], tokenizers, args.only)
+
+
+if __name__ == "__main__":
+    main()

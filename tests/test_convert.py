@@ -1,0 +1,834 @@
+"""convert_weights.py, moma/bundle.py, moma/download.py: public formats in, one bundle out, or a clear no."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert_weights
+from convert_weights import Assumed, convert, main
+from models.loading import read_checkpoint
+from moma.bundle import Bundle, BundleWriter, expected_shapes
+from moma.download import MOMA_FILE, DownloadConfig, by_hand, download
+from moma.tiny import build_tokenizers
+from tests.make_checkpoints import (
+    TINY,
+    draw,
+    ldm_tensors,
+    make_clip,
+    make_ip_adapter,
+    make_ip_vision,
+    make_ldm,
+    make_llava,
+    make_llava_hf,
+    make_moma,
+    make_sd15,
+    make_vae,
+    write_json,
+)
+
+ASSUMED = Assumed(unet=TINY.unet, vae=TINY.vae, text=TINY.text)
+NETWORKS = ("unet", "vae", "text", "vision", "llava", "adapter")
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of each checkpoint that a complete bundle needs."""
+    folder = tmp_path_factory.mktemp("public")
+    build_tokenizers(folder / "tokenizers")
+    make_sd15(folder / "sd15", TINY, folder / "tokenizers")
+    make_vae(folder / "vae", TINY)
+    make_clip(folder / "clip", TINY)
+    make_llava(folder / "llava", TINY, folder / "tokenizers")
+    make_moma(folder / MOMA_FILE, TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def complete(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundles") / "moma"
+    convert([public / name for name in ("sd15", "vae", "clip", "llava", MOMA_FILE)], out, say=lambda _: None)
+    return Bundle.open(out)
+
+
+def run(sources: list[Path], out: Path, base: Bundle | None = None, **options: object) -> tuple[Bundle, str]:
+    """The bundle and everything that was said."""
+    said: list[str] = []
+    convert(sources, out, base=base, say=said.append, **{"assumed": ASSUMED, **options})
+    return Bundle.open(out), "\n".join(said)
+
+
+def state(bundle: Bundle, name: str) -> dict[str, Tensor]:
+    return bundle.build(name).state_dict()
+
+
+def assert_drawn(
+    values: dict[str, Tensor],
+    dtype: torch.dtype,
+    salt: str = "",
+    drop: str = "",
+    cast: torch.dtype | None = None,
+) -> None:
+    """The values are those that tests.make_checkpoints drew for these names, whatever the layout was."""
+    for name, value in values.items():
+        wanted = draw(salt + name.removeprefix(drop), tuple(value.shape), dtype)
+        assert torch.equal(value, wanted.to(cast or dtype)), name
+
+
+# --- every format -------------------------------------------------------------------------------------
+
+
+def test_complete_set(complete: Bundle) -> None:
+    assert tuple(complete.networks) == NETWORKS
+    assert_drawn(state(complete, "unet"), torch.float32)
+    assert_drawn(state(complete, "vae"), torch.float32, "mse")
+    assert_drawn(state(complete, "text"), torch.float32)
+    assert_drawn(state(complete, "vision"), torch.float32, "tower")
+    llava = state(complete, "llava")
+    tower = {name: value for name, value in llava.items() if name.startswith("tower.")}
+    assert_drawn(tower, torch.float32, "tower", drop="tower.")
+    assert_drawn({name: v for name, v in llava.items() if name not in tower}, torch.float16)
+    for name, value in state(complete, "adapter").items():
+        kind = torch.float16 if name.startswith(("context", "subject")) else torch.float32
+        assert torch.equal(value, draw(name, tuple(value.shape), torch.float32).to(kind)), name
+    assert complete.configs["unet"] == TINY.unet
+    assert complete.config("llava").llama.lm_head and "llama.lm_head.weight" not in llava
+    assert "llama.lm_head.weight" in complete.build("llava", lm_head=True).state_dict()
+    assert len(complete.clip_tokenizer().encode("a cat").ids) == TINY.text.positions
+    assert complete.llama_tokenizer().encode("a cat")
+    for file, digest in complete.hashes.items():
+        assert hashlib.sha256((complete.folder / file).read_bytes()).hexdigest() == digest
+
+
+def test_the_order_of_llava_and_clip_does_not_matter(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    bundle, _ = run([public / n for n in (MOMA_FILE, "llava", "clip", "sd15", "vae")], tmp_path / "b")
+    assert bundle.hashes == complete.hashes
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+def test_single_file(complete: Bundle, tmp_path: Path, name: str) -> None:
+    source = make_ldm(tmp_path / name, TINY, salt="c")
+    bundle, _ = run([source], tmp_path / "b", complete)
+    for network in ("unet", "vae", "text"):
+        assert_drawn(state(bundle, network), torch.float16, "c")
+
+
+def test_swap_keeps_the_rest(complete: Bundle, tmp_path: Path) -> None:
+    source = make_ldm(tmp_path / "community.safetensors", TINY, salt="c", vae=False, text=False)
+    bundle, said = run([source], tmp_path / "b", complete)
+    assert "community.safetensors: has no VAE" in said and "has no text encoder" in said
+    assert bundle.hashes["unet.safetensors"] != complete.hashes["unet.safetensors"]
+    kept = [file for file in complete.hashes if file != "unet.safetensors"]
+    assert {file: bundle.hashes[file] for file in kept} == {file: complete.hashes[file] for file in kept}
+    assert os.path.samefile(bundle.folder / "adapter.safetensors", complete.folder / "adapter.safetensors")
+    assert state(bundle, "adapter").keys() == state(complete, "adapter").keys()
+    assert Bundle.open(complete.folder).hashes == complete.hashes
+
+
+def test_single_file_without_base_needs_a_tokenizer(tmp_path: Path) -> None:
+    source = make_ldm(tmp_path / "a.safetensors", TINY)
+    with pytest.raises(ValueError, match=r"text: no source has its vocab\.json"):
+        run([source], tmp_path / "b")
+    source = make_ldm(tmp_path / "c.safetensors", TINY, text=False)
+    bundle, said = run([source], tmp_path / "b")
+    assert set(bundle.networks) == {"unet", "vae"} and "sampling also needs text, vision" in said
+
+
+def test_ema(complete: Bundle, tmp_path: Path) -> None:
+    source = make_ldm(tmp_path / "a.ckpt", TINY, torch.float32, ema=True)
+    bundle, said = run([source], tmp_path / "plain", complete)
+    assert "--ema takes instead" in said
+    assert_drawn(state(bundle, "unet"), torch.float32)
+    bundle, _ = run([source], tmp_path / "ema", complete, ema=True)
+    assert_drawn(state(bundle, "unet"), torch.float32, "ema")
+    source = make_ldm(tmp_path / "none.safetensors", TINY)
+    with pytest.raises(ValueError, match="no full set of averaged weights"):
+        run([source], tmp_path / "no", complete, ema=True)
+
+
+def test_old_text_prefix(complete: Bundle, tmp_path: Path) -> None:
+    tensors = {
+        name.replace(".text_model.", "."): t.read() for name, t in ldm_tensors(TINY, torch.float16).items()
+    }
+    save_file(tensors, tmp_path / "nai.safetensors")
+    bundle, said = run([tmp_path / "nai.safetensors"], tmp_path / "b", complete)
+    assert_drawn(state(bundle, "text"), torch.float16)
+    assert "unused" not in said
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("ones", [0, 1, 2])
+def test_vae_folder_in_every_spelling(complete: Bundle, tmp_path: Path, old: bool, ones: int) -> None:
+    folder = make_vae(tmp_path / "vae", TINY, old, salt="v")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {
+        name: t.reshape(*t.shape, *[1] * ones) if ".attentions.0." in name and t.dim() == 2 else t
+        for name, t in load_file(path).items()
+    }
+    save_file(tensors, path)
+    bundle, _ = run([folder], tmp_path / "b", complete)
+    assert_drawn(state(bundle, "vae"), torch.float32, "v")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "state_dict."])
+def test_vae_file(complete: Bundle, tmp_path: Path, prefix: str) -> None:
+    tensors = ldm_tensors(TINY, torch.float16, salt="v", text=False)
+    start = "first_stage_model."
+    vae = {
+        prefix + n.removeprefix(start): t.read().contiguous()
+        for n, t in tensors.items()
+        if n.startswith(start)
+    }
+    torch.save(vae | {f"{prefix}loss.logvar": torch.zeros(())}, tmp_path / "vae.ckpt")
+    bundle, said = run([tmp_path / "vae.ckpt"], tmp_path / "b", complete)
+    assert_drawn(state(bundle, "vae"), torch.float16, "v")
+    assert "unused" not in said
+
+
+def test_half_precision_files_and_preference(public: Path, tmp_path: Path) -> None:
+    make_sd15(tmp_path / "sd", TINY, public / "tokenizers", torch.float16)
+    shutil.copy(
+        public / "sd15/unet/diffusion_pytorch_model.safetensors",
+        tmp_path / "sd/unet/diffusion_pytorch_model.non_ema.safetensors",
+    )
+    bundle, _ = run([tmp_path / "sd"], tmp_path / "b")
+    assert {t.dtype for t in state(bundle, "unet").values()} == {torch.float16}
+
+
+def test_sd_folder_without_vae(public: Path, tmp_path: Path) -> None:
+    shutil.copytree(public / "sd15", tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd/vae")
+    bundle, said = run([tmp_path / "sd", public / "vae"], tmp_path / "b")
+    assert "has no vae/" in said and "vae" in bundle.networks
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_llava_hf(public: Path, tmp_path: Path, new: bool) -> None:
+    source = make_llava_hf(tmp_path / "hf", TINY, public / "tokenizers", new)
+    bundle, _ = run([source], tmp_path / "b")
+    assert set(bundle.networks) == {"vision", "llava"}
+    llava = bundle.build("llava", lm_head=True).state_dict()
+    assert llava["llama.embed_tokens.weight"].shape[0] == TINY.llama.vocab
+    # The padded rows were cut off again, so the values are those of a file without padding
+    assert_drawn({n: t for n, t in llava.items() if not n.startswith("tower.")}, torch.float16)
+    tower = {n: t for n, t in llava.items() if n.startswith("tower.")}
+    assert_drawn(tower, torch.float16, "tower", drop="tower.")
+
+
+def test_tower_inside_llava(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    source = make_llava(tmp_path / "llava", TINY, public / "tokenizers", tower="other")
+    bundle, _ = run([source], tmp_path / "inside", complete)
+    assert_drawn(state(bundle, "vision"), torch.float16, "other")
+    # with OpenAI's folder given, that one is taken and compared
+    bundle, said = run([source, public / "clip"], tmp_path / "openai")
+    assert_drawn(state(bundle, "vision"), torch.float32, "tower")
+    ours = read_checkpoint(bundle.folder / "vision.safetensors")
+    biggest = max(
+        (t.read() - draw(f"other{n}", t.shape, torch.float16).float()).abs().max().item()
+        for n, t in ours.items()
+    )
+    found = re.search(r"differs by at most ([\d.e-]+) \(", said)
+    assert found and float(found[1]) == pytest.approx(biggest, rel=1e-2)
+    assert "mm_projector.bin not read" in said
+    # without any of them, only a tower of known shape can be used
+    with pytest.raises(ValueError, match="no known CLIP model; give its CLIP folder"):
+        run([source], tmp_path / "none")
+
+
+def test_identical_tower_is_said_to_be(public: Path, tmp_path: Path) -> None:
+    source = make_llava(tmp_path / "l", TINY, public / "tokenizers", tower="tower", dtype=torch.float32)
+    _, said = run([source, public / "clip"], tmp_path / "b")
+    assert "differs by at most 0\n" in said + "\n"
+
+
+def test_known_tower_is_guessed_from_its_shapes() -> None:
+    for name in ("l14", "l14_336", "b32"):
+        wanted = replace(convert_weights.VISION_PRESETS[name], projection=None)
+        shapes = expected_shapes("vision", wanted)
+        lazy = {
+            n: convert_weights.LazyTensor(shape, torch.float16, Path("x"), lambda: torch.empty(0))
+            for n, shape in shapes.items()
+        }
+        assert convert_weights.guess_tower(lazy, Path("x")) == wanted
+
+
+@pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "ip-adapter_sd15.safetensors"])
+def test_ip_adapter(complete: Bundle, tmp_path: Path, name: str) -> None:
+    sources = [make_ip_adapter(tmp_path / name, TINY), make_ip_vision(tmp_path / "encoder", TINY)]
+    bundle, _ = run(sources, tmp_path / "b", complete)
+    assert_drawn(bundle.state("ip_adapter"), torch.float16, "ip")
+    assert_drawn(state(bundle, "ip_vision"), torch.float16)
+    adapter = bundle.build("adapter")
+    missing, unexpected = adapter.load_state_dict(bundle.state("ip_adapter"), strict=False)
+    assert not unexpected and all(key.startswith(("mapping.", "subject.")) for key in missing)
+
+
+def test_unknown_keys_of_the_th_are_listed(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    _, said = run([public / MOMA_FILE], tmp_path / "b", complete)
+    line = next(line for line in said.split("\n") if "unused" in line)
+    assert MOMA_FILE in line and "llm_mapping.projector.proj.weight" in line
+
+
+@pytest.mark.parametrize("choice", ["fp32", "bf16", "fp16"])
+def test_dtype(public: Path, complete: Bundle, tmp_path: Path, choice: str) -> None:
+    kind = convert_weights.DTYPES[choice]
+    bundle, _ = run([public / "sd15", public / "vae"], tmp_path / "b", complete, dtype=kind)
+    assert_drawn(state(bundle, "unet"), torch.float32, cast=kind)
+    assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
+
+
+def test_without_llm(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    bundle, _ = run([public / "sd15", public / MOMA_FILE, public / "llava"], tmp_path / "a", llm=False)
+    assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
+    bundle, _ = run([public / "vae"], tmp_path / "b", complete, llm=False)
+    assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def ldm_file(tmp_path: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    tensors = {name: t.read().contiguous() for name, t in ldm_tensors(TINY, torch.float16).items()}
+    change(tensors)
+    save_file(tensors, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def with_channels(channels: int) -> Callable[[Path, Path], Path]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "model.diffusion_model.input_blocks.0.0.weight"
+        tensors[name] = torch.zeros(tensors[name].shape[0], channels, 3, 3)
+
+    return lambda tmp_path, public: ldm_file(tmp_path, change)
+
+
+def with_tensors(**tensors: Tensor) -> Callable[[Path, Path], Path]:
+    named = {name.replace("__", "."): value for name, value in tensors.items()}
+    return lambda tmp_path, public: ldm_file(tmp_path, lambda t: t.update(named))
+
+
+def only(**tensors: Tensor) -> Callable[[Path, Path], Path]:
+    def make(tmp_path: Path, public: Path) -> Path:
+        named = {name.replace("__", "."): value.clone() for name, value in tensors.items()}
+        save_file(named, tmp_path / "a.safetensors")
+        return tmp_path / "a.safetensors"
+
+    return make
+
+
+def sd_folder(file: str, **changes: object) -> Callable[[Path, Path], Path]:
+    def make(tmp_path: Path, public: Path) -> Path:
+        shutil.copytree(public / "sd15", tmp_path / "sd")
+        path = tmp_path / "sd" / file
+        write_json(path, json.loads(path.read_text()) | changes)
+        return tmp_path / "sd"
+
+    return make
+
+
+def sidecar(name: str, text: str) -> Callable[[Path, Path], Path]:
+    def make(tmp_path: Path, public: Path) -> Path:
+        (tmp_path / name).write_text(text)
+        return ldm_file(tmp_path, lambda tensors: None)
+
+    return make
+
+
+def folder_with(**files: str) -> Callable[[Path, Path], Path]:
+    def make(tmp_path: Path, public: Path) -> Path:
+        (tmp_path / "f").mkdir()
+        for name, text in files.items():
+            (tmp_path / "f" / name.replace("__", ".")).write_text(text)
+        return tmp_path / "f"
+
+    return make
+
+
+def lfs_folder(tmp_path: Path, public: Path) -> Path:
+    shutil.copytree(public / "sd15", tmp_path / "sd")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167540\n"
+    (tmp_path / "sd/unet/diffusion_pytorch_model.safetensors").write_text(pointer)
+    return tmp_path / "sd"
+
+
+def no_weights(tmp_path: Path, public: Path) -> Path:
+    shutil.copytree(public / "vae", tmp_path / "v")
+    (tmp_path / "v/diffusion_pytorch_model.safetensors").unlink()
+    return tmp_path / "v"
+
+
+def llava_for_another_tower(tmp_path: Path, public: Path) -> Path:
+    shutil.copytree(public / "llava", tmp_path / "l")
+    config = json.loads((tmp_path / "l/config.json").read_text())
+    write_json(tmp_path / "l/config.json", config | {"mm_hidden_size": 1280})
+    return tmp_path / "l"
+
+
+W = torch.ones(2, 2)
+REFUSALS = {
+    "inpainting": (with_channels(9), r"inpainting model \(9 input channels\)"),
+    "instruct-pix2pix": (with_channels(8), r"instruct-pix2pix model \(8 input channels\)"),
+    "sd2 text": (with_tensors(cond_stage_model__model__ln_final__weight=W), "Stable Diffusion 2"),
+    "sd2 width": (
+        with_tensors(
+            **{
+                "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(
+                    2, 1024
+                )
+            }
+        ),
+        "Stable Diffusion 2",
+    ),
+    "sdxl": (with_tensors(conditioner__embedders__0__weight=W), "SDXL"),
+    "lora": (only(lora_unet_down__lora_down__weight=W), "LoRA"),
+    "peft lora": (only(unet__to_k__lora_A__weight=W), "LoRA"),
+    "v-prediction marker": (with_tensors(v_pred=W), "predicts 'v_prediction'"),
+    "v-prediction yaml": (sidecar("a.yaml", 'params:\n  parameterization: "v"\n'), "predicts 'v_prediction'"),
+    "v-prediction json": (
+        sidecar("a.json", '{"prediction_type": "v_prediction"}'),
+        "predicts 'v_prediction'",
+    ),
+    "v-prediction folder": (
+        sd_folder("scheduler/scheduler_config.json", prediction_type="v_prediction"),
+        "predicts 'v_prediction'",
+    ),
+    "inpainting folder": (sd_folder("unet/config.json", in_channels=9), "inpainting"),
+    "sd2 folder": (sd_folder("unet/config.json", cross_attention_dim=1024), "Stable Diffusion 2"),
+    "sdxl folder": (sd_folder("unet/config.json", cross_attention_dim=2048), "SDXL"),
+    "ip-adapter plus": (only(image_proj__latents=W, ip_adapter__1__to_k_ip__weight=W), "IP-Adapter Plus"),
+    "ip-adapter face": (
+        only(image_proj__proj__0__weight=W, ip_adapter__1__to_k_ip__weight=W),
+        "IP-Adapter Full Face",
+    ),
+    "ip-adapter sdxl": (
+        only(image_proj__proj__weight=W, ip_adapter__1__to_k_ip__weight=torch.ones(2, 2048)),
+        "IP-Adapter for SDXL",
+    ),
+    "tower of another model": (llava_for_another_tower, "mm_hidden_size 1280, but the CLIP model .*32"),
+    "lfs": (lfs_folder, "git-lfs pointer"),
+    "empty folder": (folder_with(), "empty folder"),
+    "other folder": (folder_with(readme__txt="hello"), "neither unet/ nor config.json"),
+    "other model": (folder_with(config__json='{"model_type": "bert"}'), "config.json describes bert"),
+    "bundle as source": (folder_with(config__json='{"format": "moma-bundle"}'), "already a bundle"),
+    "broken config": (folder_with(config__json="{"), "not JSON"),
+    "incomplete config": (
+        folder_with(config__json='{"_class_name": "AutoencoderKL"}'),
+        "has no '.*', which a",
+    ),
+    "no weights": (no_weights, "no weights there, expected diffusion_pytorch_model"),
+    "other tensors": (only(something=W), "not a checkpoint known here; its tensors are called something"),
+    "nothing": (lambda tmp_path, public: tmp_path / "none", "no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(public: Path, complete: Bundle, tmp_path: Path, case: str) -> None:
+    make, message = REFUSALS[case]
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message) as error:
+        run([make(tmp_path, public)], out, complete)
+    assert "\n" not in str(error.value) and not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_h14_as_llavas_tower(public: Path, tmp_path: Path) -> None:
+    """The image encoder of IP-Adapter alone does not make LLaVA complete."""
+    encoder = make_ip_vision(tmp_path / "encoder", TINY)
+    with pytest.raises(
+        ValueError, match=r"without an image tower; give the CLIP folder of openai/clip-vit-large"
+    ):
+        run([public / "llava", encoder], tmp_path / "b")
+    config = json.loads((encoder / "config.json").read_text())
+    write_json(encoder / "config.json", config | {"architectures": ["CLIPVisionModel"]})
+    with pytest.raises(ValueError, match=r"mm_hidden_size 32, but the CLIP model .*48"):
+        run([public / "llava", encoder], tmp_path / "b")
+
+
+def test_ip_adapter_with_the_wrong_encoder(complete: Bundle, tmp_path: Path) -> None:
+    scale = replace(TINY, ip_vision=replace(TINY.ip_vision, projection=24))
+    sources = [make_ip_adapter(tmp_path / "ip.bin", TINY), make_ip_vision(tmp_path / "encoder", scale)]
+    with pytest.raises(ValueError, match="image embeddings of width 40, but encoder gives 24"):
+        run(sources, tmp_path / "b", complete)
+
+
+def test_adapter_for_another_llava(complete: Bundle, tmp_path: Path) -> None:
+    scale = replace(TINY, adapter=replace(TINY.adapter, mllm_dim=80))
+    with pytest.raises(ValueError, match="MLLM of width 80, but the LLaVA here has 64"):
+        run([make_moma(tmp_path / "a.th", scale)], tmp_path / "b", complete)
+
+
+def test_unet_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    scale = replace(TINY, unet=replace(TINY.unet, channels=(16, 32, 32, 64)))
+    source = make_sd15(tmp_path / "sd", scale, public / "tokenizers")
+    with pytest.raises(ValueError, match=r"does not fit adapter: mis-shaped: context\.6"):
+        run([source], tmp_path / "b", complete)
+
+
+@pytest.mark.parametrize(
+    "change, message", [("drop", "missing: conv_out.bias"), ("shape", "mis-shaped: conv_out.bias")]
+)
+def test_missing_and_misshaped_keys(
+    public: Path, complete: Bundle, tmp_path: Path, change: str, message: str
+) -> None:
+    shutil.copytree(public / "sd15", tmp_path / "sd")
+    path = tmp_path / "sd/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path) | {"extra.weight": W}
+    bias = tensors.pop("conv_out.bias")
+    save_file(tensors if change == "drop" else tensors | {"conv_out.bias": bias[:2].clone()}, path)
+    with pytest.raises(ValueError, match=message) as error:
+        run([tmp_path / "sd"], tmp_path / "b", complete)
+    assert "unused: extra.weight" in str(error.value) and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.th", "a.bin"])
+def test_hostile_sources(complete: Bundle, tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'flag'}",)
+
+    torch.save({"state_dict": {"w": W}, "x": Attack()}, tmp_path / name)
+    arguments = [str(tmp_path / name), "--base-bundle", str(complete.folder), "--out", str(tmp_path / "b")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ".system" in error and "Traceback" not in error
+    assert not (tmp_path / "flag").exists() and not (tmp_path / "b").exists()
+
+
+# --- the command line, and appearing whole or not at all ------------------------------------------------
+
+
+def test_command_line(public: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sources = [str(public / name) for name in ("sd15", "vae", "clip", "llava", MOMA_FILE)]
+    out = str(tmp_path / "b")
+    assert main([*sources, "--out", out]) == 0
+    assert "ready" in capsys.readouterr().out
+    assert main([*sources, "--out", out]) == 2
+    assert "not empty; choose another folder or add --overwrite" in capsys.readouterr().err
+    assert main([*sources[:1], "--base-bundle", out, "--out", out, "--overwrite", "--dtype", "fp16"]) == 0
+    assert set(Bundle.open(out).networks) == set(NETWORKS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+    assert main(["--out", str(tmp_path / "c")]) == 2
+    assert main([*sources[:1], "--base-bundle", str(public), "--out", str(tmp_path / "c")]) == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    assert main([*sources[:1], "--out", str(tmp_path / "other"), "--overwrite"]) == 2
+    assert "holds no bundle" in capsys.readouterr().err and (tmp_path / "other" / "thesis.tex").exists()
+
+
+KILLED = """
+import os, signal, sys
+import moma.bundle, convert_weights
+add = moma.bundle.BundleWriter.add
+def add_one(self, *args, **options):
+    add(self, *args, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+moma.bundle.BundleWriter.add = add_one
+convert_weights.main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle(public: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    out = tmp_path / "b"
+    arguments = [sys.executable, "-c", KILLED, str(public / "sd15"), "--out", str(out)]
+    killed = subprocess.run(
+        arguments, cwd=root, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert killed.returncode == -9 and not out.exists()
+    assert (tmp_path / ".b.part" / "unet.safetensors").is_file(), "it was killed while writing"
+    convert([public / "sd15"], out, say=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_source_that_breaks_while_it_is_read(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(public / "sd15", tmp_path / "sd")
+    check_space = BundleWriter.check_space
+
+    def cut(self: BundleWriter, nbytes: int) -> None:
+        check_space(self, nbytes)
+        with open(tmp_path / "sd/vae/diffusion_pytorch_model.safetensors", "r+b") as stream:
+            stream.truncate(100_000)
+
+    monkeypatch.setattr(BundleWriter, "check_space", cut)
+    with pytest.raises(ValueError, match="truncated"):
+        run([tmp_path / "sd"], tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["sd"]
+
+
+def test_no_room_on_the_disk(public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("moma.bundle.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB, the disk has 0\.0 GB"):
+        run([public / "vae"], tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+# --- opening a bundle -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(complete: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete.folder, tmp_path / "copy"))
+
+
+def test_bundle_errors(copy: Path, tmp_path: Path) -> None:
+    path = copy / "config.json"
+    good = json.loads(path.read_text())
+
+    def expect(message: str, **changes: object) -> None:
+        write_json(path, good | changes)
+        with pytest.raises(ValueError, match=message) as error:
+            Bundle.open(copy)
+        assert "\n" not in str(error.value)
+
+    networks = good["networks"]
+    unet = networks["unet"]
+    expect("not a bundle", format="other")
+    expect("version 2, expected 1", version=2)
+    expect("names no networks", networks={})
+    expect("network 'sam', expected one of", networks=networks | {"sam": unet})
+    expect("lacks its files", networks=networks | {"unet": {"config": {}, "files": []}})
+    expect("field 'size' is unknown", networks=networks | {"unet": unet | {"config": {"size": 1}}})
+    expect("expected a plain file name", networks=networks | {"unet": unet | {"files": ["../x"]}})
+    expect("no such file", networks=networks | {"unet": unet | {"files": ["gone.safetensors"]}})
+    expect("image_size -1", image_size=-1)
+    expect("method field 'beta'", method={"beta": 1})
+    expect("llava without vision", networks={n: e for n, e in networks.items() if n != "vision"})
+    expect("adapter without the unet", networks={n: e for n, e in networks.items() if n != "unet"})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        Bundle.open(copy)
+    with pytest.raises(ValueError, match=r"no config\.json there"):
+        Bundle.open(tmp_path)
+
+
+def test_bundle_with_a_damaged_file(copy: Path) -> None:
+    with open(copy / "unet.safetensors", "r+b") as stream:
+        stream.truncate(10_000)
+    with pytest.raises(ValueError, match=r"unet\.safetensors: damaged or truncated"):
+        Bundle.open(copy)
+
+
+def test_bundle_without_a_tokenizer(copy: Path) -> None:
+    (copy / "tokenizers/merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"merges\.txt: missing"):
+        Bundle.open(copy)
+
+
+def test_bundle_lacks_a_network(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    with pytest.raises(ValueError, match="has no ip_adapter, only unet, vae"):
+        bundle.config("ip_adapter")
+
+
+def test_method_overrides_are_kept(copy: Path, public: Path, tmp_path: Path) -> None:
+    data = json.loads((copy / "config.json").read_text())
+    write_json(copy / "config.json", data | {"method": {"m_gen_threshold": 0.3}})
+    bundle, _ = run([public / "vae"], tmp_path / "b", Bundle.open(copy))
+    assert bundle.method == {"m_gen_threshold": 0.3}
+
+
+# --- download, against a server on this machine ----------------------------------------------------------
+
+
+@dataclass
+class FakeHub:
+    """As much of the hub as huggingface_hub asks for: a repository's list of files, and files by range."""
+
+    files: dict[str, Path]  # "repo/file" -> path
+    cut: dict[str, int] = field(default_factory=dict)  # file -> break its next download after so many bytes
+    refuse_after_cut: bool = False  # the server then also refuses to continue: the run must stop
+    broken: set[str] = field(default_factory=set)  # files that are refused since they were cut
+    ranges: list[tuple[str, str | None]] = field(default_factory=list)  # (file, Range header) of each GET
+    url: str = ""
+
+
+def handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = self.path.split("?")[0]
+            if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path):
+                names = [f.removeprefix(f"{found[1]}/") for f in hub.files if f.startswith(f"{found[1]}/")]
+                self.json(
+                    {"id": found[1], "sha": "0" * 40, "siblings": [{"rfilename": n} for n in names]}, names
+                )
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path):
+                prefix = f"{found[1]}/"
+                entries = [
+                    {
+                        "type": "file",
+                        "path": f.removeprefix(prefix),
+                        "size": p.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for f, p in hub.files.items()
+                    if f.startswith(prefix)
+                ]
+                self.json(entries, entries)
+            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path):
+                self.file(f"{found[1]}/{found[2]}", body)
+            else:
+                self.send_error(404)
+
+        def json(self, data: object, found: object) -> None:
+            if not found:
+                self.send_error(404)
+                return
+            text = json.dumps(data).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def file(self, name: str, body: bool) -> None:
+            if name not in hub.files or (body and name in hub.broken):
+                self.send_error(404 if name not in hub.files else 403)
+                return
+            data = hub.files[name].read_bytes()
+            wanted = self.headers.get("Range")
+            start = int(re.fullmatch(r"bytes=(\d+)-.*", wanted)[1]) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("ETag", f'"{name.replace("/", "-")}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(data) - start))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.end_headers()
+            if body:
+                hub.ranges.append((name, wanted))
+                end = hub.cut.pop(name, None)
+                if end is not None and hub.refuse_after_cut:
+                    hub.broken.add(name)
+                self.wfile.write(data[start:end])
+                self.wfile.flush()
+                if end is not None:
+                    self.close_connection = True
+                    self.connection.close()
+
+    return Handler
+
+
+CONFIG = DownloadConfig("o/base", "o/vae", "o/llava", "o/clip")
+
+
+@pytest.fixture
+def hub(public: Path) -> Iterator[FakeHub]:
+    files = {}
+    for repo, folder in (("base", "sd15"), ("vae", "vae"), ("llava", "llava"), ("clip", "clip")):
+        for path in sorted((public / folder).rglob("*")):
+            if path.is_file():
+                files[f"o/{repo}/{path.relative_to(public / folder)}"] = path
+    files[f"o/llava/{MOMA_FILE}"] = public / MOMA_FILE
+    fake = FakeHub(files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(fake))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield fake
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_takes_what_is_needed_and_converts(hub: FakeHub, complete: Bundle, tmp_path: Path) -> None:
+    folders = download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    fetched = {name for name, _ in hub.ranges}
+    assert not any("/vae/diffusion" in n and n.startswith("o/base") for n in fetched), "the base's own VAE"
+    assert "o/llava/mm_projector.bin" not in fetched and f"o/llava/{MOMA_FILE}" in fetched
+    bundle, _ = run(folders, tmp_path / "b")
+    assert bundle.hashes == complete.hashes
+    hub.ranges.clear()
+    again = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=lambda _: None)
+    assert again == folders and not hub.ranges, "what is there needs no hub"
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)  # what it keeps at a time
+    name = "o/base/unet/diffusion_pytorch_model.safetensors"
+    size = hub.files[name].stat().st_size
+    hub.cut[name] = size // 2
+    folders = download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    assert [wanted for n, wanted in hub.ranges if n == name] == [None, f"bytes={size // 2 >> 16 << 16}-"]
+    got = folders[0] / "unet/diffusion_pytorch_model.safetensors"
+    assert got.read_bytes() == hub.files[name].read_bytes()
+
+
+def test_a_stopped_download_keeps_its_finished_files(hub: FakeHub, tmp_path: Path) -> None:
+    name = "o/llava/pytorch_model-00002-of-00002.bin"
+    hub.cut[name], hub.refuse_after_cut = 1000, True
+    with pytest.raises(ValueError, match=r"o/llava: not fetched .*run again to continue") as error:
+        download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache" / name.replace("o/llava", "o--llava")).exists()
+    hub.broken.clear()
+    hub.ranges.clear()
+    folders = download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    fetched = {n for n, _ in hub.ranges}
+    assert name in fetched and not any(n.startswith(("o/base", "o/vae")) for n in fetched)
+    assert (folders[3] / Path(name).name).read_bytes() == hub.files[name].read_bytes()
+
+
+def test_offline_says_what_to_place_where(
+    public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's client waits between its attempts
+    said: list[str] = []
+    with pytest.raises(ValueError, match="o/base: not fetched"):
+        download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
+    assert said == by_hand(CONFIG, tmp_path / "cache")
+    text = "\n".join(said)
+    for place in (
+        "o--base",
+        "o--vae",
+        "o--llava",
+        "o--clip",
+        MOMA_FILE,
+        "tokenizer.model",
+        "unet/config.json",
+    ):
+        assert place in text
+    # and placing them by hand is enough
+    for repo, folder in (("base", "sd15"), ("vae", "vae"), ("llava", "llava"), ("clip", "clip")):
+        shutil.copytree(public / folder, tmp_path / "cache" / f"o--{repo}")
+    shutil.copy(public / MOMA_FILE, tmp_path / "cache/o--llava")
+    folders = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
+    bundle, _ = run(folders, tmp_path / "b")
+    assert set(bundle.networks) == set(NETWORKS)
+
+
+def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:
+    del hub.files["o/base/unet/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(ValueError, match="o/base: no weights unet/diffusion_pytorch_model"):
+        download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+
+
+def test_download_without_llm(hub: FakeHub, tmp_path: Path) -> None:
+    folders = download(CONFIG, tmp_path / "cache", llm=False, endpoint=hub.url, say=lambda _: None)
+    assert not any("pytorch_model-" in name for name, _ in hub.ranges)
+    bundle, _ = run(folders, tmp_path / "b", llm=False)
+    assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}

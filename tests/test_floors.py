@@ -1,0 +1,88 @@
+"""The architecture: imports only go down, nothing runs at import, and runtime needs no test reference."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each floor may import the floors above it in this list, never those below it. One entry per module.
+FLOORS = [
+    {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"},
+    {"models.unet", "models.vae", "models.clip", "models.llama"},
+    {"models.llava"},
+    {"moma.config", "moma.diffusion"},
+    {"moma.masks", "moma.prompts", "moma.preprocess"},
+    {"moma.attention", "moma.output"},
+    {"moma.adapter"},
+    {"moma.decoder", "moma.sampler", "moma.bundle"},
+    {"moma.download", "moma.tiny"},
+    {"moma.pipeline"},
+    {"moma"},
+    {"sample", "convert_weights"},
+]
+# What a module of its own floor may import all the same.
+SAME_FLOOR: set[tuple[str, str]] = set()
+RUNTIME = set("torch einops safetensors sentencepiece tokenizers numpy PIL huggingface_hub tqdm".split())
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("moma/**/*.py")]
+    return {name_of(path): path for path in files if name_of(path) != "models"}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            parent = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules() else node.module for name in parent}
+    return found
+
+
+def floor(name: str) -> int:
+    floors = [i for i, names in enumerate(FLOORS) if name in names]
+    assert floors, f"{name} stands on no floor: add it to FLOORS"
+    return floors[0]
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_only_go_down(name: str) -> None:
+    for other in imports(modules()[name]) & set(modules()):
+        below = floor(other) < floor(name) or (name, other) in SAME_FLOOR
+        assert below, f"{name} imports {other}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_runtime_packages_only(name: str) -> None:
+    tops = {other.split(".")[0] for other in imports(modules()[name])}
+    foreign = tops - RUNTIME - set(sys.stdlib_module_names) - {"models", "moma"}
+    assert not foreign, f"{name} imports {foreign}"
+
+
+def test_imports_have_no_side_effects(tmp_path: Path) -> None:
+    """Importing everything prints and writes nothing and leaves torch's random state and settings alone."""
+    names = ", ".join(sorted(modules()))
+    code = (
+        "import torch; before = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()\n"
+        f"import {names}\n"
+        "after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()\n"
+        "assert torch.equal(before[0], after[0]) and before[1:] == after[1:]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,141 @@
+"""Records in PNG files, and contact sheets."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from moma.config import RELEASE, SampleConfig
+from moma.output import (
+    CHUNK,
+    Cell,
+    InputFile,
+    Record,
+    SheetConfig,
+    contact_sheet,
+    mask_picture,
+    read_record,
+    save_png,
+)
+from tests import recipe
+
+PICTURE = Image.fromarray(recipe.u8("picture", (40, 60, 3)))
+
+
+def a_record() -> Record:
+    return Record(
+        subject="猫",
+        prompt='a "猫" in the snow\nλ',
+        negative="",
+        seed=2**60,
+        subject_seed=3,
+        sample=SampleConfig(steps=7, strength=0.1 + 0.2),
+        method=replace(RELEASE, m_gen_layers=(1, 4)),
+        reference=InputFile("cat.png", "0" * 64),
+        mask=None,
+        weights="weights/moma",
+        weight_hashes={"unet.safetensors": "1" * 64},
+        dtype="bf16",
+        device="cpu",
+        versions={"torch": "2"},
+    )
+
+
+@pytest.mark.parametrize("mask", [None, InputFile("m.png", "2" * 64)])
+def test_record_survives_the_file(tmp_path, mask):
+    record = replace(a_record(), mask=mask)
+    save_png(tmp_path / "x.png", PICTURE, record)
+    assert read_record(tmp_path / "x.png") == record
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(PICTURE))
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    save_png(path, PICTURE)
+    before = path.read_bytes()
+
+    def fails(self: Image.Image, target: Path, *args: object, **options: object) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(path, PICTURE, a_record())
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.png"]
+
+
+def write(path: Path, text: str | None) -> Path:
+    info = PngInfo()
+    if text is not None:
+        info.add_itxt(CHUNK, text)
+    PICTURE.save(path, pnginfo=info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no settings in it"),
+        ("not json", "damaged"),
+        ("[]", "damaged"),
+        ("{}", "damaged"),
+        (a_record().to_json().replace('"version": 1', '"version": 2'), "another version"),
+        (a_record().to_json().replace('"steps"', '"stairs"'), "damaged"),
+        (a_record().to_json().replace('"geometry"', '"geography"'), "damaged"),
+        (a_record().to_json().replace('"prompt"', '"promt"'), "damaged"),
+    ],
+)
+def test_foreign_pictures_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_record(write(tmp_path / "x.png", text))
+    assert "x.png" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path):
+    (tmp_path / "x.png").write_text("no picture")
+    for name, message in (("x.png", "not a picture"), ("y.png", "no such file")):
+        with pytest.raises(ValueError, match=message):
+            read_record(tmp_path / name)
+
+
+def test_input_file_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert InputFile.of(tmp_path / "a") == InputFile(str(tmp_path / "a"), known)
+
+
+def test_sheet_holds_every_picture_whole():
+    cfg = SheetConfig(cell=40, gap=5, caption=20)
+    red, wide = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (80, 20), "blue")
+    sheet = contact_sheet([[Cell(red), Cell(wide, ("two", "lines"))], [Cell(Image.new("L", (10, 10)))]], cfg)
+    assert sheet.size == (5 + 2 * 45, 5 + 2 * 65)
+    pixels = np.asarray(sheet).astype(int)
+    assert (pixels[5:45, 5:45] == (255, 0, 0)).all()
+    assert (pixels[20:30, 50:90] == (0, 0, 255)).all()  # scaled to 40x10, in the middle of its cell
+    assert (pixels[5:20, 50:90] == cfg.background).all()
+    assert (pixels[70:110, 5:45] == 0).all()
+    assert (pixels[45:65, 50:90] != cfg.background).any()  # its caption
+    assert (pixels[45:65, 5:45] == cfg.background).all()
+
+
+def test_long_captions_stay_in_their_cell():
+    cfg = SheetConfig(cell=60, gap=10)
+    sheet = contact_sheet(
+        [[Cell(Image.new("RGB", (60, 60)), ("word " * 40,)), Cell(Image.new("RGB", (60, 60)))]], cfg
+    )
+    pixels = np.asarray(sheet)
+    below = pixels[70 : 70 + cfg.caption]
+    assert (below[:, 10:70] != cfg.background).any()
+    assert (below[:, 70:] == cfg.background).all()
+
+
+def test_mask_picture():
+    mask = torch.tensor([[[0.0, 0.5], [1.0, 2.0]]])
+    assert np.array_equal(np.asarray(mask_picture(mask)), [[0, 128], [255, 255]])
+    large = np.asarray(mask_picture(mask[None], (4, 4)))
+    assert np.array_equal(large, np.array([[0, 128], [255, 255]]).repeat(2, 0).repeat(2, 1))

@@ -1,0 +1,147 @@
+"""The two templates, and where the subject's tokens are."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from models.tokenizers import ClipTokenizer
+from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
+from moma.tiny import build_tokenizers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> ClipTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    build_tokenizers(folder)
+    return ClipTokenizer(folder / "vocab.json", folder / "merges.txt")
+
+
+def labelled(tokenizer: ClipTokenizer, text: str, subject: str) -> list[str]:
+    """The stretches of the text whose tokens are chosen; neighbouring tokens joined."""
+    encoding = tokenizer.encode(text)
+    chosen = set()
+    for position in label_positions(tokenizer, text, subject):
+        chosen.update(range(*encoding.spans[position]))
+    marked = "".join(c if i in chosen else "|" for i, c in enumerate(text))
+    return [part for part in marked.split("|") if part]
+
+
+def test_templates():
+    assert sd_prompt("car", "A car in autumn.") == "photo of a car. A car in autumn."
+    assert instruction("car", "A car.") == (
+        "USER: <image>\n A photo of a car. Describe a new image of the same car in: A car.. ASSISTANT: *"
+    )
+    paper = instruction("car", "A car in autumn.", "paper")
+    assert paper.count("<image>") == 1 and "An image of car. Describe A car in autumn." in paper
+    assert instruction("{x}", "{prompt} {y}").count("{x}") == 2  # braces are the user's own
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "expected"),
+    [
+        ("cat", "a cat on a mat", ["cat", "cat"]),
+        ("Cat", "CATS and a cat", ["Cat", "CATS", "cat"]),
+        ("cats", "one cat", ["cats", "cat"]),
+        ("dress", "two dresses, an address", ["dress", "dresses"]),
+        ("dresses", "a dress", ["dresses", "dress"]),
+        ("puppy", "puppies play; puppyhood", ["puppy", "puppies"]),
+        ("puppies", "a puppy", ["puppies", "puppy"]),
+        ("box", "boxes in a boxing ring", ["box", "boxes"]),
+        ("cat", "a category, a bobcat, the cat's tail, (cat)!", ["cat", "cat", "cat"]),
+        ("cat", "a cat, a cat-like thing", ["cat", "cat", "cat"]),
+        ("axolotl", "an axolotl reading", ["axolotl", "axolotl"]),  # many pieces: all of them
+        ("c++", "a c++ book", ["c++", "c++"]),
+        ("猫", "a 猫 in the snow", ["猫", "猫"]),
+    ],
+)
+def test_phrase_takes_whole_words_in_any_form(tokenizer, subject, prompt, expected):
+    assert labelled(tokenizer, sd_prompt(subject, prompt), subject) == expected
+
+
+def test_phrase_of_two_words_needs_both(tokenizer):
+    text = sd_prompt("teddy bear", "A Teddy  bear, teddy bears and a bear rug, teddy")
+    # Spaces between words belong to no token.
+    assert labelled(tokenizer, text, "teddy bear") == ["teddy", "bear", "Teddy", "bear", "teddy", "bears"]
+
+
+def test_first_piece_takes_stray_words_as_the_release_does(tokenizer):
+    text = sd_prompt("teddy bear", "A teddy bear and a bear rug")
+    encoding = tokenizer.encode(text)
+    words = [
+        text[slice(*encoding.spans[i])] for i in label_positions(tokenizer, text, "teddy bear", "first_piece")
+    ]
+    assert words.count("bear") == 3 and len(words) > len(label_positions(tokenizer, text, "teddy bear"))
+    assert label_positions(tokenizer, "nothing of it", "dog", "first_piece") == []
+
+
+def test_positions_count_from_the_begin_token(tokenizer):
+    encoding = tokenizer.encode("cat")
+    assert label_positions(tokenizer, "cat", "cat") == [i for i, span in enumerate(encoding.spans) if span]
+    assert label_positions(tokenizer, "cat", "cat")[0] == 1
+
+
+def test_absent_subject_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="'dog' is not in the prompt"):
+        label_positions(tokenizer, "photo of a hotdog", "dog")
+
+
+def test_subject_beyond_the_limit_is_an_error(tokenizer):
+    text = "7 " * 74 + "cat cat"
+    assert label_positions(tokenizer, text, "cat") == [75]  # the last place before END; the second one is cut
+    with pytest.raises(ValueError, match="beyond the text encoder's limit of 77 tokens"):
+        label_positions(tokenizer, "7 " * 75 + "cat", "cat")
+
+
+def test_phrase_cut_in_the_middle_does_not_count(tokenizer):
+    pieces = len(label_positions(tokenizer, "axolotl", "axolotl"))
+    assert pieces > 1
+    for room, fits in ((pieces, True), (pieces - 1, False)):
+        text = "7 " * (75 - room) + "axolotl"
+        if fits:
+            assert len(label_positions(tokenizer, text, "axolotl")) == pieces
+        else:
+            with pytest.raises(ValueError, match="beyond"):
+                label_positions(tokenizer, text, "axolotl")
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "message"),
+    [
+        ("", "a cat", "subject is empty"),
+        (" ", "a cat", "subject is empty"),
+        ("cat", "", "prompt is empty"),
+        ("cat", " \n", "prompt is empty"),
+        ("cat", "a dog in the snow", "does not name the subject 'cat': try 'a cat, a dog in the snow'"),
+        ("cat", "a cat <image>", "reserved"),
+        ("cat", "7 " * 90 + "cat", "beyond"),
+    ],
+)
+def test_check_prompt(tokenizer, subject, prompt, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_prompt(subject, prompt, tokenizer=tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_check_prompt_tolerates(tokenizer):
+    check_prompt("cat", "two CATS", tokenizer=tokenizer)
+    check_prompt("cat", "a cat" + " 7" * 90, tokenizer=tokenizer)  # only the end is cut
+    check_prompt("cat", "a dog", absent_label="ignore", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="empty"):
+        check_prompt("cat", "", absent_label="ignore")
+
+
+@pytest.mark.skipif("MOMA_TOKENIZERS" not in os.environ, reason="needs the public tokenizer files")
+def test_release_positions_with_the_public_tokenizer():
+    """Positions of the released code's get_subject_idx (excerpt of its output on these prompts)."""
+    clip = Path(os.environ["MOMA_TOKENIZERS"]) / "clip"
+    tokenizer = ClipTokenizer(clip / "vocab.json", clip / "merges.txt")
+    rows = json.loads(
+        (Path(__file__).parent / "golden" / "subject_positions.json").read_text(encoding="utf-8")
+    )
+    for row in rows:
+        text = sd_prompt(row["subject"], row["prompt"])
+        assert label_positions(tokenizer, text, row["subject"], "first_piece") == row["positions"], text
+    bears = sd_prompt("teddy bear", "A teddy bear and a bear rug in the snow.")
+    assert label_positions(tokenizer, bears, "teddy bear") == [4, 5, 8, 9]

@@ -1,0 +1,301 @@
+"""sample.py from the outside: pictures, replay, and one line for every mistake, before weights are read."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import sample
+from moma.output import read_record
+from moma.tiny import build_tiny_bundle
+from tests import recipe
+
+ROOT = Path(__file__).parent.parent
+CAT = ROOT / "examples" / "cat.png"
+QUICK = ["--steps", "3", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    build_tiny_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def cat(tmp_path) -> Path:
+    return Path(shutil.copy(CAT, tmp_path / "cat.png"))
+
+
+def command(*args: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def run(*args: object) -> int:
+    return sample.run([str(arg) for arg in args])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+# --- pictures ----------------------------------------------------------------------------------------
+
+
+def test_command_and_replay_in_new_processes(tmp_path, weights, cat):
+    """The same picture comes out of another process, started elsewhere, from the PNG alone."""
+    done = command("--ref", cat, "--weights", weights, "--out", "a", "--seed", 7, *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("pseudo-random", "transparency", "loaded", "s per picture", "peak memory", "GB"):
+        assert word in done.stdout
+    assert "3/3" in done.stderr and "Traceback" not in done.stderr  # the progress bar
+    first = only(tmp_path / "a", "a-cat-on-the-beach-at-sunset-seed7.png")
+    assert only(tmp_path / "a", "*sheet.png").name == "cat-sheet.png"
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = command("--replay", first, "--out", "b", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    second = only(elsewhere / "b", "*seed7.png")
+    assert np.array_equal(pixels(first), pixels(second)) and pixels(first).std() > 10
+    assert read_record(first) == read_record(second)
+
+
+def test_mistake_in_a_new_process_is_one_line(tmp_path):
+    done = command("--ref", "no.png", "--subject", "cat", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "sample.py: picture 'no.png': no such file\n"
+
+
+@pytest.mark.parametrize("preset", ["default", "release", "paper"])
+def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
+    """The release draws its reference noise from the global generator: it is seeded with the rest."""
+    out = tmp_path / "out"
+    torch.manual_seed(1)
+    assert run("--ref", cat, "--weights", weights, "--preset", preset, "--num", 2, "--out", out, *QUICK) == 0
+    first = only(out, "*-seed0.png")
+    torch.manual_seed(2)
+    assert run("--replay", first, "--out", tmp_path / "again") == 0
+    difference = np.abs(pixels(first) - pixels(only(tmp_path / "again", "*-seed0.png"))).max()
+    # Drawn alone instead of in a batch of two, floats round otherwise: at most one level of 255.
+    assert difference <= (0 if preset == "release" else 1)
+    assert read_record(first).sample.batch_size == (1 if preset == "release" else 4)
+
+
+def test_prompts_seeds_and_names(tmp_path, weights, cat):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("A cat, made of Glass!\n\n  two CATS  \na cat in the snow\n", encoding="utf-8")
+    out = tmp_path / "out"
+    args = ["--ref", cat, "--weights", weights, "--prompt", "a cat in the snow", "--prompts", lines]
+    args += ["--num", 2, "--seed", 5, "--size", "136x72", "--out", out, "--debug", *QUICK]
+    assert run(*args) == 0
+    prompts = {"a-cat-in-the-snow", "a-cat-made-of-glass", "two-cats"}
+    names = {f"{prompt}-seed{seed}.png" for prompt in prompts for seed in (5, 6)} | {"cat-sheet.png"}
+    assert set(os.listdir(out)) == names
+    assert Image.open(out / "two-cats-seed6.png").size == (136, 72)
+    record = read_record(out / "two-cats-seed6.png")
+    assert (record.prompt, record.seed, record.subject_seed) == ("two CATS", 6, 5)
+    assert not np.array_equal(pixels(out / "two-cats-seed5.png"), pixels(out / "two-cats-seed6.png"))
+    # One row for the reference, two (pictures, masks) for each of three prompts.
+    assert Image.open(out / "cat-sheet.png").height > 6 * 256
+
+    kept = {name: (out / name).read_bytes() for name in names}
+    assert run(*args) == 0  # again: new names, old files as they were
+    assert len(os.listdir(out)) == 2 * len(names)
+    assert all((out / name).read_bytes() == content for name, content in kept.items())
+
+
+def test_options_reach_the_picture(tmp_path, weights, cat):
+    variants = [[], ["--guidance", 2], ["--strength", 0], ["--solver", "dpm"], ["--negative", "a dog"],
+                ["--steps", 4], ["--subject", "ginger cat", "--prompt", "a ginger cat"]]  # fmt: skip
+    results = []
+    for i, options in enumerate(variants):
+        out = tmp_path / str(i)
+        assert run("--ref", cat, "--weights", weights, "--out", out, *QUICK, *options) == 0
+        results.append(pixels(only(out, "*-seed0.png")))
+    for other in results[1:]:
+        assert not np.array_equal(results[0], other)
+
+
+def test_tiny_bundle_stands_in_when_there_are_no_weights(tmp_path, cat, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "WEIGHTS", [tmp_path / "none"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):  # made, then found
+        assert run("--ref", cat, "--out", tmp_path / "out", *QUICK) == 0
+        printed = capsys.readouterr().out
+        assert "pseudo-random" in printed and "noise" in printed and "README.md" in printed
+    assert os.listdir(tmp_path / "cache" / "moma") == ["tiny"]
+
+
+def test_trained_weights_come_first(tmp_path, weights, monkeypatch):
+    places = [tmp_path / "moma", tmp_path / "mini"]
+    monkeypatch.setattr(sample, "WEIGHTS", places)
+    for place in reversed(places):
+        place.mkdir()
+        assert sample.find_weights(sample.parse_args(["--ref", "x.png"]), None) == place
+    asked = sample.parse_args(["--ref", "x.png", "--weights", str(weights)])
+    assert sample.find_weights(asked, None) == weights
+
+
+def test_mask_file_is_used_and_replayed(tmp_path, weights):
+    photo = Image.fromarray(recipe.u8("photo", (90, 120, 3)))
+    photo.save(tmp_path / "dog.png")
+    mask = Image.new("L", photo.size)
+    ImageDraw.Draw(mask).ellipse((30, 20, 90, 80), fill=255)
+    mask.save(tmp_path / "m.png")
+    args = ["--ref", tmp_path / "dog.png", "--weights", weights, *QUICK]
+    assert run(*args, "--mask", tmp_path / "m.png", "--out", tmp_path / "a") == 0
+    first = only(tmp_path / "a", "*seed0.png")
+    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*seed0.png")))
+    (tmp_path / "m.png").rename(tmp_path / "n.png")
+    assert run("--replay", first, "--out", tmp_path / "c") == 2
+    assert run("--replay", first, "--out", tmp_path / "c", "--mask", tmp_path / "n.png") == 0
+
+
+def test_long_prompt_is_noted(tmp_path, weights, cat, capsys):
+    prompt = "a cat " + "and a zebra " * 30
+    assert run("--ref", cat, "--weights", weights, "--prompt", prompt, "--out", tmp_path, *QUICK) == 0
+    assert "only 77 tokens are read" in capsys.readouterr().out
+
+
+def test_help_names_units_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "pixels" in text and "default: 50" in text and "default: 7.5" in text
+
+
+def test_interruption_is_clean(monkeypatch, capsys):
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "main", interrupted)
+    assert run() == 130
+    assert capsys.readouterr().err == "sample.py: stopped\n"
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_loading(monkeypatch) -> None:
+    """Weights must not be read: every mistake is found before."""
+
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(sample.MoMA, "load", load)
+
+
+CAT_ALONE, DOG = "--ref {}/cat.png", "--ref {}/dog.png"
+MISTAKES = {  # {} = the folder of `files`
+    "": "Give its picture with --ref",
+    "--ref no.png --subject cat": "'no.png': no such file",
+    "--ref {}/empty.txt --subject cat": "is not a picture",
+    DOG: "give a mask (--mask FILE",
+    f"{DOG} --mask no.png": "'no.png': no such file",
+    f"{DOG} --mask {{}}/black.png": "no subject",
+    f"{DOG} --mask {{}}/white.png": "covers the whole picture",
+    f"{DOG} --mask {{}}/tall.png": "expected the same shape",
+    "--ref {}/IMG_1234.png": "--subject",
+    "--ref {}/photo.png": "--subject",
+    f"{CAT_ALONE} --subject ' '": "the subject is empty",
+    f"{CAT_ALONE} --prompt ''": "the prompt is empty",
+    f"{CAT_ALONE} --prompt 'a dog'": "does not name the subject 'cat'",
+    f"{CAT_ALONE} --prompt '{'7 ' * 80} cat'": "beyond the text encoder's limit",
+    f"{CAT_ALONE} --prompts no.txt": "not a readable UTF-8",
+    f"{CAT_ALONE} --prompts {{}}/binary.txt": "not a readable UTF-8",
+    f"{CAT_ALONE} --prompts {{}}/empty.txt": "is empty",
+    f"{CAT_ALONE} --size 100": "multiple of 8",
+    f"{CAT_ALONE} --size 0": "multiple of 8",
+    f"{CAT_ALONE} --size big": "expected pixels such as 512",
+    f"{CAT_ALONE} --steps 0": "steps",
+    f"{CAT_ALONE} --steps 1001": "steps",
+    f"{CAT_ALONE} --steps many": "invalid int value",
+    f"{CAT_ALONE} --num 0": "--num 0",
+    f"{CAT_ALONE} --seed -1": "--seed -1",
+    f"{CAT_ALONE} --seed {2**63}": "--seed",
+    f"{CAT_ALONE} --strength -1": "strength -1",
+    f"{CAT_ALONE} --strength nan": "strength nan",
+    f"{CAT_ALONE} --guidance inf": "guidance inf",
+    f"{CAT_ALONE} --batch-size 0": "batch size 0",
+    f"{CAT_ALONE} --solver euler": "invalid choice",
+    f"{CAT_ALONE} --preset best": "invalid choice",
+    f"{CAT_ALONE} --dtype int8": "invalid choice",
+    f"{CAT_ALONE} --device quantum": "device 'quantum'",
+    f"{CAT_ALONE} --stepz 3": "--stepz",
+    f"{CAT_ALONE} --out {{}}/empty.txt": "cannot write there",
+    f"{CAT_ALONE} --weights {{}}": "config.json",
+    "--replay no.png": "no such file",
+    "--replay {}/cat.png": "no settings in it",
+    "--replay {}/cat.png --batch-size 2": "--batch-size contradicts --replay",
+}
+
+
+@pytest.fixture
+def files(tmp_path, cat) -> Path:
+    photo = Image.fromarray(recipe.u8("photo", (90, 120, 3)))
+    for name in ("dog", "IMG_1234", "photo"):
+        photo.save(tmp_path / f"{name}.png")
+    for name, size, value in (("black", (120, 90), 0), ("white", (120, 90), 255), ("tall", (90, 120), 255)):
+        Image.new("L", size, value).save(tmp_path / f"{name}.png")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_loading, capsys, line):
+    before = set(files.rglob("*"))
+    args = shlex.split(line.replace("{}", str(files)))
+    for option, value in (("--weights", weights), ("--out", files / "out")):
+        if option not in args:
+            args += [option, value]
+    assert run(*args) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("sample.py: ") and printed.count("\n") == 1 and MISTAKES[line] in printed
+    assert set(files.rglob("*")) - before <= {files / "out"}
+
+
+def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeypatch):
+    assert run("--ref", cat, "--weights", weights, "--out", tmp_path / "a", *QUICK) == 0
+    first = only(tmp_path / "a", "*seed0.png")
+    build_tiny_bundle(tmp_path / "other", seed=1)
+
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(sample.MoMA, "load", load)
+
+    def refused(message: str, *args: object) -> None:
+        capsys.readouterr()
+        assert run("--replay", first, "--out", tmp_path / "b", *args) == 2
+        assert message in capsys.readouterr().err
+
+    refused("are not those of", "--weights", tmp_path / "other")
+    refused("made without a mask file", "--mask", cat)
+    refused("not the file that", "--ref", first)
+    cat.rename(tmp_path / "moved.png")
+    refused("no such file; give where it is now with --ref")
+    weights_then = weights.rename(weights.with_name("moved"))
+    refused("no such folder; give the weights")
+    monkeypatch.undo()
+    args = ["--ref", tmp_path / "moved.png", "--weights", weights_then, "--out", tmp_path / "b"]
+    assert run("--replay", first, *args) == 0
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*seed0.png")))
+    weights_then.rename(weights)
