@@ -20,6 +20,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from tqdm import tqdm
 
@@ -27,7 +28,8 @@ from models import keymaps
 from models.clip import VISION_PRESETS, CLIPTextConfig, CLIPVisionConfig
 from models.keymaps import Table
 from models.llava import LlavaConfig
-from models.loading import LazyTensor, pick_weights, read_checkpoint
+from models.loading import LazyTensor, pick_weights, read_checkpoint, some_names
+from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -47,7 +49,6 @@ Tensors = Mapping[str, LazyTensor]
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # widths of their text states
-KEYS_IN_ERROR = 6  # names spelled out in one message
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,11 @@ class Found:
         self.networks[name] = network
 
 
-def some(names: Sequence[str]) -> str:
-    more = len(names) - KEYS_IN_ERROR
-    return ", ".join(names[:KEYS_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
-
-
 def rename(table: Table, tensors: Tensors, found: Found, source: str) -> dict[str, LazyTensor]:
     """Tensors in our names; those that the table does not know become a note."""
     result = keymaps.convert(table, tensors)
     if result.unknown:
-        found.notes.append(f"{source}: unused: {some(result.unknown)}")
+        found.notes.append(f"{source}: unused: {some_names(result.unknown)}")
     return {name: tensors[key].map(change) for name, (key, change) in result.names.items()}
 
 
@@ -121,7 +117,7 @@ def from_public(kind: Any, path: Path, *more: Any) -> Any:
         return kind.from_public(read_json(path), *more)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, which a {kind.__name__} needs") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
@@ -305,7 +301,9 @@ def read_file(path: Path, found: Found, assumed: Assumed, ema: bool) -> None:
         refuse_unet(sizes, 0, path)
         found.put("unet", Network(assumed.unet, tensors, path.name))
     else:
-        raise ValueError(f"{path}: not a checkpoint known here; its tensors are called {some(list(tensors))}")
+        raise ValueError(
+            f"{path}: not a checkpoint known here; its tensors are called {some_names(list(tensors))}"
+        )
 
 
 # Buffers and parts of the training that LDM files carry along.
@@ -349,7 +347,7 @@ def read_ldm(path: Path, tensors: Tensors, found: Found, assumed: Assumed, ema: 
     prefixes = (keymaps.LDM_UNET_PREFIX, keymaps.LDM_VAE_PREFIX, keymaps.LDM_TEXT_PREFIX)
     others = [key for key in tensors if not key.startswith(prefixes) and not _is_training_state(key)]
     if others:
-        found.notes.append(f"{path.name}: unused: {some(others)}")
+        found.notes.append(f"{path.name}: unused: {some_names(others)}")
 
 
 def refuse_ldm(path: Path, tensors: Tensors) -> None:
@@ -384,26 +382,24 @@ def refuse_ip_adapter(path: Path, tensors: Tensors) -> None:
 def add_llava(found: Found, base: Bundle | None) -> None:
     path, tensors = found.later["llava"]
     public = read_json(path / "config.json")
+    named = rename(llava_table(tensors, public), tensors, found, path.name)
+    inside = below("tower.", named)
+    language = {key: value for key, value in named.items() if not key.startswith("tower.")}
     tower = found.networks.get("vision")
-    table, inside = llava_table(tensors, public), tower_inside(tensors, public)
+
     vision = tower.config if tower else None
     if vision is None and base is not None and "vision" in base.networks:
         vision = base.config("vision")
-    own_config = "vision_config" in public  # llava-hf; the original layout only names a CLIP model
-    if vision is None and inside and not own_config:
+    if vision is None and "vision_config" not in public:  # llava-hf has one, the original only names a model
+        if not inside:
+            model = public.get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
+            raise ValueError(
+                f"{path}: without an image tower; give the CLIP folder of {model} as a source too"
+            )
         vision = guess_tower(inside, path)
-    if vision is None and not own_config:
-        named = public.get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
-        raise ValueError(f"{path}: without an image tower; give the CLIP folder of {named} as a source too")
     config = from_public(LlavaConfig, path / "config.json", vision)
-    named = rename(table, tensors, found, path.name)
-    inside = below("tower.", named)
-    found.notes += [f"{path.name}: mm_projector.bin not read, the shards hold the projector"] * (
-        (path / "mm_projector.bin").is_file()
-    )
-    language = {key: value for key, value in named.items() if not key.startswith("tower.")}
-    head = "llama.lm_head.weight" in language
-    config = replace(config, llama=replace(config.llama, lm_head=head))
+    config = replace(config, llama=replace(config.llama, lm_head="llama.lm_head.weight" in language))
+
     if tower and inside:
         if tower.config != config.vision:
             raise ValueError(f"{path}: its tower is {config.vision}, the CLIP folder's is {tower.config}")
@@ -414,6 +410,8 @@ def add_llava(found: Found, base: Bundle | None) -> None:
         )
     elif inside:
         found.put("vision", Network(config.vision, inside, f"{path.name} (the tower inside)"))
+    if (path / "mm_projector.bin").is_file():
+        found.notes.append(f"{path.name}: mm_projector.bin not read, the shards hold the projector")
     found.put("llava", Network(config, language, path.name))
 
 
@@ -424,11 +422,6 @@ def llava_table(tensors: Tensors, public: Mapping[str, Any]) -> Table:
     embed = "model.language_model.embed_tokens.weight" if new else "language_model.model.embed_tokens.weight"
     padded = tensors[embed].shape[0] if embed in tensors else 0
     return keymaps.llava_hf(new, min(padded, public.get("image_token_index", padded)), padded)
-
-
-def tower_inside(tensors: Tensors, public: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    names = keymaps.convert(llava_table(tensors, public), tensors).names
-    return below("tower.", {name: tensors[key] for name, (key, _) in names.items()})
 
 
 def guess_tower(tensors: Tensors, path: Path) -> CLIPVisionConfig:
@@ -449,8 +442,11 @@ def compare(a: Tensors, b: Tensors) -> tuple[float, str]:
     """Largest absolute difference of the tensors that both have, and where it is."""
     worst, where = 0.0, ""
     for name in tqdm([name for name in a if name in b], desc="comparing towers", leave=False):
+        if a[name].shape != b[name].shape:
+            shapes = f"{list(a[name].shape)} and {list(b[name].shape)}"
+            raise ValueError(f"{a[name].file} and {b[name].file}: {name} has the shapes {shapes}")
         difference = (a[name].read().float() - b[name].read().float()).abs().max().item()
-        if difference > worst:
+        if not difference <= worst:  # also when it is not a number
             worst, where = difference, name
     return worst, where
 
@@ -458,17 +454,15 @@ def compare(a: Tensors, b: Tensors) -> tuple[float, str]:
 def add_adapter(name: str, found: Found, unet: UNetConfig, hidden: int | None) -> None:
     """MoMA's .th or an IP-Adapter; hidden: LLaMA's width if there is one, which mapping must fit."""
     path, tensors = found.later[name]
-    blocks = [depth * unet.resnets for depth in unet.depth]
-    up = [depth * (unet.resnets + 1) for depth in unet.depth]
-    table = (keymaps.moma_th if name == "adapter" else keymaps.ip_adapter)(
-        sum(blocks), sum(up), unet.mid_depth
-    )
+    down, up = sum(unet.depth) * unet.resnets, sum(unet.depth) * (unet.resnets + 1)
+    table_of = keymaps.moma_th if name == "adapter" else keymaps.ip_adapter
+    table = table_of(down, up, unet.mid_depth)
     named = rename(table, tensors, found, path.name)
     try:
         width, embed = named["projector.proj.weight"].shape
-        context = named["projector.norm.weight"].shape[0]
+        tokens = width // named["projector.norm.weight"].shape[0]
         mllm = named["mapping.gate_proj.weight"].shape[1] if name == "adapter" else AdapterConfig().mllm_dim
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"{path}: the image projector or mapping is missing or misshapen ({error})"
         ) from error
@@ -480,7 +474,7 @@ def add_adapter(name: str, found: Found, unet: UNetConfig, hidden: int | None) -
             f"{path}: made for image embeddings of width {embed}, but {encoder.source} gives "
             f"{encoder.config.projection}; use the image_encoder folder that came with it"
         )
-    config = AdapterConfig(mllm_dim=mllm, embed_dim=embed, tokens=width // context)
+    config = AdapterConfig(mllm_dim=mllm, embed_dim=embed, tokens=tokens)
     found.put(name, Network(config, named, path.name))
 
 
@@ -496,10 +490,10 @@ def check(name: str, network: Network, unet: UNetConfig | None, found: Found) ->
     unused = [key for key in network.tensors if key not in wanted]
     problems = {"missing": missing, "mis-shaped": misshaped, "unused": unused}
     if missing or misshaped:
-        listed = "; ".join(f"{kind}: {some(keys)}" for kind, keys in problems.items() if keys)
+        listed = "; ".join(f"{kind}: {some_names(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(f"{network.source}: does not fit {name}: {listed}")
     if unused:
-        found.notes.append(f"{network.source}: {name}: unused: {some(unused)}")
+        found.notes.append(f"{network.source}: {name}: unused: {some_names(unused)}")
     tensors = {key: network.tensors[key] for key in wanted}
     return replace(network, tensors=tensors)
 
@@ -559,6 +553,7 @@ def convert(
         if name in ("adapter", "ip_adapter") and "unet" in networks:
             check(name, Network(base.configs[name], base_tensors(base, name), f"{base.folder}"), unet, found)
     tokenizers = pick_tokenizers({*networks, *kept}, found, base)
+    check_tokenizers(tokenizers, config("text"), config("llava"))
     if not networks:
         raise ValueError("nothing to convert: give at least one source")
 
@@ -602,6 +597,23 @@ def pick_tokenizers(networks: set[str], found: Found, base: Bundle | None) -> di
             else:
                 raise ValueError(f"{network}: no source has its {file}; put it beside the weights")
     return chosen
+
+
+def check_tokenizers(files: Mapping[str, Path], text: Any, llava: Any) -> None:
+    """ValueError unless they can be read and the networks know all their tokens."""
+    pairs = []
+    if text:
+        vocab, merges = (files[name] for name in CLIP_TOKENIZER)
+        ClipTokenizer(vocab, merges)
+        pairs.append((vocab, len(read_json(vocab)), text.vocab))
+    if llava:
+        (model,) = (files[name] for name in LLAMA_TOKENIZER)
+        LlamaTokenizer(model)
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
+        pairs.append((model, pieces, llava.llama.vocab))
+    for path, tokens, known in pairs:
+        if tokens > known:
+            raise ValueError(f"{path}: has {tokens} tokens, but the network it is for has {known}")
 
 
 def summarise(bundle: Bundle, say: Callable[[str], Any]) -> None:

@@ -62,17 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if request.method.reference_noise == "global":  # the released script seeds, too, before it starts
         torch.manual_seed(request.subject_seed)
     subject = pipe.encode_subject(inputs.image, inputs.found.mask, request.subject, seed=request.subject_seed)
-    jobs = [Job(subject, p, seed, request.negative) for p in request.prompts for seed in request.seeds]
+    jobs = [Job(subject, prompt, seed, request.negative) for prompt, seed in request.pictures]
+    drawn = []
     with tqdm(unit="step") as bar:
         results = pipe.run(jobs, request.sample, lambda done, total: advance(bar, done, total))
+        for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            if request.only in (None, i):
+                path = free_path(args.out, f"{slug(job.prompt)}-seed{job.seed}")
+                save_png(path, result.image, record_of(i, request, inputs, bundle, pipe))
+                bar.write(str(path))
+                drawn.append((job, result))
     seconds = (time.perf_counter() - loaded) / len(jobs)
-
-    for job, result in zip(jobs, results, strict=True):
-        path = free_path(args.out, f"{slug(job.prompt)}-seed{job.seed}")
-        save_png(path, result.image, record_of(job, request, inputs, bundle, pipe))
-        print(path)
     path = free_path(args.out, f"{slug(request.subject)}-sheet")
-    save_png(path, sheet(subject, jobs, results, args.debug))
+    save_png(path, sheet(subject, drawn, args.debug))
     print(path)
     print(f"{seconds:.2f} s per picture, peak memory {peak_memory(pipe.device)}")
 
@@ -87,9 +89,11 @@ class Request:
     reference: Path
     mask: Path | None
     subject: str
-    prompts: tuple[str, ...]
+    pictures: tuple[tuple[str, int], ...]  # prompt and seed of each
+    only: (
+        int | None
+    )  # the one to keep; None = all. A replay draws its whole batch again: same bits, same picture
     negative: str
-    seeds: tuple[int, ...]  # of each prompt's pictures
     subject_seed: int
     sample: SampleConfig
     method: MethodConfig
@@ -210,15 +214,15 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         raise ValueError(f"--num {num}: expected 1 picture or more")
     if not 0 <= seed <= MAX_SEED - num:
         raise ValueError(f"--seed {seed}: expected 0 to {MAX_SEED - num}")
+    article = "an" if subject[:1].lower() in "aeiou" else "a"
+    prompts = dict.fromkeys(prompts) or [f"{article} {subject} {SCENE}"]
     return Request(
         reference=args.ref,
         mask=args.mask,
         subject=" ".join(subject.split()),
-        prompts=tuple(
-            dict.fromkeys(prompts) or [f"{'an' if subject[:1].lower() in 'aeiou' else 'a'} {subject} {SCENE}"]
-        ),
+        pictures=tuple((prompt, s) for prompt in prompts for s in range(seed, seed + num)),
+        only=None,
         negative=args.negative or "",
-        seeds=tuple(range(seed, seed + num)),
         subject_seed=seed,
         sample=sample,
         method=method,
@@ -249,9 +253,9 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
         reference=files[0][1],
         mask=mask,
         subject=record.subject,
-        prompts=(record.prompt,),
+        pictures=record.batch,
+        only=record.batch.index((record.prompt, record.seed)),
         negative=record.negative,
-        seeds=(record.seed,),
         subject_seed=record.subject_seed,
         sample=record.sample,
         method=record.method,
@@ -323,7 +327,7 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
     if method.template == "paper" and not configs["adapter"].learnable_token:
         raise ValueError(f"{bundle.folder}: no learnable token in it, which preset paper needs")
     make_reference(inputs.image, inputs.found.mask, bundle.image_size, method)
-    for prompt in request.prompts:
+    for prompt in dict.fromkeys(prompt for prompt, _ in request.pictures):
         check_prompt(request.subject, prompt, method.absent_label, tokenizer)
         if tokenizer.encode(sd_prompt(request.subject, prompt)).truncated:
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
@@ -344,12 +348,15 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
 # --- results -----------------------------------------------------------------------------------------
 
 
-def record_of(job: Job, request: Request, inputs: Inputs, bundle: Bundle, pipe: MoMA) -> Record:
+def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: MoMA) -> Record:
+    """Of the request's picture number i."""
+    start = i - i % request.sample.batch_size
     return Record(
         subject=request.subject,
-        prompt=job.prompt,
-        negative=job.negative,
-        seed=job.seed,
+        prompt=request.pictures[i][0],
+        negative=request.negative,
+        seed=request.pictures[i][1],
+        batch=request.pictures[start : start + request.sample.batch_size],
         subject_seed=request.subject_seed,
         sample=request.sample,
         method=request.method,
@@ -363,7 +370,7 @@ def record_of(job: Job, request: Request, inputs: Inputs, bundle: Bundle, pipe: 
     )
 
 
-def sheet(subject: Subject, jobs: Sequence[Job], results: Sequence[Result], debug: bool) -> Image.Image:
+def sheet(subject: Subject, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
     """Reference and mask above the pictures, a row per prompt; under `debug` their masks below them."""
     reference = subject.reference
     rows = [
@@ -373,11 +380,11 @@ def sheet(subject: Subject, jobs: Sequence[Job], results: Sequence[Result], debu
             Cell(mask_picture(reference.mask), ("mask M_ref",)),
         ]
     ]
-    for prompt in dict.fromkeys(job.prompt for job in jobs):
-        drawn = [(job, result) for job, result in zip(jobs, results, strict=True) if job.prompt == prompt]
-        rows.append([Cell(result.image, (prompt, f"seed {job.seed}")) for job, result in drawn])
+    for prompt in dict.fromkeys(job.prompt for job, _ in drawn):
+        row = [(job, result) for job, result in drawn if job.prompt == prompt]
+        rows.append([Cell(result.image, (prompt, f"seed {job.seed}")) for job, result in row])
         if debug:
-            rows.append([Cell(mask_picture(r.m_gen, r.image.size), ("last M_gen",)) for _, r in drawn])
+            rows.append([Cell(mask_picture(r.m_gen, r.image.size), ("last M_gen",)) for _, r in row])
     return contact_sheet(rows)
 
 

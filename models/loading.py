@@ -172,7 +172,7 @@ def _read_index(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{file}: shard listed in {path.name} is missing")
         content[file.name] = read_checkpoint(file)
     if lost := [name for name, file in places.items() if name not in content[file]]:
-        raise ValueError(f"{path}: {_some(lost)} not in the shards that the index names")
+        raise ValueError(f"{path}: {some_names(lost)} not in the shards that the index names")
     return {name: content[file][name] for name, file in places.items()}
 
 
@@ -470,6 +470,10 @@ def _write_shard(
     dtype: torch.dtype | None,
     progress: Callable[[int], Any] | None,
 ) -> str:
+    if odd := [name for name in tensors if tensors[name].dtype not in DTYPE_NAMES]:
+        raise ValueError(
+            f"{tensors[odd[0]].file}: {odd[0]} has dtype {tensors[odd[0]].dtype}, which is no weight's"
+        )
     # Wide types first, so that every tensor stays aligned to its own item size.
     names = sorted(tensors, key=lambda name: (-_target(tensors[name], dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -559,7 +563,7 @@ def load_into(
     problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     if any(problems.values()):
         where = ", ".join(str(path) for paths in groups.values() for path in paths)
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{where}: does not fit {type(module).__name__}: {listed}")
 
     state = {}
@@ -579,6 +583,7 @@ def _named(name: str, problems: list[str]) -> bool:
     return any(problem.startswith(f"{name} (") for problem in problems)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """The first few names, for a message of one line."""
     more = len(names) - NAMES_IN_ERROR
     return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")

@@ -391,7 +391,7 @@ class UNet(nn.Module):
         """eps (B, out_channels, h, w) and the hook's records in execution order.
 
         x (B, in_channels, h, w) noisy latents of any size; t (B,) timesteps 0..999, int or float;
-        text (B, T, context_dim) text states; hook=None is the plain UNet; added (B, added_cond_dim), SDXL only.
+        text (B, T, context_dim) text states; hook=None is the plain UNet; added (B, added_cond_dim) of SDXL.
         """
         time = self.time_embedding(sinusoids(t, self.cfg).to(x.dtype))  # (B, time_dim)
         if self.add_embedding is not None:

@@ -276,6 +276,7 @@ class BundleWriter:
         Bundle.open(self.part)
         old = self.target.with_name(f".{self.target.name}.old")
         if self.target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(self.target, old)
         os.replace(self.part, self.target)
         shutil.rmtree(old, ignore_errors=True)

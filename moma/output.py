@@ -42,6 +42,7 @@ class Record:
     prompt: str
     negative: str
     seed: int  # of the start noise
+    batch: tuple[tuple[str, int], ...]  # prompts and seeds that were drawn together with it, itself included
     subject_seed: int  # of the reference's noise
     sample: SampleConfig
     method: MethodConfig
@@ -64,6 +65,7 @@ class Record:
             found = (data.pop("format"), data.pop("version"))
             if found != (FORMAT, VERSION):
                 raise ValueError(f"format {found}, expected {(FORMAT, VERSION)}")
+            data["batch"] = tuple((prompt, seed) for prompt, seed in data["batch"])
             data["sample"] = SampleConfig(**data["sample"])
             data["method"] = method_config(**data["method"])
             data["reference"] = InputFile(**data["reference"])

@@ -8,7 +8,7 @@ Letters: B images, Z latent channels, S side of the reference, h w latents, L at
 E embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -28,7 +28,7 @@ from moma.attention import ReferenceLayer
 from moma.bundle import Bundle
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.decoder import decode_embedding
-from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod, intervals
+from moma.diffusion import Interval, ScheduleConfig, add_noise, alphas_cumprod, intervals
 from moma.preprocess import Reference, make_reference
 from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
 from moma.sampler import Step, denoise
@@ -185,14 +185,11 @@ class MoMA:
         return add_noise(latent, second, alphas_cumprod(self.schedule)[0])
 
     @torch.no_grad()
-    def embed(self, subjects: Sequence[Subject], prompts: Sequence[str]) -> Tensor:
-        """The decoder's image embedding (B, E) of B pairs of subject and prompt, in one pass of the MLLM."""
-        features = torch.cat([s.image_features for s in subjects])  # (B, N, C)
-        texts = [
-            instruction(s.word, prompt, self.method.template)
-            for s, prompt in zip(subjects, prompts, strict=True)
-        ]
-        return decode_embedding(self.llava, self.adapter, self.llama_tokenizer, features, texts, self.method)
+    def embed(self, subject: Subject, prompt: str) -> Tensor:
+        """The decoder's image embedding (1, E) for one subject and prompt: one pass of the MLLM."""
+        text = instruction(subject.word, prompt, self.method.template)
+        features = subject.image_features  # (1, N, C)
+        return decode_embedding(self.llava, self.adapter, self.llama_tokenizer, features, [text], self.method)
 
     def sample(
         self,
@@ -210,44 +207,50 @@ class MoMA:
         jobs = [Job(subject, text, seed, negative, strength) for text in prompts for seed in seeds]
         return [result.image for result in self.run(jobs, config, on_step)]
 
-    @torch.no_grad()
     def run(
         self, jobs: Sequence[Job], config: SampleConfig | None = None, on_step: OnStep | None = None
-    ) -> list[Result]:
-        """Draw any mix of subjects, prompts and seeds; result i does not depend on the other jobs.
+    ) -> Iterator[Result]:
+        """Draw any mix of subjects, prompts and seeds, in order; each result comes as soon as it is there.
 
-        ValueError for a prompt without the subject's word, a size that does not fit, unknown settings.
+        Result i does not depend on the other jobs. ValueError, before anything is computed, for a prompt
+        without the subject's word, a size that does not fit, unknown settings.
         """
         config = config or SampleConfig()
         config.check(self.vae.cfg.factor)
+        path = intervals(self.schedule, config.steps, config.solver)
         for job in jobs:
             check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
-        embeddings = self._embed_once(jobs, config.batch_size)
-        path = intervals(self.schedule, config.steps, config.solver)
-        batches = range(0, len(jobs), config.batch_size)
-        results: list[Result] = []
-        for n, start in enumerate(batches):
-            batch = jobs[start : start + config.batch_size]
-            guide = self.guide(batch, embeddings[start : start + config.batch_size], config)
-            noise = torch.cat([self._start_latents(job, config) for job in batch]).to(self.device)
-            for step in denoise(self.unet, guide, path, noise, config.guidance, config.solver):
-                if on_step:
-                    on_step(n * len(path) + step.index + 1, len(batches) * len(path))
-            results += self._finish(step)
-        return results
+        noise = [self._start_latents(job, config) for job in jobs]
+        return self._draw(jobs, noise, path, config, on_step)
 
-    def _embed_once(self, jobs: Sequence[Job], batch_size: int) -> list[Tensor]:
-        """Each job's embedding (1, E); the MLLM reads every pair of subject and prompt once."""
-        pairs = {
-            (id(job.subject), job.prompt): (job.subject, job.prompt) for job in jobs if job.embedding is None
-        }
-        keys, found = list(pairs), {}
-        for start in range(0, len(keys), batch_size):
-            chunk = keys[start : start + batch_size]
-            rows = self.embed(*zip(*(pairs[key] for key in chunk), strict=True))  # (B, E)
-            found |= dict(zip(chunk, rows.split(1), strict=True))
+    @torch.no_grad()
+    def _draw(
+        self,
+        jobs: Sequence[Job],
+        noise: Sequence[Tensor],
+        path: Sequence[Interval],
+        config: SampleConfig,
+        on_step: OnStep | None,
+    ) -> Iterator[Result]:
+        embeddings = self._embed_once(jobs)
+        starts = range(0, len(jobs), config.batch_size)
+        for n, start in enumerate(starts):
+            batch = slice(start, start + config.batch_size)
+            guide = self.guide(jobs[batch], embeddings[batch], config)
+            latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
+            for step in denoise(self.unet, guide, path, latents, config.guidance, config.solver):
+                if on_step:
+                    on_step(n * len(path) + step.index + 1, len(starts) * len(path))
+            yield from self._finish(step)
+
+    def _embed_once(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Each job's embedding (1, E); the MLLM reads every pair of subject and prompt once, by itself."""
+        found: dict[tuple[Subject, str], Tensor] = {}
+        for job in jobs:
+            if job.embedding is None and (job.subject, job.prompt) not in found:
+                found[job.subject, job.prompt] = self.embed(job.subject, job.prompt)
         return [
-            found[id(job.subject), job.prompt]
+            found[job.subject, job.prompt]
             if job.embedding is None
             else job.embedding.to(self.device, self.dtype)
             for job in jobs

@@ -463,6 +463,37 @@ def test_ip_adapter_with_the_wrong_encoder(complete: Bundle, tmp_path: Path) -> 
         run(sources, tmp_path / "b", complete)
 
 
+def test_tower_inside_of_another_shape(public: Path, tmp_path: Path) -> None:
+    scale = replace(TINY, tower=replace(TINY.tower, mlp=48))
+    source = make_llava(tmp_path / "l", scale, public / "tokenizers", tower="tower")
+    with pytest.raises(ValueError, match=r"fc1\.\w+ has the shapes"):
+        run([source, public / "clip"], tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("vocab.json", "version https://git-lfs.github.com/spec/v1", "cannot be read"),
+        ("vocab.json", None, r"vocab\.json: has \d+ tokens, but the network it is for has 1000"),
+        ("merges.txt", "", None),
+    ],
+)
+def test_tokenizers_are_checked(
+    public: Path, tmp_path: Path, file: str, content: str | None, message: str | None
+) -> None:
+    shutil.copytree(public / "sd15", tmp_path / "sd")
+    path = tmp_path / "sd/tokenizer" / file
+    if content is None:
+        words = json.loads(path.read_text())
+        content = json.dumps(words | {f"word{i}": len(words) + i for i in range(1000)})
+    path.write_text(content)
+    if message is None:  # a vocabulary of single bytes is poor, but valid
+        run([tmp_path / "sd"], tmp_path / "b")
+        return
+    with pytest.raises(ValueError, match=message):
+        run([tmp_path / "sd"], tmp_path / "b")
+
+
 def test_adapter_for_another_llava(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, adapter=replace(TINY.adapter, mllm_dim=80))
     with pytest.raises(ValueError, match="MLLM of width 80, but the LLaVA here has 64"):

@@ -25,7 +25,9 @@ FLOORS = [
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()
-RUNTIME = set("torch einops safetensors sentencepiece tokenizers numpy PIL huggingface_hub tqdm".split())
+RUNTIME = {"torch", "einops", "safetensors", "sentencepiece", "tokenizers", "numpy", "PIL", "tqdm"} | {
+    "huggingface_hub"
+}
 
 
 def name_of(path: Path) -> str:

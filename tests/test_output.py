@@ -33,6 +33,7 @@ def a_record() -> Record:
         prompt='a "猫" in the snow\nλ',
         negative="",
         seed=2**60,
+        batch=(("a dog", 4), ('a "猫" in the snow\nλ', 2**60)),
         subject_seed=3,
         sample=SampleConfig(steps=7, strength=0.1 + 0.2),
         method=replace(RELEASE, m_gen_layers=(1, 4)),

@@ -1,0 +1,351 @@
+"""The pipeline on the tiny bundle: batches, seeds, switched-off parts, presets, and what it refuses."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.attention import attention
+from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMA, SampleConfig, Subject
+from moma.adapter import Adapter
+from moma.diffusion import SOLVERS, intervals
+from moma.pipeline import choose_device, choose_dtype
+from moma.sampler import TextOnly, denoise
+from moma.tiny import build_tiny_bundle
+
+QUICK = SampleConfig(steps=3, height=64, width=64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    build_tiny_bundle(path)
+    yield str(path)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: str) -> MoMA:
+    return MoMA.load(folder, "cpu", "fp32")
+
+
+def with_method(pipe: MoMA, method: MethodConfig) -> MoMA:
+    names = ("unet", "vae", "text", "llava", "adapter", "clip_tokenizer", "llama_tokenizer", "image_size")
+    return MoMA(**{name: getattr(pipe, name) for name in names}, method=method)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+
+
+def mask(radius: int) -> Image.Image:
+    y, x = np.ogrid[:90, :120]
+    return Image.fromarray(np.uint8(255) * ((y - 45) ** 2 + (x - 60) ** 2 < radius**2))
+
+
+@pytest.fixture(scope="module")
+def cat(pipe: MoMA) -> Subject:
+    return pipe.encode_subject(picture(0), mask(30), "cat")
+
+
+@pytest.fixture(scope="module")
+def dog(pipe: MoMA) -> Subject:
+    return pipe.encode_subject(picture(1), mask(12), "dog")
+
+
+def latents(pipe: MoMA, jobs: list[Job], config: SampleConfig = QUICK) -> Tensor:
+    return torch.cat([result.latents for result in pipe.run(jobs, config)])
+
+
+def far(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() > 1e-2)
+
+
+def same(a: Tensor, b: Tensor, atol: float = 2e-4) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+# --- batches, seeds -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["fused", "explicit"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: str, impl: str) -> None:
+    """Any mix of subjects (of different size), prompts, seeds, strengths and negative prompts."""
+    pipe = with_method(pipe, replace(DEFAULT, attention=impl))
+    jobs = [
+        Job(cat, "a cat in the snow", 0),
+        Job(dog, "a dog reading a book in a library, studio light", 1, strength=0.4),
+        Job(cat, "two cats", 2, negative="snow"),
+        Job(dog, "a dog", 3, strength=0.0),
+        Job(cat, "a cat in the snow", 1),
+    ]
+    config = replace(QUICK, solver=solver)
+    batched = list(pipe.run(jobs, config))
+    for job, result in zip(jobs, batched, strict=True):
+        (alone,) = pipe.run([job], config)
+        same(result.latents, alone.latents)
+        same(result.m_gen, alone.m_gen)
+        assert np.abs(np.int16(result.image) - np.int16(alone.image)).max() <= 1
+
+
+def test_release_preset_leaks_across_a_batch(pipe: MoMA, cat: Subject, dog: Subject) -> None:
+    """The point mended by `m_gen_norm`: in the release, pictures of a batch change each other."""
+    pipe = with_method(pipe, replace(DEFAULT, m_gen_norm="batch"))
+    jobs = [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]
+    together, alone = latents(pipe, jobs), torch.cat([latents(pipe, [job]) for job in jobs])
+    assert (together - alone).abs().max() > 1e-3
+
+
+def test_seeds_make_the_picture(pipe: MoMA, cat: Subject) -> None:
+    first, again, other = (latents(pipe, [Job(cat, "a cat", seed)]) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and far(first, other)
+
+
+def test_api_of_the_readme(pipe: MoMA, cat: Subject) -> None:
+    """`sample` draws prompt by prompt, seed by seed, and reports its steps."""
+    steps = []
+    images = pipe.sample(
+        cat, ["a cat in the snow", "a cat"], seeds=[0, 1], strength=0.4,
+        config=replace(QUICK, batch_size=3), on_step=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert [image.size for image in images] == [(64, 64)] * 4
+    assert steps == [(i, 6) for i in range(1, 7)]  # two batches of three steps
+    (third,) = pipe.sample(cat, "a cat", seeds=[0], strength=0.4, config=QUICK)
+    assert np.abs(np.int16(third) - np.int16(images[2])).max() <= 1
+
+
+def test_given_noise_and_embedding(pipe: MoMA, cat: Subject) -> None:
+    """What is drawn or computed can be passed in, with the same result."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    given = Job(cat, "a cat", seed=99, latents=noise, embedding=pipe.embed(cat, "a cat"))
+    assert torch.equal(latents(pipe, [given]), latents(pipe, [Job(cat, "a cat", 3)]))
+    shape = (1, 4, 16, 16)
+    generator = torch.Generator().manual_seed(7)
+    noises = {
+        name: torch.randn(shape, generator=generator) for name in ("posterior_noise", "reference_noise")
+    }
+    drawn = pipe.encode_subject(picture(0), mask(30), "cat", seed=7)
+    passed = pipe.encode_subject(picture(0), mask(30), "cat", seed=8, **noises)
+    assert torch.equal(drawn.layers[3].k, passed.layers[3].k)
+    assert far(drawn.layers[3].k, pipe.encode_subject(picture(0), mask(30), "cat", seed=8).layers[3].k)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 40), (8, 16)])
+def test_any_size(pipe: MoMA, cat: Subject, height: int, width: int) -> None:
+    (result,) = pipe.run([Job(cat, "a cat", 0)], SampleConfig(steps=2, height=height, width=width))
+    assert result.image.size == (width, height) and result.m_gen.shape == (1, height // 8, width // 8)
+
+
+def test_work_is_done_once(pipe: MoMA, cat: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLLM reads each prompt once, however many pictures; the reference pass is in `encode_subject`."""
+    calls = []
+    original = type(pipe.llava).last_hidden
+    monkeypatch.setattr(
+        type(pipe.llava), "last_hidden", lambda *args, **kw: calls.append(1) or original(*args, **kw)
+    )
+    pipe.sample(cat, ["a cat", "a cat in the snow"], seeds=[0, 1, 2], config=QUICK)
+    assert len(calls) == 2
+
+
+# --- switched-off parts -------------------------------------------------------------------------------
+
+
+class PlainHook:
+    """A hook that does what the UNet does without one."""
+
+    def self_attn(self, layer, q, k, v, grid):
+        return attention(q, k, v), None
+
+    cross_attn = self_attn
+
+
+def texts(pipe: MoMA, *prompts: str) -> Tensor:
+    with torch.no_grad():
+        return pipe.text(pipe.clip_tokenizer.ids(prompts))[0]
+
+
+@torch.no_grad()
+def test_adapter_off_is_plain_stable_diffusion(pipe: MoMA) -> None:
+    """Bit-equal to the textbook loop, written here without any of the sampler."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = texts(pipe, "", "a cat in the snow")
+    path = intervals(pipe.schedule, 4, "ddim")
+    *_, last = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim")
+    assert last.m_gen is None
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
+    for t in (751, 501, 251, 1):
+        eps = pipe.unet(torch.cat([x, x]), torch.tensor([t, t]), text)[0]
+        eps = eps[:1] + 7.5 * (eps[1:] - eps[:1])
+        a, b = alphas[t], alphas[max(t - 250, 0)]
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        x = b.sqrt() * x0 + (1 - b).sqrt() * eps
+    assert torch.equal(last.latents, x)
+
+
+@torch.no_grad()
+def test_plain_hook_is_no_hook(pipe: MoMA) -> None:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, text = torch.tensor([10, 900]), texts(pipe, "a dog", "a cat in the snow")
+    assert torch.equal(pipe.unet(x, t, text)[0], pipe.unet(x, t, text, PlainHook())[0])
+
+
+@pytest.mark.parametrize("impl", ["fused", "explicit"])
+def test_beta_zero_is_base_and_context(pipe: MoMA, cat: Subject, dog: Subject, impl: str) -> None:
+    """β = 0: no trace of the reference's features, only the context tokens are left; those do matter."""
+    pipe = with_method(pipe, replace(DEFAULT, attention=impl))
+    embedding = pipe.embed(cat, "a cat")
+
+    def draw(layers: Subject, strength: float, scale: float = 1.0) -> Tensor:
+        subject = replace(cat, layers=layers.layers)
+        return latents(pipe, [Job(subject, "a cat", 0, strength=strength, embedding=embedding * scale)])
+
+    assert torch.equal(draw(cat, 0.0), draw(dog, 0.0))
+    assert far(draw(cat, 1.0), draw(dog, 1.0)) and far(draw(cat, 1.0), draw(cat, 0.0))
+    assert far(draw(cat, 0.0), draw(cat, 0.0, scale=-3.0))
+    never = with_method(pipe, replace(pipe.method, subject_below_t=0))  # the subject term at no timestep
+    job = Job(cat, "a cat", 0, strength=1.0, embedding=embedding)
+    assert torch.equal(latents(never, [job]), draw(cat, 0.0))
+
+
+@torch.no_grad()
+def test_fresh_adapter_leaves_the_reference_out(pipe: MoMA) -> None:
+    """λ = 0 at the start of stage 2, context K, V are the base's text K, V, K', V' the base's own."""
+    adapter = Adapter(pipe.adapter.cfg, pipe.unet.cfg)
+    adapter.init_from_base(pipe.unet, DEFAULT)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    assert all(new.scale.item() == DEFAULT.lambda_init for new in adapter.subject)
+    assert torch.equal(adapter.context[block.layer].to_v.weight, block.attn2.to_v.weight)
+    assert torch.equal(adapter.subject[block.layer].to_k.weight, torch.eye(64))
+    adapter.init_from_base(pipe.unet, PAPER)
+    assert (
+        not adapter.subject[block.layer].to_k.weight.any() and adapter.subject[block.layer].scale.item() == 1
+    )
+
+
+# --- presets, points where release and paper differ ----------------------------------------------------
+
+
+def test_reference_noise(pipe: MoMA) -> None:
+    """Seeded by default; the release's depends on the global generator; the paper has none."""
+
+    def keys(method: MethodConfig, subject_seed: int, global_seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        one = with_method(pipe, replace(DEFAULT, reference_noise=method.reference_noise))
+        return one.encode_subject(picture(0), mask(30), "cat", seed=subject_seed).layers[0].k
+
+    assert torch.equal(keys(DEFAULT, 0, 1), keys(DEFAULT, 0, 2)) and far(
+        keys(DEFAULT, 0, 1), keys(DEFAULT, 1, 1)
+    )
+    assert torch.equal(keys(RELEASE, 0, 1), keys(RELEASE, 1, 1)) and far(
+        keys(RELEASE, 0, 1), keys(RELEASE, 0, 2)
+    )
+    assert torch.equal(keys(PAPER, 0, 1), keys(PAPER, 1, 2)) and far(keys(PAPER, 0, 1), keys(DEFAULT, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference_background": "white"},
+        {"reference_text_cut": 0},
+        {"template": "paper"},
+        {"mllm_layers": 1},
+        {"context_masked": False},
+        {"m_gen_norm": "none"},
+        {"m_gen_threshold": 0.5},
+        {"m_gen_layers": (2,)},
+        {"subject_below_t": 400},
+        {"geometry": "squash"},
+        {"geometry": "crop"},
+    ],
+    ids=str,
+)
+def test_every_field_acts(pipe: MoMA, change: dict) -> None:
+    def draw(method: MethodConfig) -> Tensor:
+        one = with_method(pipe, method)
+        return latents(one, [Job(one.encode_subject(picture(0), mask(30), "cat"), "a cat in the snow", 0)])
+
+    assert (draw(DEFAULT) - draw(replace(DEFAULT, **change))).abs().max() > 1e-4
+
+
+def test_absent_label(pipe: MoMA) -> None:
+    """A word whose first piece is not in the prompt: an error by default, NaN in the release."""
+    dogs = replace(pipe.encode_subject(picture(0), mask(30), "dog"), word="dog")
+    with pytest.raises(ValueError, match="does not name the subject"):
+        pipe.run([Job(dogs, "a cat", 0)], QUICK)
+    hidden = with_method(pipe, replace(RELEASE, template="release"))
+    guide_of = lambda p: p.guide([Job(dogs, "a cat", 0)], [p.embed(dogs, "a cat")], QUICK)  # noqa: E731
+    guide = replace(guide_of(hidden), label=torch.zeros(2, guide_of(hidden).text.shape[1]))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        *_, last = denoise(pipe.unet, guide, intervals(pipe.schedule, 2, "ddim"), x, 7.5, "ddim")
+        assert last.latents.isnan().all() and last.m_gen.isnan().all()
+        mended = replace(guide, method=DEFAULT)
+        *_, last = denoise(pipe.unet, mended, intervals(pipe.schedule, 2, "ddim"), x, 7.5, "ddim")
+        assert last.latents.isfinite().all()
+
+
+def test_empty_mask(pipe: MoMA) -> None:
+    with pytest.raises(ValueError, match="mask"):
+        pipe.encode_subject(picture(0), mask(0), "cat")
+    release = with_method(pipe, RELEASE)
+    subject = release.encode_subject(picture(0), mask(0), "cat")
+    assert latents(release, [Job(subject, "a cat", 0)]).isfinite().all()
+
+
+# --- refusals, devices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "config", "message"),
+    [
+        ({}, {"height": 60}, "multiple of 8"),
+        ({}, {"width": 0}, "multiple of 8"),
+        ({}, {"steps": 0}, "steps"),
+        ({}, {"solver": "euler"}, "solver"),
+        ({}, {"guidance": float("nan")}, "guidance"),
+        ({}, {"strength": -1.0}, "strength"),
+        ({}, {"batch_size": 0}, "batch size"),
+        ({"prompt": "a dog"}, {}, "does not name the subject"),
+        ({"prompt": ""}, {}, "empty"),
+        ({"latents": torch.zeros(1, 4, 5, 5)}, {}, "start latents"),
+    ],
+)
+def test_refusals(pipe: MoMA, cat: Subject, job: dict, config: dict, message: str) -> None:
+    """Before anything is computed: `run` itself raises, not its first picture."""
+    with pytest.raises(ValueError, match=message) as error:
+        pipe.run([Job(**{"subject": cat, "prompt": "a cat", "seed": 0} | job)], replace(QUICK, **config))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_to_draw(pipe: MoMA) -> None:
+    assert list(pipe.run([], QUICK)) == []
+
+
+def test_load_refuses_what_cannot_be(folder: str) -> None:
+    with pytest.raises(ValueError, match="device 'tpu9'"):
+        choose_device("tpu9")
+    with pytest.raises(ValueError, match="dtype 'int8'"):
+        choose_dtype("int8", torch.device("cpu"))
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="not available"):
+            MoMA.load(folder, device="cuda")
+
+
+def test_bf16_is_near_fp32(folder: str, pipe: MoMA) -> None:
+    """One step from the same noise: bf16 weights and activations, float32 latents."""
+    low = MoMA.load(folder, "cpu", "bf16")
+    assert low.dtype == torch.bfloat16 and low.dtype_reason == "asked for"
+    config, noise = (
+        replace(QUICK, steps=1),
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    results = []
+    for one in (pipe, low):
+        subject = one.encode_subject(picture(0), mask(30), "cat")
+        results.append(latents(one, [Job(subject, "a cat", 0, latents=noise)], config))
+    assert results[1].dtype == torch.float32
+    assert (results[0] - results[1]).abs().mean() < 0.05 * results[0].abs().mean()
