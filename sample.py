@@ -5,6 +5,7 @@ python sample.py --ref examples/cat.png --prompt "a cat on the beach"
 
 import argparse
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from moma.bundle import Bundle
 from moma.config import PRESETS
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
-from moma.pipeline import DTYPES, choose_device, choose_dtype
+from moma.pipeline import DTYPES, check_method, choose_device, choose_dtype
 from moma.preprocess import FoundMask, find_mask, make_reference, open_image
 from moma.prompts import check_prompt, sd_prompt
 from moma.tiny import SOURCE as TINY_SOURCE
@@ -40,7 +41,7 @@ SLUG = 48  # characters of a prompt in a file name
 # Options whose values a replayed picture brings along.
 REPLAYED = (
     "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength", "guidance", "steps",
-    "solver", "preset", "batch_size",
+    "solver", "preset", "set", "batch_size",
 )  # fmt: skip
 
 
@@ -160,6 +161,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="points where paper and released code differ: moma/config.py (default: default)",
     )
     add(
+        "--set",
+        action="append",
+        type=parse_field,
+        metavar="FIELD=VALUE",
+        help="one such point by itself, e.g. m_gen_threshold=0.3; may be repeated",
+    )
+    add(
         "--batch-size",
         type=int,
         metavar="N",
@@ -197,10 +205,21 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_field(text: str) -> tuple[str, Any]:
+    """'name=value' -> the value as JSON if it is that, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     subject = args.subject if args.subject is not None else subject_of_file(args.ref)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
-    method = method_config(args.preset or "default", **bundle.method)
+    method = method_config(args.preset or "default", **{**bundle.method, **dict(args.set or [])})
     width, height = args.size or (bundle.image_size, bundle.image_size)
     given = {name: getattr(args, name) for name in ("steps", "solver", "guidance", "strength", "batch_size")}
     sample = replace(
@@ -324,8 +343,7 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
     """ValueError for whatever would fail later; prints what the user should know."""
     configs = {name: bundle.config(name) for name in NETWORKS}
     method, tokenizer = request.method, bundle.clip_tokenizer()
-    if method.template == "paper" and not configs["adapter"].learnable_token:
-        raise ValueError(f"{bundle.folder}: no learnable token in it, which preset paper needs")
+    check_method(method, bundle)
     make_reference(inputs.image, inputs.found.mask, bundle.image_size, method)
     for prompt in dict.fromkeys(prompt for prompt, _ in request.pictures):
         check_prompt(request.subject, prompt, method.absent_label, tokenizer)

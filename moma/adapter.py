@@ -88,9 +88,14 @@ class Adapter(nn.Module):
         self.token = nn.Parameter(torch.zeros(cfg.mllm_dim)) if cfg.learnable_token else None
 
     @torch.no_grad()
-    def init_from_base(self, unet: UNet, method: MethodConfig) -> None:
-        """The start of stage 2 (Sec. 3.4): context K, V copied from the UNet's text K, V (an IP-Adapter
-        checkpoint may replace them afterwards), K', V' and λ as `method` says."""
+    def init_from_base(
+        self, unet: UNet, method: MethodConfig, ip_adapter: dict[str, Tensor] | None = None
+    ) -> None:
+        """The start of stage 2 (Sec. 3.4): λ, K', V' and the context K, V as `method` says.
+
+        ip_adapter: the tensors of the bundle's network "ip_adapter" (projector and context K, V), needed for
+        `method.context_init` "ip_adapter"; ValueError if they are missing or of another shape.
+        """
         for block in (m for m in unet.modules() if isinstance(m, TransformerBlock)):
             context, subject = self.context[block.layer], self.subject[block.layer]
             context.to_k.weight.copy_(block.attn2.to_k.weight)
@@ -99,6 +104,18 @@ class Adapter(nn.Module):
             init(subject.to_k.weight)
             init(subject.to_v.weight)
             subject.scale.fill_(method.lambda_init)
+        if method.context_init == "ip_adapter":
+            own = {
+                name: p for name, p in self.named_parameters() if name.startswith(("projector.", "context."))
+            }
+            given = {name: tuple(t.shape) for name, t in (ip_adapter or {}).items()}
+            if given != {name: tuple(p.shape) for name, p in own.items()}:
+                raise ValueError(
+                    f"context_init 'ip_adapter' needs an IP-Adapter of {len(own)} fitting tensors, got "
+                    f"{len(given)}: convert one for this base model, or use context_init 'base'"
+                )
+            for name, parameter in own.items():
+                parameter.copy_(ip_adapter[name])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` 
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,45 @@ class MethodConfig:
     # Context K, V without an IP-Adapter checkpoint: copies of the base's text K, V.
     context_init: Literal["base", "ip_adapter"] = "base"
 
+    def __post_init__(self) -> None:
+        """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
+        if isinstance(self.m_gen_layers, list):  # JSON has no tuples
+            object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
+        for name, hint in get_type_hints(type(self)).items():
+            if not _fits(value := getattr(self, name), hint):
+                choices = get_args(hint) if get_origin(hint) is Literal else ()
+                expected = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
+                raise ValueError(f"method field {name} is {value!r}: expected {expected}")
+
+    def check(self, attention_layers: int, mllm_layers: int, text_tokens: int, learnable_token: bool) -> None:
+        """ValueError for a choice that these networks cannot follow.
+
+        attention_layers: of the UNet; mllm_layers: blocks of the language model; text_tokens: the text
+        encoder's length; learnable_token: whether the adapter has one.
+        """
+        if self.template == "paper" and not learnable_token:
+            raise ValueError("template 'paper' needs an adapter with a learnable token: this one has none")
+        if self.mllm_layers is not None and not 1 <= self.mllm_layers <= mllm_layers:
+            raise ValueError(f"mllm_layers {self.mllm_layers}: expected 1 to {mllm_layers}, or none for all")
+        if not 0 <= self.reference_text_cut < text_tokens:
+            raise ValueError(f"reference_text_cut {self.reference_text_cut}: expected 0 to {text_tokens - 1}")
+        layers = self.m_gen_layers
+        if layers is not None and not (layers and all(0 <= i < attention_layers for i in layers)):
+            raise ValueError(f"m_gen_layers {list(layers)}: expected some of 0 to {attention_layers - 1}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field: float, int, bool, Literal, int | None or a tuple of ints."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if hint is float:
+        return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
 
 DEFAULT = MethodConfig()
 RELEASE = MethodConfig(
@@ -106,14 +146,12 @@ PRESETS = {"default": DEFAULT, "release": RELEASE, "paper": PAPER}
 
 
 def method_config(preset: str = "default", **overrides: Any) -> MethodConfig:
-    """A preset with some fields replaced; ValueError for an unknown preset or field."""
+    """A preset with some fields replaced; ValueError for an unknown preset, field or value."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(MethodConfig)}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"method field {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
-    if isinstance(overrides.get("m_gen_layers"), list):  # JSON has no tuples
-        overrides["m_gen_layers"] = tuple(overrides["m_gen_layers"])
     return replace(PRESETS[preset], **overrides)
 
 

@@ -33,8 +33,6 @@ def decode_embedding(
     ids = [torch.tensor(tokenizer.encode_with_image(text), device=device) for text in instructions]
     extra = None
     if method.template == "paper":
-        if adapter.token is None:
-            raise ValueError("template 'paper' needs an adapter with a learnable token: this one has none")
         extra = adapter.token.expand(len(ids), 1, -1)  # (B, 1, C)
     embeds, lengths = llava.splice(ids, image_features, extra)  # (B, T, C), (B,)
     return adapter.mapping(llava.last_hidden(embeds, lengths, method.mllm_layers))  # (B, E)

@@ -21,7 +21,7 @@ from models.clip import CLIPText
 from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
-from models.unet import UNet
+from models.unet import UNet, attention_layers
 from models.vae import VAE
 from moma.adapter import Adapter, Conditioning, ReferenceHook, condition
 from moma.attention import ReferenceLayer
@@ -102,6 +102,8 @@ class MoMA:
         a folder that is no complete bundle, or a device that is not there.
         """
         bundle = Bundle.open(folder)
+        method = method_config(**bundle.method) if method is None else method
+        check_method(method, bundle)
         place = choose_device(device)
         kind, reason = choose_dtype(dtype, place)
         networks = {
@@ -113,7 +115,7 @@ class MoMA:
             clip_tokenizer=bundle.clip_tokenizer(),
             llama_tokenizer=bundle.llama_tokenizer(),
             image_size=bundle.image_size,
-            method=method_config(**bundle.method) if method is None else method,
+            method=method,
             dtype_reason=reason,
         )
 
@@ -304,6 +306,16 @@ class MoMA:
             Result(Image.fromarray(array), step.latents[i : i + 1], step.m_gen[i])
             for i, array in enumerate(pixels)
         ]
+
+
+def check_method(method: MethodConfig, bundle: Bundle) -> None:
+    """ValueError for a choice that the bundle's networks cannot follow; reads no weights."""
+    method.check(
+        attention_layers=len(attention_layers(bundle.config("unet"))),
+        mllm_layers=bundle.config("llava").llama.layers,
+        text_tokens=bundle.config("text").positions,
+        learnable_token=bundle.config("adapter").learnable_token,
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -212,15 +212,25 @@ def test_beta_zero_is_base_and_context(pipe: MoMA, cat: Subject, dog: Subject, i
 
 
 @torch.no_grad()
-def test_fresh_adapter_leaves_the_reference_out(pipe: MoMA) -> None:
-    """λ = 0 at the start of stage 2, context K, V are the base's text K, V, K', V' the base's own."""
+def test_fresh_adapter(pipe: MoMA) -> None:
+    """The start of stage 2: λ = 0, K', V' and context K, V the base's own; PAPER: zeros and an IP-Adapter."""
     adapter = Adapter(pipe.adapter.cfg, pipe.unet.cfg)
     adapter.init_from_base(pipe.unet, DEFAULT)
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     assert all(new.scale.item() == DEFAULT.lambda_init for new in adapter.subject)
     assert torch.equal(adapter.context[block.layer].to_v.weight, block.attn2.to_v.weight)
     assert torch.equal(adapter.subject[block.layer].to_k.weight, torch.eye(64))
-    adapter.init_from_base(pipe.unet, PAPER)
+    theirs = {
+        name: torch.randn(p.shape)
+        for name, p in adapter.named_parameters()
+        if name.startswith(("projector.", "context."))
+    }
+    adapter.init_from_base(pipe.unet, PAPER, theirs)
+    assert torch.equal(adapter.context[0].to_k.weight, theirs["context.0.to_k.weight"])
+    assert torch.equal(adapter.projector.proj.bias, theirs["projector.proj.bias"])
+    for missing in (None, dict(list(theirs.items())[1:])):
+        with pytest.raises(ValueError, match="needs an IP-Adapter"):
+            adapter.init_from_base(pipe.unet, PAPER, missing)
     assert (
         not adapter.subject[block.layer].to_k.weight.any() and adapter.subject[block.layer].scale.item() == 1
     )

@@ -123,7 +123,8 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
 
 def test_options_reach_the_picture(tmp_path, weights, cat):
     variants = [[], ["--guidance", 2], ["--strength", 0], ["--solver", "dpm"], ["--negative", "a dog"],
-                ["--steps", 4], ["--subject", "ginger cat", "--prompt", "a ginger cat"]]  # fmt: skip
+                ["--steps", 4], ["--set", "m_gen_threshold=0.6"],
+                ["--subject", "ginger cat", "--prompt", "a ginger cat"]]  # fmt: skip
     results = []
     for i, options in enumerate(variants):
         out = tmp_path / str(i)
@@ -238,6 +239,11 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --batch-size 0": "batch size 0",
     f"{CAT_ALONE} --solver euler": "invalid choice",
     f"{CAT_ALONE} --preset best": "invalid choice",
+    f"{CAT_ALONE} --set geometry": "expected FIELD=VALUE",
+    f"{CAT_ALONE} --set geometry=stretch": "'squash'",
+    f"{CAT_ALONE} --set beta=1": "method field 'beta'",
+    f"{CAT_ALONE} --set m_gen_layers=[99]": "m_gen_layers [99]",
+    f"{CAT_ALONE} --set mllm_layers=99": "mllm_layers 99",
     f"{CAT_ALONE} --dtype int8": "invalid choice",
     f"{CAT_ALONE} --device quantum": "device 'quantum'",
     f"{CAT_ALONE} --stepz 3": "--stepz",

@@ -1,0 +1,68 @@
+"""Presets and the checks of configurations that come from outside."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from moma.config import PRESETS, MethodConfig, SampleConfig, method_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    again = method_config("default", **json.loads(json.dumps(asdict(PRESETS[name]))))
+    assert again == PRESETS[name]
+
+
+def test_overrides() -> None:
+    changed = method_config("release", m_gen_threshold=0, m_gen_layers=[6, 7])
+    assert changed.m_gen_layers == (6, 7) and changed.geometry == "squash"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("geometry", "stretch", "'pad' or 'crop' or 'squash'"),
+        ("m_gen_threshold", "high", "expected float"),
+        ("m_gen_threshold", float("nan"), "expected float"),
+        ("context_masked", 1, "expected bool"),
+        ("subject_below_t", True, "expected int"),
+        ("subject_below_t", 3.5, "expected int"),
+        ("m_gen_layers", [0.5], "m_gen_layers"),
+        ("mllm_layers", "all", "mllm_layers"),
+        ("no_such_field", 1, "expected one of"),
+    ],
+)
+def test_wrong_values(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method_config(**{field: value})
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="default, release, paper"):
+        method_config("mine")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": "paper"},
+        {"mllm_layers": 0},
+        {"mllm_layers": 33},
+        {"reference_text_cut": 77},
+        {"m_gen_layers": ()},
+        {"m_gen_layers": (16,)},
+    ],
+    ids=str,
+)
+def test_what_the_networks_cannot_follow(change: dict) -> None:
+    sizes = {"attention_layers": 16, "mllm_layers": 32, "text_tokens": 77, "learnable_token": False}
+    MethodConfig().check(**sizes)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        MethodConfig(**change).check(**sizes)
+
+
+def test_sizes_follow_the_autoencoder() -> None:
+    SampleConfig(height=68, width=4).check(factor=4)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        SampleConfig(height=68).check(factor=8)
