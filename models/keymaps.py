@@ -44,9 +44,15 @@ def _to_conv(x: Tensor) -> Tensor:
     return x[:, :, None, None]
 
 
+def _to_vector(x: Tensor) -> Tensor:
+    """() -> (1,); anything else is left for the shape check to report."""
+    return x.reshape(1) if x.dim() == 0 else x
+
+
 COPY = Transform(_same, _same)
 CONV = Transform(_to_matrix, _to_conv)  # a 1x1 convolution there, a linear layer here
 MATRIX = Transform(_to_matrix, _same)  # linear on both sides, in some files shaped like a convolution
+VECTOR = Transform(_to_vector, _same)  # one number, in some files without a dimension
 
 
 class Row(NamedTuple):
@@ -167,9 +173,11 @@ def ldm_vae(levels: int) -> Table:
     rows: list[Row] = []
     for half in ("encoder", "decoder"):
         mid = f"{half}.mid_block.attentions.0"
-        for public, ours in zip(("q", "k", "v", "proj_out"), _VAE_ATTENTION, strict=True):
-            rows.append(Row(f"{half}.mid.attn_1.{public}.weight", f"{mid}.{ours}.weight", CONV))
-            rows.append(Row(f"{half}.mid.attn_1.{public}.bias", f"{mid}.{ours}.bias"))
+        # The second spelling comes from diffusers' export script of 2023, and community files carry it.
+        for names in (("q", "k", "v", "proj_out"), _VAE_ATTENTION):
+            for public, ours in zip(names, _VAE_ATTENTION, strict=True):
+                rows.append(Row(f"{half}.mid.attn_1.{public}.weight", f"{mid}.{ours}.weight", CONV))
+                rows.append(Row(f"{half}.mid.attn_1.{public}.bias", f"{mid}.{ours}.bias"))
         rows.append(Row(f"{half}.mid.attn_1.norm.*", f"{mid}.group_norm.*"))
         for j in (0, 1):
             there, here = f"{half}.mid.block_{j + 1}", f"{half}.mid_block.resnets.{j}"
@@ -217,7 +225,6 @@ def _diffusers_vae(old: bool) -> Table:
 
 DIFFUSERS_VAE = _diffusers_vae(old=False)
 DIFFUSERS_VAE_OLD = _diffusers_vae(old=True)  # files from before diffusers 0.17, such as sd-vae-ft-mse
-DIFFUSERS_UNET: Table = [Row("*", "*")]
 
 # --- CLIP ------------------------------------------------------------------------------------------------
 
@@ -240,12 +247,11 @@ CLIP_VISION: Table = [
 # transformers 5 saves a lone tower without its prefix
 CLIP_BARE: Table = [Row("*position_ids", None), Row("*", "*")]
 LDM_TEXT: Table = [
-    Row("transformer.text_model.embeddings.position_ids", None),
-    Row("transformer.embeddings.position_ids", None),
+    Row("*position_ids", None),
+    Row("logit_scale", None),
     Row("transformer.text_model.*", "*"),
+    Row("transformer.*", "*"),  # NAI and other early fine-tunes
 ]
-# NAI and other early fine-tunes
-LDM_TEXT_BARE: Table = [Row("transformer.embeddings.position_ids", None), Row("transformer.*", "*")]
 
 # --- LLaVA -----------------------------------------------------------------------------------------------
 # Ours: llama.*, projector.*, tower.*
@@ -320,7 +326,8 @@ def moma_th(down: int, up: int, mid: int) -> Table:
             public = f"self_cross_attentions.{number}"
             rows.append(Row(f"{public}.to_k_ip.weight", f"{kind}.{ours}.to_k.weight"))
             rows.append(Row(f"{public}.to_v_ip.weight", f"{kind}.{ours}.to_v.weight"))
-        rows.append(Row(f"self_cross_attentions.{2 * layer}.scale_learnable", f"subject.{ours}.scale"))
+        scale = f"self_cross_attentions.{2 * layer}.scale_learnable"
+        rows.append(Row(scale, f"subject.{ours}.scale", VECTOR))
     return rows
 
 

@@ -2,8 +2,8 @@
 
 Reading gives a mapping name -> `LazyTensor`: shape and dtype are known from the header, the values are
 read on demand, so that a 10 GB file is converted tensor by tensor. Pickled files (.bin, .ckpt, .pt, .pth,
-.th) go through an unpickler that knows a fixed list of names and calls nothing else: a file that wants
-more is refused, nothing of it runs.
+.th) go through torch's restricted unpickler, which calls nothing that a file names except what builds
+tensors; metadata of training frameworks is skipped, and a file that wants more is refused.
 
 Formats: safetensors = 8 bytes header length, JSON header, raw little-endian bytes
 (github.com/huggingface/safetensors); torch.save = an uncompressed zip with `data.pkl` and one entry
@@ -13,14 +13,13 @@ Formats: safetensors = 8 bytes header length, JSON header, raw little-endian byt
 import hashlib
 import json
 import os
-import pickle
-import struct
+import re
 import zipfile
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,29 +41,20 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
 HEADER_ALIGNMENT = 64  # bytes; data that starts aligned can be used where it is mapped
-ZIP_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # the last two fields are the lengths of name and extra
 MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more is a cycle
 NAMES_IN_ERROR = 6  # keys spelled out per kind of problem, so that the message stays one readable line
 LFS_POINTER = b"version https://git-lfs"
+# What training checkpoints hold beside tensors. Nothing of it is imported or called, see `_Skipped`.
+METADATA = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|typing|pathlib|argparse|copyreg)\..*"
+    r"|collections\.defaultdict|builtins\.(int|float|bool|str|bytes|object|slice|range|list|dict|tuple)"
+)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: `shape` and `dtype` now, the values from `read()` (a fresh tensor on the CPU)."""
+    """A tensor in a file: `shape` and `dtype` now, the values (CPU, not to be changed) from `read()`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -80,32 +70,10 @@ class LazyTensor:
         result = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return LazyTensor(tuple(result.shape), result.dtype, self.file, lambda: function(self.read()))
 
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("sets attributes of a tensor")  # only a hostile file would
 
-
-def _read_span(
-    file: Path, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Read the elements of one tensor, `offset` bytes into the file; ValueError if the file ends before."""
-    buffer = torch.empty(_extent(shape, stride), dtype=dtype)
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        got = stream.readinto(buffer.view(torch.uint8).numpy()) if buffer.numel() else 0
-    if got != buffer.nbytes:
-        raise ValueError(f"{file}: ends before its last tensor; the file is truncated, fetch it again")
-    return buffer.as_strided(shape, stride)
-
-
-def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Number of storage elements from the first to the last element of a strided tensor."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
+    """A tensor that is already there, in the form of one that is not."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -151,10 +119,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an `*.index.json`."""
     try:
         places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        files = {Path(file).name: file for file in places.values()}
+        outside = [file for file in places.values() if Path(file).name != file]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: no weight_map from tensor names to files in it") from error
-    if outside := [file for name, file in files.items() if name != file]:
+    if outside:
         raise ValueError(f"{index}: names the shard {outside[0]!r}, which is not a plain file name")
     return places
 
@@ -195,227 +163,121 @@ def check_safetensors(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    def lazy(name: str, shape: Sequence[int], kind: str) -> LazyTensor:
+        if kind not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {kind}, expected a float or integer type")
+        return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], path, lambda: read(name))
+
+    def read(name: str) -> Tensor:
+        with _open_safetensors(path) as file:  # opened anew, so that no more than this tensor stays mapped
+            return file.get_tensor(name)
+
     check_safetensors(path)
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, expected a float or integer type")
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        tensors[name] = _stored(path, 8 + length + entry["data_offsets"][0], shape, _contiguous(shape), dtype)
-    return tensors
+    with _open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: lazy(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
-def _stored(
-    path: Path, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> LazyTensor:
-    return LazyTensor(shape, dtype, path, lambda: _read_span(path, offset, shape, stride, dtype))
+class _Skipped:
+    """Stands for a class or function of METADATA: makes plain dicts, the one kind that may be filled."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
 
 
-def _read_legacy(path: Path) -> dict[str, LazyTensor]:
-    """torch.save before version 1.6: one stream, so all of it is read; torch's own restricted loader."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe stream
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not a readable torch checkpoint ({reason})") from error
-    return dict(_flatten(path, content))
+class _SkippedArray:
+    """The same for numpy's, whose state is a tuple, which a dict does not take."""
 
-
-# --- torch's zip files -----------------------------------------------------------------------------
-
-
-class _Inert:
-    """Stands for an object that is only metadata: takes any arguments, keeps nothing, does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+    def __new__(cls, *args: Any) -> "_SkippedArray":
         return object.__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __setstate__(self, *state: Any) -> None: ...
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-    def append(self, value: Any) -> None: ...
-    def extend(self, values: Any) -> None: ...
-    def add(self, value: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
 
 
-class _Call:
-    """A callable handed to a pickle; unlike a function, a pickle cannot set attributes on it."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("sets attributes of a function")
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """One entry `data/<key>`: where its bytes begin, how many there are, what they are typed as."""
-
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("sets attributes of a storage")
-
-
-# Packages whose classes appear in training checkpoints as metadata; they become inert, none is imported.
-INERT_PACKAGES = {
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "omegaconf",
-    "numpy",
-    "typing",
-    "pathlib",
-    "argparse",
-    "copyreg",
-    "copy_reg",
-    "_codecs",
-}
-INERT_BUILTINS = {
-    *("int", "long", "float", "complex", "bool", "str", "unicode", "bytes", "bytearray"),
-    *("object", "slice", "range"),
-}
-CONTAINERS: dict[tuple[str, str], type] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (dict, list, set)},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain containers and LazyTensors; every name a pickle asks for goes through `find_class`."""
-
-    def __init__(self, path: Path, archive: zipfile.ZipFile, root: str, data: bytes) -> None:
-        super().__init__(BytesIO(data))
-        self.path, self.archive, self.root = path, archive, root
-        rebuild = _Call(self._rebuild)
-        self.names: dict[tuple[str, str], Any] = {
-            **CONTAINERS,
-            ("collections", "defaultdict"): _Call(lambda *args: {}),
-            ("collections", "Counter"): _Call(lambda *args: {}),
-            ("builtins", "tuple"): _Call(tuple),
-            ("torch", "Size"): _Call(tuple),
-            ("torch", "device"): _Inert,
-            ("torch", "Tensor"): _Inert,
-            ("torch.nn.parameter", "Parameter"): _Inert,
-            ("torch._utils", "_rebuild_tensor"): rebuild,
-            ("torch._utils", "_rebuild_tensor_v2"): rebuild,
-            ("torch._utils", "_rebuild_tensor_v3"): _Call(self._rebuild_v3),
-            ("torch._utils", "_rebuild_parameter"): _Call(lambda data, *flags: data),
-            ("torch._utils", "_rebuild_parameter_with_state"): _Call(lambda data, *flags: data),
-            ("torch._tensor", "_rebuild_from_type_v2"): _Call(self._rebuild_from_type),
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.names:
-            return self.names[module, name]
-        if module in ("torch", "torch.storage"):
-            if name in STORAGE_DTYPES:
-                return STORAGE_DTYPES[name]
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-        if module in ("builtins", "__builtin__") and name in INERT_BUILTINS:
-            return _Inert
-        if module.split(".")[0] in INERT_PACKAGES:
-            return _Inert
-        raise ValueError(
-            f"{self.path}: the pickle asks for {module}.{name}, which no weights need; "
-            "refused, nothing of it was run (a .safetensors version of the file has no such names)"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, _, count = pid
-        if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("a storage without a type")
-        info = self.archive.getinfo(f"{self.root}/data/{key}")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size < count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key} is compressed or too short")
-        return _Storage(_entry_offset(self.path, info), info.file_size, dtype)
-
-    def _rebuild(
-        self, storage: _Storage, offset: int, shape: Any, stride: Any, *flags: Any, dtype: Any = None
-    ) -> LazyTensor:
-        shape, stride, dtype = tuple(shape), tuple(stride), dtype or storage.dtype
-        numbers = (offset, *shape, *stride)
-        if any(not isinstance(n, int) or n < 0 for n in numbers) or len(shape) != len(stride):
-            raise pickle.UnpicklingError("a tensor of impossible shape")
-        if (offset + _extent(shape, stride)) * dtype.itemsize > storage.nbytes:
-            raise pickle.UnpicklingError("a tensor larger than its storage")
-        return _stored(self.path, storage.offset + offset * dtype.itemsize, shape, stride, dtype)
-
-    def _rebuild_v3(self, storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
-        _, _, dtype, *_ = rest  # requires_grad, hooks, dtype, metadata
-        return self._rebuild(storage, offset, shape, stride, dtype=dtype)
-
-    def _rebuild_from_type(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
-        return function(*args)  # a tensor with Python attributes; they are left out
-
-
-def _entry_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a zip entry begin (the local header's lengths may differ from the directory's)."""
-    with open(path, "rb") as stream:
-        stream.seek(info.header_offset)
-        *_, name, extra = ZIP_LOCAL_HEADER.unpack(stream.read(ZIP_LOCAL_HEADER.size))
-    offset = info.header_offset + ZIP_LOCAL_HEADER.size + name + extra
-    if offset + info.file_size > path.stat().st_size:
-        raise zipfile.BadZipFile("entry beyond the end")
-    return offset
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """torch raises many kinds of errors, with texts that advise to load without safety; ours is one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: damaged, truncated or unsafe, not a readable torch checkpoint") from error
 
 
 def _read_zip(path: Path) -> dict[str, LazyTensor]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickles = [name for name in names if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{path}: a zip archive, but not one that torch.save wrote")
-            root = pickles[0].removesuffix("/data.pkl")
-            if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
-                raise ValueError(f"{path}: written on a big-endian machine, expected little-endian")
-            if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{path}: a compressed archive, but torch.save writes uncompressed ones")
-            content = _Unpickler(path, archive, root, archive.read(pickles[0])).load()
-    except ValueError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way, and always inside our own containers
-        raise ValueError(f"{path}: damaged or truncated torch checkpoint ({error})") from error
-    return dict(_flatten(path, content))
+    """torch.save since version 1.6. Only `data.pkl` is read now: on "meta", torch notes where values lie."""
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        orders = {archive.read(info) for info in infos if info.filename.endswith("/byteorder")}
+    if not any(info.filename.endswith("/data.pkl") for info in infos):
+        raise ValueError(f"{path}: a zip archive, but not one that torch.save wrote")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise ValueError(f"{path}: a compressed archive, but torch.save writes uncompressed ones")
+    if not orders <= {b"little"}:  # torch would crash on such a file under "meta"
+        raise ValueError(f"{path}: written on a big-endian machine, expected little-endian")
+    with _readable(path):
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if refused := [name for name in wanted if not METADATA.fullmatch(name)]:
+        raise ValueError(
+            f"{path}: the pickle asks for {refused[0]}, which no weights need; refused, nothing of it was "
+            "run (a .safetensors version of the file has no such names)"
+        )
+    skipped = [(_SkippedArray if name.startswith("numpy.") else _Skipped, name) for name in wanted]
+    with _readable(path), torch.serialization.safe_globals(skipped):
+        content = torch.load(path, map_location="meta", weights_only=True)
+    entries = sorted((info.header_offset, info.file_size) for info in infos)
+
+    def lazy(tensor: Tensor) -> LazyTensor:
+        if tensor.layout != torch.strided or tensor.untyped_storage()._checkpoint_offset is None:
+            raise ValueError(f"{path}: holds a tensor that is sparse or without values, expected plain ones")
+        storage = tensor.untyped_storage()
+        start = storage._checkpoint_offset  # of its bytes in the file
+        _, room = entries[bisect(entries, (start,)) - 1]  # the entry whose header is before them
+        skip, shape, stride = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if storage.nbytes() > room:  # torch grew it to what the tensor needs
+            raise ValueError(f"{path}: damaged, a tensor is larger than what is stored of it")
+
+        def read() -> Tensor:
+            flat = torch.empty(count, dtype=tensor.dtype)
+            with open(path, "rb") as stream:
+                stream.seek(start + skip * flat.itemsize)
+                got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
+            if got != flat.nbytes:
+                raise ValueError(
+                    f"{path}: ends before its last tensor; the file is truncated, fetch it again"
+                )
+            return flat.as_strided(shape, stride)
+
+        return LazyTensor(shape, tensor.dtype, path, read)
+
+    return {name: lazy(tensor) for name, tensor in _flatten(path, content).items()}
 
 
-def _flatten(path: Path, content: Any) -> Iterator[tuple[str, LazyTensor]]:
+def _read_legacy(path: Path) -> dict[str, LazyTensor]:
+    """torch.save before version 1.6: one stream, so all of it is read."""
+    with _readable(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: in_memory(tensor, path) for name, tensor in _flatten(path, content).items()}
+
+
+def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
-    seen: set[str] = set()
+    found: dict[str, Tensor] = {}
 
-    def walk(node: Any, name: str, depth: int) -> Iterator[tuple[str, LazyTensor]]:
+    def walk(node: Any, name: str, depth: int) -> None:
         if depth > MAX_NESTING:
             raise ValueError(f"{path}: dicts nested deeper than {MAX_NESTING}, not a checkpoint")
         if isinstance(node, dict):
             for key, value in node.items():
-                yield from walk(value, f"{name}.{key}" if name else str(key), depth + 1)
-        elif isinstance(node, LazyTensor | Tensor):
-            if name in seen:
+                walk(value, f"{name}.{key}" if name else str(key), depth + 1)
+        elif isinstance(node, Tensor):
+            if name in found:
                 raise ValueError(f"{path}: two tensors are called {name}")
-            seen.add(name)
-            yield name, node if isinstance(node, LazyTensor) else in_memory(node, path)
+            found[name] = node.detach()
 
-    yield from walk(content, "", 0)
-
-
-def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
-    """A tensor that is already there, in the form of one that is not."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
+    walk(content, "", 0)
+    return found
 
 
 # --- writing ---------------------------------------------------------------------------------------
@@ -460,6 +322,11 @@ def write_safetensors(
     return hashes
 
 
+def stored_bytes(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None) -> int:
+    """What `write_safetensors` writes of them, headers aside."""
+    return sum(prod(tensor.shape) * _target(tensor, dtype).itemsize for tensor in tensors.values())
+
+
 def _target(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
 
@@ -470,22 +337,17 @@ def _write_shard(
     dtype: torch.dtype | None,
     progress: Callable[[int], Any] | None,
 ) -> str:
-    if odd := [name for name in tensors if tensors[name].dtype not in DTYPE_NAMES]:
-        raise ValueError(
-            f"{tensors[odd[0]].file}: {odd[0]} has dtype {tensors[odd[0]].dtype}, which is no weight's"
-        )
+    kinds = {name: _target(tensor, dtype) for name, tensor in tensors.items()}
+    if odd := [name for name, kind in kinds.items() if kind not in DTYPE_NAMES]:
+        raise ValueError(f"{tensors[odd[0]].file}: {odd[0]} has dtype {kinds[odd[0]]}, which is no weight's")
     # Wide types first, so that every tensor stays aligned to its own item size.
-    names = sorted(tensors, key=lambda name: (-_target(tensors[name], dtype).itemsize, name))
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        tensor, kind = tensors[name], _target(tensors[name], dtype)
-        end = offset + prod(tensor.shape) * kind.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[kind],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        shape, kind = tensors[name].shape, kinds[name]
+        end = offset + prod(shape) * kind.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
@@ -501,7 +363,7 @@ def _write_shard(
             put(len(text).to_bytes(8, "little"))
             put(text)
             for name in names:
-                values = _cast(name, tensors[name], _target(tensors[name], dtype))
+                values = _cast(name, tensors[name], kinds[name])
                 put(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 if progress is not None:
                     progress(values.nbytes)
@@ -545,33 +407,20 @@ def load_into(
         module = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     groups = files if isinstance(files, Mapping) else {"": files}
-    places: dict[str, tuple[Path, str]] = {}
-    unexpected, misshaped = [], []
-    for prefix, paths in groups.items():
-        for path in paths:
-            for key, tensor in _read_safetensors(Path(path)).items():
-                name = prefix + key
-                if name not in wanted:
-                    if not name.startswith(tuple(ignore)):
-                        unexpected.append(f"{name} ({path.name})")
-                elif tensor.shape != wanted[name]:
-                    shapes = f"{list(tensor.shape)} instead of {list(wanted[name])}"
-                    misshaped.append(f"{name} ({path.name}: {shapes})")
-                else:
-                    places[name] = (Path(path), key)
-    missing = [name for name in wanted if name not in places and not _named(name, misshaped)]
-    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
-    if any(problems.values()):
-        where = ", ".join(str(path) for paths in groups.values() for path in paths)
-        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items() if names)
+    places = [(prefix, Path(path)) for prefix, paths in groups.items() for path in paths]
+    stored = {prefix + key: t for prefix, path in places for key, t in _read_safetensors(path).items()}
+    known = {name: t for name, t in stored.items() if name in wanted or not name.startswith(tuple(ignore))}
+    if problems := misfits(wanted, known):
+        where = ", ".join(str(path) for _, path in places)
+        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
         raise ValueError(f"{where}: does not fit {type(module).__name__}: {listed}")
 
     state = {}
-    for path in {path: None for path, _ in places.values()}:
+    for prefix, path in places:
         with _open_safetensors(path, str(device)) as file:
-            for name, (place, key) in places.items():
-                if place == path:
-                    values = file.get_tensor(key)
+            for name in (prefix + key for key in file.keys()):  # noqa: SIM118 (not a mapping)
+                if name in wanted:
+                    values = file.get_tensor(name.removeprefix(prefix))
                     state[name] = values.to(dtype) if values.is_floating_point() else values
     module.load_state_dict(state, strict=True, assign=True)
     rest = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
@@ -579,8 +428,18 @@ def load_into(
     return module
 
 
-def _named(name: str, problems: list[str]) -> bool:
-    return any(problem.startswith(f"{name} (") for problem in problems)
+def misfits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
+    """Why `tensors` are not those of the names and shapes `wanted`: kind -> names; {} if they are."""
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [f"{name} ({t.file.name})" for name, t in tensors.items() if name not in wanted],
+        "mis-shaped": [
+            f"{name} ({tensors[name].file.name}: {list(tensors[name].shape)} instead of {list(shape)})"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    return {kind: names for kind, names in problems.items() if names}
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_type_hints
@@ -34,6 +33,7 @@ from moma.config import method_config
 
 FORMAT, VERSION = "moma-bundle", 1
 MANIFEST = "config.json"
+ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of each network
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")
 LLAMA_TOKENIZER = ("tokenizer.model",)
 
@@ -129,8 +129,8 @@ class Bundle:
         for name, entry in networks.items():
             if name not in CONFIGS:
                 raise ValueError(f"{path}: network {name!r}, expected one of {', '.join(CONFIGS)}")
-            if not isinstance(entry, dict) or not entry.get("files") or "config" not in entry:
-                raise ValueError(f"{path}: network {name!r} lacks its files or its config")
+            if not isinstance(entry, dict) or not all(entry.get(key) for key in ENTRY):
+                raise ValueError(f"{path}: network {name!r} lacks its files or its {', '.join(ENTRY[1:])}")
             configs[name] = config_from_json(CONFIGS[name], entry["config"], f"{path}: {name}")
             for file in entry["files"]:
                 if Path(file).name != file:
@@ -215,10 +215,13 @@ class Bundle:
             return load_into(lambda: Llava(config), groups, device, dtype, ignore)
         return load_into(lambda: build_network(name, config, unet), self.files(name), device, dtype)
 
+    def tensors(self, name: str) -> dict[str, LazyTensor]:
+        """What a network's files hold, by name."""
+        return {key: tensor for file in self.files(name) for key, tensor in read_checkpoint(file).items()}
+
     def state(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a network's files by name, as stored; for ip_adapter, which goes into an Adapter."""
-        tensors = {key: t for file in self.files(name) for key, t in read_checkpoint(file).items()}
-        return {key: tensor.read() for key, tensor in tensors.items()}
+        """The same with its values, as stored; for ip_adapter, which goes into an Adapter."""
+        return {key: tensor.read() for key, tensor in self.tensors(name).items()}
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ class BundleWriter:
 
     def __init__(self, target: str | Path, image_size: int, overwrite: bool = False) -> None:
         """ValueError if target has content and overwrite is not set, or if that content is no bundle."""
-        self.target = Path(target).absolute()
+        self.target = Path(target).resolve()  # of a link, what it points to is replaced
         self.part = self.target.with_name(f".{self.target.name}.part")
         self.image_size = image_size
         self.method: dict[str, Any] = {}
@@ -317,11 +320,6 @@ class BundleWriter:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a link, link(2) would copy the link itself
     except OSError:
         shutil.copyfile(source, target)
-
-
-def count(tensors: Mapping[str, LazyTensor]) -> int:
-    """Number of parameters."""
-    return sum(prod(tensor.shape) for tensor in tensors.values())

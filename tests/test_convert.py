@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import convert_weights
-from convert_weights import Assumed, convert, main
-from models.loading import read_checkpoint
+from convert_weights import DTYPES, convert, main
+from models.clip import VISION_PRESETS
+from models.loading import LazyTensor, read_checkpoint
 from moma.bundle import Bundle, BundleWriter, expected_shapes
 from moma.download import MOMA_FILE, DownloadConfig, by_hand, download
+from moma.sources import Assumed, guess_tower
 from moma.tiny import build_tokenizers
 from tests.make_checkpoints import (
     TINY,
@@ -256,13 +257,13 @@ def test_identical_tower_is_said_to_be(public: Path, tmp_path: Path) -> None:
 
 def test_known_tower_is_guessed_from_its_shapes() -> None:
     for name in ("l14", "l14_336", "b32"):
-        wanted = replace(convert_weights.VISION_PRESETS[name], projection=None)
+        wanted = replace(VISION_PRESETS[name], projection=None)
         shapes = expected_shapes("vision", wanted)
         lazy = {
-            n: convert_weights.LazyTensor(shape, torch.float16, Path("x"), lambda: torch.empty(0))
+            n: LazyTensor(shape, torch.float16, Path("x"), lambda: torch.empty(0))
             for n, shape in shapes.items()
         }
-        assert convert_weights.guess_tower(lazy, Path("x")) == wanted
+        assert guess_tower(lazy, Assumed().towers) == wanted
 
 
 @pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "ip-adapter_sd15.safetensors"])
@@ -284,7 +285,7 @@ def test_unknown_keys_of_the_th_are_listed(public: Path, complete: Bundle, tmp_p
 
 @pytest.mark.parametrize("choice", ["fp32", "bf16", "fp16"])
 def test_dtype(public: Path, complete: Bundle, tmp_path: Path, choice: str) -> None:
-    kind = convert_weights.DTYPES[choice]
+    kind = DTYPES[choice]
     bundle, _ = run([public / "sd15", public / "vae"], tmp_path / "b", complete, dtype=kind)
     assert_drawn(state(bundle, "unet"), torch.float32, cast=kind)
     assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
@@ -295,6 +296,164 @@ def test_without_llm(public: Path, complete: Bundle, tmp_path: Path) -> None:
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
     bundle, _ = run([public / "vae"], tmp_path / "b", complete, llm=False)
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
+
+
+# --- which source wins ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("bigger", ["folder", "file"])
+@pytest.mark.parametrize("lone", ["folder", "file"])
+def test_a_lone_vae_wins_in_any_order(
+    public: Path, complete: Bundle, tmp_path: Path, first: bool, bigger: str, lone: str
+) -> None:
+    model = public / "sd15" if bigger == "folder" else make_ldm(tmp_path / "m.safetensors", TINY)
+    vae = public / "vae" / ("" if lone == "folder" else "diffusion_pytorch_model.safetensors")
+    bundle, said = run([vae, model] if first else [model, vae], tmp_path / "b", complete)
+    assert_drawn(state(bundle, "vae"), torch.float32, "mse")
+    assert f"note: vae: {vae.name} replaces that of {model.name}" in said
+
+
+def test_other_dedicated_sources_win_too(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    make_sd15(tmp_path / "other", TINY, public / "tokenizers", torch.float16)
+    lone = [
+        make_ldm(tmp_path / "unet.safetensors", TINY, salt="c", vae=False, text=False),
+        tmp_path / "other/text_encoder",
+        public / MOMA_FILE,
+    ]
+    shutil.copytree(public / "llava", tmp_path / "llava")
+    make_moma(tmp_path / "llava" / MOMA_FILE, replace(TINY, adapter=replace(TINY.adapter, tokens=8)))
+    for i, paths in enumerate(([*lone, public / "sd15", tmp_path / "llava"], [tmp_path / "llava", *lone])):
+        bundle, said = run([*paths, public / "clip", public / "sd15"], tmp_path / f"b{i}")
+        assert_drawn(state(bundle, "unet"), torch.float16, "c")
+        assert {t.dtype for t in state(bundle, "text").values()} == {torch.float16}
+        assert bundle.config("adapter").tokens == 4
+        assert f"adapter: {MOMA_FILE} replaces that of llava" in said
+
+
+def test_of_equal_sources_the_later_wins(public: Path, tmp_path: Path) -> None:
+    other = make_vae(tmp_path / "other", TINY, salt="o")
+    for i, (paths, salt) in enumerate((([other, public / "vae"], "mse"), ([public / "vae", other], "o"))):
+        bundle, said = run(paths, tmp_path / f"b{i}")
+        assert_drawn(state(bundle, "vae"), torch.float32, salt)
+        assert f"vae: {paths[1].name} replaces that of {paths[0].name}" in said
+
+
+def test_a_llava_is_not_less_for_the_tower_inside(public: Path, tmp_path: Path) -> None:
+    """Else the original LLaVA, which has none, would win over MoMA's."""
+    tuned = make_llava(tmp_path / "l", TINY, public / "tokenizers", tower="other", dtype=torch.float32)
+    bundle, said = run([public / "llava", tuned, public / "clip"], tmp_path / "b")
+    assert {t.dtype for t in bundle.tensors("llava").values()} == {torch.float32}
+    assert "llava: l replaces that of llava" in said
+
+
+def test_a_single_file_takes_its_tokenizer_from_a_clip_folder(public: Path, tmp_path: Path) -> None:
+    shutil.copytree(public / "clip", tmp_path / "clip")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(public / "tokenizers" / name, tmp_path / "clip")
+    model = make_ldm(tmp_path / "m.safetensors", TINY)
+    bundle, _ = run([model, tmp_path / "clip"], tmp_path / "b")
+    assert bundle.clip_tokenizer().encode("a cat")
+    # but a Stable Diffusion folder's goes before it
+    (tmp_path / "clip/merges.txt").write_text("")
+    bundle, _ = run([public / "sd15", model, tmp_path / "clip"], tmp_path / "c")
+    assert bundle.tokenizer("merges.txt").read_text()
+
+
+# --- peculiarities of public files -----------------------------------------------------------------------
+
+
+def test_a_full_repository_of_a_community_model(public: Path, tmp_path: Path) -> None:
+    """Single files beside the folders, half-precision and training variants, weights of other frameworks."""
+    folder = make_sd15(tmp_path / "rv", TINY, public / "tokenizers", torch.float16)
+    (folder / "Realistic.safetensors").write_text("not looked at")
+    (folder / "Realistic.ckpt").write_text("not looked at")
+    for name in ("model.safetensors.index.fp16.json", "flax_model.msgpack", "pytorch_model.non_ema.bin"):
+        (folder / "text_encoder" / name).write_text("not looked at")
+    config = json.loads((folder / "vae/config.json").read_text())
+    write_json(folder / "vae/config.json", config | {"force_upcast": True, "scaling_factor": 0.18215})
+    bundle, _ = run([folder], tmp_path / "b")
+    for name in ("unet", "vae", "text"):
+        assert_drawn(state(bundle, name), torch.float16)
+
+
+def test_llava_with_both_kinds_of_shards(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    folder = make_llava(tmp_path / "llava", TINY, public / "tokenizers")
+    tensors = {k: t.read() for k, t in read_checkpoint(folder / "pytorch_model.bin.index.json").items()}
+    save_file(tensors, folder / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    for shard in folder.glob("*.bin"):
+        shard.write_text("not looked at")
+    bundle, _ = run([folder, public / "clip"], tmp_path / "b")
+    assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
+
+
+def test_the_hubs_cache(public: Path, tmp_path: Path) -> None:
+    """A snapshot is a folder called by a hash, of links to files called by hashes."""
+    snapshot = (
+        tmp_path / "models--stabilityai--sd-vae-ft-mse/snapshots/31f26fdeee1355a5c34592e401dd41e45d25a493"
+    )
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(sorted((public / "vae").iterdir())):
+        shutil.copy(path, tmp_path / f"blobs/{i}")
+        (snapshot / path.name).symlink_to(os.path.relpath(tmp_path / f"blobs/{i}", snapshot))
+    bundle, said = run([public / "sd15", snapshot], tmp_path / "b")
+    assert_drawn(state(bundle, "vae"), torch.float32, "mse")
+    assert "vae: stabilityai--sd-vae-ft-mse replaces that of sd15" in said
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_config_without_its_class(public: Path, complete: Bundle, tmp_path: Path, part: str) -> None:
+    shutil.copytree(public / "sd15" / part, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    del config["_class_name"]
+    write_json(tmp_path / "x/config.json", config)
+    bundle, _ = run([tmp_path / "x"], tmp_path / "b", complete)
+    assert_drawn(state(bundle, part), torch.float32)
+
+
+@pytest.mark.parametrize("wrapper", ["module.{part}.{key}", "{part}.module.{key}"])
+def test_th_of_wrapped_parts_and_bare_scales(
+    public: Path, complete: Bundle, tmp_path: Path, wrapper: str
+) -> None:
+    content = {}
+    for name, tensor in read_checkpoint(public / MOMA_FILE).items():
+        part, key = name.split(".", 1)
+        values = tensor.read()
+        content[wrapper.format(part=part, key=key)] = (
+            values[0] if name.endswith("scale_learnable") else values
+        )
+    torch.save(content, tmp_path / "a.th")
+    bundle, _ = run([tmp_path / "a.th"], tmp_path / "b", complete)
+    assert bundle.hashes["adapter.safetensors"] == complete.hashes["adapter.safetensors"]
+
+
+def test_ip_adapter_in_torchs_old_format(complete: Bundle, tmp_path: Path) -> None:
+    content = torch.load(make_ip_adapter(tmp_path / "new.bin", TINY))
+    torch.save(content, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    bundle, _ = run([tmp_path / "old.bin"], tmp_path / "b", complete)
+    assert_drawn(bundle.state("ip_adapter"), torch.float16, "ip")
+
+
+def test_single_file_with_diffusers_names_in_its_vae(complete: Bundle, tmp_path: Path) -> None:
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    tensors = {
+        re.sub(r"(mid\.attn_1\.)(q|k|v|proj_out)\.", lambda m: f"{m[1]}{names[m[2]]}.", key): t.read()
+        for key, t in ldm_tensors(TINY, torch.float16, salt="c").items()
+    }
+    tensors = {key: t.flatten(1) if ".attn_1.to_" in key and t.dim() > 1 else t for key, t in tensors.items()}
+    save_file({key: t.contiguous() for key, t in tensors.items()}, tmp_path / "a.safetensors")
+    bundle, said = run([tmp_path / "a.safetensors"], tmp_path / "b", complete)
+    assert_drawn(state(bundle, "vae"), torch.float16, "c")
+    assert "unused" not in said
+
+
+def test_a_description_that_mentions_v_prediction_is_no_refusal(complete: Bundle, tmp_path: Path) -> None:
+    source = make_ldm(tmp_path / "a.safetensors", TINY)
+    source.with_suffix(".json").write_text('{"description": "no v_prediction, a plain model"}')
+    run([source], tmp_path / "b", complete)
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -459,7 +618,7 @@ def test_h14_as_llavas_tower(public: Path, tmp_path: Path) -> None:
 def test_ip_adapter_with_the_wrong_encoder(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, ip_vision=replace(TINY.ip_vision, projection=24))
     sources = [make_ip_adapter(tmp_path / "ip.bin", TINY), make_ip_vision(tmp_path / "encoder", scale)]
-    with pytest.raises(ValueError, match="image embeddings of width 40, but encoder gives 24"):
+    with pytest.raises(ValueError, match="image embeddings of width 40, but the image encoder gives 24"):
         run(sources, tmp_path / "b", complete)
 
 
@@ -500,6 +659,21 @@ def test_adapter_for_another_llava(complete: Bundle, tmp_path: Path) -> None:
         run([make_moma(tmp_path / "a.th", scale)], tmp_path / "b", complete)
 
 
+def test_llava_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    scale = replace(TINY, llama=replace(TINY.llama, width=80))
+    source = make_llava(tmp_path / "l", scale, public / "tokenizers")
+    with pytest.raises(ValueError, match="MLLM of width 64, but the LLaVA here has 80"):
+        run([source], tmp_path / "b", complete)
+
+
+def test_text_encoder_of_another_width(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    source = make_sd15(
+        tmp_path / "sd", replace(TINY, text=replace(TINY.text, width=32)), public / "tokenizers"
+    )
+    with pytest.raises(ValueError, match="reads texts of width 24, the text encoder gives 32"):
+        run([source / "text_encoder"], tmp_path / "b", complete)
+
+
 def test_unet_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, unet=replace(TINY.unet, channels=(16, 32, 32, 64)))
     source = make_sd15(tmp_path / "sd", scale, public / "tokenizers")
@@ -520,7 +694,7 @@ def test_missing_and_misshaped_keys(
     save_file(tensors if change == "drop" else tensors | {"conv_out.bias": bias[:2].clone()}, path)
     with pytest.raises(ValueError, match=message) as error:
         run([tmp_path / "sd"], tmp_path / "b", complete)
-    assert "unused: extra.weight" in str(error.value) and not (tmp_path / "b").exists()
+    assert "unexpected: extra.weight" in str(error.value) and not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.th", "a.bin"])
@@ -556,6 +730,22 @@ def test_command_line(public: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "other" / "thesis.tex").touch()
     assert main([*sources[:1], "--out", str(tmp_path / "other"), "--overwrite"]) == 2
     assert "holds no bundle" in capsys.readouterr().err and (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_links_to_and_from_bundles(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    """A bundle of links is a base like any other; of a link at the target, what it names is replaced."""
+    (tmp_path / "linked/tokenizers").mkdir(parents=True)
+    for path in complete.folder.rglob("*"):
+        if path.is_file():
+            place = tmp_path / "linked" / path.relative_to(complete.folder)
+            place.symlink_to(os.path.relpath(path, place.parent))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        run([public / "vae"], tmp_path / "out", Bundle.open(tmp_path / "linked"), overwrite=True)
+    assert Bundle.open(tmp_path / "out").hashes == complete.hashes
+    assert (tmp_path / "out").is_symlink() and not (tmp_path / "disk/unet.safetensors").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "linked", "out"]
 
 
 KILLED = """
@@ -632,6 +822,8 @@ def test_bundle_errors(copy: Path, tmp_path: Path) -> None:
     expect("version 2, expected 1", version=2)
     expect("names no networks", networks={})
     expect("network 'sam', expected one of", networks=networks | {"sam": unet})
+    bare = {key: value for key, value in unet.items() if key != "sha256"}
+    expect("lacks its files", networks=networks | {"unet": bare})
     expect("lacks its files", networks=networks | {"unet": {"config": {}, "files": []}})
     expect("field 'size' is unknown", networks=networks | {"unet": unet | {"config": {"size": 1}}})
     expect("expected a plain file name", networks=networks | {"unet": unet | {"files": ["../x"]}})

@@ -19,6 +19,7 @@ FLOORS = [
     {"moma.adapter"},
     {"moma.decoder", "moma.sampler", "moma.bundle"},
     {"moma.download", "moma.tiny"},
+    {"moma.sources"},
     {"moma.pipeline"},
     {"moma"},
     {"sample", "convert_weights"},

@@ -55,7 +55,6 @@ LDM_VAE = keymaps.ldm_vae(4)
 
 ROUND_TRIPS = {
     "ldm unet": (LDM_UNET, UNET),
-    "diffusers unet": (keymaps.DIFFUSERS_UNET, UNET),
     "ldm vae": (LDM_VAE, VAE),
     "diffusers vae": (keymaps.DIFFUSERS_VAE, VAE),
     "old diffusers vae": (keymaps.DIFFUSERS_VAE_OLD, VAE),
@@ -63,7 +62,6 @@ ROUND_TRIPS = {
     "clip vision": (keymaps.CLIP_VISION, TOWER),
     "clip bare": (keymaps.CLIP_BARE, TOWER),
     "ldm text": (keymaps.LDM_TEXT, expected_shapes("text", CLIPTextConfig())),
-    "ldm text, bare": (keymaps.LDM_TEXT_BARE, expected_shapes("text", CLIPTextConfig())),
     "llava": (keymaps.LLAVA_ORIGINAL, LLAVA),
     "llava-hf": (keymaps.llava_hf(False, 32000, 32064), LLAVA),
     "llava-hf, new names": (keymaps.llava_hf(True, 32000, 32064), LLAVA),
