@@ -139,7 +139,7 @@ class MoMA:
         layers = self.reference_pass(
             reference.image, reference.mask, word, seed, posterior_noise, reference_noise
         )
-        pixels = clip_image(reference.white, self.llava.cfg.vision.image_size, pad=True)[None]  # (1, 3, s, s)
+        pixels = clip_image(reference.white, self.llava.cfg.vision.image_size)[None]  # (1, 3, s, s)
         features = self.llava.encode_images(pixels.to(self.device, self.dtype))  # (1, N, C)
         return Subject(word, reference, layers, features)
 

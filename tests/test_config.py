@@ -14,6 +14,28 @@ def test_presets_survive_json(name: str) -> None:
     assert again == PRESETS[name]
 
 
+# What the presets change, restated: a slip in moma/config.py must not pass unseen (docs/choices.md explains).
+CHANGES = {
+    "default": {},
+    "release": {
+        "reference_noise": "global", "mask_binarise_above": 0.0, "keep_one_key": False, "empty_mask": "mean",
+        "geometry": "squash", "label_tokens": "first_piece", "absent_label": "ignore", "m_gen_norm": "batch",
+        "m_gen_eps": 0.0,
+    },
+    "paper": {
+        "reference_background": "white", "reference_noise": "none", "reference_text_cut": 0,
+        "template": "paper", "context_masked": False, "m_gen_norm": "none", "subject_init": "zero",
+        "lambda_init": 1.0, "context_init": "ip_adapter",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_presets_change(name: str) -> None:
+    default, preset = asdict(PRESETS["default"]), asdict(PRESETS[name])
+    assert {field: value for field, value in preset.items() if value != default[field]} == CHANGES[name]
+
+
 def test_overrides() -> None:
     changed = method_config("release", m_gen_threshold=0, m_gen_layers=[6, 7])
     assert changed.m_gen_layers == (6, 7) and changed.geometry == "squash"

@@ -22,7 +22,7 @@ from moma.attention import ReferenceLayer, context_cross_attention, drop_backgro
 from moma.diffusion import intervals
 from moma.masks import min_max
 from moma.sampler import Step, denoise
-from tests.golden_files import assert_recorded, golden
+from tests.golden_files import assert_recorded, excerpt, golden
 from tests.recipe import ellipse, fill, normal, uniform
 
 LAYER, PIPELINE = (
@@ -276,6 +276,7 @@ def test_finished_picture(pipe: MoMA) -> None:
     ours = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)[None]  # (1, 3, 256, 256) uint8
     theirs = golden("unet_moma_small")["s1.0.image"] * 255
     assert_recorded(ours, theirs, 1.0 + 0.05)  # truncation to bytes loses up to one step
+    assert (excerpt(ours, theirs) == theirs.floor()).float().mean() > 0.99  # it truncates, as the release
 
 
 @torch.no_grad()
@@ -301,6 +302,9 @@ def test_plain_attention_is_the_base() -> None:
     """The implementations agree on plain attention, whatever the mask."""
     q, k, v = (torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     mask = torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(3)) > 0.5
-    for m in (None, mask, mask & False):
-        explicit, fused = (attention(q, k, v, m, impl=impl) for impl in IMPLS)
+    for options in ({}, {"mask": mask}, {"mask": mask & False}, {"causal": True}, {"scale": 0.1}):
+        explicit, fused = (attention(q, k, v, **options, impl=impl) for impl in IMPLS)
         torch.testing.assert_close(explicit, fused, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        attention(q, k, v, causal=True)[:, :, 0], v[:, :, 0]
+    )  # the first sees itself only

@@ -281,6 +281,12 @@ def test_every_field_acts(pipe: MoMA, change: dict) -> None:
     assert (draw(DEFAULT) - draw(replace(DEFAULT, **change))).abs().max() > 1e-4
 
 
+def test_subject_term_starts_below_its_timestep(pipe: MoMA, cat: Subject) -> None:
+    """The release's range(0, 950): off at 950, on at 949; the mask changes nothing about it."""
+    guide = pipe.guide([Job(cat, "a cat", 0)], [pipe.embed(cat, "a cat")], QUICK)
+    assert [guide.hook(t, None).subject_on for t in (999, 950, 949, 0)] == [False, False, True, True]
+
+
 def test_absent_label(pipe: MoMA) -> None:
     """A word whose first piece is not in the prompt: an error by default, NaN in the release."""
     dogs = replace(pipe.encode_subject(picture(0), mask(30), "dog"), word="dog")
