@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -149,7 +150,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--strength",
         type=float,
-        metavar="β",
+        metavar="BETA",
         help=f"of the subject: about 1 for a new scene, 0.4 for a new texture (default: {base.strength})",
     )
     add("--guidance", type=float, metavar="G", help=f"weight of the prompt (default: {base.guidance})")
@@ -242,7 +243,7 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         pictures=tuple((prompt, s) for prompt in prompts for s in range(seed, seed + num)),
         only=None,
         negative=args.negative or "",
-        subject_seed=seed,
+        subject_seed=0,  # the subject is the same whatever is drawn of it
         sample=sample,
         method=method,
         dtype=args.dtype,
@@ -251,7 +252,7 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
 
 def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) -> Request:
     """The request that makes a recorded picture again; ValueError if a file is another one than then."""
-    if dict(bundle.hashes) != dict(record.weight_hashes):
+    if weight_hashes(bundle) != dict(record.weight_hashes):
         raise ValueError(
             f"the weights in {bundle.folder} are not those of {args.replay}: give them with --weights"
         )
@@ -268,6 +269,10 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
             raise ValueError(
                 f"{path}: not the file that {args.replay} was made from; give it with --{option}"
             )
+    then = f"{record.device}, torch {record.versions.get('torch')}"
+    now = f"{choose_device(args.device)}, torch {importlib.metadata.version('torch')}"
+    if then != now:
+        print(f"note: drawn on {then}, now on {now}: details may differ")
     return Request(
         reference=files[0][1],
         mask=mask,
@@ -313,13 +318,26 @@ def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
         return found[0]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
     tiny = cache / "tiny"
-    if not tiny.is_dir():
+    with suppress(ValueError):  # of an earlier version of this code, or none: made anew
+        Bundle.open(tiny)
+        return tiny
+    shutil.rmtree(tiny, ignore_errors=True)
+    try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as draft:
             build_tiny_bundle(Path(draft) / "tiny")
             with suppress(OSError):  # another run was faster
                 os.rename(Path(draft) / "tiny", tiny)
+    except OSError as error:
+        raise ValueError(
+            f"{cache}: cannot write the tiny weights there ({error.strerror}); give others with --weights"
+        ) from None
     return tiny
+
+
+def weight_hashes(bundle: Bundle) -> dict[str, str]:
+    """sha256, as recorded at conversion, of the files of the networks that draw."""
+    return {file: value for name in NETWORKS for file, value in bundle.networks[name]["sha256"].items()}
 
 
 # --- checks before anything is loaded ----------------------------------------------------------------
@@ -381,7 +399,7 @@ def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: Mo
         reference=inputs.reference,
         mask=inputs.mask,
         weights=str(bundle.folder),
-        weight_hashes=bundle.hashes,
+        weight_hashes=weight_hashes(bundle),
         dtype=next(name for name, dtype in DTYPES.items() if dtype == pipe.dtype),
         device=str(pipe.device),
         versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
@@ -439,7 +457,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """`main` with an exit status: 2 and one line for a user's mistake, never a traceback for it."""
     try:
         main(argv)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -48,9 +48,12 @@ def attention(
         return attention_probs(q, k, mask, causal=causal, scale=scale).to(v.dtype) @ v  # (B, H, N, E)
     if impl != "fused":
         raise ValueError(f"attention impl {impl!r}: expected 'fused' or 'explicit'")
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if causal:
+        mask = mask & causal_mask(q, k)
     # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
-    bias = None if mask is None else _bias(mask, q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_bias(mask, q.dtype), scale=scale)
 
 
 def attention_probs(
@@ -60,10 +63,15 @@ def attention_probs(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
     if causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()  # (N, M)
+        mask = causal_mask(q, k) if mask is None else mask & causal_mask(q, k)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """Query n sees keys 0..n: bool (N, M)."""
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

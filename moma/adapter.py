@@ -96,14 +96,7 @@ class Adapter(nn.Module):
         ip_adapter: the tensors of the bundle's network "ip_adapter" (projector and context K, V), needed for
         `method.context_init` "ip_adapter"; ValueError if they are missing or of another shape.
         """
-        for block in (m for m in unet.modules() if isinstance(m, TransformerBlock)):
-            context, subject = self.context[block.layer], self.subject[block.layer]
-            context.to_k.weight.copy_(block.attn2.to_k.weight)
-            context.to_v.weight.copy_(block.attn2.to_v.weight)
-            init = nn.init.eye_ if method.subject_init == "identity" else nn.init.zeros_
-            init(subject.to_k.weight)
-            init(subject.to_v.weight)
-            subject.scale.fill_(method.lambda_init)
+        own: dict[str, nn.Parameter] = {}  # what an IP-Adapter brings along
         if method.context_init == "ip_adapter":
             own = {
                 name: p for name, p in self.named_parameters() if name.startswith(("projector.", "context."))
@@ -114,8 +107,16 @@ class Adapter(nn.Module):
                     f"context_init 'ip_adapter' needs an IP-Adapter of {len(own)} fitting tensors, got "
                     f"{len(given)}: convert one for this base model, or use context_init 'base'"
                 )
-            for name, parameter in own.items():
-                parameter.copy_(ip_adapter[name])
+        for block in (m for m in unet.modules() if isinstance(m, TransformerBlock)):
+            context, subject = self.context[block.layer], self.subject[block.layer]
+            context.to_k.weight.copy_(block.attn2.to_k.weight)
+            context.to_v.weight.copy_(block.attn2.to_v.weight)
+            init = nn.init.eye_ if method.subject_init == "identity" else nn.init.zeros_
+            init(subject.to_k.weight)
+            init(subject.to_v.weight)
+            subject.scale.fill_(method.lambda_init)
+        for name, parameter in own.items():
+            parameter.copy_(ip_adapter[name])
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,12 @@ class MethodConfig:
     # Label tokens: "phrase" = all tokens of every occurrence of the subject's words; "first_piece" (release)
     # = first BPE piece of each word, wherever it stands.
     label_tokens: Literal["phrase", "first_piece"] = "phrase"
-    # Subject words that are not in the prompt: "error", or (release) go on, which makes M_gen NaN.
+    # A prompt without the subject's word: "error", since its maps would be those of the template's "photo of
+    # a SUBJECT" alone; or "ignore" (release), which goes on with them.
     absent_label: Literal["error", "ignore"] = "error"
     # Min-max of the averaged maps: "image" = over an image's own two CFG rows (equals the release for one
-    # image), "batch" = over all rows (release: images of a batch change each other), "none" = plain average
-    # of the layers' maps (paper).
+    # image), "batch" = over all rows (release: images of a batch change each other), "none" = the average of
+    # the layers' maps as it is (paper), each layer's having been scaled to 0..1.
     m_gen_norm: Literal["image", "batch", "none"] = "image"
     # Smallest range a map is divided by; 0 (release) gives NaN for a constant map.
     m_gen_eps: float = 1e-8
@@ -83,11 +84,10 @@ class MethodConfig:
         """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
         if isinstance(self.m_gen_layers, list):  # JSON has no tuples
             object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
-        for name, hint in get_type_hints(type(self)).items():
-            if not _fits(value := getattr(self, name), hint):
-                choices = get_args(hint) if get_origin(hint) is Literal else ()
-                expected = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
-                raise ValueError(f"method field {name} is {value!r}: expected {expected}")
+        _check_types(self)
+        for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
 
     def check(self, attention_layers: int, mllm_layers: int, text_tokens: int, learnable_token: bool) -> None:
         """ValueError for a choice that these networks cannot follow.
@@ -106,6 +106,15 @@ class MethodConfig:
             raise ValueError(f"m_gen_layers {list(layers)}: expected some of 0 to {attention_layers - 1}")
 
 
+def _check_types(config: Any) -> None:
+    """ValueError for a field of a dataclass whose value does not have the field's type."""
+    for name, hint in get_type_hints(type(config)).items():
+        if not _fits(value := getattr(config, name), hint):
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            expected = " or ".join(map(repr, choices)) or getattr(hint, "__name__", hint)
+            raise ValueError(f"{name} is {value!r}: expected {expected}")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has the type of a field: float, int, bool, Literal, int | None or a tuple of ints."""
     if get_origin(hint) is Literal:
@@ -115,7 +124,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
     if hint is float:
-        return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+        return _fits(value, int) or isinstance(value, float)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
@@ -163,18 +172,33 @@ class SampleConfig:
     solver: Literal["ddim", "dpm"] = "ddim"  # dpm = DPM-Solver++(2M), good from about 20 steps
     guidance: float = 7.5  # classifier-free guidance scale
     strength: float = 1.0  # β of Eq. 3: about 1.0 for a new context, 0.4 for a new texture
-    height: int = 512  # pixels, a multiple of 8
-    width: int = 512
-    batch_size: int = 4  # pictures per UNet call (two rows each); only memory and speed depend on it
+    height: int | None = None  # pixels, a multiple of 8; None = the weights' own size
+    width: int | None = None
+    max_side: int = (
+        2048  # pixels; attention grows with the fourth power of the side, and SD1.5 repeats itself
+    )
+    # Pictures per UNet call (two rows each). Only memory and speed depend on it, except where
+    # MethodConfig.m_gen_norm is "batch".
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        """ValueError for a value of the wrong type (records of pictures come from files)."""
+        _check_types(self)
+
+    def sized(self, image_size: int) -> "SampleConfig":
+        """With the weights' own size in the place of None."""
+        sides = {name: image_size for name in ("height", "width") if getattr(self, name) is None}
+        return replace(self, **sides)
 
     def check(self, factor: int) -> None:
         """ValueError for settings that cannot work; factor: pixels per latent (8 for Stable Diffusion)."""
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side < factor or side % factor:
-                raise ValueError(f"{name} {side}: expected a positive multiple of {factor} pixels")
+            if side is None or not 0 < side <= self.max_side or side % factor:
+                limit = f"up to {self.max_side} pixels"
+                raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limit}")
         for name in ("guidance", "strength"):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size}: expected 1 or more")

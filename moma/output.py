@@ -70,7 +70,12 @@ class Record:
             data["method"] = method_config(**data["method"])
             data["reference"] = InputFile(**data["reference"])
             data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
-            return cls(**data)
+            record = cls(**data)
+            if not all(isinstance(value, str) for value in (record.subject, record.prompt, record.negative)):
+                raise ValueError("subject, prompt and negative prompt are not all texts")
+            if (record.prompt, record.seed) not in record.batch:
+                raise ValueError("the picture is not in its own batch")
+            return record
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"settings of another version or damaged ({error})") from None
 

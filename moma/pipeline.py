@@ -9,7 +9,7 @@ E embedding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +34,9 @@ from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
 from moma.sampler import Step, denoise
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+# Turns a seed into another one for the reference's noise, so that it is not the start noise of a picture with
+# the same seed. Any pattern of 32 bits serves; torch's CPU generator ignores higher ones.
+REFERENCE_STREAM = 0x9E3779B9
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +94,19 @@ class MoMA:
         self.image_size, self.method, self.schedule = image_size, method, ScheduleConfig()
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self.dtype_reason = dtype_reason
+        method.check(
+            len(adapter.layers), llava.cfg.llama.layers, text.cfg.positions, adapter.token is not None
+        )
 
     @classmethod
     def load(
         cls, folder: str | Path, device: str = "auto", dtype: str = "auto", method: MethodConfig | None = None
     ) -> Self:
-        """The bundle in `folder`, in evaluation mode; method None = the bundle's own.
+        """The bundle in `folder`, in evaluation mode; method None = the default with the bundle's overrides.
 
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32". ValueError for
-        a folder that is no complete bundle, or a device that is not there.
+        a folder that is no complete bundle, or a device that is not there. A preset for these weights:
+        `method_config("release", **Bundle.open(folder).method)`.
         """
         bundle = Bundle.open(folder)
         method = method_config(**bundle.method) if method is None else method
@@ -119,6 +126,21 @@ class MoMA:
             dtype_reason=reason,
         )
 
+    def with_method(self, method: MethodConfig) -> Self:
+        """The same networks under other choices. Subjects have to be encoded again."""
+        return type(self)(
+            unet=self.unet,
+            vae=self.vae,
+            text=self.text,
+            llava=self.llava,
+            adapter=self.adapter,
+            clip_tokenizer=self.clip_tokenizer,
+            llama_tokenizer=self.llama_tokenizer,
+            image_size=self.image_size,
+            method=method,
+            dtype_reason=self.dtype_reason,
+        )
+
     @torch.no_grad()
     def encode_subject(
         self,
@@ -132,8 +154,9 @@ class MoMA:
     ) -> Subject:
         """The reference pass (Sec. 3.3) and the MLLM's view of one subject.
 
-        image: any PIL picture; mask: mode L, 255 = subject, of the same aspect ratio; word: what it is,
-        such as "cat"; seed and noises: as `reference_pass`. ValueError for an empty or a full mask.
+        image: RGB, or RGBA (transparent parts become white), as `moma.preprocess.open_image` gives it; mask:
+        mode L, 255 = subject, of the same aspect ratio, as `find_mask` gives it; word: what it is, such as
+        "cat"; seed and noises: as `reference_pass`. ValueError for an empty or a full mask.
         """
         reference = make_reference(image, mask, self.image_size, self.method)
         layers = self.reference_pass(
@@ -179,7 +202,14 @@ class MoMA:
         if self.method.reference_noise == "none":
             return mean * self.vae.cfg.scaling
         # The release draws from torch's global generator (None).
-        generator = None if self.method.reference_noise == "global" else torch.Generator().manual_seed(seed)
+        generator = (
+            None
+            if self.method.reference_noise == "global"
+            else torch.Generator().manual_seed(seed ^ REFERENCE_STREAM)
+        )
+        for noise in (posterior_noise, reference_noise):
+            if noise is not None and noise.shape != mean.shape:
+                raise ValueError(f"reference noise {tuple(noise.shape)}: expected {tuple(mean.shape)}")
         drawn = [torch.randn(mean.shape, generator=generator) for _ in range(2)]
         given = (posterior_noise, reference_noise)
         first, second = ((d if g is None else g).to(mean.device) for d, g in zip(drawn, given, strict=True))
@@ -217,11 +247,16 @@ class MoMA:
         Result i does not depend on the other jobs. ValueError, before anything is computed, for a prompt
         without the subject's word, a size that does not fit, unknown settings.
         """
-        config = config or SampleConfig()
+        config = (config or SampleConfig()).sized(self.image_size)
         config.check(self.vae.cfg.factor)
         path = intervals(self.schedule, config.steps, config.solver)
         for job in jobs:
             check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
+            if job.strength is not None:
+                replace(config, strength=job.strength).check(self.vae.cfg.factor)
+            expected = (1, self.adapter.cfg.embed_dim)
+            if job.embedding is not None and tuple(job.embedding.shape) != expected:
+                raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]
         return self._draw(jobs, noise, path, config, on_step)
 
@@ -300,6 +335,10 @@ class MoMA:
 
     def _finish(self, step: Step) -> list[Result]:
         """The last step's latents -> pictures, bytes truncated as in the release."""
+        if not step.latents.isfinite().all():
+            raise ValueError(
+                "the picture is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
+            )
         x = self.vae.decode((step.latents / self.vae.cfg.scaling).to(self.dtype)).float()  # (B, 3, H, W)
         pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         return [
@@ -329,7 +368,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         raise ValueError(f"device {name!r} is not available here: use --device {accelerator or 'cpu'}")
-    if device.index is not None and device.index >= torch.accelerator.device_count():
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(
             f"device {name!r}: there are {torch.accelerator.device_count()} {device.type} devices"
         )

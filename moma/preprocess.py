@@ -5,7 +5,6 @@ Nothing here knows a network. Sizes are PIL's (width, height) as long as picture
 Letters: H, W pixels of the input; S side of the square reference.
 """
 
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +66,7 @@ def open_image(path: str | Path, limits: InputConfig = INPUT) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(path) as image:
-                _check_size(path, image.size, limits)  # only the header has been read so far
-                image.load()
-                return _to_rgb(path, ImageOps.exif_transpose(image))
+            image = Image.open(path)  # only the header is read
     except UnidentifiedImageError:
         raise ValueError(
             f"picture {str(path)!r} is not a picture: expected PNG, JPEG or another format PIL reads"
@@ -80,8 +76,20 @@ def open_image(path: str | Path, limits: InputConfig = INPUT) -> Image.Image:
             f"picture {str(path)!r} has far more pixels than the limit of"
             f" {limits.max_pixels:,}: scale it down"
         ) from None
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
-        raise ValueError(f"picture {str(path)!r} is broken or cut off ({error}): save it again") from None
+    except Exception as error:  # PIL's format readers raise whatever a damaged file makes them stumble over
+        raise _broken(path, error) from None
+    with image:
+        _check_size(path, image.size, limits)
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except Exception as error:
+            raise _broken(path, error) from None
+        return _to_rgb(path, upright)
+
+
+def _broken(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"picture {str(path)!r} is broken or cut off ({error}): save it again")
 
 
 def find_mask(

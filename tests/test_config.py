@@ -1,7 +1,8 @@
 """Presets and the checks of configurations that come from outside."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,12 @@ def test_what_presets_change(name: str) -> None:
     assert {field: value for field, value in preset.items() if value != default[field]} == CHANGES[name]
 
 
+def test_every_field_is_explained() -> None:
+    text = (Path(__file__).parents[1] / "docs/choices.md").read_text(encoding="utf-8")
+    missing = [f.name for f in fields(MethodConfig) if f"`{f.name}`" not in text and f.name != "attention"]
+    assert not missing  # `attention` chooses between equal results
+
+
 def test_overrides() -> None:
     changed = method_config("release", m_gen_threshold=0, m_gen_layers=[6, 7])
     assert changed.m_gen_layers == (6, 7) and changed.geometry == "squash"
@@ -46,7 +53,7 @@ def test_overrides() -> None:
     [
         ("geometry", "stretch", "'pad' or 'crop' or 'squash'"),
         ("m_gen_threshold", "high", "expected float"),
-        ("m_gen_threshold", float("nan"), "expected float"),
+        ("m_gen_threshold", float("nan"), "expected 0 to 1"),
         ("context_masked", 1, "expected bool"),
         ("subject_below_t", True, "expected int"),
         ("subject_below_t", 3.5, "expected int"),

@@ -5,13 +5,14 @@ Preset RELEASE, float32, both attention implementations. Tolerances are absolute
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from models.attention import attention, split_heads
+from models.attention import split_heads
 from models.clip import CLIPText, CLIPTextConfig
 from models.tokenizers import Encoding
 from models.unet import Attention, UNet, UNetConfig, attention_layers
@@ -169,6 +170,10 @@ def vae() -> VAE:
     return vae
 
 
+# The decoder's recording is compared in tests/test_llava.py; here its embedding is an input.
+NO_LLAVA = SimpleNamespace(cfg=SimpleNamespace(llama=SimpleNamespace(layers=32)))
+
+
 class RecordedTokenizer:
     """The public CLIP tokenizer's answers for the recorded texts (its files are not ours to carry)."""
 
@@ -192,16 +197,8 @@ def pipe(vae: VAE) -> Iterator[MoMA]:
     fill(unet)
     fill(text, lambda key: f"text_model.{key}")
     yield MoMA(
-        unet=unet, vae=vae, text=text, adapter=adapter, llava=None, llama_tokenizer=None,
+        unet=unet, vae=vae, text=text, adapter=adapter, llava=NO_LLAVA, llama_tokenizer=None,
         clip_tokenizer=RecordedTokenizer(golden("unet_moma_small")), image_size=256, method=RELEASE,
-    )  # fmt: skip
-
-
-def with_method(pipe: MoMA, **changes) -> MoMA:
-    parts = {name: getattr(pipe, name) for name in ("unet", "vae", "text", "adapter", "llava")}
-    return MoMA(
-        **parts, clip_tokenizer=pipe.clip_tokenizer, llama_tokenizer=None, image_size=pipe.image_size,
-        method=replace(pipe.method, **changes),
     )  # fmt: skip
 
 
@@ -256,7 +253,7 @@ def test_sampling_loop(
 ) -> None:
     """Every step's noise prediction, latents and mask."""
     recorded = golden("unet_moma_small")
-    pipe = with_method(pipe, attention=impl, subject_below_t=below)
+    pipe = pipe.with_method(replace(RELEASE, attention=impl, subject_below_t=below))
     one = job(reference(pipe), name, init, strength)
     guide = pipe.guide([one], [one.embedding], SampleConfig())
     path = intervals(pipe.schedule, steps, "ddim")
@@ -289,22 +286,10 @@ def test_wrong_semantics_are_seen(pipe: MoMA) -> None:
         {"m_gen_threshold": 0.0},
         {"m_gen_norm": "none"},
     ):
-        other = with_method(pipe, **change)
+        other = pipe.with_method(replace(RELEASE, **change))
         one = job(reference(other), "s1.0", 1, 1.0)
         guide = other.guide([one], [one.embedding], SampleConfig())
         steps = denoise(other.unet, guide, intervals(other.schedule, 6, "ddim")[:2], one.latents, 7.5, "ddim")
         ours = torch.cat([step.noise_pred for step in steps])
         with pytest.raises(AssertionError):
             assert_recorded(ours, recorded["s1.0.noise_pred"][:2], 10 * PIPELINE)
-
-
-def test_plain_attention_is_the_base() -> None:
-    """The implementations agree on plain attention, whatever the mask."""
-    q, k, v = (torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    mask = torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(3)) > 0.5
-    for options in ({}, {"mask": mask}, {"mask": mask & False}, {"causal": True}, {"scale": 0.1}):
-        explicit, fused = (attention(q, k, v, **options, impl=impl) for impl in IMPLS)
-        torch.testing.assert_close(explicit, fused, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        attention(q, k, v, causal=True)[:, :, 0], v[:, :, 0]
-    )  # the first sees itself only

@@ -10,7 +10,10 @@ from models.clip import CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import Llava, LlavaConfig
 from models.tokenizers import IMAGE_TOKEN
-from moma.adapter import AdapterConfig, Mapping, Projector
+from models.unet import UNetConfig
+from moma.adapter import Adapter, AdapterConfig
+from moma.config import RELEASE
+from moma.decoder import decode_embedding
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, ints, normal
 
@@ -100,6 +103,16 @@ def reference_of(model: Llava) -> torch.nn.Module:
     return theirs
 
 
+class RecordedTokenizer:
+    """The public LLaMA tokenizer's answers; a "text" is the number of a recorded prompt."""
+
+    def __init__(self, ids: list[torch.Tensor]) -> None:
+        self.ids = ids
+
+    def encode_with_image(self, text: int) -> list[int]:
+        return self.ids[text].tolist()
+
+
 @torch.no_grad()
 def test_golden() -> None:
     """The release's forward_MLLM, mapping and projector on a small LLaVA, prompts alone and batched."""
@@ -113,10 +126,9 @@ def test_golden() -> None:
         return f"vision_model.{name}" if part == "tower" else f"model.mm_projector.{name}"
 
     fill(model, public)
-    adapter = AdapterConfig(mllm_dim=256)
-    mapping, projector = Mapping(adapter), Projector(adapter, context_dim=768)
-    fill(mapping, lambda key: f"mapping.{key}")
-    fill(projector)
+    adapter = Adapter(AdapterConfig(mllm_dim=256), UNetConfig())
+    fill(adapter.mapping, lambda key: f"mapping.{key}")
+    fill(adapter.projector)
     images = torch.from_numpy(normal("input/llava_small/pixels", (2, 3, 56, 56)))
     ids = [golden["p0.input_ids"][0], golden["p1.input_ids"][0]]
 
@@ -128,11 +140,11 @@ def test_golden() -> None:
     torch.testing.assert_close(tower, golden["tower_features"], rtol=0, atol=2e-5)
     torch.testing.assert_close(model.encode_images(images), golden["image_features"], rtol=0, atol=2e-5)
     for rows in ([0], [1], [0, 1]):
-        last = model(images[rows], [ids[row] for row in rows])
-        embedding = mapping(last)
-        close(last, "hidden_last", rows)
+        close(model(images[rows], [ids[row] for row in rows]), "hidden_last", rows)
+        features = model.encode_images(images[rows])
+        embedding = decode_embedding(model, adapter, RecordedTokenizer(ids), features, rows, RELEASE)
         close(embedding, "mllm", rows)
-        close(projector(embedding), "image_prompt", rows)
+        close(adapter.projector(embedding), "image_prompt", rows)
 
 
 @torch.no_grad()

@@ -28,6 +28,13 @@ def test_small_subject_keeps_a_key() -> None:
     assert kept[0].nonzero().tolist() == [[2 * 8 + 4]] and kept[1].all()
 
 
+def test_no_key_is_added_where_there_are_some() -> None:
+    m_ref = torch.zeros(1, 1, 64, 64)
+    m_ref[0, 0, 0, 0] = 1  # sampled, but covers little of its cell
+    m_ref[0, 0, 17:24, 33:40] = 1  # the best-covered cell, not sampled
+    assert m_ref_of_layer(m_ref, (8, 8), keep_one_key=True)[0].nonzero().tolist() == [[0]]
+
+
 def test_empty_mask_stays_empty() -> None:
     assert not m_ref_of_layer(torch.zeros(1, 1, 64, 64), (8, 8), keep_one_key=True).any()
 

@@ -10,10 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from models.attention import attention
+from models.clip_image import clip_image
 from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMA, SampleConfig, Subject
 from moma.adapter import Adapter
 from moma.diffusion import SOLVERS, intervals
-from moma.pipeline import choose_device, choose_dtype
+from moma.pipeline import REFERENCE_STREAM, choose_device, choose_dtype
+from moma.preprocess import make_reference
 from moma.sampler import TextOnly, denoise
 from moma.tiny import build_tiny_bundle
 
@@ -30,11 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def pipe(folder: str) -> MoMA:
     return MoMA.load(folder, "cpu", "fp32")
-
-
-def with_method(pipe: MoMA, method: MethodConfig) -> MoMA:
-    names = ("unet", "vae", "text", "llava", "adapter", "clip_tokenizer", "llama_tokenizer", "image_size")
-    return MoMA(**{name: getattr(pipe, name) for name in names}, method=method)
 
 
 def picture(seed: int) -> Image.Image:
@@ -75,7 +72,7 @@ def same(a: Tensor, b: Tensor, atol: float = 2e-4) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: str, impl: str) -> None:
     """Any mix of subjects (of different size), prompts, seeds, strengths and negative prompts."""
-    pipe = with_method(pipe, replace(DEFAULT, attention=impl))
+    pipe = pipe.with_method(replace(DEFAULT, attention=impl))
     jobs = [
         Job(cat, "a cat in the snow", 0),
         Job(dog, "a dog reading a book in a library, studio light", 1, strength=0.4),
@@ -83,7 +80,7 @@ def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: st
         Job(dog, "a dog", 3, strength=0.0),
         Job(cat, "a cat in the snow", 1),
     ]
-    config = replace(QUICK, solver=solver)
+    config = replace(QUICK, solver=solver, height=72, width=40)
     batched = list(pipe.run(jobs, config))
     for job, result in zip(jobs, batched, strict=True):
         (alone,) = pipe.run([job], config)
@@ -94,7 +91,7 @@ def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: st
 
 def test_release_preset_leaks_across_a_batch(pipe: MoMA, cat: Subject, dog: Subject) -> None:
     """The point mended by `m_gen_norm`: in the release, pictures of a batch change each other."""
-    pipe = with_method(pipe, replace(DEFAULT, m_gen_norm="batch"))
+    pipe = pipe.with_method(replace(DEFAULT, m_gen_norm="batch"))
     jobs = [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]
     together, alone = latents(pipe, jobs), torch.cat([latents(pipe, [job]) for job in jobs])
     assert (together - alone).abs().max() > 1e-3
@@ -124,7 +121,7 @@ def test_given_noise_and_embedding(pipe: MoMA, cat: Subject) -> None:
     given = Job(cat, "a cat", seed=99, latents=noise, embedding=pipe.embed(cat, "a cat"))
     assert torch.equal(latents(pipe, [given]), latents(pipe, [Job(cat, "a cat", 3)]))
     shape = (1, 4, 16, 16)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7 ^ REFERENCE_STREAM)
     noises = {
         name: torch.randn(shape, generator=generator) for name in ("posterior_noise", "reference_noise")
     }
@@ -196,7 +193,7 @@ def test_plain_hook_is_no_hook(pipe: MoMA) -> None:
 @pytest.mark.parametrize("impl", ["fused", "explicit"])
 def test_beta_zero_is_base_and_context(pipe: MoMA, cat: Subject, dog: Subject, impl: str) -> None:
     """β = 0: no trace of the reference's features, only the context tokens are left; those do matter."""
-    pipe = with_method(pipe, replace(DEFAULT, attention=impl))
+    pipe = pipe.with_method(replace(DEFAULT, attention=impl))
     embedding = pipe.embed(cat, "a cat")
 
     def draw(layers: Subject, strength: float, scale: float = 1.0) -> Tensor:
@@ -206,7 +203,7 @@ def test_beta_zero_is_base_and_context(pipe: MoMA, cat: Subject, dog: Subject, i
     assert torch.equal(draw(cat, 0.0), draw(dog, 0.0))
     assert far(draw(cat, 1.0), draw(dog, 1.0)) and far(draw(cat, 1.0), draw(cat, 0.0))
     assert far(draw(cat, 0.0), draw(cat, 0.0, scale=-3.0))
-    never = with_method(pipe, replace(pipe.method, subject_below_t=0))  # the subject term at no timestep
+    never = pipe.with_method(replace(pipe.method, subject_below_t=0))  # the subject term at no timestep
     job = Job(cat, "a cat", 0, strength=1.0, embedding=embedding)
     assert torch.equal(latents(never, [job]), draw(cat, 0.0))
 
@@ -244,7 +241,7 @@ def test_reference_noise(pipe: MoMA) -> None:
 
     def keys(method: MethodConfig, subject_seed: int, global_seed: int) -> Tensor:
         torch.manual_seed(global_seed)
-        one = with_method(pipe, replace(DEFAULT, reference_noise=method.reference_noise))
+        one = pipe.with_method(replace(DEFAULT, reference_noise=method.reference_noise))
         return one.encode_subject(picture(0), mask(30), "cat", seed=subject_seed).layers[0].k
 
     assert torch.equal(keys(DEFAULT, 0, 1), keys(DEFAULT, 0, 2)) and far(
@@ -275,7 +272,7 @@ def test_reference_noise(pipe: MoMA) -> None:
 )
 def test_every_field_acts(pipe: MoMA, change: dict) -> None:
     def draw(method: MethodConfig) -> Tensor:
-        one = with_method(pipe, method)
+        one = pipe.with_method(method)
         return latents(one, [Job(one.encode_subject(picture(0), mask(30), "cat"), "a cat in the snow", 0)])
 
     assert (draw(DEFAULT) - draw(replace(DEFAULT, **change))).abs().max() > 1e-4
@@ -288,26 +285,50 @@ def test_subject_term_starts_below_its_timestep(pipe: MoMA, cat: Subject) -> Non
 
 
 def test_absent_label(pipe: MoMA) -> None:
-    """A word whose first piece is not in the prompt: an error by default, NaN in the release."""
-    dogs = replace(pipe.encode_subject(picture(0), mask(30), "dog"), word="dog")
+    """A prompt that does not name the subject: an error by default; the release draws with its template's."""
     with pytest.raises(ValueError, match="does not name the subject"):
-        pipe.run([Job(dogs, "a cat", 0)], QUICK)
-    hidden = with_method(pipe, replace(RELEASE, template="release"))
-    guide_of = lambda p: p.guide([Job(dogs, "a cat", 0)], [p.embed(dogs, "a cat")], QUICK)  # noqa: E731
-    guide = replace(guide_of(hidden), label=torch.zeros(2, guide_of(hidden).text.shape[1]))
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        *_, last = denoise(pipe.unet, guide, intervals(pipe.schedule, 2, "ddim"), x, 7.5, "ddim")
-        assert last.latents.isnan().all() and last.m_gen.isnan().all()
-        mended = replace(guide, method=DEFAULT)
-        *_, last = denoise(pipe.unet, mended, intervals(pipe.schedule, 2, "ddim"), x, 7.5, "ddim")
-        assert last.latents.isfinite().all()
+        dog = pipe.encode_subject(picture(0), mask(30), "dog")
+        pipe.run([Job(dog, "on the beach", 0)], QUICK)
+    release = pipe.with_method(RELEASE)
+    dog = release.encode_subject(picture(0), mask(30), "dog")
+    assert latents(release, [Job(dog, "on the beach", 0)]).isfinite().all()
+
+
+@torch.no_grad()
+def test_decoder_looks_at_the_subject_and_reads_the_instruction(pipe: MoMA, cat: Subject) -> None:
+    """`embed` against its steps written out: white background, the instruction's tokens, the last state."""
+    prompt = "a cat in the snow"
+    text = f"\n A photo of a cat. Describe a new image of the same cat in: {prompt}. ASSISTANT: *"
+    ids = pipe.llama_tokenizer.encode("USER: "), pipe.llama_tokenizer.encode(text, bos=False)
+    white = np.asarray(picture(0).convert("RGB"))
+    reference = make_reference(Image.fromarray(white), mask(30), pipe.image_size, DEFAULT)
+    pixels = clip_image(reference.white, pipe.llava.cfg.vision.image_size)[None]
+    patches = pipe.llava.projector(pipe.llava.tower.hidden(pixels, -2)[:, 1:])
+    head, tail = (pipe.llava.llama.embed_tokens(torch.tensor([part])) for part in ids)
+    hidden = pipe.llava.llama(torch.cat([head, patches, tail], dim=1))[:, -1]
+    same(pipe.embed(cat, prompt), pipe.adapter.mapping(hidden), 1e-5)
+
+
+def test_noise_streams_differ(pipe: MoMA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's noise is not the start noise of a picture with the same seed and size."""
+    method = replace(DEFAULT, reference_noise="seeded")
+    zero, one = torch.zeros(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
+    latent = pipe.with_method(method)._reference_latent(zero, one, 5, None, zero)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    correlation = (latent * start).mean() / (latent.std() * start.std())
+    assert correlation.abs() < 0.2
+
+
+def test_not_finite_is_an_error(pipe: MoMA, cat: Subject) -> None:
+    """Never a black picture without a word."""
+    with pytest.raises(ValueError, match="not finite"):
+        list(pipe.run([Job(cat, "a cat", 0, strength=1e30)], replace(QUICK, steps=4)))
 
 
 def test_empty_mask(pipe: MoMA) -> None:
     with pytest.raises(ValueError, match="mask"):
         pipe.encode_subject(picture(0), mask(0), "cat")
-    release = with_method(pipe, RELEASE)
+    release = pipe.with_method(RELEASE)
     subject = release.encode_subject(picture(0), mask(0), "cat")
     assert latents(release, [Job(subject, "a cat", 0)]).isfinite().all()
 
@@ -321,13 +342,15 @@ def test_empty_mask(pipe: MoMA) -> None:
         ({}, {"height": 60}, "multiple of 8"),
         ({}, {"width": 0}, "multiple of 8"),
         ({}, {"steps": 0}, "steps"),
-        ({}, {"solver": "euler"}, "solver"),
         ({}, {"guidance": float("nan")}, "guidance"),
         ({}, {"strength": -1.0}, "strength"),
         ({}, {"batch_size": 0}, "batch size"),
         ({"prompt": "a dog"}, {}, "does not name the subject"),
         ({"prompt": ""}, {}, "empty"),
         ({"latents": torch.zeros(1, 4, 5, 5)}, {}, "start latents"),
+        ({"embedding": torch.zeros(1, 5)}, {}, "embedding"),
+        ({"strength": float("nan")}, {}, "strength"),
+        ({}, {"height": 4096}, "up to 2048"),
     ],
 )
 def test_refusals(pipe: MoMA, cat: Subject, job: dict, config: dict, message: str) -> None:
@@ -335,6 +358,22 @@ def test_refusals(pipe: MoMA, cat: Subject, job: dict, config: dict, message: st
     with pytest.raises(ValueError, match=message) as error:
         pipe.run([Job(**{"subject": cat, "prompt": "a cat", "seed": 0} | job)], replace(QUICK, **config))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("solver", "euler"), ("steps", "3"), ("height", 64.0)])
+def test_wrong_types(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        SampleConfig(**{field: value})
+
+
+def test_method_must_fit(pipe: MoMA) -> None:
+    with pytest.raises(ValueError, match="m_gen_layers"):
+        pipe.with_method(replace(DEFAULT, m_gen_layers=(99,)))
+
+
+def test_the_weights_own_size(pipe: MoMA, cat: Subject) -> None:
+    (image,) = pipe.sample(cat, "a cat", config=SampleConfig(steps=1))
+    assert image.size == (pipe.image_size, pipe.image_size)
 
 
 def test_nothing_to_draw(pipe: MoMA) -> None:

@@ -110,7 +110,7 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     assert set(os.listdir(out)) == names
     assert Image.open(out / "two-cats-seed6.png").size == (136, 72)
     record = read_record(out / "two-cats-seed6.png")
-    assert (record.prompt, record.seed, record.subject_seed) == ("two CATS", 6, 5)
+    assert (record.prompt, record.seed, record.subject_seed) == ("two CATS", 6, 0)
     assert not np.array_equal(pixels(out / "two-cats-seed5.png"), pixels(out / "two-cats-seed6.png"))
     # One row for the reference, two (pictures, masks) for each of three prompts.
     assert Image.open(out / "cat-sheet.png").height > 6 * 256
@@ -119,6 +119,16 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     assert run(*args) == 0  # again: new names, old files as they were
     assert len(os.listdir(out)) == 2 * len(names)
     assert all((out / name).read_bytes() == content for name, content in kept.items())
+
+
+def test_seeds_do_not_depend_on_the_run(tmp_path, weights, cat):
+    """Seed 6 of two pictures from seed 5 is seed 6 asked for by itself."""
+    options = ["--ref", cat, "--weights", weights, "--batch-size", 1, *QUICK]
+    assert run(*options, "--num", 2, "--seed", 5, "--out", tmp_path / "two") == 0
+    assert run(*options, "--seed", 6, "--out", tmp_path / "one") == 0
+    assert np.array_equal(
+        pixels(only(tmp_path / "two", "*-seed6.png")), pixels(only(tmp_path / "one", "*-seed6.png"))
+    )
 
 
 def test_options_reach_the_picture(tmp_path, weights, cat):
@@ -226,6 +236,7 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --prompts {{}}/empty.txt": "is empty",
     f"{CAT_ALONE} --size 100": "multiple of 8",
     f"{CAT_ALONE} --size 0": "multiple of 8",
+    f"{CAT_ALONE} --size 80000": "up to 2048",
     f"{CAT_ALONE} --size big": "expected pixels such as 512",
     f"{CAT_ALONE} --steps 0": "steps",
     f"{CAT_ALONE} --steps 1001": "steps",
