@@ -92,9 +92,8 @@ class Request:
     mask: Path | None
     subject: str
     pictures: tuple[tuple[str, int], ...]  # prompt and seed of each
-    only: (
-        int | None
-    )  # the one to keep; None = all. A replay draws its whole batch again: same bits, same picture
+    # The one to keep, None = all. A replay draws its whole batch again, so that every bit is the same.
+    only: int | None
     negative: str
     subject_seed: int
     sample: SampleConfig

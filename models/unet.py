@@ -9,6 +9,7 @@ Letters: B batch, C channels, h w grid of a level, N = h*w tokens, T text tokens
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,9 +48,7 @@ class UNetConfig:
     mid_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: tuple[int, ...] = (768, 768, 768, 768)  # width of the text states
-    linear_projection: bool = (
-        False  # True: the transformers' proj_in/out are Linear (SD2, SDXL), else 1x1 conv
-    )
+    linear_projection: bool = False  # the transformers' proj_in/out: Linear (SD2, SDXL) or 1x1 convolutions
     resnets: int = 2  # per level on the way down; one more on the way up
     norm_groups: int = 32
     norm_eps: float = 1e-5  # of the residual blocks
@@ -214,10 +213,8 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, text: Tensor, hook: AttentionHook | None, grid: Grid
     ) -> tuple[Tensor, list[Any]]:
         """x (B, N, C), text (B, T, context_dim). Returns x and the records of its two layers."""
-        self_core = cross_core = None
-        if hook is not None:
-            self_core = lambda q, k, v: hook.self_attn(self.layer, q, k, v, grid)  # noqa: E731
-            cross_core = lambda q, k, v: hook.cross_attn(self.layer, q, k, v, grid)  # noqa: E731
+        self_core = None if hook is None else partial(hook.self_attn, self.layer, grid=grid)
+        cross_core = None if hook is None else partial(hook.cross_attn, self.layer, grid=grid)
         y = self.norm1(x)
         z, self_record = self.attn1(y, y, self_core)
         x = x + z
@@ -352,11 +349,8 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(ch[0], cfg.time_dim)
         self.add_embedding = TimeEmbedding(cfg.added_cond_dim, cfg.time_dim) if cfg.added_cond_dim else None
 
-        layer, dim, skips = (
-            0,
-            ch[0],
-            [ch[0]],
-        )  # number of the next attention layer, channels of x and of skips
+        # Number of the next attention layer, channels of x and of the skips.
+        layer, dim, skips = 0, ch[0], [ch[0]]
         self.down_blocks = nn.ModuleList()
         for i in range(cfg.levels):
             dims_in = [dim] + [ch[i]] * (cfg.resnets - 1)

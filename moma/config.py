@@ -174,9 +174,7 @@ class SampleConfig:
     strength: float = 1.0  # β of Eq. 3: about 1.0 for a new context, 0.4 for a new texture
     height: int | None = None  # pixels, a multiple of 8; None = the weights' own size
     width: int | None = None
-    max_side: int = (
-        2048  # pixels; attention grows with the fourth power of the side, and SD1.5 repeats itself
-    )
+    max_side: int = 2048  # pixels; attention grows with the fourth power of the side
     # Pictures per UNet call (two rows each). Only memory and speed depend on it, except where
     # MethodConfig.m_gen_norm is "batch".
     batch_size: int = 4

@@ -201,12 +201,9 @@ class MoMA:
         mean, std = mean.float(), std.float()
         if self.method.reference_noise == "none":
             return mean * self.vae.cfg.scaling
-        # The release draws from torch's global generator (None).
-        generator = (
-            None
-            if self.method.reference_noise == "global"
-            else torch.Generator().manual_seed(seed ^ REFERENCE_STREAM)
-        )
+        generator = None  # the release: torch's global one
+        if self.method.reference_noise == "seeded":
+            generator = torch.Generator().manual_seed(seed ^ REFERENCE_STREAM)
         for noise in (posterior_noise, reference_noise):
             if noise is not None and noise.shape != mean.shape:
                 raise ValueError(f"reference noise {tuple(noise.shape)}: expected {tuple(mean.shape)}")

@@ -26,10 +26,8 @@ from moma.sampler import Step, denoise
 from tests.golden_files import assert_recorded, excerpt, golden
 from tests.recipe import ellipse, fill, normal, uniform
 
-LAYER, PIPELINE = (
-    1e-5,
-    5e-4,
-)  # tolerances of a layer's output and of the loop's noise prediction (values to 12)
+LAYER = 1e-5  # tolerance of a layer's output
+PIPELINE = 5e-4  # of the loop's noise prediction, whose values go up to 12
 IMPLS = ["explicit", "fused"]
 UNET = UNetConfig(channels=(64, 128, 256, 256))
 
