@@ -47,7 +47,8 @@ PUBLIC_DEFAULTS: dict[str, dict[str, Any]] = {
 LEGACY_END_ID = 2
 
 Activation = Literal["quick_gelu", "gelu"]
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+QUICK_GELU = 1.702  # makes x·sigmoid(1.702 x) nearly GELU: OpenAI's weights were trained with it
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU * x), "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q = split_heads(self.q_proj(x), self.heads)  # (B, T, C) -> (B, H, T, D)
-        k = split_heads(self.k_proj(x), self.heads)
-        v = split_heads(self.v_proj(x), self.heads)
+        k = split_heads(self.k_proj(x), self.heads)  # (B, H, T, D)
+        v = split_heads(self.v_proj(x), self.heads)  # (B, H, T, D)
         return self.out_proj(merge_heads(attention(q, k, v, causal=causal)))  # (B, T, C)
 
 
@@ -192,7 +193,7 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(cfg.mlp, cfg.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))  # (B, T, C)
 
 
 class CLIPBlock(nn.Module):
@@ -303,7 +304,7 @@ class CLIPVision(nn.Module):
         if not 0 <= count <= self.cfg.layers:
             raise ValueError(f"CLIP layer {layer}: expected {-self.cfg.layers - 1}..{self.cfg.layers}")
         x = self.pre_layrnorm(self.embeddings(pixels))  # (B, 3, S, S) -> (B, 1+N, C)
-        return self.encoder(x, count)
+        return self.encoder(x, count)  # (B, 1+N, C)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """The class token of the last layer's hidden states (B, 1+N, C), normalised: (B, C).

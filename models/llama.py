@@ -150,7 +150,7 @@ class _SelfAttention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         q = rotate(split_heads(self.q_proj(x), self.heads), rope)  # (B, T, C) -> (B, H, T, D)
         k = rotate(split_heads(self.k_proj(x), self.groups), rope)  # (B, G, T, D)
-        v = split_heads(self.v_proj(x), self.groups)
+        v = split_heads(self.v_proj(x), self.groups)  # (B, G, T, D)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, G, M+T, D)
         share = self.heads // self.groups
@@ -167,7 +167,7 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)
 
 
 class LlamaBlock(nn.Module):

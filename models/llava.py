@@ -125,7 +125,7 @@ class Llava(nn.Module):
             at = (row == IMAGE_TOKEN).nonzero()  # (count, 1)
             if len(at) != 1:
                 raise ValueError(f"prompt {i} holds {len(at)} image tokens: expected exactly one")
-            head, tail = row[: at[0, 0]], row[at[0, 0] + 1 :]
+            head, tail = row[: at[0, 0]], row[at[0, 0] + 1 :]  # ids before and after the image
             parts = [self.llama.embed_tokens(head), image_features[i], self.llama.embed_tokens(tail)]
             if extra is not None:
                 parts.append(extra[i])

@@ -137,7 +137,6 @@ SDXL = UNetConfig(
     linear_projection=True,
     added_cond_dim=2816,
 )
-PRESETS = {"sd15": SD15, "sdxl": SDXL}
 
 
 class AttentionLayer(NamedTuple):
@@ -180,16 +179,20 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """Gated linear unit with GELU (arXiv 2002.05202)."""
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # 2 x (B, N, 4C)
-        return value * F.gelu(gate)
+        return value * F.gelu(gate)  # (B, N, 4C)
 
 
 class FeedForward(nn.Module):
+    """The two layers after attention; `net` is numbered as in the public files, where 1 is a dropout."""
+
     def __init__(self, dim: int, mult: int) -> None:
         super().__init__()
         self.net = nn.ModuleList([GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim)])
@@ -272,7 +275,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, C_in, h, w), time (B, time_dim) after its SiLU."""
         y = self.conv1(F.silu(self.norm1(x)))  # (B, C, h, w)
-        y = y + self.time_emb_proj(time)[:, :, None, None]
+        y = y + self.time_emb_proj(time)[:, :, None, None]  # one number per channel
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -329,6 +332,8 @@ class Level(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep (or SDXL's added conditioning) (B, ·) -> (B, time_dim)."""
+
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(dim_in, dim)

@@ -57,10 +57,12 @@ class VAEConfig:
         )
 
 
-PRESETS = {"sd15": VAEConfig()}
+SD15 = VAEConfig()
 
 
 class Resnet(nn.Module):
+    """Residual block of two convolutions."""
+
     def __init__(self, cfg: VAEConfig, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(cfg.norm_groups, dim_in, eps=cfg.norm_eps)
@@ -91,6 +93,8 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
+    """The coarsest level: residual block, attention, residual block."""
+
     def __init__(self, cfg: VAEConfig, dim: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Attention(cfg, dim)])
@@ -129,11 +133,13 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = module(x)
+            x = module(x)  # (B, C, H, W); a change of resolution comes last
         return x
 
 
 class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) -> the posterior's moments before `quant_conv`, (B, 2Z, h, w)."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         ch = cfg.channels
@@ -155,6 +161,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, Z, h, w) after `post_quant_conv` -> pictures (B, 3, H, W)."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         ch = cfg.channels[::-1]  # from coarse to fine
@@ -176,6 +184,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Encoder to a Gaussian posterior of the latents, decoder from latents. `VAEConfig` has the sizes."""
+
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -240,4 +240,4 @@ def condition(
 def _both_rows(rows: Sequence[ReferenceLayer]) -> ReferenceLayer:
     """B references of one row -> one of R rows: B for the unconditional, B for the conditional half."""
     k, v, keep = (torch.cat([getattr(r, name) for r in rows] * 2) for name in ("k", "v", "keep"))
-    return ReferenceLayer(k, v, keep)
+    return ReferenceLayer(k, v, keep)  # (R, H, M, D) twice, (R, M)

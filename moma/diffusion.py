@@ -91,10 +91,12 @@ def dpmpp_2m_step(x: Tensor, eps: Tensor, step: Interval, history: History | Non
 
 
 def predict_x0(x: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
+    """The clean latents that x_t and its noise eps (one shape) speak of."""
     return (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
 
 
 def half_log_snr(alpha: Tensor) -> Tensor:
+    """λ of DPM-Solver: log(√ᾱ / √(1-ᾱ))."""
     return 0.5 * (alpha.log() - (1 - alpha).log())
 
 
