@@ -37,7 +37,7 @@ WEIGHTS = [Path(__file__).parent / "weights" / name for name in ("moma", "mini")
 NETWORKS = ("unet", "vae", "text", "vision", "llava", "adapter")
 SCENE = "on the beach at sunset"  # of the prompt when none is given
 NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
-MAX_SEED = 2**63 - 1  # of a torch.Generator
+MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat pictures
 SLUG = 48  # characters of a prompt in a file name
 # Options whose values a replayed picture brings along.
 REPLAYED = (

@@ -243,7 +243,7 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --steps many": "invalid int value",
     f"{CAT_ALONE} --num 0": "--num 0",
     f"{CAT_ALONE} --seed -1": "--seed -1",
-    f"{CAT_ALONE} --seed {2**63}": "--seed",
+    f"{CAT_ALONE} --seed {2**32}": "--seed",
     f"{CAT_ALONE} --strength -1": "strength -1",
     f"{CAT_ALONE} --strength nan": "strength nan",
     f"{CAT_ALONE} --guidance inf": "guidance inf",
