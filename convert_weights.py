@@ -31,8 +31,10 @@ from models.unet import UNetConfig
 from moma.bundle import (
     CLIP_TOKENIZER,
     CONFIGS,
+    DTYPES,
     LLAMA_TOKENIZER,
     LM_HEAD,
+    SAMPLING,
     Bundle,
     BundleWriter,
     check_target,
@@ -41,10 +43,9 @@ from moma.bundle import (
 from moma.download import DownloadConfig, download
 from moma.sources import Assumed, Network, Source, Tensors, from_public, read_json, read_source
 
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHOICES = {"keep": None, **DTYPES}  # of --dtype
 TOKENIZERS = {"text": CLIP_TOKENIZER, "llava": LLAMA_TOKENIZER}  # network -> files it needs
 LLM = ("llava", "vision")  # what --no-llm leaves out
-SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what sample.py needs
 
 Say = Callable[[str], Any]
 
@@ -255,7 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--base-bundle", type=Path, help="bundle to take everything from that no source has")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the converted weights")
+    parser.add_argument("--dtype", choices=CHOICES, default="keep", help="of the converted weights")
     parser.add_argument(
         "--ema", action="store_true", help="take the averaged UNet of a single-file checkpoint"
     )
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = list(args.sources)
         if args.download:
             paths = download(DownloadConfig(base_id=args.base_id), args.cache, llm=not args.no_llm) + paths
-        dtype, llm = DTYPES[args.dtype], not args.no_llm
+        dtype, llm = CHOICES[args.dtype], not args.no_llm
         convert(paths, args.out, base, dtype, args.ema, llm, args.overwrite)
     except (ValueError, OSError) as error:
         print(f"convert_weights: {error}", file=sys.stderr)

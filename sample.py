@@ -23,18 +23,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from moma import Job, MethodConfig, MoMA, Result, SampleConfig, Subject, method_config
-from moma.bundle import Bundle
+from moma.bundle import DTYPES, SAMPLING, Bundle
 from moma.config import PRESETS
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
-from moma.pipeline import DTYPES, check_method, choose_device, choose_dtype
+from moma.pipeline import check_method, choose_device, choose_dtype
 from moma.preprocess import FoundMask, find_mask, make_reference, open_image
 from moma.prompts import check_prompt, sd_prompt
 from moma.tiny import SOURCE as TINY_SOURCE
 from moma.tiny import build_tiny_bundle
 
 WEIGHTS = [Path(__file__).parent / "weights" / name for name in ("moma", "mini")]  # the first that exists
-NETWORKS = ("unet", "vae", "text", "vision", "llava", "adapter")
 SCENE = "on the beach at sunset"  # of the prompt when none is given
 NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
 MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat pictures
@@ -220,14 +219,14 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     subject = args.subject if args.subject is not None else subject_of_file(args.ref)
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     method = method_config(args.preset or "default", **{**bundle.method, **dict(args.set or [])})
-    width, height = args.size or (bundle.image_size, bundle.image_size)
+    width, height = args.size or (None, None)
     given = {name: getattr(args, name) for name in ("steps", "solver", "guidance", "strength", "batch_size")}
     sample = replace(
         SampleConfig(width=width, height=height),
         # Pictures of a batch change each other under the release's normalisation of M_gen.
         **({"batch_size": 1} if method.m_gen_norm == "batch" else {}),
         **{name: value for name, value in given.items() if value is not None},
-    )
+    ).sized(bundle.image_size)
     seed, num = args.seed or 0, 1 if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num {num}: expected 1 picture or more")
@@ -336,7 +335,7 @@ def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
 
 def weight_hashes(bundle: Bundle) -> dict[str, str]:
     """sha256, as recorded at conversion, of the files of the networks that draw."""
-    return {file: value for name in NETWORKS for file, value in bundle.networks[name]["sha256"].items()}
+    return {path.name: bundle.hashes[path.name] for name in SAMPLING for path in bundle.files(name)}
 
 
 # --- checks before anything is loaded ----------------------------------------------------------------
@@ -358,7 +357,7 @@ def open_inputs(request: Request) -> Inputs:
 
 def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bundle) -> None:
     """ValueError for whatever would fail later; prints what the user should know."""
-    configs = {name: bundle.config(name) for name in NETWORKS}
+    configs = {name: bundle.config(name) for name in SAMPLING}
     method, tokenizer = request.method, bundle.clip_tokenizer()
     check_method(method, bundle)
     make_reference(inputs.image, inputs.found.mask, bundle.image_size, method)

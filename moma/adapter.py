@@ -216,11 +216,8 @@ def condition(
     """
     embeddings = torch.cat([torch.zeros_like(embedding), embedding])  # (R, E)
     tokens = adapter.projector(embeddings)  # (R, C, context_dim)
-    context = [
-        (
-            split_heads(new.to_k(tokens), layer.heads),
-            split_heads(new.to_v(tokens), layer.heads),
-        )  # (R, H, C, D)
+    context = [  # L x K, V, each (R, H, C, D)
+        (split_heads(new.to_k(tokens), layer.heads), split_heads(new.to_v(tokens), layer.heads))
         for new, layer in zip(adapter.context, adapter.layers, strict=True)
     ]
     reference = [_both_rows(rows) for rows in zip(*references, strict=True)]

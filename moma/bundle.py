@@ -47,6 +47,8 @@ CONFIGS: dict[str, type] = {
     "ip_adapter": AdapterConfig,
     "ip_vision": CLIPVisionConfig,
 }
+SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what drawing a picture needs
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # names on the command line
 # What a network's file holds of its module; the rest comes from elsewhere or from initialisation.
 PARTS = {"llava": ("llama.", "projector."), "ip_adapter": ("projector.", "context.")}
 TOWER = "tower."  # where the llava module keeps the network "vision"

@@ -25,7 +25,7 @@ from models.unet import UNet, attention_layers
 from models.vae import VAE
 from moma.adapter import Adapter, Conditioning, ReferenceHook, condition
 from moma.attention import ReferenceLayer
-from moma.bundle import Bundle
+from moma.bundle import DTYPES, Bundle
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.decoder import decode_embedding
 from moma.diffusion import Interval, ScheduleConfig, add_noise, alphas_cumprod, intervals
@@ -355,7 +355,7 @@ def check_method(method: MethodConfig, bundle: Bundle) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" -> the accelerator if there is one, else the CPU; ValueError for one that is not there."""
+    """The device of a name; "auto" is the accelerator or else the CPU. ValueError if it is not there."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -370,9 +370,6 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r}: there are {torch.accelerator.device_count()} {device.type} devices"
         )
     return device
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:

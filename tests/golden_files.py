@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-FOLDER = Path(os.environ.get("MOMA_GOLDEN", Path(__file__).parent / "golden"))
+CARRIED = Path(__file__).parent / "golden"
+FOLDER = Path(os.environ.get("MOMA_GOLDEN", CARRIED))
 
 
 def golden(case: str) -> dict[str, Tensor]:

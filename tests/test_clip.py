@@ -1,7 +1,6 @@
 """Our CLIP against transformers' on the same pseudo-random weights, and against stored outputs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from safetensors.torch import load_file
 from models.clip import TEXT_PRESETS, VISION_PRESETS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from models.clip_image import clip_image
 from tests.compare import assert_close_to_std
+from tests.golden_files import CARRIED
 from tests.recipe import fill, ints, normal, u8
 
 transformers = pytest.importorskip("transformers")
 
-GOLDEN = Path(__file__).parent / "golden"
 COMMON = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = COMMON | {"vocab_size": 60, "max_position_embeddings": 12, "projection_dim": 24, "bos_token_id": 58}
 VISION = COMMON | {"image_size": 32, "patch_size": 8, "projection_dim": 24}
@@ -144,7 +143,7 @@ def test_bfloat16() -> None:
 @torch.no_grad()
 def test_golden_text() -> None:
     """SD1.5's text encoder at full size against the release's transformers."""
-    golden = load_file(GOLDEN / "clip_text.safetensors")
+    golden = load_file(CARRIED / "clip_text.safetensors")
     with torch.device("meta"):
         text = CLIPText(TEXT_PRESETS["sd15"])
     text.to_empty(device="cpu")
@@ -156,7 +155,7 @@ def test_golden_text() -> None:
 @pytest.mark.parametrize("mode", ["pad", "default"])
 def test_golden_image(mode: str) -> None:
     """LLaVA's process_images on a 300 x 200 picture."""
-    golden = load_file(GOLDEN / "clip_image.safetensors")[mode][0]
+    golden = load_file(CARRIED / "clip_image.safetensors")[mode][0]
     rgb = u8("input/process_images/rgb", (25, 38, 3)).repeat(8, 0).repeat(8, 1)[:200, :300]
     pixels = clip_image(Image.fromarray(rgb), 336, pad=mode == "pad")
     torch.testing.assert_close(pixels[:, ::8, ::8], golden, rtol=0, atol=1e-6)

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convert_weights import DTYPES, convert, main
+from convert_weights import CHOICES, convert, main
 from models.clip import VISION_PRESETS
 from models.loading import LazyTensor, read_checkpoint
-from moma.bundle import Bundle, BundleWriter, expected_shapes
+from moma.bundle import SAMPLING, Bundle, BundleWriter, expected_shapes
 from moma.download import MOMA_FILE, DownloadConfig, by_hand, download
 from moma.sources import Assumed, guess_tower
 from moma.tiny import build_tokenizers
@@ -42,7 +42,6 @@ from tests.make_checkpoints import (
 )
 
 ASSUMED = Assumed(unet=TINY.unet, vae=TINY.vae, text=TINY.text)
-NETWORKS = ("unet", "vae", "text", "vision", "llava", "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ def assert_drawn(
 
 
 def test_complete_set(complete: Bundle) -> None:
-    assert tuple(complete.networks) == NETWORKS
+    assert tuple(complete.networks) == SAMPLING
     assert_drawn(state(complete, "unet"), torch.float32)
     assert_drawn(state(complete, "vae"), torch.float32, "mse")
     assert_drawn(state(complete, "text"), torch.float32)
@@ -285,7 +284,7 @@ def test_unknown_keys_of_the_th_are_listed(public: Path, complete: Bundle, tmp_p
 
 @pytest.mark.parametrize("choice", ["fp32", "bf16", "fp16"])
 def test_dtype(public: Path, complete: Bundle, tmp_path: Path, choice: str) -> None:
-    kind = DTYPES[choice]
+    kind = CHOICES[choice]
     bundle, _ = run([public / "sd15", public / "vae"], tmp_path / "b", complete, dtype=kind)
     assert_drawn(state(bundle, "unet"), torch.float32, cast=kind)
     assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
@@ -722,7 +721,7 @@ def test_command_line(public: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*sources, "--out", out]) == 2
     assert "not empty; choose another folder or add --overwrite" in capsys.readouterr().err
     assert main([*sources[:1], "--base-bundle", out, "--out", out, "--overwrite", "--dtype", "fp16"]) == 0
-    assert set(Bundle.open(out).networks) == set(NETWORKS)
+    assert set(Bundle.open(out).networks) == set(SAMPLING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
     assert main(["--out", str(tmp_path / "c")]) == 2
     assert main([*sources[:1], "--base-bundle", str(public), "--out", str(tmp_path / "c")]) == 2
@@ -1041,7 +1040,7 @@ def test_offline_says_what_to_place_where(
     shutil.copy(public / MOMA_FILE, tmp_path / "cache/o--llava")
     folders = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
     bundle, _ = run(folders, tmp_path / "b")
-    assert set(bundle.networks) == set(NETWORKS)
+    assert set(bundle.networks) == set(SAMPLING)
 
 
 def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Our LLaVA against stored outputs of the release, and against transformers' on the same weights."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,11 +13,11 @@ from moma.adapter import Adapter, AdapterConfig
 from moma.config import RELEASE
 from moma.decoder import decode_embedding
 from tests.compare import assert_close_to_std
+from tests.golden_files import CARRIED
 from tests.recipe import fill, ints, normal
 
 transformers = pytest.importorskip("transformers")
 
-GOLDEN = Path(__file__).parent / "golden"
 IMAGE_ID = 50  # transformers' image token: the first id beyond LLaMA's own
 VISION = {
     "model_type": "clip_vision_model",
@@ -116,7 +114,7 @@ class RecordedTokenizer:
 @torch.no_grad()
 def test_golden() -> None:
     """The release's forward_MLLM, mapping and projector on a small LLaVA, prompts alone and batched."""
-    golden = load_file(GOLDEN / "llava.safetensors")
+    golden = load_file(CARRIED / "llava.safetensors")
     model = Llava(LlavaConfig.from_public(ORIGINAL, TOWER)).eval()
 
     def public(key: str) -> str:

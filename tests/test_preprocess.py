@@ -12,8 +12,9 @@ from safetensors import safe_open
 from moma.config import DEFAULT, RELEASE, MethodConfig, method_config
 from moma.preprocess import InputConfig, find_mask, make_reference, open_image
 from tests import recipe
+from tests.golden_files import CARRIED
 
-GOLDEN = Path(__file__).parent / "golden" / "preprocess.safetensors"
+GOLDEN = CARRIED / "preprocess.safetensors"
 RED, BLUE = (200, 30, 40), (30, 60, 200)
 
 

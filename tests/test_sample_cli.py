@@ -1,5 +1,6 @@
 """sample.py from the outside: pictures, replay, and one line for every mistake, before weights are read."""
 
+import json
 import os
 import shlex
 import shutil
@@ -307,6 +308,12 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
         assert message in capsys.readouterr().err
 
     refused("are not those of", "--weights", tmp_path / "other")
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(tmp_path / "other", incomplete)
+    manifest = json.loads((incomplete / "config.json").read_text())
+    del manifest["networks"]["adapter"]
+    (incomplete / "config.json").write_text(json.dumps(manifest))
+    refused("has no adapter", "--weights", incomplete)
     refused("made without a mask file", "--mask", cat)
     refused("not the file that", "--ref", first)
     cat.rename(tmp_path / "moved.png")
