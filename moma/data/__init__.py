@@ -1,0 +1,1 @@
+"""Training data: (image, subject mask, label, caption), from folders and tar shards."""

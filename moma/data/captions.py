@@ -1,0 +1,327 @@
+"""Captions for training: written by LLaVA, freed of what the picture shall say, and naming the subject.
+
+The paper leaves colour, shape and texture words out, so that the model learns to take them from the picture.
+`training_caption` does that by word lists and the words around, without a parser: it leaves no dangling
+article or joiner behind, but where a word may be an attribute or a thing it can err.
+"""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from models.clip_image import clip_image
+from models.llava import Llava
+from models.tokenizers import IMAGE_TEXT, LlamaTokenizer
+from moma.bundle import Bundle
+from moma.data import words
+from moma.pipeline import choose_device, choose_dtype
+from moma.prompts import check_prompt
+
+TOKEN = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
+# Phrases whose noun is the attribute: "in the shape of a heart", "shaped like a heart".
+PHRASES = re.compile(r"\s*\b(?:in the (?:shape|colou?r) of|shaped like)(?: an?| the)? \w+", re.IGNORECASE)
+MARKS = re.compile(
+    r"[\"“”„«»()\[\]{}<>*_#]+"
+)  # add nothing, and would stand between an attribute and its noun
+CLOSING = set(".,;:!?%")  # follow the word before them without a space
+NO_START = words.JOINERS | CLOSING
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """How captions are written and cut."""
+
+    # LLaVA-1.5's own conversation (vicuna_v1), which it writes best in; one sentence, as BLIP-2 writes.
+    prompt: str = (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives"
+        " helpful, detailed, and polite answers to the human's questions."
+        f" USER: {IMAGE_TEXT}\nDescribe this picture in one short sentence. ASSISTANT:"
+    )
+    max_new: int = 40  # tokens; one sentence of about 25 words, after which LLaVA ends by itself
+    batch: int = 8  # pictures at once; 600 tokens each: 7B in bf16 fits a 24 GB card
+    max_words: int = 45  # of a caption; more would not fit the text encoder's 77 tokens with SD's template
+
+
+CAPTIONS = CaptionConfig()
+
+
+class Captioner:
+    """LLaVA with its language head, describing pictures."""
+
+    def __init__(self, llava: Llava, tokenizer: LlamaTokenizer, cfg: CaptionConfig = CAPTIONS) -> None:
+        self.llava, self.cfg = llava, cfg
+        self.ids = torch.tensor(tokenizer.encode_with_image(cfg.prompt))  # (T,)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str = "auto", dtype: str = "auto", cfg: CaptionConfig = CAPTIONS
+    ) -> "Captioner":
+        """LLaVA of a bundle; device and dtype as `MoMA.load`. ValueError: it has none that writes."""
+        bundle, place = Bundle.open(folder), choose_device(device)
+        llava = bundle.build("llava", place, choose_dtype(dtype, place)[0], lm_head=True)
+        return cls(llava.eval().requires_grad_(False), bundle.llama_tokenizer(), cfg)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """A caption for each picture of any size, the likeliest; one line each, as written."""
+        weight = self.llava.projector[0].weight
+        side = self.llava.cfg.vision.image_size
+        pixels = torch.stack([clip_image(image, side, pad=True) for image in images])  # (B, 3, S, S)
+        ids = [self.ids.to(weight.device)] * len(images)
+        answers = self.llava.generate(
+            pixels.to(weight.device, weight.dtype), ids, max_new=self.cfg.max_new
+        )  # B lists
+        return [" ".join(self.tokenizer.decode(answer).split()) for answer in answers]
+
+
+def read_captions(path: Path, wanted: Collection[str]) -> dict[str, str]:
+    """image_id -> caption of the wanted pictures, without empty ones. ValueError: not such a JSONL file."""
+    captions = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                data = json.loads(line) if line.strip() else {"image_id": "", "caption": ""}
+                image_id, caption = data["image_id"], " ".join(data["caption"].split())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{path}:{number}: expected {{'image_id': ..., 'caption': ...}}") from None
+            if image_id in wanted and caption:
+                captions[image_id] = caption
+    return captions
+
+
+# --- attributes out, label in ------------------------------------------------------------------------
+
+
+def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) -> str:
+    """The caption without colour, shape and texture words, naming the label as `check_prompt` wants it.
+
+    A caption that does not name the label gets it in place of a synonym, or in front ("a cat, ...").
+    ValueError for an empty label or caption or for `<image>` in the caption.
+    """
+    label = " ".join(label.split())
+    if not caption.strip() or IMAGE_TEXT in caption:
+        raise ValueError(f"the caption {caption!r} is empty or holds {IMAGE_TEXT}, reserved for the picture")
+    tokens = _tokens(PHRASES.sub("", MARKS.sub(" ", caption)), label)
+    if len(tokens) > cfg.max_words:
+        del tokens[cfg.max_words :]
+        _pop_hanging(tokens)
+    tokens = _without_attributes(tokens, label)
+    if not _find(label, tokens):
+        tokens = _renamed(tokens, label)
+    text = _text(tokens)
+    text = text[:1].upper() + text[1:] if caption.strip()[:1].isupper() else text
+    if not _find(label, tokens):
+        text = text[:1].lower() + text[1:] if tokens and tokens[0].low in words.ARTICLES else text
+        text = ", ".join(part for part in (with_article(label), text) if part)
+    check_prompt(label, text)
+    return text
+
+
+def with_article(label: str) -> str:
+    """'a cat', 'an orange', 'scissors'."""
+    plural = label.endswith("s") and not label.endswith(words.SINGULAR_S)
+    return label if plural else f"{_article(label)} {label}"
+
+
+@dataclass(slots=True)
+class _Token:
+    """A word or a sign of a caption."""
+
+    text: str
+    glued: bool = False  # follows its neighbour without a space
+    fixed: bool = False  # part of a name
+    repair: bool = False  # a or an, before another word than in the original
+
+    @property
+    def low(self) -> str:
+        return self.text.lower()
+
+    @property
+    def attribute(self) -> bool:
+        parts = self.low.split("-") if "-" in self.text else [self.low]
+        return not self.fixed and any(part in words.ATTRIBUTES for part in parts)
+
+    @property
+    def noun(self) -> bool:
+        """Whether an adjective before it would be its own, as far as word lists tell."""
+        return self.fixed or (self.text[0].isalnum() and self.low not in words.AFTER_NOUN)
+
+
+def _tokens(caption: str, label: str) -> list[_Token]:
+    """The caption's tokens; those of the label and of fixed names are marked."""
+    tokens, end = [], 0
+    for match in TOKEN.finditer(caption):
+        tokens.append(_Token(match[0], glued=bool(tokens) and match.start() == end))
+        end = match.end()
+    names = [name for name in words.FIXED_NAMES if name in caption.lower()]
+    if label.lower() not in words.ATTRIBUTES:  # "orange" is the label as a noun only: `_without_attributes`
+        names.append(label)
+    for name in names:
+        for start, stop in _find(name, tokens):
+            for token in tokens[start:stop]:
+                token.fixed = True
+    return tokens
+
+
+def _find(name: str, tokens: Sequence[_Token]) -> list[tuple[int, int]]:
+    """Where the name stands in the tokens, in singular or plural."""
+    size = len(TOKEN.findall(name))
+    windows = [(i, i + size) for i in range(len(tokens) - size + 1)]
+    return [(a, b) for a, b in windows if _names(name, _text(tokens[a:b]))]
+
+
+def _names(name: str, text: str) -> bool:
+    try:
+        check_prompt(name, text)
+    except ValueError:
+        return False
+    return True
+
+
+def _without_attributes(tokens: list[_Token], label: str) -> list[_Token]:
+    out: list[_Token] = []
+    i = 0
+    while i < len(tokens):
+        end = _run_end(tokens, i)
+        if end == i:
+            out.append(tokens[i])
+            i += 1
+            continue
+        after = tokens[end:]
+        last = tokens[end - 1]
+        if not (after and after[0].noun):  # the attribute may itself be the thing
+            predicative = bool(out) and out[-1].low in words.PREDICATIVE
+            if last.low == label.lower() or (last.low in words.NOUNS and not predicative):
+                after, end = tokens[end - 1 :], end - 1
+                last.fixed = True
+            elif out and out[-1].low in words.DETERMINERS and _list_goes_on(after, words.AFTER_NOUN):
+                # "a red, old car"
+                after, end = after[1:], end + 1
+        if after and after[0].noun:
+            if len(out) > 1 and out[-1].low in words.JOINERS and out[-2].low in words.ADJECTIVES:
+                out.pop()  # "a big, red car"
+        else:
+            copula = _pop_hanging(out)
+            if copula and _list_goes_on(after, words.DETERMINERS):  # "the cat is black and sits"
+                end += 1
+        if out and out[-1].low in ("a", "an"):
+            out[-1].repair = True
+        if end < len(tokens):
+            tokens[end].glued = False
+        i = end
+    out = _tidy(out)
+    _repair_articles(out)
+    return out
+
+
+def _tidy(tokens: Sequence[_Token]) -> list[_Token]:
+    """Without joiners that join nothing and articles of nothing."""
+    kept: list[_Token] = []  # from the end
+    for token in reversed(tokens):
+        after = kept[-1].low if kept else "."
+        pair = token.text == "," and after in ("and", "or")
+        joiner = token.low in words.JOINERS and after in NO_START and not pair
+        article = token.low in words.ARTICLES and after in NO_START
+        if token.fixed or not (joiner or article):
+            kept.append(token)
+    while kept and kept[-1].low in NO_START:
+        kept.pop()
+    return kept[::-1]
+
+
+def _run_end(tokens: Sequence[_Token], start: int) -> int:
+    """End of the attributes from `start` on, with their modifiers and joiners; `start` without any."""
+    end = i = start
+    while i < len(tokens):
+        if tokens[i].low in words.MODIFIERS and not tokens[i].fixed and not tokens[i].attribute:
+            i += 1
+        elif tokens[i].attribute:
+            i = end = i + 1
+        elif _suffixed(tokens, i):
+            i = end = i + 2
+        elif end > start and tokens[i].low in words.JOINERS:
+            i += 1
+        else:
+            break
+    return end
+
+
+def _suffixed(tokens: Sequence[_Token], i: int) -> bool:
+    """Whether "cream colored" stands here before its noun."""
+    if i + 2 >= len(tokens):
+        return False
+    word, suffix, thing = tokens[i : i + 3]
+    return (
+        word.noun and not word.fixed and suffix.low in words.SUFFIXES and thing.noun and not thing.attribute
+    )
+
+
+def _list_goes_on(after: Sequence[_Token], stops: frozenset[str]) -> bool:
+    """Whether a joiner and then a word that is no stop follow."""
+    if len(after) < 2 or after[0].low not in words.JOINERS:
+        return False
+    return after[1].fixed or (after[1].text[0].isalnum() and after[1].low not in stops)
+
+
+def _pop_hanging(out: list[_Token]) -> bool:
+    """Remove from the end what cannot stand there; True if a copula was among it."""
+    copula = False
+    while out and out[-1].low in words.HANGING and not out[-1].fixed:
+        copula |= out.pop().low in words.COPULAS
+    return copula
+
+
+def _repair_articles(tokens: Sequence[_Token]) -> None:
+    for token, after in pairwise(tokens):
+        if token.repair:
+            article = _article(after.text)
+            token.text = article.capitalize() if token.text[0].isupper() else article
+
+
+def _article(word: str) -> str:
+    word = word.lower()
+    vowel = word.startswith(tuple("aeiou")) and not word.startswith(words.VOWEL_EXCEPTIONS)
+    return "an" if vowel or word.startswith(words.SILENT_H) else "a"
+
+
+def _renamed(tokens: list[_Token], label: str) -> list[_Token]:
+    """The tokens with the label in place of its last word alone or of a synonym; as they are without one."""
+    *first, last = label.split()
+    options = [(name, label) for name in words.SYNONYMS.get(label.lower(), ())]
+    if first and label.lower() not in words.WHOLE_LABELS:
+        options.insert(0, (last, label))
+    for name, new in options:
+        for start, stop in _find(name, tokens)[:1]:
+            many = _text(tokens[start:stop]).lower() != name.lower()
+            text = _plural(new) if many else new
+            found = [_Token(word) for word in TOKEN.findall(text)]
+            if _find(label, found):
+                found[0].glued = tokens[start].glued
+                if start and tokens[start - 1].low in ("a", "an"):
+                    tokens[start - 1].repair = True
+                tokens = [*tokens[:start], *found, *tokens[stop:]]
+                _repair_articles(tokens)
+                return tokens
+    return tokens
+
+
+def _plural(word: str) -> str:
+    if word.endswith(("s", "x", "ch", "sh")):
+        return word + "es"
+    return word[:-1] + "ies" if word.endswith("y") and word[-2:-1] not in "aeiou" else word + "s"
+
+
+def _text(tokens: Sequence[_Token]) -> str:
+    """The tokens as text."""
+    text = ""
+    for i, token in enumerate(tokens):
+        tight = token.text in CLOSING or token.glued
+        text += token.text if i == 0 or tight else f" {token.text}"
+    return text

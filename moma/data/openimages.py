@@ -1,0 +1,472 @@
+"""OpenImages' segmentations -> shards of (picture, subject mask, label, caption), the paper's training data.
+
+    python -m moma.data.openimages --images images/ --masks masks/ --csv csv/ --captions captions.jsonl \
+        --out shards/
+
+csv/ holds OpenImages' own files: `*-annotations-object-segmentation.csv` and `*class-descriptions*.csv`; with
+`*-annotations-bbox.csv` occluded and other unclear objects are dropped, with `*-images-*rotation.csv` turned
+pictures. Captions are lines {"image_id": ..., "caption": ...}, or LLaVA's (--caption-bundle).
+
+Nothing is downloaded: a call without captions lists the pictures to get, in the form that OpenImages'
+downloader.py takes, in `missing_images.txt` of the folder `<out>-info`. This folder also gets `stats.json`,
+`broken_files.txt`, LLaVA's captions and the record by which an interrupted run, called again, goes on. The
+pictures' order is drawn from the seed; the shards are the same bytes whatever the number of workers and
+interruptions.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import islice
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple, NoReturn, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from moma.bundle import DTYPES, Bundle
+from moma.data.captions import CAPTIONS, CaptionConfig, Captioner, read_captions, training_caption
+from moma.data.shards import ShardWriter
+from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
+from moma.data.triplets import HALF
+from moma.data.words import WORN_CLASSES
+from moma.preprocess import INPUT, find_mask, open_image
+
+# Where a file may lie in its folder: {s} split, {h} first character of the picture's id, as in the archives.
+LAYOUTS = ("{n}", "{h}/{n}", "{s}/{n}", "{s}/{h}/{n}", "{s}_{h}/{n}", "{s}-masks-{h}/{n}")
+EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
+CAPTIONS_FILE = "captions.jsonl"  # what LLaVA wrote
+TOP = 20  # classes named at the end; stats.json has all
+AHEAD = 4  # pictures per worker that are decoded before they are written: bounds the memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `convert` reads and writes; captions come from a JSONL file or else are LLaVA's."""
+
+    images: Path
+    masks: Path
+    tables: Sequence[Path]  # CSV files and folders of them
+    out: Path
+    captions: Path | None = None
+    caption_bundle: Path | None = None
+    workers: int = 1
+    device: str = "auto"  # of LLaVA
+    dtype: str = "auto"
+    cfg: OpenImagesConfig = field(default_factory=OpenImagesConfig)
+    caption_cfg: CaptionConfig = CAPTIONS
+
+    @property
+    def info(self) -> Path:
+        """Folder beside the shards for everything else."""
+        return self.out.with_name(f"{self.out.name}-info")
+
+
+def convert(request: Request) -> dict[str, Any]:
+    """Write the shards and what goes with them; returns the statistics, as in stats.json.
+
+    Goes on where an earlier call with the same settings stopped; broken files are tried again. ValueError,
+    with nothing written: unusable CSV or caption files or settings; with the list of missing pictures: all
+    are missing, or no captions are given.
+    """
+    cfg, info, dropped = request.cfg, request.info, Counter[str]()
+    cfg.check()
+    for folder in (request.images, request.masks):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+    tables = find_tables(request.tables)
+    rows, count = select_rows(tables, cfg, dropped)
+    images = by_image(rows, cfg.seed, dropped)
+    if not images:
+        raise ValueError(f"none of {count} objects passes the filters; dropped: {dict(dropped)}")
+    captions = read_captions(request.captions, images) if request.captions else {}
+    settings = check_settings(request, tables)
+    writer = ShardWriter(request.out, cfg.per_shard)
+    info.mkdir(exist_ok=True)
+    progress = Progress(info / "progress.jsonl", writer, cfg.per_shard)
+
+    new = [i for i in images if i not in progress.done]
+    paths = {i: find(request.images, images[i][0].split, f"{i}.jpg") for i in new}
+    missing = sorted(f"{images[i][0].split}/{i}" for i in new if paths[i] is None)
+    _write(info / "missing_images.txt", missing)
+    if len(missing) == len(images) or not (request.captions or request.caption_bundle):
+        raise ValueError(
+            f"{len(missing)} of {len(images)} pictures are not in {request.images}, see"
+            f" {info}/missing_images.txt; get them, then give --captions or --caption-bundle"
+        )
+    captioner = load_captioner(request, images, captions)
+    _write(info / "settings.json", [settings])
+    tasks = []
+    for i in new:
+        if paths[i] is None or not (captioner or i in captions):
+            dropped["picture missing" if paths[i] is None else "no caption"] += len(images[i])
+        else:
+            tasks.append(Task(paths[i], images[i]))
+    outcomes = ordered(partial(examine, masks=request.masks, cfg=cfg), tasks, request.workers)
+    with progress, closing(outcomes), writer, tqdm(total=len(tasks), unit="picture") as bar:
+        for outcome in with_captions(outcomes, captions, captioner, info / CAPTIONS_FILE):
+            progress.add(outcome, captions.get(outcome.image_id, ""), request.caption_cfg)
+            bar.update()
+    classes = Counter[str]()
+    for _, written, reasons in progress.results(images):
+        classes.update(written.values())
+        dropped.update(reasons)
+    _write(info / "broken_files.txt", progress.broken)
+    stats = {
+        "rows": count,
+        "written": classes.total(),
+        "pictures missing": len(missing),
+        "dropped": dict(dropped.most_common()),
+        "classes": dict(classes.most_common()),
+    }
+    _write(info / "stats.json", [json.dumps(stats, indent=1)])
+    return stats
+
+
+def check_settings(request: Request, tables: Mapping[str, Sequence[Path]]) -> str:
+    """What the shards are made from, as JSON. ValueError: the folders hold another run's."""
+    files = [path for paths in (*tables.values(), [request.captions]) for path in paths if path]
+    values = {
+        "config": asdict(request.cfg),
+        "captions": asdict(request.caption_cfg),
+        "caption bundle": request.caption_bundle and Bundle.open(request.caption_bundle).hashes,
+        "files": {path.name: path.stat().st_size for path in files},
+    }
+    text = json.dumps(values, indent=1, default=sorted)
+    path = request.info / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if other := [key for key, value in json.loads(text).items() if before.get(key) != value]:
+            raise ValueError(
+                f"{request.out}: begun with another {other[0]}, see {path}; choose another --out"
+            )
+    elif request.out.is_dir() and any(request.out.iterdir()):
+        raise ValueError(f"{request.out}: not empty and without {path}; choose another --out")
+    return text
+
+
+# --- pictures ----------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    path: Path  # of the picture
+    rows: Sequence[Row]
+
+
+class Sample(NamedTuple):
+    key: str
+    image: bytes  # JPEG
+    mask: bytes  # PNG of the same size
+    row: Row
+
+
+class Outcome(NamedTuple):
+    """What became of a picture's objects."""
+
+    image_id: str
+    samples: list[Sample]
+    dropped: Counter[str]
+    broken: list[str]  # files, and what is wrong with them
+
+
+def find(folder: Path, split: str, name: str) -> Path | None:
+    """Where the file lies, by one of `LAYOUTS`."""
+    places = (folder / layout.format(n=name, h=name[0], s=split) for layout in LAYOUTS)
+    return next((place for place in places if place.is_file()), None)
+
+
+def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
+    """Read a picture and its masks, apply the filters that need them. Runs in a worker."""
+    outcome, limits = Outcome(task.rows[0].image_id, [], Counter(), []), replace(INPUT, min_side=1)
+    try:
+        image, data = open_image(task.path, limits), task.path.read_bytes()
+        with Image.open(task.path) as file:
+            plain = file.format == "JPEG" and file.mode in ("RGB", "L")
+            upright = file.getexif().get(EXIF_ORIENTATION, UPRIGHT) == UPRIGHT
+    except (ValueError, OSError) as error:
+        outcome.broken.append(str(error))
+        outcome.dropped["picture broken"] = len(task.rows)
+        return outcome
+    if not upright or min(image.size) < cfg.min_side:  # how the mask of a turned picture lies is not known
+        outcome.dropped["picture too small" if upright else "rotated"] = len(task.rows)
+        return outcome
+    kept = []
+    for row in task.rows:
+        path = find(masks, row.split, row.mask) or masks / row.mask
+        try:
+            mask = np.asarray(find_mask(image, path, limits).mask) > HALF  # (H, W)
+        except (ValueError, OSError) as error:
+            outcome.broken.append(str(error))
+            outcome.dropped["mask broken or missing"] += 1
+            continue
+        if fault := _fault(mask, image.size, cfg):
+            outcome.dropped[fault] += 1
+        else:
+            kept.append((mask, row))
+    kept.sort(key=lambda pair: (-pair[0].mean(), pair[1].mask))
+    if others := kept[cfg.per_image :]:
+        outcome.dropped["not the largest"] = len(others)
+    if kept and (max(image.size) > cfg.max_side or not plain):
+        scale = min(1, cfg.max_side / max(image.size))
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        data = _encode(image, "JPEG", quality=cfg.jpeg_quality)
+    for mask, row in kept[: cfg.per_image]:
+        picture = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+        outcome.samples.append(Sample(Path(row.mask).stem, data, _encode(picture, "PNG"), row))
+    return outcome
+
+
+def _fault(mask: np.ndarray, size: tuple[int, int], cfg: OpenImagesConfig) -> str | None:
+    """Why a mask, bool (H, W), of a picture of `size` is no subject."""
+    height, width = mask.shape
+    if abs(size[0] * height / (size[1] * width) - 1) > INPUT.aspect_tolerance:
+        return "mask of another shape"
+    share = mask.mean()
+    if share < cfg.min_share or share * size[0] * size[1] < cfg.min_pixels:
+        return "subject too small"
+    if share > cfg.max_share:
+        return "subject too large"
+    edges = sum(bool(edge.any()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    return "touches the picture's edges" if edges > cfg.max_edges else None
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def ordered(
+    function: Callable[[Task], Outcome], tasks: Iterable[Task], workers: int
+) -> Generator[Outcome, None, None]:
+    """Results in the tasks' order. ValueError: a worker died."""
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    # Not "fork": it may deadlock where torch has started threads.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    waiting: deque[Future[Outcome]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) >= workers * AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("a worker process died, perhaps of too little memory: fewer --workers") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the main process's business; a worker ends with it, also when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
+
+
+# --- captions and progress ---------------------------------------------------------------------------
+
+
+def load_captioner(request: Request, images: Collection[str], captions: dict[str, str]) -> Captioner | None:
+    """Who writes captions, if they are not given; `captions` gets those of an earlier run."""
+    if request.captions is not None or request.caption_bundle is None:
+        return None
+    path = request.info / CAPTIONS_FILE
+    if path.exists():
+        _write(path, path.read_text(encoding="utf-8").split("\n")[:-1])  # the last may be cut off
+        captions.update(read_captions(path, images))
+    return Captioner.load(request.caption_bundle, request.device, request.dtype, request.caption_cfg)
+
+
+def with_captions(
+    outcomes: Iterable[Outcome], captions: dict[str, str], captioner: Captioner | None, path: Path
+) -> Iterator[Outcome]:
+    """The outcomes; before one with samples comes, its picture's caption is in `captions` and in the file."""
+    if captioner is None:
+        yield from outcomes
+        return
+    rest = iter(outcomes)
+    while batch := list(islice(rest, captioner.cfg.batch)):
+        if new := [o for o in batch if o.samples and o.image_id not in captions]:
+            texts = captioner([Image.open(io.BytesIO(o.samples[0].image)) for o in new])
+            lines = [{"image_id": o.image_id, "caption": text} for o, text in zip(new, texts, strict=True)]
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            captions.update((line["image_id"], line["caption"]) for line in lines)
+        yield from batch
+
+
+Result = tuple[str, dict[str, str], dict[str, int]]  # picture; key -> label of its samples; reason -> dropped
+
+
+class Progress:
+    """Writes samples and remembers which pictures are done: a line each, once its shards are complete.
+
+    An interrupted run loses at most lines, never samples: its pictures are looked at again, and samples that
+    are in a complete shard are not written twice. Pictures with broken files are never done.
+    """
+
+    def __init__(self, path: Path, writer: ShardWriter, per_shard: int) -> None:
+        self.path, self.writer, self.per_shard, self.added = path, writer, per_shard, 0
+        self.keys = writer.done_keys()
+        self.done: dict[str, Result] = {}
+        self.new: list[Result] = []
+        self.broken: list[str] = []
+        self._waiting: deque[tuple[int, Result]] = deque()  # (samples added up to it, what to write)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with suppress(ValueError):  # the last line is cut off when the run was
+                image_id, written, reasons = json.loads(line)
+                if self.keys.issuperset(written):  # else a shard was deleted
+                    self.done[image_id] = (image_id, written, reasons)
+        _write(path, map(json.dumps, self.done.values()))
+
+    def add(self, outcome: Outcome, raw_caption: str, cfg: CaptionConfig) -> None:
+        """Write a picture's samples."""
+        written: dict[str, str] = {}
+        for key, image, mask, row in outcome.samples:
+            try:
+                caption = training_caption(raw_caption, row.label, cfg)
+            except ValueError:
+                outcome.dropped["caption unusable"] += 1
+                continue
+            written[key] = row.label
+            if key not in self.keys:
+                extra = {"image_id": row.image_id, "label_id": row.label_id, "raw_caption": raw_caption}
+                self.writer.add(key, image, "jpg", mask, row.label, caption, extra)
+                self.added += 1
+        self.new.append((outcome.image_id, written, dict(outcome.dropped)))
+        self.broken += outcome.broken
+        if not outcome.broken:
+            self._waiting.append((self.added, self.new[-1]))
+        self._flush(self.added - self.added % self.per_shard)
+
+    def results(self, images: Collection[str]) -> list[Result]:
+        """Of these pictures, earlier runs' included."""
+        return [result for result in (*self.done.values(), *self.new) if result[0] in images]
+
+    def _flush(self, complete: int) -> None:
+        """Write the lines of pictures whose samples are among the first `complete`."""
+        if self._waiting and self._waiting[0][0] <= complete:
+            with self.path.open("a", encoding="utf-8") as file:
+                while self._waiting and self._waiting[0][0] <= complete:
+                    file.write(json.dumps(self._waiting.popleft()[1]) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # the writer has completed the last shard
+            self._flush(self.added)
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """The file appears or changes as a whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    os.replace(part, path)
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """ValueError: wrong options."""
+    parser = Parser(prog="python -m moma.data.openimages", description=(__doc__ or "").split("\n")[0])
+    add = partial(parser.add_argument, metavar="DIR")
+    add("--images", type=Path, required=True, help="pictures, <ImageID>.jpg")
+    add("--masks", type=Path, required=True, help="mask PNGs")
+    add("--csv", type=Path, required=True, nargs="+", metavar="PATH", help="CSV files or folders of them")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--captions", type=Path, metavar="FILE", help='JSONL of {"image_id", "caption"}')
+    source.add_argument("--caption-bundle", type=Path, metavar="DIR", help="or whose LLaVA writes them")
+    add("--out", type=Path, required=True, help="folder of the shards; DIR-info gets everything else")
+    names = {"type": _names, "default": frozenset(), "metavar": "A,B"}
+    add("--allow", **names, help="only these classes, or a file with one on each line")
+    add("--deny", **names, help="not these classes, or a file of them")
+    parser.add_argument("--keep-worn", action="store_true", help="keep clothes, mostly cut-outs of people")
+    add("--max-side", type=int, metavar="N", help="pixels; larger pictures are scaled down (default: 1024)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    add("--device", default="auto", metavar="NAME", help="of LLaVA: auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), metavar="NAME", help="of LLaVA: auto, bf16 ...")
+    several = {"action": "append", "default": [], "type": _field, "metavar": "FIELD=VALUE"}
+    add("--set", **several, help="of OpenImagesConfig, e.g. per_image=2; may be repeated")
+    args = parser.parse_args(argv)
+    values = dict(args.set) | ({} if args.max_side is None else {"max_side": args.max_side})
+    cfg = replace(OpenImagesConfig(), **values)
+    exclude = (cfg.exclude - WORN_CLASSES if args.keep_worn else cfg.exclude) | args.deny
+    cfg = replace(cfg, exclude=exclude, only=cfg.only | args.allow)
+    same = ("images", "masks", "out", "captions", "caption_bundle", "workers", "device", "dtype")
+    return Request(tables=args.csv, cfg=cfg, **{name: getattr(args, name) for name in same})
+
+
+def _names(text: str) -> frozenset[str]:
+    """Classes, from a list with commas or a file with one on each line."""
+    path = Path(text)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    return frozenset(" ".join(line.lower().split()) for line in lines if line.strip())
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """'name=value' -> a field of OpenImagesConfig and its value, of the field's type."""
+    name, _, value = text.partition("=")
+    kinds = {f.name: type(getattr(OpenImagesConfig(), f.name)) for f in fields(OpenImagesConfig)}
+    if name not in kinds:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected one of {', '.join(kinds)}, = and a value")
+    try:
+        kind = kinds[name]
+        return name, frozenset(filter(None, value.split(","))) if kind is frozenset else kind(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {name} as {kinds[name].__name__}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 2 and one line for a user's mistake."""
+    try:
+        stats = convert(parse(argv))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"openimages: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("openimages: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{stats['written']:,} of {stats['rows']:,} objects written")
+    for reason, number in stats["dropped"].items():
+        print(f"{number:>9,} dropped: {reason}")
+    for label, number in list(stats["classes"].items())[:TOP]:
+        print(f"{number:>9,} {label}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Samples in tar shards: one reader that never seeks, and one writer that can be interrupted.
+
+A sample is a run of neighbouring members, in any order: `<key>.jpg` (or another of `IMAGE_SUFFIXES`),
+`<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, where there is another picture of the same
+subject, `<key>.ref.jpg` and `<key>.refmask.png`. Other members are passed over.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# What follows a key in a member's name -> what it is.
+FIELDS = {"json": "json", "mask.png": "mask", "refmask.png": "refmask"}
+FIELDS |= {suffix: "image" for suffix in IMAGE_SUFFIXES} | {
+    f"ref.{suffix}": "ref" for suffix in IMAGE_SUFFIXES
+}
+SHARD_NAME = re.compile(r"(\d{5})\.tar")
+PART_NAME = re.compile(r"\.\d{5}\.tar\.part")
+# A key ends at its first dot, and a slash would be a folder.
+KEY = re.compile(r"[\w-]+")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """What reading a file may take."""
+
+    file_bytes: int = 2**27  # of one picture, mask or description; the largest JPEGs of cameras take 2**26
+    buffer_bytes: int = 2**20  # read at once from a shard: network disks are slow with small reads
+
+
+READ = ReadConfig()
+
+
+@dataclass
+class Raw:
+    """A sample as it lies in its file, nothing decoded."""
+
+    key: str
+    fields: dict[str, bytes] = field(default_factory=dict)  # a value of `FIELDS` -> the file's content
+    fault: str | None = None  # why it cannot be a sample
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Damage and a missing end are errors; tarfile itself takes both for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
+    """The shard's samples in order, read as a stream; keys are `<key>` of the members' names.
+
+    Raises nothing: a shard that cannot be read (further) ends with a `Raw` that has a fault, in place of the
+    sample at which it broke.
+    """
+    sample: Raw | None = None
+    try:
+        with (
+            path.open("rb", buffering=0) as file,
+            tarfile.open(fileobj=file, mode="r|", bufsize=cfg.buffer_bytes, tarinfo=_StrictHeader) as archive,
+        ):
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if not member.isreg() or not stem:  # a hidden file is nobody's part
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        yield sample
+                    sample = Raw(key)
+                kind = FIELDS.get(suffix.lower())
+                if kind is None:
+                    continue
+                if kind in sample.fields:
+                    sample.fault = f"it has two files for its {kind}: expected one"
+                elif member.size > cfg.file_bytes:
+                    sample.fault = f"{name} has {member.size:,} bytes: expected at most {cfg.file_bytes:,}"
+                else:
+                    content = archive.extractfile(member)
+                    assert content is not None  # only for what is no regular file
+                    sample.fields[kind] = content.read()
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        fault = f"the shard is cut off or damaged here ({error}), what follows is lost: write it again"
+        yield Raw("" if sample is None else sample.key, fault=fault)
+        return
+    if sample is not None:
+        yield sample
+
+
+class ShardWriter:
+    """Writes samples into shards `00000.tar`, `00001.tar`, ... of a folder.
+
+    with ShardWriter(folder) as shards:
+        shards.add("0001", jpeg, "jpg", mask_png, "cat", "a cat on a sofa")
+
+    A shard appears when it is complete, the last one at the end of the `with`. After an interruption the
+    complete shards stay and the begun one is gone: add what is not in `done_keys()`, in the same order, and
+    the folder becomes, byte for byte, that of an uninterrupted run. ValueError: the folder holds other files
+    or a damaged shard.
+    """
+
+    def __init__(self, folder: str | Path, per_shard: int = 1000) -> None:
+        if per_shard < 1:
+            raise ValueError(f"samples per shard: {per_shard}, expected at least 1")
+        self.folder, self.per_shard = Path(folder), per_shard
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"shards {str(folder)!r}: a file, expected a folder or nothing there")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(self.folder.iterdir())
+        for path in found:
+            if not SHARD_NAME.fullmatch(path.name) and not PART_NAME.fullmatch(path.name):
+                raise ValueError(
+                    f"shards {str(folder)!r} holds {path.name!r}: expected shards only, give an empty folder"
+                )
+        shards = [path for path in found if SHARD_NAME.fullmatch(path.name)]
+        for path in set(found) - set(shards):
+            path.unlink()  # begun by an interrupted run
+        self._number = int(shards[-1].stem) + 1 if shards else 0
+        self._keys = {key for path in shards for key in _keys(path)}
+        self._archive: tarfile.TarFile | None = None
+        self._begun: list[str] = []  # keys of the begun shard
+
+    def done_keys(self) -> frozenset[str]:
+        """Keys of all samples written so far, those of earlier runs included."""
+        return frozenset(self._keys)
+
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        image_suffix: str,
+        mask_png: bytes,
+        label: str,
+        caption: str,
+        extra: dict[str, Any] | None = None,
+        reference: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """One sample: encoded picture and PNG mask, texts; `extra` goes into its JSON file as well.
+
+        reference: another picture of the same subject (JPEG, PNG or WebP) and its PNG mask.
+        ValueError: a key that is taken or no plain word, another kind of picture.
+        """
+        suffix = image_suffix.removeprefix(".").lower()
+        if suffix not in IMAGE_SUFFIXES:
+            raise ValueError(f"sample {key!r}: a picture {image_suffix!r}, expected one of {IMAGE_SUFFIXES}")
+        if not KEY.fullmatch(key):
+            raise ValueError(f"sample key {key!r}: expected letters, digits, - and _ only")
+        if key in self._keys:
+            raise ValueError(f"sample {key!r} is already written: leave out those of done_keys()")
+        texts = {**(extra or {}), "label": label, "caption": caption}
+        files = {
+            suffix: image,
+            "mask.png": mask_png,
+            "json": json.dumps(texts, ensure_ascii=False, sort_keys=True).encode(),
+        }
+        if reference is not None:
+            files |= {f"ref.{_suffix(reference[0])}": reference[0], "refmask.png": reference[1]}
+        try:
+            if self._archive is None:
+                self._file = self._part.open("wb")
+                self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (spans calls)
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{name}")  # its time and owner are 0: equal data, equal shards
+                info.size = len(content)
+                self._archive.addfile(info, io.BytesIO(content))
+        except BaseException:  # half a sample may be in the shard
+            self.discard()
+            raise
+        self._begun.append(key)
+        self._keys.add(key)
+        if len(self._begun) == self.per_shard:
+            self.close()
+
+    def close(self) -> None:
+        """Complete the begun shard, if there is one."""
+        if self._archive is None:
+            return
+        self._archive.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())  # the name must not outlive the content in a power cut
+        self._file.close()
+        os.replace(self._part, self.folder / f"{self._number:05d}.tar")
+        self._archive, self._begun, self._number = None, [], self._number + 1
+
+    def discard(self) -> None:
+        """Remove the begun shard; its keys are free again."""
+        if self._archive is not None:
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+        self._keys.difference_update(self._begun)
+        self._archive, self._begun = None, []
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f".{self._number:05d}.tar.part"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def _keys(path: Path) -> set[str]:
+    """Keys of a complete shard; only its headers are read."""
+    try:
+        with tarfile.open(path, "r:", tarinfo=_StrictHeader) as archive:
+            return {name.partition(".")[0] for name in archive.getnames()}
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"shard {str(path)!r} is cut off or damaged ({error}): delete it") from None
+
+
+def _suffix(image: bytes) -> str:
+    """The usual name of a picture's format."""
+    if image.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "webp" if image.startswith(b"RIFF") else "png"

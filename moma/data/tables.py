@@ -1,0 +1,202 @@
+"""OpenImages' CSV files: which segmentations become training samples.
+
+Files are recognised by their headers; box attributes are matched by picture, class and coordinates.
+"""
+
+import csv
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from moma.data.words import HUMAN_CLASSES, WORN_CLASSES
+
+# Of a box: 1 yes, 0 no, -1 not known.
+FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
+# Kind of CSV file, which is part of its usual name -> the columns that are read.
+TABLES = {
+    "segmentation": (
+        "MaskPath", "ImageID", "LabelName", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU",
+    ),
+    "bbox": ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", *FLAGS),
+    "class-descriptions": ("LabelName", "DisplayName"),
+    "rotation": ("ImageID", "Rotation"),
+}  # fmt: skip
+NEEDED = ("segmentation", "class-descriptions")
+CLASS_HEADERS = (["LabelName", "DisplayName"], ["id", "name"])  # older files have none
+SPLITS = ("train", "validation", "test")  # one of them is in a segmentation file's name
+NAME = re.compile(r"[\w-]+")  # of a picture or a mask: becomes a path and a key
+
+
+@dataclass(frozen=True)
+class OpenImagesConfig:
+    """Which objects become training samples, and in what form."""
+
+    exclude: frozenset[str] = HUMAN_CLASSES | WORN_CLASSES  # reasons: moma/data/words.py
+    only: frozenset[str] = frozenset()  # classes to keep; empty: all that are not excluded
+    # Hidden parts, groups, drawings and interiors are no clear look at one subject. Without IsOccluded, which
+    # most boxes have, there are more samples.
+    drop_flags: frozenset[str] = frozenset(FLAGS)
+    min_iou: float = 0.7  # OpenImages' own estimate of the mask's quality, where it gives one
+    min_share: float = 0.05  # of the picture: three of the UNet's smallest, 8x8 map
+    max_share: float = 0.8  # of the picture; beyond it there is no context that a caption could describe
+    min_pixels: int = 128**2  # of the subject; below it its details are gone
+    min_side: int = 256  # of the picture: half of what the UNet is trained at
+    max_edges: int = 1  # of the picture that the mask may touch: at more it is cut off, or scenery
+    per_image: int = 1  # the largest masks; several subjects of one picture share a caption and its words
+    box_tolerance: float = 2e-3  # between a mask's and its box's coordinates, rounded differently
+    max_side: int = 1024  # pixels stored; training takes 512, the rest is room for crops
+    jpeg_quality: int = 95  # of pictures scaled down; others keep their bytes
+    per_shard: int = 1000  # samples; some 200 MB, large enough to read fast and small enough to shuffle
+    seed: int = 0  # of the pictures' order, which mixes the classes within a shard
+
+    def check(self) -> None:
+        """ValueError for values that make no sense."""
+        if not 0 <= self.min_share < self.max_share <= 1:
+            raise ValueError(
+                f"min_share {self.min_share}, max_share {self.max_share}: expected 0 <= min < max <= 1"
+            )
+        for name in ("per_image", "max_side", "per_shard", "min_side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if unknown := sorted(self.drop_flags - set(FLAGS)):
+            raise ValueError(f"drop_flags {unknown[0]!r}: expected some of {', '.join(FLAGS)}")
+        if both := sorted(self.only & self.exclude):
+            raise ValueError(f"class {both[0]!r} is asked for and excluded (people, worn clothes or --deny)")
+
+
+class Row(NamedTuple):
+    """An object of the segmentation CSV."""
+
+    image_id: str
+    split: str
+    mask: str  # file name
+    label_id: str  # /m/...
+    label: str
+    box: tuple[float, ...]  # x min, x max, y min, y max in [0, 1]
+
+
+def find_tables(places: Sequence[Path]) -> dict[str, list[Path]]:
+    """CSV files by kind, recognised by their header; what else is in a folder is passed over.
+
+    ValueError: a file without the columns that its name promises; none of a kind that is needed.
+    """
+    found: dict[str, list[Path]] = {kind: [] for kind in TABLES}
+    for place in places:
+        if not place.exists():
+            raise ValueError(f"{place}: no such file or folder")
+        for path in sorted(place.glob("*.csv")) if place.is_dir() else [place]:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file), [])
+            classes = header in CLASS_HEADERS or (len(header) == 2 and header[0].startswith("/"))
+            fits = [kind for kind, columns in TABLES.items() if set(columns) <= set(header)]
+            meant = next((kind for kind in TABLES if kind in path.name), "segmentation")
+            if classes or fits:
+                found["class-descriptions" if classes else fits[0]].append(path)
+            elif meant in path.name or path == place:
+                lacks = ", ".join(column for column in TABLES[meant] if column not in header)
+                raise ValueError(f"{path}: its header lacks {lacks}; expected OpenImages' {meant} file")
+    for kind in NEEDED:
+        if not found[kind]:
+            raise ValueError(f"--csv: no {kind} file, expected one named like *{kind}*.csv")
+    return found
+
+
+def read_table(path: Path, kind: str) -> Iterator[list[str]]:
+    """The columns of `TABLES` of every line. ValueError: a line is too short."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        places = [0, 1]
+        if kind != "class-descriptions":
+            header = next(reader)
+            places = [header.index(column) for column in TABLES[kind]]
+        for line in tqdm(reader, desc=path.name, unit="row", leave=False, delay=1):
+            if line and len(line) <= max(places):
+                raise ValueError(f"{path}:{reader.line_num}: a line of {len(line)} columns, too few")
+            if line and line not in CLASS_HEADERS:
+                yield [line[place] for place in places]
+
+
+def select_rows(
+    tables: Mapping[str, Sequence[Path]], cfg: OpenImagesConfig, dropped: Counter[str]
+) -> tuple[list[Row], int]:
+    """The objects that pass all filters which need no picture, and how many there are; counts the others."""
+    lines = (line for path in tables["class-descriptions"] for line in read_table(path, "class-descriptions"))
+    names = {label_id: _display(name) for label_id, name in lines}
+    if unknown := sorted(cfg.only - set(names.values())):
+        raise ValueError(f"--allow: no class is called {unknown[0]!r}, see {tables['class-descriptions'][0]}")
+    lines = (line for path in tables["rotation"] for line in read_table(path, "rotation"))
+    rotated = {image_id for image_id, angle in lines if angle.strip("0.")}
+    rows, count = [], 0
+    for path in tables["segmentation"]:
+        split = next((split for split in SPLITS if split in path.name), None)
+        if split is None:
+            raise ValueError(f"{path}: expected {', '.join(SPLITS)} in its name: it is the pictures' folder")
+        for mask, image_id, label_id, *values, iou in read_table(path, "segmentation"):
+            count += 1
+            box = _numbers(values, path)
+            label = names.get(label_id, "")
+            if not (NAME.fullmatch(image_id) and NAME.fullmatch(mask.removesuffix(".png"))):
+                raise ValueError(f"{path}: ImageID {image_id!r}, MaskPath {mask!r}: expected plain names")
+            if not label:
+                dropped["no class name"] += 1
+            elif label in cfg.exclude or (cfg.only and label not in cfg.only):
+                dropped["class"] += 1
+            elif iou and _numbers([iou], path)[0] < cfg.min_iou:
+                dropped["predicted IoU"] += 1
+            elif (box[1] - box[0]) * (box[3] - box[2]) < cfg.min_share:  # the mask lies in its box
+                dropped["box too small"] += 1
+            elif image_id in rotated:
+                dropped["rotated"] += 1
+            else:
+                rows.append(Row(image_id, split, mask, label_id, label, box))
+    return without_flags(rows, tables["bbox"], cfg, dropped), count
+
+
+def _display(name: str) -> str:
+    """'Bat (Animal)' -> 'bat'."""
+    return " ".join(name.partition("(")[0].lower().split())
+
+
+def _numbers(values: Sequence[str], path: Path) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except ValueError:
+        raise ValueError(f"{path}: {', '.join(values)}: expected numbers") from None
+
+
+def without_flags(
+    rows: Sequence[Row], paths: Iterable[Path], cfg: OpenImagesConfig, dropped: Counter[str]
+) -> list[Row]:
+    """The rows whose box has none of `drop_flags`; boxes are found by picture, class and coordinates."""
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        wanted.setdefault((row.image_id, row.label_id), []).append(i)
+    reasons: dict[int, str] = {}
+    for path in paths:
+        for image_id, label_id, *values in read_table(path, "bbox"):
+            places = wanted.get((image_id, label_id), ())
+            flags = zip(FLAGS, values[4:], strict=True)
+            if not places or not (bad := [f for f, v in flags if v == "1" and f in cfg.drop_flags]):
+                continue
+            box = _numbers(values[:4], path)
+            for i in places:
+                if max(abs(a - b) for a, b in zip(rows[i].box, box, strict=True)) <= cfg.box_tolerance:
+                    reasons[i] = bad[0]
+    dropped.update(reasons.values())
+    return [row for i, row in enumerate(rows) if i not in reasons]
+
+
+def by_image(rows: Iterable[Row], seed: int, dropped: Counter[str]) -> dict[str, list[Row]]:
+    """Rows by picture, pictures in the seed's order, in which no picture depends on the others."""
+    masks: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if masks.setdefault(row.image_id, {}).setdefault(row.mask, row) is not row:
+            dropped["listed twice"] += 1
+    order = sorted(masks, key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+    return {i: list(masks[i].values()) for i in order}

@@ -1,0 +1,600 @@
+"""Training data: both sources, damaged samples, the stream's order and its positions, the shard writer."""
+
+import io
+import json
+import os
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.data.shards import ReadConfig, ShardWriter, read_shard
+from moma.data.stream import Item, StreamConfig, batches, once, stream
+from moma.data.triplets import ShardSource, SkipLog, Source, Triplet, load, open_source
+from tests import recipe
+
+SIZE = (40, 32)
+CFG = StreamConfig(seed=5, lanes=4, window=3)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def grey(i: int) -> Image.Image:
+    """Plain, so that JPEG keeps it: sample i shows brightness i."""
+    return Image.new("RGB", SIZE, (i, i, i))
+
+
+MASK = Image.new("L", SIZE)
+MASK.paste(255, (10, 8, 30, 24))
+MASK_PNG = encoded(MASK)
+JPEGS = [encoded(grey(i), "JPEG") for i in range(64)]
+
+
+def number(triplet: Triplet) -> int:
+    """The transform of most tests: which sample it is, by its picture, not by its name."""
+    return int(np.asarray(triplet.image).mean().round())
+
+
+def write_shards(folder: Path, counts: list[int]) -> Path:
+    """Shards with so many samples, numbered on."""
+    i = 0
+    for count in counts:
+        with ShardWriter(folder, max(count, 1)) as shards:
+            for _ in range(count):
+                shards.add(f"{i:03d}", JPEGS[i], "jpg", MASK_PNG, "cat", f"a cat, number {i}")
+                i += 1
+    return folder
+
+
+def write_folder(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mask.png").write_bytes(MASK_PNG)
+    lines = []
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(JPEGS[i])
+        lines.append({"image": f"{i}.jpg", "mask": "mask.png", "label": "cat", "caption": f"cat {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def texts(caption: object = "a cat", label: object = "cat") -> bytes:
+    return json.dumps({"label": label, "caption": caption}).encode()
+
+
+def good(key: str, i: int) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", JPEGS[i]), (f"{key}.mask.png", MASK_PNG), (f"{key}.json", texts())]
+
+
+def take(items: Iterator[Item], count: int) -> list[tuple[int, int]]:
+    return [(item.number, item.sample) for item in islice(items, count)]
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory) -> Source:
+    """26 samples in six uneven shards."""
+    return open_source(write_shards(tmp_path_factory.mktemp("six"), [4, 7, 1, 5, 6, 3]))
+
+
+# --- sources -----------------------------------------------------------------------------------------
+
+
+def test_triplet_of_a_folder(tmp_path):
+    write_folder(tmp_path, 1)
+    photo = Image.fromarray(recipe.u8("photo", (60, 80, 3)))
+    (tmp_path / "sub").mkdir()
+    photo.save(tmp_path / "sub" / "photo.png")
+    line = {
+        "image": "0.jpg", "mask": "mask.png", "label": "red cat", "caption": "Two red cats", "key": "k",
+        "reference_image": "sub/photo.png", "reference_mask": "mask.png",
+    }  # fmt: skip
+    large = Image.new("L", (80, 64))
+    large.paste(200, (20, 16, 60, 48))
+    large.save(tmp_path / "mask.png")
+    photo.resize((80, 64)).save(tmp_path / "sub" / "photo.png")
+    (tmp_path / "metadata.jsonl").write_text(f"\n{json.dumps(line)}\n")
+    (item,) = once(open_source(tmp_path))
+    triplet = item.sample
+    assert (triplet.key, triplet.label, triplet.caption) == ("k", "red cat", "Two red cats")
+    assert triplet.image.mode == "RGB" and triplet.image.size == triplet.mask.size == SIZE
+    expected = np.where(np.asarray(MASK) > 0, 200, 0)  # nearest: no value in between
+    assert triplet.mask.mode == "L" and np.array_equal(np.asarray(triplet.mask), expected)
+    image, mask = triplet.reference
+    assert np.array_equal(np.asarray(image), np.asarray(photo.resize((80, 64))))
+    assert np.array_equal(np.asarray(mask), np.asarray(large))
+
+
+def test_triplet_of_a_shard(tmp_path):
+    """Members in any order, in folders, among others; transparent is white; turned as EXIF says."""
+    clear = Image.new("RGBA", SIZE, (9, 9, 9, 0))
+    lossless = encoded(grey(7), "WEBP", lossless=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    members = [
+        ("d/a.json", texts()), ("d/a.refmask.png", MASK_PNG), ("d/a.mask.png", MASK_PNG), ("d/._a.jpg", b"x"),
+        ("d/a.txt", b"x"), ("d/a.PNG", encoded(clear)), ("d/a.ref.webp", lossless),
+        ("e/a.jpg", encoded(grey(9), "JPEG", exif=turned)), ("e/a.json", texts()),
+        ("e/a.mask.png", encoded(MASK.transpose(Image.Transpose.ROTATE_270))),
+    ]  # fmt: skip
+    first, second = (item.sample for item in once(open_source(write_tar(tmp_path / "x.tar", members))))
+    assert (first.key, second.key) == ("x.tar:d/a", "x.tar:e/a")
+    assert np.asarray(first.image).min() == 255 and np.asarray(first.reference[0]).max() == 7
+    assert second.reference is None and second.image.size == second.mask.size == SIZE[::-1]
+
+
+def test_a_shard_is_read_without_seeking(tmp_path, six):
+    """From a pipe."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = six.paths[1].read_bytes()
+    thread = threading.Thread(target=lambda: pipe.write_bytes(content))
+    thread.start()
+    keys = [raw.key for raw in open_source(pipe).read(0)]
+    thread.join()
+    assert keys == [f"pipe:{i:03d}" for i in range(4, 11)]
+
+
+def test_ways_to_name_shards(six):
+    folder = six.paths[0].parent
+    names = [f"{i:05d}.tar" for i in range(6)]
+    assert six.shards == names
+    assert open_source(f"{folder}/*.tar").shards == names
+    assert open_source([str(path) for path in reversed(six.paths)]).shards == names
+    assert open_source(six.paths[2]).shards == names[2:3]
+    assert open_source(f"{folder.parent}/*0/0000[01].tar").shards == ["00000.tar", "00001.tar"]
+
+
+def test_refused_places(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "metadata.jsonl").write_text("\n \n")
+    both = write_folder(tmp_path / "both", 1)
+    (both / "0.tar").touch()
+    (tmp_path / "x.zip").touch()
+    cases = {
+        "gone": "no such file", "gone.tar": "no such file", "empty": "neither metadata.jsonl nor",
+        "*.tar": "no file fits", "blank": "is empty", "both": "keep one kind",
+        "x.zip": "expected a tar shard",
+    }  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            open_source(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="empty list"):
+        open_source([])
+
+
+def test_fingerprint(tmp_path, six):
+    folder = write_folder(tmp_path / "a", 3)
+    first = open_source(folder).fingerprint()
+    assert open_source(write_folder(tmp_path / "b", 3)).fingerprint() == first
+    assert open_source(write_folder(tmp_path / "b", 4)).fingerprint() != first
+    again = open_source(write_shards(tmp_path / "six", [4, 7, 1, 5, 6, 3]))
+    assert again.fingerprint() == six.fingerprint()
+    again.paths[0].rename(again.paths[0].with_name("x.tar"))
+    renamed = open_source(tmp_path / "six")
+    assert renamed.fingerprint() != six.fingerprint()
+    with (tmp_path / "six" / "x.tar").open("ab") as file:
+        file.write(b"\0")
+    assert renamed.fingerprint() != open_source(tmp_path / "six" / "00001.tar").fingerprint()
+    assert open_source(tmp_path / "six").fingerprint() == renamed.fingerprint()  # asks the disk each time
+
+
+# --- damaged samples ---------------------------------------------------------------------------------
+
+HUGE = encoded(Image.new("1", (9000, 9000)))  # a small file with 81 megapixels
+BOMB = encoded(Image.new("1", (14000, 14000)))  # PIL refuses it
+DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "cut": ({"jpg": JPEGS[1][: len(JPEGS[1]) // 2 + 100]}, "picture is broken or cut off"),
+    "text": ({"jpg": b"hello"}, "picture is no picture"),
+    "gif": ({"jpg": encoded(grey(1), "GIF")}, "picture is no picture"),
+    "noimage": ({"jpg": None}, "picture is missing"),
+    "nomask": ({"mask.png": None}, "mask is missing"),
+    "nojson": ({"json": None}, "json is missing"),
+    "badjson": ({"json": b'{"label": "cat"'}, "JSON is damaged"),
+    "latin": ({"json": b'{"label": "\xe9"}'}, "JSON is damaged"),
+    "deep": ({"json": b"[" * 100_000}, "JSON is damaged"),
+    "list": ({"json": b"[1]"}, "JSON is no object"),
+    "nolabel": ({"json": texts(label=" ")}, "label is ' '"),
+    "nocaption": ({"json": texts(None)}, "caption is None"),
+    "other": ({"json": texts("a dog")}, "does not name the subject 'cat'"),
+    "emptymask": ({"mask.png": encoded(Image.new("L", SIZE, 127))}, "mask is empty"),
+    "shape": ({"mask.png": encoded(MASK.resize((40, 40)))}, "expected one shape"),
+    "badmask": ({"mask.png": MASK_PNG[:60]}, "mask is broken"),
+    "tiny": ({"jpg": encoded(grey(1).resize((31, 31)))}, "31x31 pixels"),
+    "huge": ({"jpg": HUGE}, "9000x9000 pixels"),
+    "bomb": ({"jpg": BOMB}, "far more than the 80,000,000 pixels"),
+    "deepgrey": ({"jpg": encoded(Image.new("I;16", SIZE))}, "16-bit"),
+    "twice": ({"png": JPEGS[1]}, "two files for its image"),
+    "halfref": ({"ref.jpg": JPEGS[1]}, "mask of the reference is missing"),
+    "badref": ({"ref.jpg": b"x", "refmask.png": MASK_PNG}, "reference's picture is no picture"),
+    "large": ({"jpg": b"0" * 120_000}, "120,000 bytes"),
+}  # fmt: skip
+
+
+def test_damaged_samples_of_shards(tmp_path):
+    """Each kind is skipped, counted and named; its neighbours come."""
+    members, expected = [], {}
+    for i, (name, (files, reason)) in enumerate(DAMAGED.items()):
+        whole = {"jpg": JPEGS[i], "mask.png": MASK_PNG, "json": texts()}
+        members += good(f"before-{name}", i)
+        members += [(f"{name}.{s}", c) for s, c in (whole | files).items() if c is not None]
+        expected[f"x.tar:{name}"] = reason
+    told: list[str] = []
+    source = ShardSource([write_tar(tmp_path / "x.tar", members)], ReadConfig(file_bytes=119_999))
+    skips = SkipLog(told.append)
+    items = list(once(source, transform=number, skips=skips))
+    assert [item.sample for item in items] == list(range(len(DAMAGED)))
+    assert [item.number for item in items] == list(range(0, 2 * len(DAMAGED), 2))
+    assert set(skips.reasons) == set(expected) and skips.total == len(expected) == len(told)
+    for key, reason in expected.items():
+        assert reason in skips.reasons[key], (key, skips.reasons[key])
+        assert any(key in line and skips.reasons[key] in line and "\n" not in line for line in told)
+    assert [key for item in items for key, _ in item.skipped] == list(expected)[:-1]  # nothing after the last
+    # The endless stream, decoding in another process: the same reasons, told once, counted every time.
+    told.clear()
+    again = SkipLog(told.append)
+    rounds = 3 * len(DAMAGED)
+    one = replace(CFG, lanes=1)
+    got = take(stream(source, one, workers=1, transform=number, skips=again), rounds)
+    assert Counter(sample for _, sample in got) == Counter({i: 3 for i in range(len(DAMAGED))})
+    assert again.reasons == skips.reasons and len(told) == len(expected)
+    assert 2 * len(expected) <= again.total <= 3 * len(expected)
+
+
+def test_damaged_samples_of_folders(tmp_path):
+    write_folder(tmp_path, 3)
+    line = {"image": "0.jpg", "mask": "mask.png", "label": "cat", "caption": "cat"}
+    cases: list[tuple[dict | bytes, str]] = [
+        (b"{oops", "JSON is damaged"),
+        (line | {"image": "gone.jpg"}, "'gone.jpg' is missing"),
+        (line | {"image": "../0.jpg"}, "leaves the folder"),
+        (line | {"image": "a/../../0.jpg"}, "leaves the folder"),
+        (line | {"image": str(tmp_path / "0.jpg")}, "leaves the folder"),
+        (line | {"image": 3}, "path 3 leaves"),
+        (line | {"image": "."}, "missing"),
+        (line | {"image": "0" * 5000}, "too long"),
+        (line | {"reference_mask": "mask.png"}, "its reference is missing"),
+        ({"image": "0.jpg", "label": "cat", "caption": "cat"}, "its mask is missing"),
+        (line | {"key": 3}, "key is 3"),
+    ]
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item, _ in cases]
+    keyed = json.dumps(line | {"key": "k"}).encode()
+    with (tmp_path / "metadata.jsonl").open("ab") as file:
+        file.write(b"\n".join([*lines, keyed, keyed]))
+    skips = SkipLog([].append)
+    items = list(once(open_source(tmp_path), skips=skips))
+    assert [item.key for item in items] == [f"metadata.jsonl:{i}" for i in (1, 2, 3)] + ["k"]
+    reasons = [reason for _, reason in cases] + ["'k' came before"]
+    assert list(skips.reasons) == [f"metadata.jsonl:{i}" for i in [*range(4, 15), 16]]
+    for found, reason in zip(skips.reasons.values(), reasons, strict=True):
+        assert reason in found, (found, reason)
+
+
+def test_shards_that_break(tmp_path):
+    """Cut off anywhere, overwritten, emptied or gone: what lies before comes, and the loss is told."""
+    whole = write_tar(tmp_path / "x.tar", [m for i in range(3) for m in good(str(i), i)]).read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    blocks = [i for i in range(0, end, 512) if whole[i + 257 : i + 262] == b"ustar"]
+    assert len(blocks) == 9
+    cuts = {blocks[3] + 100: 0, blocks[3]: 0, blocks[4] + 512: 1, blocks[5]: 1, blocks[8] + 500: 2, 0: 0}
+    for cut, complete in cuts.items():
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        raws = list(read_shard(tmp_path / "x.tar"))
+        assert [raw.fault is None for raw in raws] == [True] * complete + [False], cut
+        assert raws[-1].key == (str(complete) if cut else "") and "cut off or damaged" in raws[-1].fault
+    (tmp_path / "x.tar").write_bytes(whole[: blocks[4]] + b"x" * 512 + whole[blocks[4] + 512 :])
+    assert [raw.fault is None for raw in read_shard(tmp_path / "x.tar")] == [True, False]
+    write_tar(tmp_path / "y.tar", good("y", 40))
+    source, skips = open_source(tmp_path), SkipLog([].append)
+    (tmp_path / "x.tar").unlink()
+    assert [item.sample for item in once(source, transform=number, skips=skips)] == [40]
+    assert list(skips.reasons) == ["x.tar:"] and "No such file" in skips.reasons["x.tar:"]
+
+
+def test_nothing_usable(tmp_path):
+    write_folder(tmp_path, 3)
+    (tmp_path / "mask.png").unlink()
+    source = open_source(tmp_path)
+    for items in (
+        once(source, skips=SkipLog([].append)),
+        stream(source, CFG),
+        stream(source, CFG, workers=2),
+    ):
+        with pytest.raises(ValueError, match=r"not one usable sample.*mask.png' is missing") as error:
+            next(items)
+        assert "\n" not in str(error.value)
+    (tmp_path / "mask.png").write_bytes(MASK_PNG)
+
+    def fails(triplet: Triplet) -> None:
+        raise OSError(f"no use for\n{triplet.key}")
+
+    with pytest.raises(ValueError, match="no use for metadata"):
+        next(stream(source, CFG, transform=fails))
+
+
+def test_transform_refuses(six):
+    def odd(triplet: Triplet) -> int:
+        if (i := number(triplet)) % 2 == 0:
+            raise ValueError("even")
+        return i
+
+    skips = SkipLog([].append)
+    assert [item.sample for item in once(six, transform=odd, skips=skips)] == list(range(1, 26, 2))
+    assert skips.total == 13 and set(skips.reasons.values()) == {"even"}
+
+
+def test_warns_by_default(tmp_path):
+    write_tar(tmp_path / "x.tar", [*good("a", 1), ("b.jpg", b"")])
+    with pytest.warns(UserWarning, match=r"'x.tar:b' is skipped: its .json is missing"):
+        assert len(list(once(open_source(tmp_path)))) == 1
+
+
+# --- order -------------------------------------------------------------------------------------------
+
+
+def test_once_in_parts(six):
+    assert [item.sample for item in once(six, transform=number)] == list(range(26))
+    for start in (0, 9):
+        parts = [[item.sample for item in once(six, part, 3, start, number)] for part in range(3)]
+        assert parts == [[i for i in range(start, 26) if i % 3 == part] for part in range(3)]
+    assert list(once(six, start=26)) == []
+
+
+@pytest.mark.parametrize("counts", [[3] * 8, [6] * 4, [12] * 2, [24]])
+def test_an_epoch_holds_everything_once(tmp_path, counts):
+    """More shards than lanes, as many, fewer; then other epochs in other orders."""
+    got = take(stream(open_source(write_shards(tmp_path, counts)), CFG, transform=number), 72)
+    assert [n for n, _ in got] == list(range(72))
+    epochs = [[sample for _, sample in got[i : i + 24]] for i in (0, 24, 48)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, sorted(epochs[0])]}) == 4
+
+
+def test_lanes_have_their_own_epochs(tmp_path):
+    """Three samples for four lanes: all of them come all the time, about equally often."""
+    got = take(stream(open_source(write_folder(tmp_path, 3)), CFG, transform=number), 120)
+    counts = Counter(sample for _, sample in got)
+    assert set(counts) == {0, 1, 2} and min(counts.values()) > 20
+
+
+def test_windows_are_shuffled(tmp_path):
+    """One lane: samples leave their place, but not their window."""
+    source = open_source(write_folder(tmp_path, 12))
+    got = [s for _, s in take(stream(source, StreamConfig(1, lanes=1, window=4), transform=number), 24)]
+    windows = [got[i : i + 4] for i in range(0, 24, 4)]
+    assert [sorted(window) for window in windows] == 2 * [list(range(i, i + 4)) for i in (0, 4, 8)]
+    assert len({tuple(i % 4 for i in window) for window in windows}) > 2
+    assert got[:12] != got[12:]
+
+
+def test_seed(six):
+    orders = [take(stream(six, replace(CFG, seed=seed), transform=number), 26) for seed in (5, 6, 2**70)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (1, 4), (2, 0), (2, 2), (4, 1)])
+def test_ranks_and_workers_change_nothing(six, world, workers):
+    expected = take(stream(six, CFG, transform=number), 60)
+    for rank in range(world):
+        got = take(stream(six, CFG, rank, world, workers, transform=number), 60 // world)
+        assert got == expected[rank::world]
+
+
+def test_the_programs_generator_is_left_alone(six):
+    before = torch.get_rng_state()
+    take(stream(six, CFG, workers=1, transform=number), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "workers"), [(0, 3, 0), (0, 1, 3), (0, 4, 2), (4, 4, 0), (-1, 2, 0)]
+)
+def test_lanes_must_divide(six, rank, world, workers):
+    with pytest.raises(ValueError, match=r"4 lanes cannot be dealt out to . ranks"):
+        stream(six, CFG, rank, world, workers)
+
+
+# --- positions ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory) -> Source:
+    """20 samples in three shards, every third broken."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    for name, numbers in {"a": range(3), "b": range(3, 14), "c": range(14, 20)}.items():
+        members = [m for i in numbers for m in (good(f"{i}", i) if i % 3 else [(f"{i}.jpg", b"")])]
+        write_tar(folder / f"{name}.tar", members)
+    return open_source(folder)
+
+
+def run(
+    source: Source, start: dict[str, int], world: int, size: int, steps: int, workers: int = 0
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """So many batches on all ranks: what came, sorted, and the united position, through JSON."""
+    got, united = [], dict(start)
+    for rank in range(world):
+        items = stream(source, CFG, rank, world, workers, start, number, SkipLog([].append))
+        position = start
+        for batch, position in islice(batches(items, size, start), steps):  # noqa: B007
+            got += [(item.number, item.sample) for item in batch]
+        united = {key: max(united.get(key, 0), position.get(key, 0)) for key in united | position}
+    return sorted(got), json.loads(json.dumps(united))
+
+
+@pytest.mark.parametrize("name", ["six", "spoilt"])
+def test_resume_anywhere(name, request):
+    """After every single sample of more than two epochs."""
+    source = request.getfixturevalue(name)
+    items = list(islice(stream(source, CFG, transform=number, skips=SkipLog([].append)), 70))
+    position: dict[str, int] = {}
+    for i, item in enumerate(items[:-6]):
+        position |= item.position
+        rest = stream(source, CFG, start=position, transform=number, skips=SkipLog([].append))
+        following = list(islice(rest, 6))
+        assert [(x.number, x.sample, x.position) for x in following] == [
+            (x.number, x.sample, x.position) for x in items[i + 1 : i + 7]
+        ]
+
+
+@pytest.mark.parametrize("steps", [(3, 2), (2, 4), (4, 4)])
+def test_resume_with_other_ranks_and_workers(spoilt, steps):
+    """Two ranks, then one, then four, then two with workers: the samples of one uninterrupted process."""
+    expected, _ = run(spoilt, {}, 1, 1, 64)
+    got: list[tuple[int, int]] = []
+    position: dict[str, int] = {}
+    for world, size, count, workers in ((2, 3, steps[0], 0), (1, 5, steps[1], 2), (4, 1, 3, 0), (2, 1, 2, 2)):
+        part, position = run(spoilt, position, world, size, count, workers)
+        got += part
+    assert got == expected[: len(got)] and len(got) > 40
+
+
+def test_refused_positions(six, spoilt):
+    _, position = run(six, {}, 1, 1, 10)
+    for source, cfg in ((spoilt, CFG), (six, replace(CFG, seed=6)), (six, replace(CFG, window=4))):
+        with pytest.raises(ValueError, match="belongs to other training data"):
+            stream(source, cfg, start=position)
+    (_, alone), *_ = batches(islice(stream(six, CFG, 0, 2), 6), 6, {})
+    with pytest.raises(ValueError, match="lacks lanes"):
+        stream(six, CFG, start=alone)
+    assert next(stream(six, CFG, 0, 2, start=alone)).number == 12
+
+
+def test_resume_reads_on_without_decoding(tmp_path, monkeypatch):
+    """Windows before the position are read past."""
+    source = open_source(write_shards(tmp_path, [40]))
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "moma.data.stream.load",
+        lambda source, raw, limits: opened.append(raw.key) or load(source, raw, limits),
+    )
+    cfg = replace(CFG, lanes=1)
+    (_, position), *_ = batches(islice(stream(source, cfg), 20), 20, {})
+    opened.clear()
+    next(stream(source, cfg, start=position))
+    assert len(opened) == 1
+
+
+# --- writer ------------------------------------------------------------------------------------------
+
+
+def export(folder: Path, stop: int | None = None, error: type[BaseException] = RuntimeError) -> None:
+    """Eleven samples in shards of four, without those that are there; broken off before sample `stop`."""
+    with ShardWriter(folder, 4) as shards:
+        for i in range(11):
+            if i == stop:
+                raise error
+            if str(i) not in shards.done_keys():
+                ref = (encoded(grey(i)), MASK_PNG) if i == 3 else None
+                shards.add(str(i), JPEGS[i], ".JPG", MASK_PNG, "cat", f"猫 cat {i}", {"source": "me"}, ref)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_writer_and_reader(tmp_path):
+    export(tmp_path)
+    assert list(contents(tmp_path)) == ["00000.tar", "00001.tar", "00002.tar"]
+    triplets = [item.sample for item in once(open_source(tmp_path))]
+    assert [number(t) for t in triplets] == list(range(11))
+    assert [t.caption for t in triplets] == [f"猫 cat {i}" for i in range(11)]
+    assert [i for i, t in enumerate(triplets) if t.reference] == [3]
+    assert np.array_equal(np.asarray(triplets[3].reference[0]), np.asarray(grey(3)))
+    raw = next(read_shard(tmp_path / "00000.tar"))
+    assert json.loads(raw.fields["json"]) == {"caption": "猫 cat 0", "label": "cat", "source": "me"}
+
+
+def test_interrupted_exports_end_up_equal(tmp_path):
+    export(tmp_path / "whole")
+    for stop in (0, 3, 4, 5, 10):
+        folder = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(folder, stop, KeyboardInterrupt)
+        assert list(contents(folder)) == [f"{i:05d}.tar" for i in range(stop // 4)]
+        export(folder)
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_killed_export(tmp_path):
+    """Nothing of the program's end is run."""
+    export(tmp_path / "whole")
+    if (child := os.fork()) == 0:
+        shards = ShardWriter(tmp_path / "killed", 4)
+        for i in range(6):
+            ref = (encoded(grey(i)), MASK_PNG) if i == 3 else None
+            shards.add(str(i), JPEGS[i], "jpg", MASK_PNG, "cat", f"猫 cat {i}", {"source": "me"}, ref)
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert list(contents(tmp_path / "killed")) == [".00001.tar.part", "00000.tar"]
+    assert ShardWriter(tmp_path / "killed").done_keys() == set("0123")
+    export(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_failed_write_leaves_no_half_sample(tmp_path, monkeypatch):
+    shards = ShardWriter(tmp_path)
+    shards.add("a", JPEGS[0], "jpg", MASK_PNG, "cat", "cat")
+
+    def full(*args: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(tarfile.TarFile, "addfile", full)
+        shards.add("b", JPEGS[0], "jpg", MASK_PNG, "cat", "cat")
+    assert shards.done_keys() == frozenset() and not contents(tmp_path)
+    shards.add("a", JPEGS[0], "jpg", MASK_PNG, "cat", "cat")
+    shards.close()
+    assert [raw.key for raw in read_shard(tmp_path / "00000.tar")] == ["a"]
+
+
+REFUSED: list[tuple[Callable[[ShardWriter], None], str]] = [
+    (lambda w: w.add("a.b", b"", "jpg", b"", "cat", "cat"), "key 'a.b'"),
+    (lambda w: w.add("a/b", b"", "jpg", b"", "cat", "cat"), "key 'a/b'"),
+    (lambda w: w.add("", b"", "jpg", b"", "cat", "cat"), "key ''"),
+    (lambda w: w.add("a", b"", "gif", b"", "cat", "cat"), "picture 'gif'"),
+    (lambda w: w.add("0", b"", "jpg", b"", "cat", "cat"), "already written"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED)
+def test_refused_samples(tmp_path, call, message):
+    export(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(ShardWriter(tmp_path))
+
+
+def test_refused_folders(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="expected a folder"):
+        ShardWriter(tmp_path / "file")
+    with pytest.raises(ValueError, match="holds 'file'"):
+        ShardWriter(tmp_path)
+    with pytest.raises(ValueError, match="at least 1"):
+        ShardWriter(tmp_path / "new", 0)
+    export(tmp_path / "cut")
+    path = tmp_path / "cut" / "00001.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"00001.tar' is cut off or damaged"):
+        ShardWriter(tmp_path / "cut")
