@@ -6,9 +6,10 @@
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
-attn_adapters_projectors.th, an IP-Adapter for SD1.5. Of two sources with the same network, one that holds
-nothing else (a VAE folder) wins over a bigger one (a Stable Diffusion folder, whatever the order), otherwise
-the later one; a note says so. What no source has comes from --base-bundle.
+attn_adapters_projectors.th, an IP-Adapter for SD1.5, the export folder of a training. Of two sources with
+the same network, one that holds nothing else (a VAE folder) wins over a bigger one (a Stable Diffusion
+folder, whatever the order), otherwise the later one; a note says so. What no source has comes from
+--base-bundle.
 """
 
 import argparse
@@ -104,6 +105,8 @@ def convert(
         for name, path in tokenizers.items():
             writer.add_tokenizer(name, path)
         writer.method |= base.method if base else {}
+        for source in sources:
+            writer.method |= source.method
     summarise(Bundle.open(out), say)
 
 
@@ -141,6 +144,8 @@ def choose_tokenizers(
 
 def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
     """LLaVA with its config, which needs its tower's: that of a source, or one kept from the base."""
+    if isinstance(llava.config, LlavaConfig):  # of a training, complete
+        return llava
     folder = llava.config.parent
     vision = tower.config if tower else kept
     if vision is None and tower:

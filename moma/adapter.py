@@ -144,6 +144,19 @@ class ReferenceHook:
         return attention(q, k, v, impl=self.method.attention), None
 
 
+def reference_features(
+    unet: UNet, adapter: Adapter, latent: Tensor, label: Tensor, m_ref: Tensor, method: MethodConfig
+) -> list[ReferenceLayer]:
+    """K', V' and M_ref of every self-attention layer: one UNet call at t = 0 with the label as text.
+
+    latent (B, Z, h, w) of the reference; label (B, T, context_dim), the text states of the label alone;
+    m_ref (B, 1, any, any) in {0, 1}. A frozen UNet leaves no graph: gradients reach K', V' and nothing else.
+    """
+    label = label[:, : label.shape[1] - method.reference_text_cut]  # (B, T - cut, context_dim)
+    t = torch.zeros(len(latent), device=latent.device, dtype=torch.long)  # (B,)
+    return unet(latent, t, label, ReferenceHook(adapter, m_ref, method))[1]
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """All that the UNet is told about B images. It does not change over the denoising steps."""
@@ -214,22 +227,44 @@ def condition(
     (B, T); references: one list of L layers with one row per image; beta (B,). The unconditional rows get the
     context tokens of a zero embedding, and the subject's features like the conditional ones (release).
     """
-    embeddings = torch.cat([torch.zeros_like(embedding), embedding])  # (R, E)
-    tokens = adapter.projector(embeddings)  # (R, C, context_dim)
+    return condition_rows(
+        adapter,
+        torch.cat([torch.zeros_like(embedding), embedding]),
+        torch.cat([negative, text]),
+        torch.cat([label, label]),
+        [_both_rows(rows) for rows in zip(*references, strict=True)],
+        torch.cat([beta, beta]),
+        method,
+    )
+
+
+def condition_rows(
+    adapter: Adapter,
+    embedding: Tensor,
+    text: Tensor,
+    label: Tensor,
+    reference: Sequence[ReferenceLayer],
+    beta: Tensor,
+    method: MethodConfig,
+) -> Conditioning:
+    """The conditioning of R rows, each its own: of both rows of guidance, or of a training batch.
+
+    embedding (R, E); text (R, T, context_dim); label (R, T); reference: L layers of R rows; beta (R,).
+    """
+    tokens = adapter.projector(embedding)  # (R, C, context_dim)
     context = [  # L x K, V, each (R, H, C, D)
         (split_heads(new.to_k(tokens), layer.heads), split_heads(new.to_v(tokens), layer.heads))
         for new, layer in zip(adapter.context, adapter.layers, strict=True)
     ]
-    reference = [_both_rows(rows) for rows in zip(*references, strict=True)]
     if method.attention == "fused":
         reference = [drop_background(layer) for layer in reference]
     return Conditioning(
-        text=torch.cat([negative, text]),
-        label=torch.cat([label, label]),
+        text=text,
+        label=label,
         context=context,
-        reference=reference,
+        reference=list(reference),
         lam=[new.scale for new in adapter.subject],
-        beta=torch.cat([beta, beta])[:, None, None, None].to(text.dtype),  # (R, 1, 1, 1)
+        beta=beta[:, None, None, None].to(text.dtype),  # (R, 1, 1, 1)
         method=method,
     )
 

@@ -84,7 +84,7 @@ class MethodConfig:
         """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
         if isinstance(self.m_gen_layers, list):  # JSON has no tuples
             object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
-        _check_types(self)
+        check_types(self)
         for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
@@ -106,7 +106,7 @@ class MethodConfig:
             raise ValueError(f"m_gen_layers {list(layers)}: expected some of 0 to {attention_layers - 1}")
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
     """ValueError for a field of a dataclass whose value does not have the field's type."""
     for name, hint in get_type_hints(type(config)).items():
         if not _fits(value := getattr(config, name), hint):
@@ -181,7 +181,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """ValueError for a value of the wrong type (records of pictures come from files)."""
-        _check_types(self)
+        check_types(self)
 
     def sized(self, image_size: int) -> "SampleConfig":
         """With the weights' own size in the place of None."""

@@ -23,7 +23,7 @@ from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, attention_layers
 from models.vae import VAE
-from moma.adapter import Adapter, Conditioning, ReferenceHook, condition
+from moma.adapter import Adapter, Conditioning, condition, reference_features
 from moma.attention import ReferenceLayer
 from moma.bundle import DTYPES, Bundle
 from moma.config import MethodConfig, SampleConfig, method_config
@@ -44,9 +44,9 @@ class Subject:
     """What is computed once per reference picture (`MoMA.encode_subject`)."""
 
     word: str
-    reference: Reference
+    reference: Reference | None  # for people; None where the features come from elsewhere
     layers: list[ReferenceLayer]  # L x K', V', M_ref, one row each
-    image_features: Tensor  # (1, N, C) of the MLLM's tower and projector
+    image_features: Tensor | None  # (1, N, C) of the MLLM's tower and projector; None: jobs bring embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,23 +80,27 @@ class MoMA:
         unet: UNet,
         vae: VAE,
         text: CLIPText,
-        llava: Llava,
+        llava: Llava | None,
         adapter: Adapter,
         clip_tokenizer: ClipTokenizer,
-        llama_tokenizer: LlamaTokenizer,
+        llama_tokenizer: LlamaTokenizer | None,
         image_size: int,
         method: MethodConfig,
         dtype_reason: str = "given",
     ) -> None:
-        """image_size: side S of the reference in pixels. All networks on one device, in one dtype."""
+        """image_size: side S of the reference in pixels. All networks on one device, in one dtype.
+
+        llava and its tokenizer may be None where every job brings its embedding.
+        """
         self.unet, self.vae, self.text, self.llava, self.adapter = unet, vae, text, llava, adapter
         self.clip_tokenizer, self.llama_tokenizer = clip_tokenizer, llama_tokenizer
         self.image_size, self.method, self.schedule = image_size, method, ScheduleConfig()
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self.dtype_reason = dtype_reason
-        method.check(
-            len(adapter.layers), llava.cfg.llama.layers, text.cfg.positions, adapter.token is not None
-        )
+        if llava is not None:
+            method.check(
+                len(adapter.layers), llava.cfg.llama.layers, text.cfg.positions, adapter.token is not None
+            )
 
     @classmethod
     def load(
@@ -162,6 +166,8 @@ class MoMA:
         layers = self.reference_pass(
             reference.image, reference.mask, word, seed, posterior_noise, reference_noise
         )
+        if self.llava is None:
+            return Subject(word, reference, layers, image_features=None)
         pixels = clip_image(reference.white, self.llava.cfg.vision.image_size)[None]  # (1, 3, s, s)
         features = self.llava.encode_images(pixels.to(self.device, self.dtype))  # (1, N, C)
         return Subject(word, reference, layers, features)
@@ -184,10 +190,8 @@ class MoMA:
         moments = self.vae.encode(image.to(self.device, self.dtype))  # 2 x (1, Z, S/f, S/f)
         latent = self._reference_latent(*moments, seed, posterior_noise, reference_noise)
         label = self.text(self.clip_tokenizer.ids([word]).to(self.device))[0]  # (1, T, context_dim)
-        label = label[:, : label.shape[1] - self.method.reference_text_cut]  # (1, T - cut, context_dim)
-        hook = ReferenceHook(self.adapter, m_ref.to(self.device), self.method)
-        t = torch.zeros(1, device=self.device, dtype=torch.long)  # (1,)
-        return self.unet(latent.to(self.dtype), t, label, hook)[1]
+        latent, m_ref = latent.to(self.dtype), m_ref.to(self.device)
+        return reference_features(self.unet, self.adapter, latent, label, m_ref, self.method)
 
     def _reference_latent(
         self,
@@ -198,9 +202,8 @@ class MoMA:
         reference_noise: Tensor | None,
     ) -> Tensor:
         """The posterior's mean and std -> the latent that the UNet sees at t = 0, float32 (1, Z, h, w)."""
-        mean, std = mean.float(), std.float()
         if self.method.reference_noise == "none":
-            return mean * self.vae.cfg.scaling
+            return reference_latent(mean, std, None, self.vae.cfg.scaling, self.schedule)
         generator = None  # the release: torch's global one
         if self.method.reference_noise == "seeded":
             generator = torch.Generator().manual_seed(seed ^ REFERENCE_STREAM)
@@ -210,8 +213,7 @@ class MoMA:
         drawn = [torch.randn(mean.shape, generator=generator) for _ in range(2)]
         given = (posterior_noise, reference_noise)
         first, second = ((d if g is None else g).to(mean.device) for d, g in zip(drawn, given, strict=True))
-        latent = (mean + std * first) * self.vae.cfg.scaling
-        return add_noise(latent, second, alphas_cumprod(self.schedule)[0])
+        return reference_latent(mean, std, (first, second), self.vae.cfg.scaling, self.schedule)
 
     @torch.no_grad()
     def embed(self, subject: Subject, prompt: str) -> Tensor:
@@ -252,6 +254,8 @@ class MoMA:
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.vae.cfg.factor)
             expected = (1, self.adapter.cfg.embed_dim)
+            if job.embedding is None and self.llava is None:
+                raise ValueError("without an MLLM every job must bring its embedding")
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
                 raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]
@@ -331,17 +335,37 @@ class MoMA:
         return job.latents.float().cpu()
 
     def _finish(self, step: Step) -> list[Result]:
-        """The last step's latents -> pictures, bytes truncated as in the release."""
+        """The last step's latents -> pictures."""
         if not step.latents.isfinite().all():
             raise ValueError(
                 "the picture is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
             )
-        x = self.vae.decode((step.latents / self.vae.cfg.scaling).to(self.dtype)).float()  # (B, 3, H, W)
-        pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        return [
-            Result(Image.fromarray(array), step.latents[i : i + 1], step.m_gen[i])
-            for i, array in enumerate(pixels)
-        ]
+        x = self.vae.decode((step.latents / self.vae.cfg.scaling).to(self.dtype))  # (B, 3, H, W)
+        return [Result(image, step.latents[i : i + 1], step.m_gen[i]) for i, image in enumerate(to_images(x))]
+
+
+def reference_latent(
+    mean: Tensor,
+    std: Tensor,
+    noises: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    schedule: ScheduleConfig,
+) -> Tensor:
+    """The posterior of the reference -> the latent that the UNet sees at t = 0, float32 (B, Z, h, w).
+
+    mean, std (B, Z, h, w), not scaled; noises: of the posterior and of `add_noise` at t = 0, each like mean;
+    None = the posterior's mean alone (the paper's "clear reference image").
+    """
+    if noises is None:
+        return mean.float() * scaling
+    latent = (mean.float() + std.float() * noises[0]) * scaling
+    return add_noise(latent, noises[1], alphas_cumprod(schedule)[0])
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [-1, 1] as PIL images, bytes truncated as in the release."""
+    pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
+    return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
 
 def check_method(method: MethodConfig, bundle: Bundle) -> None:

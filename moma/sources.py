@@ -20,10 +20,20 @@ from models.loading import LazyTensor, pick_weights, read_checkpoint, some_names
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
-from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, TOWER, Bundle, expected_shapes
+from moma.bundle import (
+    CLIP_TOKENIZER,
+    CONFIGS,
+    LLAMA_TOKENIZER,
+    TOWER,
+    Bundle,
+    config_from_json,
+    expected_shapes,
+)
 from moma.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
 
 Tensors = Mapping[str, LazyTensor]
+
+EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # what a training's result is listed in
 
 SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # widths of their text states
 VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
@@ -76,6 +86,7 @@ class Source:
     name: str
     networks: dict[str, Network] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)  # fields of MethodConfig that the weights need
     notes: list[str] = field(default_factory=list)
 
     def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
@@ -150,6 +161,9 @@ def from_public(kind: Any, path: Path, *more: Any) -> Any:
 def _read_folder(source: Source, path: Path, assumed: Assumed) -> None:
     if not any(path.iterdir()):
         raise ValueError(f"{path}: empty folder")
+    if (path / EXPORT).is_file():
+        _read_export(source, path)
+        return
     if (path / "unet").is_dir():
         _read_diffusers(source, path)
     elif (path / "config.json").is_file():
@@ -158,6 +172,18 @@ def _read_folder(source: Source, path: Path, assumed: Assumed) -> None:
         raise ValueError(f"{path}: neither unet/ nor config.json in it; give the model's own folder or file")
     if (path / MOMA_FILE).is_file():
         _read_adapter(source, path / MOMA_FILE, "adapter", read_checkpoint(path / MOMA_FILE), assumed)
+
+
+def _read_export(source: Source, path: Path) -> None:
+    """What a training has written: networks in our own names, with their sizes and the method they need."""
+    data = read_json(path / EXPORT)
+    if data.get("format") != EXPORT_FORMAT:
+        raise ValueError(f"{path / EXPORT}: not written by a training of this version")
+    source.method = data["method"]
+    for name, entry in data["networks"].items():
+        config = config_from_json(CONFIGS[name], entry["config"], f"{path / EXPORT}: {name}")
+        tensors = {key: t for file in entry["files"] for key, t in read_checkpoint(path / file).items()}
+        source.add(name, config, tensors)
 
 
 def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:

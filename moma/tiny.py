@@ -79,7 +79,7 @@ def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None 
         build_tokenizers(drafts, cfg)
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             writer.add_tokenizer(name, Path(drafts, name))
-        networks = _with_vocabularies(cfg.networks, Path(drafts))
+        networks = with_vocabularies(cfg.networks, Path(drafts))
         for name, config in networks.items():
             shapes = expected_shapes(name, config, networks["unet"])
             tensors = {key: _draw(key, shape, generator, cfg) for key, shape in shapes.items()}
@@ -87,7 +87,7 @@ def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None 
             writer.add(name, config, lazy, SOURCE)
 
 
-def _with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
+def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
     """The networks' sizes with the vocabularies of the tokenizers' files."""
     clip = len(json.loads((tokenizers / CLIP_TOKENIZER[0]).read_text(encoding="utf-8")))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers / LLAMA_TOKENIZER[0]))
@@ -114,15 +114,24 @@ def build_tokenizers(folder: str | Path, cfg: TinyConfig | None = None) -> None:
 
     Both encode any text, by falling back to bytes; the same files come out each time.
     """
-    cfg, folder = cfg or TinyConfig(), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    cfg = cfg or TinyConfig()
     pairs = [(subject, f"a {subject} {scene}") for subject in SUBJECTS for scene in SCENES]
-    vocab, merges = _learn_clip([sd_prompt(*pair) for pair in pairs], cfg.clip_merges)
+    texts = [sd_prompt(*pair) for pair in pairs]
+    instructions = [instruction(*pair).replace("<image>", "") for pair in pairs]
+    learn_tokenizers(folder, texts, cfg.clip_merges, instructions, cfg.llama_pieces)
+
+
+def learn_tokenizers(
+    folder: str | Path, clip_texts: list[str], clip_merges: int, llama_texts: list[str], llama_pieces: int
+) -> None:
+    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from texts."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = _learn_clip(clip_texts, clip_merges)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    texts = [instruction(*pair).replace("<image>", "") for pair in pairs]
-    (folder / "tokenizer.model").write_bytes(_learn_llama(texts, cfg.llama_pieces))
+    (folder / "tokenizer.model").write_bytes(_learn_llama(llama_texts, llama_pieces))
 
 
 def _learn_clip(texts: list[str], count: int) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -549,6 +549,7 @@ def test_killed_export(tmp_path):
     os.waitpid(child, 0)
     assert list(contents(tmp_path / "killed")) == [".00001.tar.part", "00000.tar"]
     assert ShardWriter(tmp_path / "killed").done_keys() == set("0123")
+    assert list(contents(tmp_path / "killed")) == ["00000.tar"]
     export(tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -1,0 +1,1 @@
+"""Training of MoMA (Sec. 3.4): the loop, checkpoints, ranks, and the two stages."""

@@ -1,0 +1,268 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+    <out>/checkpoints/step-00001000/
+        state.json             step, data position, identity of the run, validation loss, sizes of the files
+        model.safetensors      the trained parameters (float32) and the model's buffers, whole tensors
+        average.safetensors    their average, where there is one
+        optimizer.safetensors  AdamW's state as <parameter>.<exp_avg|exp_avg_sq|step>
+        random.safetensors     state of each rank's generators
+
+A folder of that name is complete: it is filled and flushed to the disk under another name, then renamed. The
+files do not depend on the ranks that wrote them. The learning rate follows from the step and is not stored.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.loading import LazyTensor, misfits, read_checkpoint, some_names
+from moma.training.parallel import Ranks, whole
+from moma.training.task import Position
+
+FORMAT, VERSION = "moma-training", 1
+STATE = "state.json"
+DIFFERENCES = 4  # spelled out in an error
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What the training changes. Keys: names in `Task.model`; values: under FSDP2, this rank's parts."""
+
+    weights: dict[str, nn.Parameter]  # the trained ones, float32
+    buffers: dict[str, Tensor]
+    average: dict[str, Tensor]  # of the weights, {} = none is kept
+    optimizer: torch.optim.Optimizer  # over the weights in this order
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """File stem -> tensors, as they are now. A weight without any gradient so far has no state."""
+        states = {name: self.optimizer.state.get(weight, {}) for name, weight in self.weights.items()}
+        optimizer = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        return {"model": {**self.weights, **self.buffers}, "average": self.average, "optimizer": optimizer}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's `state.json`."""
+
+    folder: Path
+    step: int  # finished ones
+    position: Position
+    identity: Mapping[str, Any]  # what must not differ between a run and its continuation
+    validation: float | None
+    files: Mapping[str, int]  # name -> bytes
+
+    def tensors(self, stem: str) -> dict[str, LazyTensor]:
+        file = f"{stem}.safetensors"
+        return read_checkpoint(self.folder / file) if file in self.files else {}
+
+
+# --- which there are ---------------------------------------------------------------------------------
+
+
+def read_state(folder: Path) -> Saved:
+    """ValueError for a folder that is no whole checkpoint."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
+            raise ValueError("of another version")
+        saved = Saved(folder, **state)
+        for file, size in saved.files.items():
+            if (folder / file).stat().st_size != size:
+                raise ValueError(f"{file} does not have its {size} bytes")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint ({error})") from None
+    return saved
+
+
+def checkpoints(out: Path) -> list[Saved]:
+    """The whole ones of a run, the oldest first. ValueError if there are some and all of them are damaged."""
+    found, damage = [], None
+    for folder in sorted((out / "checkpoints").glob("step-*")):
+        try:
+            found.append(read_state(folder))
+        except ValueError as error:
+            damage = error
+    if damage and not found:
+        raise damage
+    return found
+
+
+def best(saved: list[Saved]) -> Saved | None:
+    """The one with the lowest validation loss."""
+    judged = [one for one in saved if one.validation is not None]
+    return min(judged, key=lambda one: one.validation, default=None)
+
+
+def check_same(saved: Saved, identity: Mapping[str, Any], steps: int) -> None:
+    """ValueError if a run of this identity and length is not the checkpoint's, naming the differences."""
+    then, now = _flat(saved.identity), _flat(json.loads(json.dumps(identity)))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if names:
+        listed = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:DIFFERENCES]]
+        more = f"; and {len(names) - DIFFERENCES} more" if len(names) > DIFFERENCES else ""
+        raise ValueError(
+            f"{saved.folder}: of another run: {'; '.join(listed)}{more}; undo that or change --out"
+        )
+    if saved.step > steps:
+        raise ValueError(f"{saved.folder}: has already {saved.step} steps, asked for {steps}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def save(out: Path, trainee: Trainee, ranks: Ranks, state: Mapping[str, Any], keep_last: int) -> None:
+    """Write a checkpoint, then remove those that are neither among the last nor the best. On all ranks.
+
+    state: step, identity and validation of `Saved`, and this rank's position.
+    """
+    positions = ranks.gather(state["position"])
+    position = {key: max(p[key] for p in positions if key in p) for p in positions for key in p}
+    generators = [pair for pairs in ranks.gather(_generators(ranks)) for pair in pairs.items()]
+    folder, files = out / "checkpoints" / f"step-{state['step']:08}", {}
+    with _appears_whole(folder, ranks) as part:
+        for stem, tensors in {**trainee.groups(), "random": dict(generators)}.items():
+            held = {}
+            for name, tensor in tensors.items():
+                values = whole(tensor)  # asks the other ranks for their parts
+                if ranks.main:
+                    held[name] = values.cpu().contiguous()
+            if held:
+                file = part / f"{stem}.safetensors"
+                save_file(held, file)
+                files[file.name] = file.stat().st_size
+        if ranks.main:
+            record = {"format": FORMAT, "version": VERSION, **state, "position": position, "files": files}
+            (part / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if ranks.main:
+        prune(out, keep_last)
+
+
+def _generators(ranks: Ranks) -> dict[str, Tensor]:
+    """State of torch's generators in this process; names with its rank."""
+    states = {f"cpu.{ranks.rank}": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        states[f"cuda.{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
+    return states
+
+
+@contextmanager
+def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
+    """A hidden folder for rank 0 to fill, renamed to `folder` when everything in it has reached the disk."""
+    part = folder.with_name(f".{folder.name}.part")
+    if not ranks.main:
+        yield part
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in (*part.iterdir(), part):
+            _flush(path)
+        if folder.exists():  # a damaged one: no other is written twice
+            _remove(folder)
+        os.rename(part, folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Never leaves half a folder under its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    shutil.rmtree(old)
+
+
+def prune(out: Path, keep_last: int) -> None:
+    """Remove the checkpoints that are neither among the last nor the best, and what a killed run has left."""
+    found = checkpoints(out)
+    keep = [*found[-keep_last:], best(found)]
+    for one in found:
+        if one not in keep:
+            _remove(one.folder)
+    for folder in (out / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(saved: Saved, trainee: Trainee, ranks: Ranks) -> None:
+    """Everything back in its place, on all ranks; rank 0 reads. ValueError for tensors of another model."""
+    stored = {stem: saved.tensors(stem) if ranks.main else {} for stem in (*trainee.groups(), "random")}
+
+    def read(stem: str, name: str, like: Tensor) -> Tensor:
+        values = (
+            stored[stem][name].read().clone() if ranks.main else torch.empty(like.shape, dtype=like.dtype)
+        )
+        return ranks.place(values, like)
+
+    for stem in ("model", "average"):
+        if ranks.main:
+            _check_fit(saved, stem, trainee.groups()[stem], stored[stem])
+        for name, tensor in trainee.groups()[stem].items():
+            tensor.copy_(read(stem, name, tensor))
+
+    known, states = ranks.share(set(stored["optimizer"])), {}
+    for number, (name, weight) in enumerate(trainee.weights.items()):
+        # AdamW counts the steps of each weight, in a single number that nothing cuts up.
+        likes = {"step": torch.zeros((), device=weight.device), "exp_avg": weight, "exp_avg_sq": weight}
+        keys = [key for key in likes if f"{name}.{key}" in known]
+        states[number] = {key: read("optimizer", f"{name}.{key}", likes[key]) for key in keys}
+    rules = trainee.optimizer.state_dict()["param_groups"]
+    states = {number: state for number, state in states.items() if state}
+    trainee.optimizer.load_state_dict({"state": states, "param_groups": rules})
+
+    random = ranks.share({name: tensor.read().clone() for name, tensor in stored["random"].items()})
+    if (state := random.get(f"cpu.{ranks.rank}")) is not None:
+        torch.set_rng_state(state)
+    if (state := random.get(f"cuda.{ranks.rank}")) is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state, ranks.device)
+
+
+@torch.no_grad()
+def load_weights(saved: Saved, model: nn.Module) -> None:
+    """The trained parameters, averaged ones where there are, into a model on one process; for an export."""
+    stem = "average" if saved.tensors("average") else "model"
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    stored = {
+        name: tensor
+        for name, tensor in saved.tensors(stem).items()
+        if name not in dict(model.named_buffers())
+    }
+    _check_fit(saved, stem, trained, stored)
+    for name, weight in trained.items():
+        weight.copy_(stored[name].read())
+
+
+def _check_fit(
+    saved: Saved, stem: str, wanted: Mapping[str, Tensor], stored: Mapping[str, LazyTensor]
+) -> None:
+    if problems := misfits({name: tuple(tensor.shape) for name, tensor in wanted.items()}, stored):
+        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
+        raise ValueError(f"{saved.folder}: {stem} is of another model: {listed}")

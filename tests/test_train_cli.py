@@ -1,0 +1,113 @@
+"""train.py from the outside: a run, its continuation and export, and one line for every mistake."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+import train
+from models.loading import read_checkpoint
+from moma.bundle import Bundle
+from moma.tiny import build_tiny_bundle
+from moma.training.log import read_log
+
+QUICK = ["--steps", "2", "--batch-size", "1", "--dtype", "fp32", "--device", "cpu", "--workers", "0"]
+QUICK += ["--set", "validation_samples=2", "--set", "warmup=1", "--set", "save_every=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny bundle, and data of four samples."""
+    folder = tmp_path_factory.mktemp("train")
+    build_tiny_bundle(folder / "tiny")
+    (folder / "data").mkdir()
+    lines = []
+    for i, colour in enumerate(("red", "green", "blue", "black")):
+        image, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64))
+        for picture, fill in ((image, colour), (mask, 255)):
+            ImageDraw.Draw(picture).ellipse((10, 10, 40 + 4 * i, 50), fill)
+        image.save(folder / "data" / f"{i}.png")
+        mask.save(folder / "data" / f"{i}-mask.png")
+        sample = {"image": f"{i}.png", "mask": f"{i}-mask.png", "label": "cat", "caption": "a cat on a table"}
+        lines.append(json.dumps(sample))
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def stage1(place: Path, out: Path, *more: object) -> int:
+    where = ["--bundle", place / "tiny", "--data", place / "data", "--out", out]
+    return train.run(["stage1", *map(str, where), *QUICK, "--train", "new", *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    assert stage1(place, place / "run") == 0
+    return place / "run"
+
+
+def test_run_resume_export(place, trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "run")
+    assert stage1(place, out, "--resume", "--steps", 3) == 0
+    assert [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line] == [1, 2, 3]
+    assert train.run(["export", str(out), "--which", "last", "--to", str(tmp_path / "last")]) == 0
+    assert "last: step 3, validation loss" in capsys.readouterr().out
+    files = [folder / "adapter.safetensors" for folder in (out / "export", tmp_path / "last")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    start = read_checkpoint(Bundle.open(place / "tiny").files("adapter")[0])["mapping.up_proj.weight"].read()
+    assert not (read_checkpoint(files[0])["mapping.up_proj.weight"].read() == start).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "has a run of 2 steps: add --resume"),
+        (["--resume", "--lr", "0.5"], "train.lr 0.001 then, 0.5 now"),
+        (["--resume", "--batch-size", "2"], "train.samples per step 1 then, 2 now"),
+        (["--resume", "--set", "mllm_layers=1"], "method.mllm_layers None then, 1 now"),
+        (["--resume", "--set", "lora_rank=2"], "settings.lora_rank 64 then, 2 now"),
+        (["--resume", "--steps", "1"], "has already 2 steps, asked for 1"),
+        (["--resume", "--data", "{place}/other"], "data '"),
+        (["--data", "{place}/none"], "none"),
+        (["--bundle", "{place}/none"], "no config.json there"),
+        (["--set", "colour=red"], "--set colour: expected one of "),
+        (["--set", "stage.seed=1"], "--set stage.seed: expected one of"),
+        (["--set", "seed"], "expected FIELD=VALUE"),
+        (["--set", "seed=one"], "seed is 'one': expected int"),
+        (["--steps", "0"], "steps 0: expected 1 or more"),
+        (["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--out", "{place}/data/metadata.jsonl"], "cannot write there"),
+    ],
+)
+def test_mistakes_before_weights_are_read(place, trained, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(Bundle, "build", lambda *args, **options: pytest.fail("weights were read"))
+    if not (place / "other").exists():
+        shutil.copytree(place / "data", place / "other")
+        with open(place / "other" / "metadata.jsonl", "a") as stream:
+            stream.write("\n")
+    before = sorted(trained.rglob("*"))
+    assert stage1(place, trained, *(text.format(place=place) for text in more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("train.py: error: ") and message in error
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_export_of_nothing(tmp_path, capsys):
+    assert train.run(["export", str(tmp_path)]) == 2
+    assert "no checkpoints of a training there" in capsys.readouterr().err
+
+
+def test_ambiguous_field(place, capsys):
+    args = [
+        "stage2",
+        "--bundle",
+        str(place / "tiny"),
+        "--data",
+        str(place / "data"),
+        "--set",
+        "subject_below_t=9",
+    ]
+    assert train.run(args) == 2
+    assert "expected one of stage.subject_below_t, method.subject_below_t" in capsys.readouterr().err

@@ -1,0 +1,548 @@
+"""The training loop on a toy: resuming bit for bit, checkpoints whole or not there, log, curve."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from models.loading import read_checkpoint
+from moma.training import checkpoint
+from moma.training.checkpoint import best, check_same, checkpoints, load_weights, read_state
+from moma.training.config import TrainConfig, learning_rate
+from moma.training.log import cut_log, loss_curve, read_log, smoothed, ticks, write_log
+from moma.training.loop import fit
+from moma.training.parallel import Ranks
+from moma.training.task import Batch, Delivery, Position
+
+ROOT = Path(__file__).parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
+CFG = TrainConfig(
+    steps=12, batch_size=2, accumulate=2, lr=0.02, warmup=3, dtype="fp32", ema=0.9,
+    save_every=3, validate_every=2, sample_every=6,
+)  # fmt: skip
+IDENTITY = {"data": "toy", "weights": {"base": "1" * 64}}
+
+
+# --- the toy -----------------------------------------------------------------------------------------
+
+
+class Regression(nn.Module):
+    """Two layers with noise from outside, one frozen; `rare` acts in some samples only."""
+
+    def __init__(self, width: int = 5, rare: bool = True) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+            self.out = nn.Linear(width, 1)
+            self.frozen = nn.Linear(width, width).requires_grad_(False).to(torch.bfloat16)
+        self.rare = nn.Parameter(torch.zeros(1)) if rare else None
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("unsaved", torch.zeros(3), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.calls += torch.is_grad_enabled()
+        x = batch["x"] + self.frozen(batch["x"].to(torch.bfloat16)).float()  # (B, width)
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        y = self.out(x)[:, 0]  # (B,)
+        if self.rare is not None and (chosen := batch["number"] % 7 == 3).any():
+            y = torch.where(chosen, y + self.rare, y)
+        return (y - batch["y"]).float().square()  # (B,)
+
+
+class Toy:
+    """A `Task`. Sample number n is drawn from a generator seeded by (seed, n)."""
+
+    def __init__(self, sharded: bool = False, seed: int = 0, poison: int | None = None) -> None:
+        self.model = Regression(rare=not sharded)
+        self.shards = tuple(self.model.blocks) if sharded else ()
+        self.seed, self.poison = seed, poison
+
+    def samples(self, numbers: list[int]) -> Batch:
+        x = []
+        for number in numbers:
+            generator = torch.Generator().manual_seed(1000 * self.seed + number)
+            x.append(torch.randn(5, generator=generator))
+            if number == self.poison:
+                x[-1] *= math.nan
+        x = torch.stack(x)
+        return {
+            "number": torch.tensor(numbers),
+            "x": x,
+            "y": x.sin().sum(1),
+            "names": list(map(str, numbers)),
+        }
+
+    def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
+        number = start.get("samples", 0)
+        while True:
+            mine = [number + rank + world * i for i in range(batch_size)]
+            number += world * batch_size
+            # A key of its own for each rank, as a data stream with lanes has.
+            yield Delivery(self.samples(mine), {"samples": number, f"lane {rank}": number})
+
+    def validation(self) -> list[Batch]:
+        return [self.samples([-1, -2, -3]), self.samples([-4])]
+
+    def sample_grid(self) -> Image.Image:
+        value = self.model.out.bias.detach().abs().mul(1000).int().item() % 256
+        return Image.new("RGB", (4, 4), (value, 0, 0))
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {name: p.numpy().tolist() for name, p in trained.items()}  # as writing them to files does
+        (folder / "weights.json").write_text(json.dumps(state))
+
+
+def run(out: Path, cfg: TrainConfig = CFG, task: Toy | None = None, ranks: Ranks = ALONE) -> Toy:
+    """Train, going on from the newest checkpoint if there is one."""
+    task = task or Toy()
+    saved = ranks.share(next(iter(checkpoints(out)[::-1]), None))
+    identity = IDENTITY | {"train": cfg.identity(ranks.world)}
+    if saved:
+        check_same(saved, identity, cfg.steps)
+    fit(task, cfg, out, ranks, identity, saved)
+    return task
+
+
+def numbers(out: Path) -> list[dict[str, Any]]:
+    """The log without what a clock decides."""
+    return [{k: v for k, v in line.items() if k != "img_per_s"} for line in read_log(out / "log.jsonl")]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= {f"{file.stem}/{name}": t.read() for name, t in read_checkpoint(file).items()}
+    return found
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Bit-equal logs, checkpoints and exports."""
+    assert numbers(a) == numbers(b)
+    names = [sorted(p.name for p in (out / "checkpoints").iterdir()) for out in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        x, y = (tensors(out / "checkpoints" / name) for out in (a, b))
+        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+        assert read_state(a / "checkpoints" / name).position == read_state(b / "checkpoints" / name).position
+    assert (a / "export" / "weights.json").read_text() == (b / "export" / "weights.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """12 steps without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(out)
+    return out
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(whole_run):
+    losses = [line["loss"] for line in numbers(whole_run) if "loss" in line]
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert [line["step"] for line in numbers(whole_run) if "validation" in line] == [
+        0,
+        2,
+        3,
+        4,
+        6,
+        8,
+        9,
+        10,
+        12,
+    ]
+    assert sorted(p.name for p in (whole_run / "samples").iterdir()) == [
+        "step-00000006.png",
+        "step-00000012.png",
+    ]
+    assert json.loads((whole_run / "export" / "weights.json").read_text()).keys() == {
+        name for name, p in Regression().named_parameters() if p.requires_grad
+    }
+    assert Image.open(whole_run / "loss.png").size == (960, 540)
+    assert not [path for path in whole_run.rglob(".*")]
+
+
+def test_checkpoint_holds_what_is_trained_only(whole_run):
+    state, held = read_state(checkpoints(whole_run)[-1].folder), tensors(checkpoints(whole_run)[-1].folder)
+    trained = {name for name, p in Regression().named_parameters() if p.requires_grad}
+    assert {key for key in held if key.startswith("model/")} == {f"model/{n}" for n in (*trained, "calls")}
+    assert {key for key in held if key.startswith("average/")} == {f"average/{n}" for n in trained}
+    kinds = {"exp_avg", "exp_avg_sq", "step"}
+    assert {k for k in held if k.startswith("optimizer/")} == {
+        f"optimizer/{n}.{k}" for n in trained for k in kinds
+    }
+    assert held["model/calls"] == 24 and state.step == 12 and state.position["samples"] == 48
+    assert state.identity["data"] == "toy" and "random/cpu.0" in held
+
+
+def test_by_hand(tmp_path):
+    """Three steps equal AdamW, clipping, schedule and average written out."""
+    cfg = replace(CFG, steps=3, accumulate=1, clip=0.5, ema=0.8, warmup=2)
+    run(tmp_path / "run", cfg)
+    task, lines = Toy(), [line for line in numbers(tmp_path / "run") if "loss" in line]
+    weights = [p for p in task.model.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in weights]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in weights]
+    counts = [0] * len(weights)
+    for step, lr in enumerate([0.01, 0.02, 0.02]):
+        batch = task.samples([2 * step, 2 * step + 1])
+        loss = task.model(batch).mean()
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        norm = sum(g.square().sum() for g in grads if g is not None).sqrt()
+        assert norm > 0.5  # so that clipping does something
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert lines[step]["lr"] == lr
+        with torch.no_grad():
+            for i, (p, g, (m, v)) in enumerate(zip(weights, grads, moments, strict=True)):
+                if g is None:
+                    continue
+                counts[i] += 1
+                g = g * 0.5 / norm
+                p.mul_(1 - lr * 0.01)
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.999).add_(g * g, alpha=0.001)
+                p -= lr * (m / (1 - 0.9 ** counts[i])) / ((v / (1 - 0.999 ** counts[i])).sqrt() + 1e-8)
+            for a, p in zip(average, weights, strict=True):
+                a.copy_(0.8 * a + 0.2 * p)
+    held = tensors(checkpoints(tmp_path / "run")[-1].folder)
+    names = [name for name, p in task.model.named_parameters() if p.requires_grad]
+    for name, p, a in zip(names, weights, average, strict=True):
+        torch.testing.assert_close(held[f"model/{name}"], p.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(held[f"average/{name}"], a, rtol=1e-5, atol=1e-6)
+    exported = json.loads((tmp_path / "run" / "export" / "weights.json").read_text())
+    assert exported["out.bias"] == held["average/out.bias"].tolist()  # the average is the result
+    lowest = [line["validation"] for line in numbers(tmp_path / "run") if "validation" in line][-1]
+    load_weights(checkpoints(tmp_path / "run")[-1], task.model)
+    with torch.no_grad():
+        judged = torch.cat([task.model(batch) for batch in task.validation()]).double().mean()
+    assert lowest == pytest.approx(judged.item(), rel=1e-6)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    for name, batch_size, accumulate in (("one", 4, 1), ("many", 1, 4)):
+        run(tmp_path / name, replace(CFG, batch_size=batch_size, accumulate=accumulate))
+    one, many = ([line["loss"] for line in numbers(tmp_path / n) if "loss" in line] for n in ("one", "many"))
+    np.testing.assert_allclose(one, many, rtol=1e-5)
+
+
+def test_learning_rate():
+    cfg = TrainConfig(steps=110, lr=1.0, warmup=10)
+    assert [learning_rate(cfg, step) for step in (0, 4, 9, 10, 109)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    cosine = replace(cfg, schedule="cosine")
+    rates = [learning_rate(cosine, step) for step in (0, 9, 10, 35, 60, 109)]
+    expected = [0.1, 1.0, 1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 * (1 - math.cos(math.pi / 100))]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(TrainConfig(steps=1, warmup=0, schedule="cosine"), 0) == 1e-4
+
+
+def test_autocast_computes_in_bf16_and_trains_in_float32(tmp_path):
+    seen = []
+
+    class Watched(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.out.register_forward_hook(
+                lambda module, args, y: seen.append((y.dtype, module.weight.dtype))
+            )
+
+    run(tmp_path / "run", replace(CFG, steps=1, dtype="bf16"), Watched())
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps 0: expected 1 or more"),
+        ({"lr": 0.0}, "lr 0.0: expected a number above 0"),
+        ({"lr": "fast"}, "lr is 'fast': expected float"),
+        ({"clip": -1.0}, "clip -1.0"),
+        ({"schedule": "linear"}, "'constant' or 'cosine'"),
+        ({"betas": [0.9, 1.0]}, "betas"),
+        ({"betas": [0.9]}, "betas"),
+        ({"ema": 1.0}, "ema 1.0"),
+        ({"keep_last": 0}, "keep_last 0"),
+        ({"save_every": 0}, "save_every 0"),
+        ({"warmup": -1}, "warmup -1"),
+    ],
+)
+def test_bad_choices(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TrainConfig(**fields)
+    assert "\n" not in str(error.value)
+
+
+# --- going on ----------------------------------------------------------------------------------------
+
+
+def test_resume_is_bit_equal(tmp_path, whole_run):
+    run(tmp_path / "run", replace(CFG, steps=6))
+    run(tmp_path / "run")  # more steps
+    assert numbers(tmp_path / "run") == numbers(whole_run)
+    same_run(tmp_path / "run", whole_run)
+
+
+def test_draws_of_the_global_generator_go_on(tmp_path):
+    """A task should not draw from it; if a part of its model does all the same (a dropout), it is kept."""
+
+    class Noisy(Regression):
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch) * (1 + torch.rand(()))
+
+    def noisy() -> Toy:
+        task = Toy()
+        task.model = Noisy()
+        return task
+
+    run(tmp_path / "whole", task=noisy())
+    run(tmp_path / "run", replace(CFG, steps=6), noisy())
+    torch.manual_seed(99)
+    run(tmp_path / "run", task=noisy())
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_finished_run_only_exports_again(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    run(tmp_path / "run")
+    same_run(tmp_path / "run", whole_run)
+
+
+def child(code: Callable[[], Any]) -> int:
+    """Runs in a copy of this process; its exit status, -9 if it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            code()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, count: int) -> None:
+    """SIGKILL this process in the middle of its call number `count` of a function, before it acts."""
+    function, calls = getattr(module, name), []
+
+    def deadly(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, deadly)
+
+
+MOMENTS = [
+    *[(os, "fsync", n) for n in (1, 4, 6, 7, 9, 13)],  # files, folders of the first and second checkpoint
+    *[(os, "rename", n) for n in (1, 2, 4)],  # a checkpoint appears, is removed
+    *[(os, "replace", n) for n in (1, 3, 7)],  # log, pictures
+    *[(checkpoint, "save_file", n) for n in (1, 4, 6)],  # the files of a checkpoint
+    *[(shutil, "rmtree", n) for n in (1, 3, 6, 12)],
+    (Regression, "forward", 19),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "count"), MOMENTS, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_killed_at_any_moment(tmp_path, whole_run, module, name, count):
+    def doomed() -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            killing(monkeypatch, module, name, count)
+            run(tmp_path / "run")
+
+    assert child(doomed) == -signal.SIGKILL
+    for saved in checkpoints(tmp_path / "run"):  # what is there can be read
+        assert len(tensors(saved.folder)) > 20
+    run(tmp_path / "run")
+    same_run(tmp_path / "run", whole_run)
+    assert not [path for path in (tmp_path / "run").rglob(".*")]
+
+
+def test_killed_process(tmp_path):
+    """The same with a process of its own, at whatever it is doing."""
+    cfg, out = replace(CFG, steps=60), tmp_path / "run"
+    run(tmp_path / "whole", cfg)
+    process = subprocess.Popen([sys.executable, "-m", "tests.test_training_loop", str(out), "60"], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while len(read_log(out / "log.jsonl")) < 25:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL and not (out / "export").exists()
+    run(out, cfg)
+    same_run(out, tmp_path / "whole")
+
+
+def test_damaged_checkpoint_is_not_taken(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1].folder
+    file = newest / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"not a whole checkpoint .optimizer.safetensors"):
+        read_state(newest)
+    assert [one.step for one in checkpoints(tmp_path / "run")][-1] < 12
+    run(tmp_path / "run")
+    same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "moma-training", "version": 2}'])
+def test_damaged_state(tmp_path, text):
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(ValueError, match="not a whole checkpoint") as error:
+        read_state(folder)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):  # rather than to begin again silently
+        checkpoints(tmp_path)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    losses = iter([9.0, 5.0, 1.0, 3.0, 4.0, 2.0])
+
+    class Model(Regression):
+        def forward(self, batch: Batch) -> Tensor:
+            return batch["wanted"] if "wanted" in batch else super().forward(batch)
+
+    class Judged(Toy):
+        def validation(self) -> list[Batch]:
+            return [{"wanted": torch.tensor([next(losses)])}]
+
+    task = Judged()
+    task.model = Model()
+    cfg = replace(CFG, steps=5, save_every=1, validate_every=1, keep_last=1)
+    run(tmp_path / "run", cfg, task)
+    kept = checkpoints(tmp_path / "run")
+    assert [(one.step, one.validation) for one in kept] == [(2, 1.0), (5, 2.0)]
+    assert best(kept).step == 2 and best([]) is None
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000002", "step-00000005"]
+
+
+def test_not_finite(tmp_path):
+    with pytest.raises(ValueError, match="loss is nan after 7 steps") as error:
+        run(tmp_path / "run", task=Toy(poison=30))  # four samples a step
+    assert "\n" not in str(error.value)
+    kept = checkpoints(tmp_path / "run")
+    assert kept[-1].step == 6
+    assert all(t.isfinite().all() for t in tensors(kept[-1].folder).values() if t.is_floating_point())
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.03}, r"train.lr 0.02 then, 0.03 now"),
+        ({"seed": 1}, r"train.seed 0 then, 1 now"),
+        ({"batch_size": 4}, r"train.samples per step 4 then, 8 now"),
+        (
+            {"schedule": "cosine"},
+            r"train.schedule 'constant' then, 'cosine' now; train.steps None then, 12 now",
+        ),
+        ({"betas": (0.9, 0.99)}, r"train.betas"),
+        ({"steps": 11}, "has already 12 steps, asked for 11"),
+    ],
+)
+def test_another_run_is_refused(whole_run, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(whole_run, replace(CFG, **fields))
+    assert "\n" not in str(error.value)
+
+
+def test_what_may_change(whole_run):
+    saved, cfg = checkpoints(whole_run)[-1], replace(CFG, batch_size=1, accumulate=4, save_every=5, steps=99)
+    check_same(saved, IDENTITY | {"train": cfg.identity(1)}, cfg.steps)
+    check_same(saved, IDENTITY | {"train": replace(cfg, accumulate=1).identity(4)}, cfg.steps)
+    other = {"data": "toy", "weights": {"base": "2" * 64}, "train": CFG.identity(1)}
+    with pytest.raises(ValueError, match=r"weights.base '1+' then, '2+' now"):
+        check_same(saved, other, CFG.steps)
+    with pytest.raises(ValueError, match=r"data 'toy' then, None now"):
+        check_same(saved, {"weights": IDENTITY["weights"], "train": CFG.identity(1)}, CFG.steps)
+
+
+def test_checkpoint_of_another_model(whole_run):
+    task = Toy(sharded=True)  # has no `rare`
+    with pytest.raises(ValueError, match=r"model is of another model: unexpected: rare") as error:
+        fit(task, CFG, whole_run, ALONE, {}, checkpoints(whole_run)[-1])
+    assert "\n" not in str(error.value)
+
+
+# --- log and curve -----------------------------------------------------------------------------------
+
+
+def test_log_is_cut_back(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for step in (1, 2, 3):
+        write_log(path, {"step": step, "loss": step / 2})
+    with open(path, "a") as stream:
+        stream.write('{"step": 4, "lo')  # killed here
+    assert [line["step"] for line in read_log(path)] == [1, 2, 3]
+    cut_log(path, 2)
+    write_log(path, {"step": 3, "loss": 0.25})
+    assert read_log(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.25}]
+    cut_log(path, -1)
+    assert path.read_text() == ""
+
+
+def test_ticks_are_round_and_enclose():
+    assert ticks(0, 12, 6) == [0, 2, 4, 6, 8, 10, 12]
+    assert ticks(0.13, 0.41, 6) == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45])
+    for low, high in ((0, 1), (3, 3), (0, 0), (-2, 5), (1e-7, 2e-7), (0, 100_000)):
+        found = ticks(low, high, 6)
+        assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 9
+
+
+def test_smoothed():
+    assert smoothed([(1, 4.0), (2, 4.0), (3, 4.0)], 10) == pytest.approx([(1, 4.0), (2, 4.0), (3, 4.0)])
+    (_, first), (_, second) = smoothed([(1, 0.0), (2, 1.0)], 2)  # weights 1/2 and 1
+    assert (first, second) == pytest.approx((0, 2 / 3))
+
+
+def test_curve_shows_the_losses():
+    """Falling losses are drawn falling, in the colours of the legend; an outlier does not flatten them."""
+    log = [{"step": n, "loss": 1 - n / 1000} for n in range(1, 1001)] + [{"step": 0, "validation": 0.5}]
+    log += [{"step": 1000, "validation": 0.5}]
+    pixels = np.asarray(loss_curve(log))[60:470].astype(int)
+
+    def heights(colour: tuple[int, int, int]) -> tuple[float, float]:
+        rows, columns = np.nonzero((pixels == colour).all(-1))
+        return rows[columns < 200].mean(), rows[columns > 800].mean()
+
+    left, right = heights((30, 90, 170))
+    assert right - left > 250
+    left, right = heights((200, 80, 30))
+    assert abs(right - left) < 1
+    spiked = loss_curve([*log, {"step": 500, "loss": 1e6}])
+    assert abs(np.asarray(spiked).astype(int) - np.asarray(loss_curve(log))).mean() < 5
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 3, "loss": 2.0}], [{"step": 0, "validation": 0.0}]])
+def test_curve_of_little(log):
+    assert loss_curve(log).size == (960, 540)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), replace(CFG, steps=int(sys.argv[2])))

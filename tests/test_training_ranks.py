@@ -1,0 +1,122 @@
+"""Two Gloo processes under torchrun train what one does, by DDP and by FSDP2, and share its checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moma.training.checkpoint import checkpoints, read_state
+from moma.training.config import TrainConfig
+from moma.training.parallel import start_ranks
+from tests.test_training_loop import CFG, ROOT, Toy, numbers, run, tensors
+
+KINDS = ("ddp", "fsdp")
+STEPS, HALF = 6, 3
+PAIR = replace(CFG, steps=STEPS, save_every=HALF, sample_every=HALF, keep_last=5)  # of two ranks
+ONE = replace(PAIR, batch_size=2 * PAIR.batch_size)
+POISON = 3 * 8 + 5  # a sample of rank 1 in the fourth step
+
+
+def toy(kind: str, poison: int | None = None) -> Toy:
+    return Toy(sharded=kind == "fsdp", poison=poison)
+
+
+def work(out: Path) -> None:
+    """What each of the two ranks does."""
+    with start_ranks("cpu") as ranks:
+        for kind in KINDS:
+            run(out / kind / "pair", PAIR, toy(kind), ranks)
+            run(out / kind / "one-to-pair", PAIR, toy(kind), ranks)
+            try:
+                run(out / kind / "poisoned", PAIR, toy(kind, POISON), ranks)
+            except ValueError as error:
+                (out / kind / f"error-{ranks.rank}").write_text(str(error))
+
+
+def half(source: Path, target: Path) -> None:
+    """A run that was stopped in the middle."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / f"step-{STEPS:08}")
+    shutil.rmtree(target / "export")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    for kind in KINDS:
+        run(out / kind / "one", ONE, toy(kind))
+        half(out / kind / "one", out / kind / "one-to-pair")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "tests.test_training_ranks", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        half(out / kind / "pair", out / kind / "pair-to-one")
+        run(out / kind / "pair-to-one", ONE, toy(kind))
+    return out
+
+
+def losses(out: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in numbers(out) if name in line]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["pair", "one-to-pair", "pair-to-one"])
+def test_equals_one_process(runs, kind, name):
+    """Losses, gradient norms, validation, weights, averages and moments, exported file and picture."""
+    one, other = runs / kind / "one", runs / kind / name
+    for number in ("loss", "grad_norm", "validation"):
+        assert len(losses(one, number)) == (5 if number == "validation" else STEPS)
+        np.testing.assert_allclose(losses(one, number), losses(other, number), rtol=1e-5)
+    for step in (HALF, STEPS):
+        x, y = (tensors(out / "checkpoints" / f"step-{step:08}") for out in (one, other))
+        of_all = [key for key in x if not key.startswith("random/")]
+        assert set(of_all) == {key for key in y if not key.startswith("random/")}
+        for key in of_all:
+            torch.testing.assert_close(x[key], y[key], rtol=1e-4, atol=1e-6)
+    exported = [json.loads((out / "export" / "weights.json").read_text()) for out in (one, other)]
+    assert exported[0].keys() == exported[1].keys()
+    for key in exported[0]:
+        np.testing.assert_allclose(exported[0][key], exported[1][key], rtol=1e-4, atol=1e-6)
+    pictures = [out / "samples" / f"step-{STEPS:08}.png" for out in (one, other)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_of_two_ranks(runs, kind):
+    saved = read_state(runs / kind / "pair" / "checkpoints" / f"step-{HALF:08}")
+    samples = HALF * 2 * PAIR.batch_size * PAIR.accumulate
+    assert saved.position == {"samples": samples, "lane 0": samples, "lane 1": samples}  # united
+    assert {"random/cpu.0", "random/cpu.1"} <= set(tensors(saved.folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_finite_on_one_rank_stops_both(runs, kind):
+    for rank in (0, 1):
+        assert "loss is nan after 3 steps" in (runs / kind / f"error-{rank}").read_text()
+    assert [saved.step for saved in checkpoints(runs / kind / "poisoned")] == [HALF]
+
+
+def test_one_process_needs_no_torchrun():
+    with start_ranks("cpu") as ranks:
+        assert (ranks.rank, ranks.world, ranks.main, ranks.device) == (0, 1, True, torch.device("cpu"))
+    with pytest.raises(ValueError, match="device 'gpu'"), start_ranks("gpu"):
+        pass
+
+
+def test_identity_counts_samples_of_all_ranks():
+    cfg = TrainConfig(batch_size=2, accumulate=3)
+    assert cfg.identity(4) == replace(cfg, batch_size=24, accumulate=1).identity(1)
+    assert cfg.identity(4) != cfg.identity(2)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

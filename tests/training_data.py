@@ -1,0 +1,57 @@
+"""A handful of generated pictures in the triplet format, and a tiny bundle that suits them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moma.tiny import TinyConfig, build_tiny_bundle
+
+SIDE = 64  # pixels: 8x8 latents
+SCENES = ("in the snow", "on the beach at sunset")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A disc of one colour on a background of another."""
+
+    label: str
+    centre: tuple[int, int]
+    radius: int
+    seed: int
+
+    def picture(self) -> tuple[Image.Image, Image.Image]:
+        colours = np.random.default_rng(self.seed).integers(0, 256, (2, 3))
+        y, x = np.ogrid[:SIDE, :SIDE]
+        inside = (y - self.centre[0]) ** 2 + (x - self.centre[1]) ** 2 < self.radius**2
+        pixels = np.where(inside[..., None], colours[0], colours[1])
+        return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(np.uint8(255) * inside)
+
+
+def write_data(folder: Path, count: int, broken: int | None = None) -> Path:
+    """Triplets; every third has another picture as its reference. broken: a number whose mask is full."""
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        drawing = Drawing(("cat", "teddy bear")[i % 2], (24 + 3 * (i % 5), 36 - 2 * (i % 4)), 10 + i, seed=i)
+        image, mask = drawing.picture()
+        if i == broken:
+            mask = Image.new("L", mask.size, 255)
+        image.save(folder / f"{i}.png")
+        mask.save(folder / f"{i}_mask.png")
+        line = {
+            "key": f"sample{i}", "image": f"{i}.png", "mask": f"{i}_mask.png", "label": drawing.label,
+            "caption": f"a {drawing.label} {SCENES[i // 2 % 2]}",
+        }  # fmt: skip
+        if i % 3 == 2:
+            line |= {"reference_image": f"{i - 2}.png", "reference_mask": f"{i - 2}_mask.png"}
+        lines.append(json.dumps(line))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_bundle(folder: Path, seed: int = 0) -> Path:
+    build_tiny_bundle(folder, seed, TinyConfig(image_size=SIDE))
+    return folder
