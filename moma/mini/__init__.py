@@ -1,0 +1,4 @@
+"""MoMA-mini: the whole method at 64x64, on a drawn picture world."""
+
+# What a bundle says of its weights.
+SOURCE = "MoMA-mini, trained from scratch on rendered pictures by moma.mini.pretrain"

@@ -1,0 +1,428 @@
+"""The whole recipe of MoMA-mini: `python -m moma.mini.pretrain --work DIR --out weights/mini`.
+
+Renders the world, trains every frozen network from scratch, then runs `train.py stage1` and `train.py stage2`
+on shards of triplets as for any other data. Every stage can be interrupted and goes on where it was; each has
+a gate, a number that must be reached before the next stage begins.
+
+Letters: N pictures, S picture side, Z latent channels, h w latents.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import convert_weights
+import train
+from models.loading import in_memory, load_into, read_checkpoint, write_safetensors
+from models.tokenizers import ClipTokenizer, LlamaTokenizer
+from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, build_network
+from moma.data.shards import ShardWriter
+from moma.diffusion import ScheduleConfig, intervals
+from moma.mini import SOURCE, probes
+from moma.mini.config import MiniConfig
+from moma.mini.drawing import stream
+from moma.mini.tasks import (
+    CaptionTask,
+    ClipTask,
+    Pictures,
+    PretrainingTask,
+    TextToImageTask,
+    VAETask,
+    to_clip,
+    to_vae,
+)
+from moma.mini.words import words_of_renders
+from moma.mini.world import CLASSES, SCENES, Spec, draw, render_many, spec
+from moma.output import Cell, contact_sheet, save_png
+from moma.pipeline import choose_device
+from moma.prompts import sd_prompt
+from moma.sampler import TextOnly, denoise
+from moma.tiny import learn_tokenizers, with_vocabularies
+from moma.training.checkpoint import checkpoints
+from moma.training.config import TrainConfig
+from moma.training.loop import EXPORT, fit
+from moma.training.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Where the recipe works. `work` keeps every stage's result, so that a stage is never done twice."""
+
+    cfg: MiniConfig
+    work: Path
+    ranks: Ranks
+    start: Bundle | None = None  # whose networks are trained on; None = random ones
+
+    # --- the stages' results ---
+
+    def renders(self, split: str) -> dict[str, np.ndarray]:
+        """`world.render_many`'s arrays, drawn once."""
+        path = self.work / f"{split}.npz"
+        if not path.exists():
+            count = self.cfg.pictures if split == "train" else self.cfg.unseen_pictures
+            found = render_many(range(count), split, self.cfg.world, os.cpu_count() or 1)
+            np.savez(part := path.with_suffix(".part.npz"), **found)
+            os.replace(part, path)
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    def pictures(self, split: str) -> Pictures:
+        found = self.renders(split)
+        images = torch.from_numpy(found["image"]).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
+        masks = torch.from_numpy(found["mask"])[:, None]  # (N, 1, S, S)
+        return Pictures(images, masks, words_of_renders(found, self.cfg.world))
+
+    @property
+    def tokenizers(self) -> Path:
+        return self.work / "tokenizers"
+
+    def networks(self) -> dict[str, Any]:
+        """Sizes, with the vocabularies and the VAE's scaling as far as they are known."""
+        networks = with_vocabularies(self.cfg.networks, self.tokenizers)
+        scaling = self.work / "scaling.json"
+        if scaling.exists():
+            networks["vae"] = replace(networks["vae"], scaling=json.loads(scaling.read_text())["scaling"])
+        return networks
+
+    def clip_tokenizer(self) -> ClipTokenizer:
+        files = (self.tokenizers / name for name in CLIP_TOKENIZER)
+        return ClipTokenizer(*files, self.cfg.networks["text"].positions)
+
+    def llama_tokenizer(self) -> LlamaTokenizer:
+        return LlamaTokenizer(self.tokenizers / LLAMA_TOKENIZER[0])
+
+    def new(self, name: str) -> nn.Module:
+        """A network to train: the start's, or with weights drawn by torch from a seed of its own."""
+        if self.start:
+            return self.start.build(name, "cpu", torch.float32, lm_head=name == "llava").requires_grad_()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.cfg.seeds[name])
+            return build_network(name, self.networks()[name], self.networks()["unet"])
+
+    def weights(self, stage: str, name: str) -> Path:
+        return self.work / stage / EXPORT / f"{name}.safetensors"
+
+    def trained(self, stage: str, name: str) -> nn.Module:
+        """A network as a finished stage left it."""
+        config, path = self.networks()[name], self.weights(stage, name)
+        return load_into(lambda: build_network(name, config), [path], "cpu", torch.float32).eval()
+
+    def judges(self) -> probes.Probes:
+        return probes.load_probes(self.weights("judges", "probes"), self.cfg.probes)
+
+    def fit(self, stage: str, task: PretrainingTask, cfg: TrainConfig) -> None:
+        """Train a task in work/<stage>, from its last checkpoint if there is one."""
+        out = self.work / stage
+        fit(task, cfg, out, self.ranks, {"stage": stage, "train": cfg.identity(self.ranks.world)},
+            next(reversed(checkpoints(out)), None))  # fmt: skip
+
+
+# --- the stages: each returns what its gate reads ---------------------------------------------------
+
+
+def tokenizers(shop: Shop) -> dict[str, float]:
+    """BPE and sentencepiece vocabularies of the captions, or the start's."""
+    if shop.start:
+        shop.tokenizers.mkdir(exist_ok=True)
+        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
+            shutil.copyfile(shop.start.tokenizer(name), shop.tokenizers / name)
+        return {}
+    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
+    clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
+    talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
+    forms = [talk.replace("<image>", "") for talk in talks]
+    given = [{"label": w.label, "caption": w.caption, "rich": w.rich, "subject": w.subject} for w in words]
+    llama = sorted({form.format(**fields) for form in forms for fields in given})
+    learn_tokenizers(shop.tokenizers, clip, shop.cfg.clip_merges, llama, shop.cfg.llama_pieces)
+    return {}
+
+
+def vae(shop: Shop) -> dict[str, float]:
+    """The autoencoder, and the scaling of its latents. Gate: PSNR on held-out pictures, in dB."""
+    cfg, network = shop.cfg.vae, shop.new("vae")
+    task = VAETask(network, shop.pictures("train"), cfg, cfg.train.seed)
+    shop.fit("vae", task, cfg.train)
+    network, held = shop.trained("vae", "vae"), shop.pictures("val")
+    pixels = to_vae(held.images[: cfg.held_out])
+    with torch.no_grad():
+        mean, _ = network.encode(pixels)  # (N, Z, h, w)
+        error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
+    on = held.masks[: cfg.held_out] / 255  # (N, 1, S, S)
+    write_json(shop.work / "scaling.json", {"scaling": 1 / mean.std().item()})
+    return {
+        "psnr": decibels(error.mean(dim=(1, 2, 3))).mean().item(),
+        "subject_psnr": decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
+    }
+
+
+def clip(shop: Shop) -> dict[str, float]:
+    """Text and image encoder. Gate: share of held-out pictures whose own caption is the nearest."""
+    cfg, tokenizer = shop.cfg.clip, shop.clip_tokenizer()
+    task = ClipTask(
+        shop.new("text"), shop.new("vision"), shop.pictures("train"), tokenizer, cfg, cfg.train.seed
+    )
+    shop.fit("clip", task, cfg.train)
+    text, vision = shop.trained("clip", "text"), shop.trained("clip", "vision")
+    heads = {name: t.read() for name, t in read_checkpoint(shop.weights("clip", "heads")).items()}
+    held, hits = shop.pictures("val"), []
+    for start in range(0, cfg.held_out, cfg.train.batch_size):
+        rows = slice(start, start + cfg.train.batch_size)
+        with torch.no_grad():
+            seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
+            read = text(tokenizer.ids([w.rich for w in held.words[rows]]))[1] @ heads["text_head.weight"].T
+        nearest = nn.functional.normalize(seen, dim=1) @ nn.functional.normalize(read, dim=1).T  # (B, B)
+        hits.append(nearest.argmax(dim=1) == torch.arange(len(seen)))
+    return {"retrieval": torch.cat(hits).float().mean().item()}
+
+
+def judges(shop: Shop) -> dict[str, float]:
+    """The probes, trained on renders alone; only gates and the report ask them."""
+    task = probes.task(shop.renders("train"), shop.cfg.world, shop.cfg.probes)
+    shop.fit("judges", task, shop.cfg.probes.train)
+    return probes.accuracy(shop.judges(), shop.renders("val"), shop.cfg.world)
+
+
+def unet(shop: Shop) -> dict[str, float]:
+    """The text-to-image UNet. Gate: share of drawn pictures whose class, and scene, the judges recognise."""
+    cfg = shop.cfg.text_to_image
+    text, tokenizer = shop.trained("clip", "text"), shop.clip_tokenizer()
+    latents, words = latents_of(shop), shop.pictures("train").words
+    network = shop.new("unet").to(memory_format=torch.channels_last)
+    if shop.start is None:
+        nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
+    task = TextToImageTask(network, latents, words, text, tokenizer, cfg, cfg.train.seed)
+    shop.fit("unet", task, cfg.train)
+    asked = [spec(i, "val", shop.cfg.world) for i in range(cfg.drawn)]
+    prompts = [sd_prompt(w.label, w.caption) for w in shop.pictures("val").words[: cfg.drawn]]
+    images = draw_texts(shop, prompts)
+    rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
+    save_png(shop.work / "unet" / "drawn.png", contact_sheet(rows))
+    return probes.agreement(shop.judges(), images, asked)
+
+
+def captioner(shop: Shop) -> dict[str, float]:
+    """LLaVA on the frozen image tower. Gate: share of pictures described with their class and main colour."""
+    cfg, tokenizer = shop.cfg.captioner, shop.llama_tokenizer()
+    llava = shop.new("llava")
+    llava.tower = shop.trained("clip", "vision")
+    shop.fit(
+        "captioner", CaptionTask(llava, shop.pictures("train"), tokenizer, cfg, cfg.train.seed), cfg.train
+    )
+    held = shop.pictures("val")
+    config = shop.networks()["llava"]
+    files = {"": [shop.weights("captioner", "llava")], "tower.": [shop.weights("clip", "vision")]}
+    llava = load_into(lambda: build_network("llava", config), files, "cpu", torch.float32).eval()
+    ids = [torch.tensor(tokenizer.encode_with_image(cfg.dialogues[0][0]))] * cfg.asked
+    with torch.no_grad():
+        answers = llava.generate(to_clip(held.images[: cfg.asked]), ids, max_new=cfg.answer_tokens)
+    right = [
+        set(tokenizer.decode(answer).split()) >= {*w.rich.split()[1:2], w.label}
+        for answer, w in zip(answers, held.words, strict=False)
+    ]
+    return {"right": float(np.mean(right))}
+
+
+def base(shop: Shop) -> dict[str, float]:
+    """The frozen networks as a bundle, and the training data as shards."""
+    if not (shop.work / "base").exists():
+        write_bundle(shop)
+    write_triplets(shop)
+    return {}
+
+
+def stage1(shop: Shop) -> dict[str, float]:
+    """The decoder (Eq. 4) by train.py. Gate: nothing but its end; the report measures what it is worth."""
+    run_training("stage1", shop, shop.work / "base", shop.work / "stage1", shop.cfg.stage1_options)
+    put_in(shop.work / "stage1" / EXPORT, shop.work / "base", shop.work / "decoder")
+    return {}
+
+
+def stage2(shop: Shop) -> dict[str, float]:
+    """The adapter (Eq. 1) by train.py, and the variants that the report compares it with."""
+    for name, options in {"moma": (), **shop.cfg.variants}.items():
+        own = [option.format(work=shop.work) for option in options]
+        out, given = shop.work / "stage2" / name, (*shop.cfg.stage2_options, *own)
+        run_training(
+            "stage2", shop, shop.work / "decoder", out, (*given, "--cache", str(shop.work / "caches" / name))
+        )
+        put_in(out / EXPORT, shop.work / "decoder", shop.work / "bundles" / name)
+    return {}
+
+
+STAGES: dict[str, Callable[[Shop], dict[str, float]]] = {
+    stage.__name__: stage for stage in (tokenizers, vae, clip, judges, unet, captioner, base, stage1, stage2)
+}
+
+
+# --- their parts -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latents_of(shop: Shop) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every training picture's posterior, scaled, bf16 (N, Z, h, w) each; kept."""
+    path = shop.work / "latents.safetensors"
+    if not path.exists():
+        network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
+        parts = [
+            network.encode(to_vae(part))
+            for part in shop.pictures("train").images.split(shop.cfg.encode_batch)
+        ]
+        both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
+        save_tensors(path, {name: (torch.cat(part) * scaling).bfloat16() for name, part in both})
+    found = read_checkpoint(path)
+    return found["mean"].read(), found["std"].read()
+
+
+@torch.no_grad()
+def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
+    """Pictures of the plain UNet, (N, S, S, 3) uint8; seed i for picture i."""
+    cfg, sample, dtype = shop.networks(), shop.cfg.sample, torch.bfloat16
+    networks = {"unet": shop.trained("unet", "unet"), "vae": shop.trained("vae", "vae")}
+    text, tokenizer = shop.trained("clip", "text"), shop.clip_tokenizer()
+    path = intervals(ScheduleConfig(), sample.steps, sample.solver)
+    side = shop.cfg.world.size // cfg["vae"].factor
+    pictures = []
+    for start in range(0, len(prompts), sample.batch_size):
+        part = prompts[start : start + sample.batch_size]
+        states = text(tokenizer.ids([*[""] * len(part), *part]))[0].to(dtype)  # (2B, T, C)
+        seeds = range(start, start + len(part))
+        noise = [
+            torch.randn(cfg["unet"].in_channels, side, side, generator=torch.Generator().manual_seed(i))
+            for i in seeds
+        ]
+        with torch.autocast("cpu", dtype):
+            *_, last = denoise(
+                networks["unet"], TextOnly(states), path, torch.stack(noise), sample.guidance, sample.solver
+            )
+            pixels = networks["vae"].decode(last.latents / cfg["vae"].scaling).float()  # (B, 3, S, S)
+        pictures.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1))
+    return torch.cat(pictures).numpy()
+
+
+def write_bundle(shop: Shop) -> None:
+    """The frozen networks, without an adapter, in work/base."""
+    stages = {"vae": "vae", "text": "clip", "vision": "clip", "unet": "unet", "llava": "captioner"}
+    with BundleWriter(shop.work / "base", shop.cfg.world.size) as writer:
+        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
+            writer.add_tokenizer(name, shop.tokenizers / name)
+        networks = shop.networks()
+        for name, stage in stages.items():
+            tensors = read_checkpoint(shop.weights(stage, name))
+            writer.add(name, networks[name], tensors, SOURCE, shop.cfg.dtype)
+        writer.method = dict(shop.cfg.method)
+
+
+def write_triplets(shop: Shop) -> None:
+    """The training pictures as shards; the reference of "pairs" is another render of the same identity."""
+    for folder, paired in (("triplets", False), ("pairs", True)):
+        found = shop.renders("train")
+        with ShardWriter(shop.work / folder) as shards:
+            done = shards.done_keys()
+            for i in range(shop.cfg.triplets):
+                if (key := f"{i:06}") in done:
+                    continue
+                label, caption = CLASSES[found["label"][i]], str(found["caption"][i])
+                other = None
+                if paired:
+                    twin = draw(another(spec(i, "train", shop.cfg.world), i), shop.cfg.world)
+                    other = (png(twin.image), png(twin.mask))
+                shards.add(
+                    key, png(found["image"][i]), "png", png(found["mask"][i]), label, caption, reference=other
+                )
+
+
+def another(what: Spec, index: int) -> Spec:
+    """The same subject elsewhere, in its own colours."""
+    rng = stream("another", index)
+    scene = SCENES[rng.integers(len(SCENES))]
+    pose, place = (int(v) for v in rng.integers(1 << 31, size=2))
+    return replace(what, scene=scene, material=None, pose_seed=pose, scene_seed=place)
+
+
+def run_training(stage: str, shop: Shop, bundle: Path, out: Path, options: Sequence[str]) -> None:
+    """`python train.py STAGE ...`; SystemExit if it fails."""
+    data = str(shop.work / "triplets")
+    given = ["--bundle", str(bundle), "--data", data, "--out", str(out), "--resume", *options]
+    if train.run([stage, *given]):
+        raise SystemExit(2)
+
+
+def put_in(export: Path, bundle: Path, target: Path) -> None:
+    """`python convert_weights.py EXPORT --base-bundle BUNDLE --out TARGET`."""
+    options = [str(export), "--base-bundle", str(bundle), "--out", str(target)]
+    if not target.exists() and convert_weights.main(options):
+        raise SystemExit(2)
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of a mean squared error on pixels in [-1, 1]."""
+    return 10 * torch.log10(4 / error)
+
+
+def png(array: np.ndarray) -> bytes:
+    """A picture or mask as a PNG file."""
+    Image.fromarray(array).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, whole or not there."""
+    lazy = {name: in_memory(tensor.contiguous(), path) for name, tensor in tensors.items()}
+    write_safetensors(path.parent, path.stem, lazy)
+
+
+def write_json(path: Path, values: Any) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+# --- the recipe --------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train MoMA-mini from nothing.")
+    parser.add_argument("--work", type=Path, default=Path("out/mini"), help="keeps every stage's result")
+    parser.add_argument("--out", type=Path, default=Path("out/weights-mini"), help="the finished bundle")
+    parser.add_argument("--start", type=Path, help="bundle whose networks are trained on (default: random)")
+    parser.add_argument("--until", choices=tuple(STAGES), default="stage2", help="the last stage to run")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    start = Bundle.open(args.start) if args.start else None
+    recipe(Shop(MiniConfig(), args.work, Ranks(0, 1, choose_device(args.device)), start), args.until)
+    if args.until == "stage2":
+        put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out)
+
+
+def recipe(shop: Shop, until: str) -> None:
+    """Every stage up to `until` that is not done yet. ValueError where one misses its gate."""
+    for name, stage in STAGES.items():
+        done = shop.work / f"{name}.json"
+        if not done.exists():
+            numbers = stage(shop)
+            print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+            for key, least in shop.cfg.gates.get(name, {}).items():
+                if not numbers[key] >= least:
+                    raise ValueError(
+                        f"{name}: {key} is {numbers[key]:.3f}, expected {least}: train it longer"
+                    )
+            write_json(done, numbers)
+        if name == until:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

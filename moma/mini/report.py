@@ -1,0 +1,523 @@
+"""The paper's claims in miniature: `python -m moma.mini.report --bundle weights/mini --baseline DIR`.
+
+Draws held-out subjects in every setting, has the judges look at them, and rewrites the tables and pictures of
+docs/mini.md. What is drawn is kept under --work, a file per batch, so that a run that was killed goes on.
+
+Letters: N pairs, B batch, S picture side, s side of the judges' masks, h w latents, K distractors,
+E embedding.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.clip_image import clip_image
+from models.loading import in_memory, read_checkpoint, write_safetensors
+from moma.adapter import Conditioning, MoMAHook
+from moma.bundle import Bundle
+from moma.config import DEFAULT, SampleConfig
+from moma.masks import Grid
+from moma.mini import probes as judges
+from moma.mini.drawing import stream
+from moma.mini.measures import Estimate, estimate, iou, retrieved
+from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
+from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
+from moma.output import Cell, SheetConfig, contact_sheet, mask_picture, save_png
+from moma.pipeline import Job, MoMA, Subject, to_images
+from moma.sampler import Guide
+from moma.training.cache import clip_embedding
+from moma.training.common import to_pixels
+
+MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
+# Names of settings. The last of MASKS makes M_gen as the release does, where the bundle does otherwise.
+TEXT, BASELINE, MAIN, NONE = "text only", "IP-Adapter", "MoMA, β = 1", "MoMA, β = 0"
+MASKS = ("half", "off", "full, released M_gen")
+REAL, OTHER, DECODED = "real renders", "another subject", "real renders, autoencoded"
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is drawn and what is asked of it."""
+
+    pairs: int = 240  # of identity and scene: a share of 90% is then known to about 4 points
+    textures: int = 120  # of identity and material, 30 of each
+    distractors: int = 10  # identities of the same class beside the right one: chance is 1 of 11
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.2)  # Table 4's β; 0 and 1 are always needed
+    texture_strengths: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0)
+    texture_strength: float = 0.4  # the paper's for textures: stands for MoMA where there is one row for it
+    half: float = 0.5  # how much of M_gen "half" masking keeps, the rest being 1
+    margin: int = 2  # cells of the judges' mask around a subject that are not yet background: outline, shadow
+    rows: int = 4  # of a figure: the first pairs, not the best
+    scale: int = 2  # of the figures' pictures
+    sample: SampleConfig = SampleConfig(batch_size=16)  # noqa: RUF009 (frozen)
+    world: WorldConfig = WorldConfig()  # noqa: RUF009
+    # Least averages of MoMA at β = 1; what is 0 has to be exceeded.
+    wanted: tuple[float, ...] = (0.9, 0.95, 0.8, 0.25, 0.6, 0.0, 0.0)
+
+
+# --- what is asked for -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A subject that nothing was trained on, as it is shown and as it is wanted."""
+
+    shown: Spec
+    wanted: Spec  # scene and material make the prompt; the pose is only that of the real render
+    seed: int  # of the start noise, the same in every setting
+
+    @property
+    def prompt(self) -> str:
+        return prompt(self.wanted.label, self.wanted.scene, self.wanted.material)
+
+
+def make_pairs(number: int, materials: Sequence[str | None], cfg: ReportConfig) -> list[Pair]:
+    """The first `number` identities of the test split, each in another scene, of the materials in turn."""
+    pairs: dict[tuple[str, int], Pair] = {}
+    for i in count():
+        if len(pairs) == number:
+            return list(pairs.values())
+        shown, rng = replace(spec(i, "test", cfg.world), material=None), stream("report", i)
+        scene = [scene for scene in SCENES if scene != shown.scene][rng.integers(len(SCENES) - 1)]
+        pose, place = (int(v) for v in rng.integers(SEEDS, size=2))
+        material = materials[len(pairs) % len(materials)]
+        wanted = Spec(shown.label, shown.number, scene, material, pose, place)
+        pairs.setdefault((shown.label, shown.number), Pair(shown, wanted, seed=i))
+
+
+# --- settings ----------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """Pictures of N pairs."""
+
+    images: Tensor  # (N, 3, S, S) uint8
+    m_gen: Tensor  # float32 (N, h, w), zeros where nothing was generated
+
+
+class Steered(MoMA):
+    """The pipeline with its conditioning changed before drawing: ablations need no switch in the method."""
+
+    change: Callable[[Conditioning], Guide] = staticmethod(lambda cond: cond)
+
+    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
+        return self.change(super().guide(jobs, embeddings, config))
+
+
+def text_alone(cond: Conditioning) -> Conditioning:
+    """The base model: neither context nor subject; the label's maps are recorded all the same."""
+    silent = [(k, torch.zeros_like(v)) for k, v in cond.context]
+    return replace(cond, context=silent, beta=torch.zeros_like(cond.beta))
+
+
+@dataclass(frozen=True)
+class Blended:
+    """M_gen acts as if it were nearer to 1: keep 0 is no masking."""
+
+    cond: Conditioning
+    keep: float
+
+    @property
+    def text(self) -> Tensor:
+        return self.cond.text
+
+    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
+        return self.cond.hook(t, None if m_gen is None else 1 - self.keep * (1 - m_gen))
+
+    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
+        return self.cond.next_m_gen(records, size)
+
+
+def clip_context(pipe: MoMA, subject: Subject, text: str) -> Tensor:
+    """The baseline's embedding (1, E): CLIP's of the reference on white, whatever the text."""
+    tower = pipe.llava.tower
+    pixels = clip_image(subject.reference.white, tower.cfg.image_size)[None]  # (1, 3, S, S)
+    return clip_embedding(tower, pixels.to(pipe.device, pipe.dtype))
+
+
+@torch.no_grad()
+def generate(
+    pipe: Steered,
+    pairs: Sequence[Pair],
+    cfg: ReportConfig,
+    strength: float = 0.0,
+    embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
+    change: Callable[[Conditioning], Guide] = Steered.change,
+    **method: Any,
+) -> Drawn:
+    """Pictures of the pairs in a setting; method: fields of MethodConfig."""
+    pipe, jobs = pipe.with_method(replace(pipe.method, **method)), []
+    pipe.change = change
+    for pair in pairs:
+        seen = draw(pair.shown, cfg.world)
+        image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
+        subject = pipe.encode_subject(image, mask, pair.shown.label, seed=pair.seed)
+        embedding = embed(pipe, subject, pair.prompt)
+        jobs.append(Job(subject, pair.prompt, pair.seed, strength=strength, embedding=embedding))
+    results = list(pipe.run(jobs, cfg.sample))
+    return Drawn(stacked([r.image for r in results]), torch.cat([r.m_gen for r in results]).float().cpu())
+
+
+@torch.no_grad()
+def autoencoded(pipe: Steered, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
+    """Real renders through the autoencoder: no generator that uses it can do better."""
+    images = real(pairs, cfg).images.to(pipe.device)
+    mean, _ = pipe.vae.encode(to_pixels(images, pipe.dtype))  # (N, Z, h, w)
+    return Drawn(stacked(to_images(pipe.vae.decode(mean))), torch.zeros_like(mean[:, 0]).float().cpu())
+
+
+def real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
+    """What is asked for as the world draws it; step: of the identity so many numbers further."""
+    specs = [replace(p.wanted, number=neighbour(p.wanted, step, cfg.world)) for p in pairs]
+    return Drawn(draw_all(specs, cfg.world)[0], torch.zeros(len(pairs), 1, 1))
+
+
+Setting = tuple[Path, Callable[..., Drawn]]  # a bundle and how it draws
+
+
+def moma(strength: float) -> str:
+    return f"MoMA, β = {strength:g}"
+
+
+def plan(
+    bundle: Path, baseline: Path | None, variants: Mapping[str, Path], cfg: ReportConfig
+) -> dict[str, dict[str, Setting]]:
+    """Set of pairs -> name of a setting -> the setting."""
+    both: dict[str, Setting] = {TEXT: (bundle, partial(generate, change=text_alone))}
+    if baseline:
+        both[BASELINE] = (baseline, partial(generate, embed=clip_context, context_masked=False))
+    full = partial(generate, strength=1.0)
+    ways = {
+        name: partial(full, change=partial(Blended, keep=k))
+        for name, k in zip(MASKS, (cfg.half, 0.0), strict=False)
+    }
+    released = {name: getattr(DEFAULT, name) for name in ("m_gen_layers", "m_gen_threshold")}
+    if released.keys() & Bundle.open(bundle).method.keys():
+        ways[MASKS[-1]] = partial(full, **released)
+    scenes = {name: (bundle, way) for name, way in (ways | {DECODED: autoencoded}).items()}
+    scenes |= {name: (folder, full) for name, folder in variants.items()}
+    sweeps = [
+        {moma(beta): (bundle, partial(generate, strength=beta)) for beta in betas}
+        for betas in (cfg.strengths, cfg.texture_strengths)
+    ]
+    return {"scenes": both | scenes | sweeps[0], "textures": both | sweeps[1]}
+
+
+@dataclass(frozen=True)
+class Studio:
+    """Draws, and keeps what it has drawn in files."""
+
+    cfg: ReportConfig
+    work: Path
+    place: tuple[str, str]  # device and dtype
+    load: Callable[[Path], Steered]
+
+    def __call__(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> Drawn:
+        """The pairs in a setting; its name stands for it among the files."""
+        (folder, way), parts, size = setting, [], self.cfg.sample.batch_size
+        bundle = Bundle.open(folder)
+        cfg = replace(self.cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these draw nothing else
+        facts = [name, bundle.hashes, dict(bundle.method), asdict(cfg), *self.place]
+        for start in range(0, len(pairs), size):
+            some = pairs[start : start + size]
+            text = json.dumps([*facts, [asdict(pair) for pair in some]], sort_keys=True)
+            path = self.work / f"{sha256(text.encode()).hexdigest()}.safetensors"
+            if not path.exists():
+                drawn = way(self.load(folder), some, self.cfg)._asdict()
+                write_safetensors(self.work, path.stem, {k: in_memory(v, path) for k, v in drawn.items()})
+                print(f"{folder}, {name}: {start + len(some)} of {len(pairs)}", file=sys.stderr)
+            found = read_checkpoint(path)
+            parts.append([found[key].read() for key in Drawn._fields])
+        return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+# --- measures ----------------------------------------------------------------------------------------
+
+Values = dict[str, Tensor]  # name of a measure -> one value for each picture (N,), bool or float
+HEADINGS = {
+    "class": "class %", "scene": "scene %", "material": "material %", "identity": "identity %",
+    "pattern": "pattern %", "colour": "colour error", "mask": "M_gen IoU", "change": "background change",
+    "tint": "background tint",
+}  # fmt: skip
+FIDELITY = ("class", "scene", "identity", "pattern", "colour")
+INTRO = """{pairs} subjects that nothing was trained on, each in another scene than its reference's, and
+{textures} of another material; {sample.steps} steps, guidance {sample.guidance:g}, the same noise in every
+row. Small networks trained on real renders judge; brackets hold 95% intervals. Identity: for them the
+picture is nearer to another render of its subject than to those of {distractors} others of the class
+(chance: 1 of {of}). Colour error: of the main and the second colour, 0..255. M_gen IoU: of where the last
+M_gen is above 0 with the subject that the judges find. Background, outside of subjects: mean difference,
+and how much nearer to the subject's main colour.
+"""
+
+
+def measure(
+    shots: Mapping[str, Drawn], pairs: Sequence[Pair], probes: Probes, cfg: ReportConfig
+) -> dict[str, Values]:
+    """Name of a setting -> what the judges say of its pictures."""
+    wanted = [pair.wanted for pair in pairs]
+    true = judges.truth_of(wanted, cfg.world)
+    others = judges.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
+    seen = {name: judge(probes, shot.images) for name, shot in shots.items()}
+    values = {}
+    for name, shot in shots.items():
+        mask = F.adaptive_avg_pool2d(seen[name].mask.float(), shot.m_gen.shape[-2:]) > 0.5  # (N, h, w)
+        values[name] = {
+            **judges.compare(seen[name].truth, true),
+            "identity": retrieved(seen[name].embedding, others),
+            "mask": iou(shot.m_gen > 0, mask),
+        }
+        if name in (MAIN, *MASKS):
+            both = (shots[NONE], seen[NONE]), (shot, seen[name])
+            values[name] |= background(*both, true.colours[:, :3], cfg.margin)
+    return values
+
+
+def background(
+    base: tuple[Drawn, Judgement], other: tuple[Drawn, Judgement], colour: Tensor, margin: int
+) -> Values:
+    """What became of the background in pictures drawn from the same noise as `base`.
+
+    change: mean difference 0..255; tint: how much nearer it came to the subject's main colour (N, 3), which
+    only spilling does. Both outside either picture's subject and its margin, in cells of the judges' mask.
+    """
+    subject = (base[1].mask | other[1].mask).float()[:, None]  # (N, 1, s, s)
+    near = F.max_pool2d(subject, 2 * margin + 1, stride=1, padding=margin)
+    then, now, colour = base[0].images.float(), other[0].images.float(), colour[..., None, None] * BYTE
+    outside = F.interpolate(1 - near, size=now.shape[-2:], mode="nearest")[:, 0]  # (N, S, S)
+    maps = {"change": (now - then).abs(), "tint": (then - colour).abs() - (now - colour).abs()}
+    area = outside.sum(dim=(1, 2)).clamp_min(1)
+    return {name: (x.mean(dim=1) * outside).sum(dim=(1, 2)) / area for name, x in maps.items()}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Settings by measures; a cell that a row lacks stays empty."""
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Mapping[str, Values]
+
+    def numbers(self) -> dict[str, dict[str, Estimate]]:
+        return {
+            row: {name: estimate(found[name]) for name in self.columns if name in found}
+            for row, found in self.rows.items()
+        }
+
+    def markdown(self) -> str:
+        lines = [["", *(HEADINGS[name] for name in self.columns)], ["---"] * (len(self.columns) + 1)]
+        for row, found in self.numbers().items():
+            lines.append([row, *(_cell(name, found[name]) if name in found else "" for name in self.columns)])
+        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join(filter(None, [f"### {self.title}", self.note, rows])) + "\n"
+
+
+def _cell(name: str, found: Estimate) -> str:
+    times = 100 if HEADINGS[name].endswith("%") else 1
+    mean, low, high = (f"{times * value:.3g}" for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high})"
+
+
+def tables(
+    values: Mapping[str, Mapping[str, Values]], new: Tensor, variants: Sequence[str], cfg: ReportConfig
+) -> list[Table]:
+    """values: set of pairs -> setting -> measures; new: bool (N,), combinations that were never trained."""
+    scenes, textures = values["scenes"], values["textures"]
+    low = moma(cfg.texture_strength)
+    methods = {name: name for name in (TEXT, BASELINE) if name in scenes} | {MAIN: low}
+    compared = {row: scenes[row] | {"material": textures[made]["material"]} for row, made in methods.items()}
+    if new.any():
+        rest = {name: x[new] for name, x in scenes[MAIN].items() if name != "material"}
+        compared["the same, combinations never trained"] = rest
+    masks = {"full": scenes[MAIN]} | {name: scenes[name] for name in MASKS if name in scenes}
+    bounds, others = (
+        {name: scenes[name] for name in row} for row in ((REAL, DECODED, OTHER), (MAIN, *variants))
+    )
+    sweep = {moma(beta): scenes[moma(beta)] for beta in cfg.strengths}
+    made = {moma(beta): textures[moma(beta)] for beta in cfg.texture_strengths}
+    all_, spilled = (*FIDELITY, "mask"), ("scene", "identity", "mask", "change", "tint")
+    return [
+        Table(
+            "Methods (Table 1)",
+            f"Materials: MoMA with β = {cfg.texture_strength:g}.",
+            ("material", *FIDELITY),
+            compared,
+        ),
+        Table("Masking (Table 3, Fig. 9)", "Background: against β = 0, same noise.", spilled, masks),
+        Table("Strength in new scenes (Table 4)", "", all_, sweep),
+        Table("Strength for new textures (Fig. 8)", "", ("material", "class", "scene"), made),
+        Table("Adapters trained otherwise", "All at β = 1.", all_, others),
+        Table("How well and how ill it could be done", "", FIDELITY, bounds),
+    ]
+
+
+def targets(
+    values: Mapping[str, Mapping[str, Values]], cfg: ReportConfig
+) -> dict[str, tuple[float, Estimate]]:
+    """What is asked -> `ReportConfig.wanted` of it and what was found; what needs a baseline comes last."""
+    scenes, textures = values["scenes"], values["textures"]
+
+    def ahead(key: str, of: str) -> Tensor:
+        return scenes[MAIN][key].float() - scenes[of][key].float()
+
+    found = {
+        "scene accuracy": scenes[MAIN]["scene"],
+        "class accuracy": scenes[MAIN]["class"],
+        f"identity found among {cfg.distractors + 1} of its class": scenes[MAIN]["identity"],
+        "the same, ahead of β = 0": ahead("identity", NONE),
+        "IoU of M_gen and subject": scenes[MAIN]["mask"],
+    }
+    if BASELINE in scenes:
+        low, rival = textures[moma(cfg.texture_strength)]["material"], textures[BASELINE]["material"]
+        prompts = torch.cat([ahead("scene", BASELINE), low.float() - rival.float()])
+        found[f"scenes, and materials at β = {cfg.texture_strength:g}, ahead of {BASELINE}"] = prompts
+        found[f"identity, ahead of {BASELINE}"] = ahead("identity", BASELINE)
+    rows = zip(found.items(), cfg.wanted, strict=False)
+    return {text: (least, estimate(values)) for (text, values), least in rows}
+
+
+def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
+    lines = ["| MoMA, β = 1 | wanted | found | |", "|---|---|---|---|"]
+    for text, (least, e) in found.items():
+        met = "met" if (e.mean >= least if least else e.mean > 0) else "**missed**"
+        asked = f"at least {least:g}" if least else "above 0"
+        lines.append(f"| {text} | {asked} | {e.mean:.3f} ({e.low:.3f} to {e.high:.3f}) | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg: ReportConfig) -> None:
+    """The references of the first pairs beside columns of pictures (N, 3, S, S) or masks (N, h, w)."""
+    shown = draw_all([pair.shown for pair in pairs[: cfg.rows]], cfg.world)[0]
+    side = cfg.scale * cfg.world.size
+
+    def cell(image: Tensor, text: str) -> Cell:
+        mask = image.ndim == 2
+        picture = mask_picture(image[None]) if mask else Image.fromarray(image.permute(1, 2, 0).numpy())
+        line = text.replace("β", "beta")  # PIL's font lacks it
+        return Cell(picture.resize((side, side), Image.Resampling.NEAREST), (line,))
+
+    rows = [
+        [cell(shown[i], pair.prompt), *(cell(images[i], name) for name, images in columns.items())]
+        for i, pair in enumerate(pairs[: cfg.rows])
+    ]
+    save_png(path, contact_sheet(rows, SheetConfig(cell=side, gap=6, caption=18, font=11)))
+
+
+def figures(
+    folder: Path, shots: Mapping[str, Mapping[str, Drawn]], pairs: Mapping[str, list[Pair]], cfg: ReportConfig
+) -> str:
+    """Write the pictures; returns the lines that show them."""
+    sheets = {
+        "methods": ("scenes", [TEXT, BASELINE, moma(cfg.strengths[1]), MAIN]),
+        "strength": ("scenes", [moma(beta) for beta in cfg.strengths]),
+        "textures": ("textures", [moma(beta) for beta in cfg.texture_strengths]),
+        "masking": ("scenes", [NONE, MAIN, "half", "off"]),
+    }
+    for name, (kind, settings) in sheets.items():
+        columns = {setting: shots[kind][setting].images for setting in settings if setting in shots[kind]}
+        last = {"M_gen": shots[kind][MAIN].m_gen} if name == "masking" else {}
+        figure(folder / f"{name}.png", pairs[kind], columns | last, cfg)
+    return "\n".join(f"![{name}]({folder.name}/{name}.png)\n" for name in sheets)
+
+
+def rewrite(page: Path, text: str) -> None:
+    """Put the text between the marks of a page, which is begun if it is not there."""
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# MoMA-mini\n\n{MARKS[0]}\n{MARKS[1]}\n"
+    if not all(old.count(mark) == 1 for mark in MARKS):
+        raise ValueError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each")
+    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cfg = ReportConfig()
+    parser = argparse.ArgumentParser("python -m moma.mini.report", description=__doc__.split("\n\n")[1])
+    paths = {
+        "--bundle": ("weights/mini", "MoMA-mini"),
+        "--probes": ("weights/mini/probes.safetensors", "the judges"),
+        "--baseline": (None, "bundle with an IP-Adapter trained as long"),
+        "--work": ("out/report", "keeps what is drawn"),
+        "--page": ("docs/mini.md", "rewritten between its marks; pictures and numbers.json go beside it"),
+        "--readme": ("README.md", "gets the targets, if it has the marks"),
+    }
+    for name, (default, text) in paths.items():
+        parser.add_argument(name, type=Path, default=default and Path(default), help=text)
+    numbers = {"--pairs": cfg.pairs, "--textures": cfg.textures, "--steps": cfg.sample.steps}
+    for name, default in numbers.items():
+        parser.add_argument(name, type=int, default=default, help=f"default {default}")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=BUNDLE", help="another MoMA-mini"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args(argv)
+    if min(args.pairs, args.textures) < 1:
+        raise ValueError("--pairs and --textures: expected 1 or more")
+    if bad := [text for text in args.variant if "=" not in text]:
+        raise ValueError(f"--variant {bad[0]!r}: expected NAME=BUNDLE")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """ValueError for a user's mistake."""
+    args = parse(argv)
+    cfg = ReportConfig(pairs=args.pairs, textures=args.textures)
+    cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
+    probes, folder = judges.load_probes(args.probes), args.page.with_suffix("")
+    variants = {name: Path(place) for name, place in (text.split("=", 1) for text in args.variant)}
+    pairs = {
+        "scenes": make_pairs(cfg.pairs, [None], cfg),
+        "textures": make_pairs(cfg.textures, MATERIALS, cfg),
+    }
+    for place in (args.work, folder):
+        place.mkdir(parents=True, exist_ok=True)
+    load = lru_cache(maxsize=1)(partial(Steered.load, device=args.device, dtype=args.dtype))
+    studio, shots = Studio(cfg, args.work, (args.device, args.dtype), load), {}
+    for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items():
+        shots[kind] = {name: studio(name, setting, pairs[kind]) for name, setting in settings.items()}
+        shots[kind] |= {REAL: real(pairs[kind], cfg), OTHER: real(pairs[kind], cfg, cfg.distractors + 1)}
+    values = {kind: measure(found, pairs[kind], probes, cfg) for kind, found in shots.items()}
+    new = torch.tensor([held_out(p.wanted.label, p.wanted.scene, None, cfg.world) for p in pairs["scenes"]])
+    sheets, goals = tables(values, new, list(variants), cfg), targets(values, cfg)
+    numbers = {"targets": goals, **{sheet.title: sheet.numbers() for sheet in sheets}}
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8")
+    verdict, intro = verdicts(goals), INTRO.format(**vars(cfg), of=cfg.distractors + 1)
+    pictures = figures(folder, shots, pairs, cfg)
+    rewrite(args.page, "\n".join([intro, verdict, pictures, *(sheet.markdown() for sheet in sheets)]))
+    if args.readme.exists() and MARKS[0] in args.readme.read_text(encoding="utf-8"):
+        shown = Path(os.path.relpath(folder, args.readme.parent), "methods.png").as_posix()
+        rewrite(args.readme, f"{verdict}\n![methods]({shown})\n\n{sheets[0].markdown()}")
+    print(verdict)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main` with an exit status: 2 and one line for a user's mistake."""
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,286 @@
+"""Pretraining of MoMA-mini's frozen networks, one `Task` each for the loop that also trains MoMA itself.
+
+Letters: N pictures, B batch, S picture side, Z latent channels, h w latents, T text tokens, C width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attention
+from models.clip import CLIPText, CLIPVision
+from models.clip_image import MEAN, STD
+from models.llava import Llava
+from models.tokenizers import ClipTokenizer, LlamaTokenizer
+from models.unet import Grid, UNet
+from models.vae import VAE
+from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.mini.base import PretrainingTask
+from moma.mini.config import CaptionerConfig, ClipConfig, TextToImageConfig, VAETrainingConfig
+from moma.mini.words import Words
+from moma.prompts import sd_prompt
+from moma.training.order import generator_for
+from moma.training.task import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Renders in memory."""
+
+    images: Tensor  # (N, 3, S, S) uint8
+    masks: Tensor  # (N, 1, S, S) uint8, coverage by the subject
+    words: Sequence[Words]  # N
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class PlainAttention:
+    """A hook that changes nothing but the implementation: with gradients, SDPA is slow on CPUs."""
+
+    impl: str
+
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        return attention(q, k, v, impl=self.impl), None
+
+    cross_attn = self_attn
+
+
+class VAELoss(nn.Module):
+    """Reconstruction error and Kullback-Leibler term of one batch of crops."""
+
+    def __init__(self, vae: VAE, cfg: VAETrainingConfig, seed: int) -> None:
+        super().__init__()
+        self.vae, self.cfg, self.seed = vae, cfg, seed
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: pixels (B, 3, S, S) in [-1, 1], mask (B, 1, S, S) in 0..1, number (B,) -> (B,)."""
+        pixels = batch["pixels"]
+        mean, std = self.vae.encode(pixels)  # 2 x (B, Z, h, w)
+        noise = torch.stack(
+            [
+                torch.randn(mean.shape[1:], generator=generator_for(self.seed, n))
+                for n in batch["number"].tolist()
+            ]
+        )
+        error = (self.vae.decode(mean + std * noise.to(mean)) - pixels).float()  # (B, 3, S, S)
+        weight = 1 + (self.cfg.subject_weight - 1) * batch["mask"]  # (B, 1, S, S)
+        fit = ((error.square() + self.cfg.absolute_weight * error.abs()) * weight).mean(dim=(1, 2, 3))  # (B,)
+        variance = std.float().square()
+        divergence = 0.5 * (mean.float().square() + variance - 1 - variance.log())  # (B, Z, h, w)
+        return fit + self.cfg.kl_weight * divergence.mean(dim=(1, 2, 3))
+
+
+class VAETask(PretrainingTask):
+    """Pictures, or random crops of them, through the autoencoder."""
+
+    def __init__(self, vae: VAE, pictures: Pictures, cfg: VAETrainingConfig, seed: int) -> None:
+        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.pictures, self.cfg = VAELoss(vae, cfg, seed), pictures, cfg
+
+    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        images, masks = self.pictures.images[items], self.pictures.masks[items]
+        side = self.cfg.crop
+        room = images.shape[-1] - side + 1
+        crops = []
+        for number in numbers.tolist():
+            y, x = torch.randint(room, (2,), generator=generator_for(self.seed, number)).tolist()
+            crops.append((slice(y, y + side), slice(x, x + side)))
+        pixels = torch.stack([image[:, y, x] for image, (y, x) in zip(images, crops, strict=True)])
+        mask = torch.stack([mask[:, y, x] for mask, (y, x) in zip(masks, crops, strict=True)])
+        return {"pixels": to_vae(pixels), "mask": mask / 255, "number": numbers}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"vae": self.model.vae}
+
+
+class ClipLoss(nn.Module):
+    """Symmetric contrastive loss (CLIP, Fig. 3) of pictures and their rich captions."""
+
+    def __init__(self, text: CLIPText, vision: CLIPVision, width: int, cfg: ClipConfig) -> None:
+        super().__init__()
+        self.text, self.vision = text, vision
+        self.text_head = nn.Linear(text.cfg.width, width, bias=False)  # only for this loss: not in the bundle
+        self.vision_head = nn.Linear(vision.cfg.width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(cfg.initial_scale).log())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: pixels (B, 3, S, S) normalised, ids (B, T) -> (B,)."""
+        image = F.normalize(self.vision_head(self.vision(batch["pixels"])[1]).float(), dim=-1)  # (B, P)
+        text = F.normalize(self.text_head(self.text(batch["ids"])[1]).float(), dim=-1)  # (B, P)
+        logits = self.log_scale.exp() * image @ text.T  # (B, B)
+        target = torch.arange(len(logits), device=logits.device)
+        losses = [F.cross_entropy(rows, target, reduction="none") for rows in (logits, logits.T)]
+        return (losses[0] + losses[1]) / 2
+
+
+class ClipTask(PretrainingTask):
+    """Pictures, some of the subject alone on white, with captions that name colours and pattern."""
+
+    def __init__(
+        self,
+        text: CLIPText,
+        vision: CLIPVision,
+        pictures: Pictures,
+        tokenizer: ClipTokenizer,
+        cfg: ClipConfig,
+        seed: int,
+    ) -> None:
+        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
+        self.model = ClipLoss(text, vision, cfg.projection, cfg)
+        self.pictures, self.tokenizer, self.cfg = pictures, tokenizer, cfg
+
+    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        pixels, texts = [], []
+        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
+            cut_out = bool(torch.rand((), generator=generator_for(self.seed, number)) < self.cfg.cut_out)
+            words = self.pictures.words[item]
+            pixels.append(_picture(self.pictures, item, cut_out))
+            texts.append(words.subject if cut_out else words.rich)
+        return {"pixels": to_clip(torch.stack(pixels)), "ids": self.tokenizer.ids(texts), "number": numbers}
+
+    def networks(self) -> dict[str, nn.Module]:
+        heads = nn.ModuleDict({"text_head": self.model.text_head, "vision_head": self.model.vision_head})
+        return {"text": self.model.text, "vision": self.model.vision, "heads": heads}
+
+
+class NoiseLoss(nn.Module):
+    """The error of the predicted noise, weighted over t as min-SNR (arXiv 2303.09556)."""
+
+    def __init__(self, unet: UNet, states: Tensor, cfg: TextToImageConfig, seed: int) -> None:
+        super().__init__()
+        self.unet, self.cfg, self.seed = unet, cfg, seed
+        self.register_buffer("states", states, persistent=False)  # (texts, T, C)
+        self.register_buffer("alphas", alphas_cumprod(ScheduleConfig()), persistent=False)  # (1000,)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: mean, std (B, Z, h, w) scaled, text (B,) rows of `states`, number (B,) -> (B,)."""
+        generators = [generator_for(self.seed, n) for n in batch["number"].tolist()]
+        shape = batch["mean"].shape[1:]
+        t = torch.stack([torch.randint(len(self.alphas), (), generator=g) for g in generators])  # (B,)
+        noise = torch.stack([torch.randn((2, *shape), generator=g) for g in generators])  # (B, 2, Z, h, w)
+        x0 = batch["mean"].float() + batch["std"].float() * noise[:, 0]
+        alpha = self.alphas[t][:, None, None, None]  # (B, 1, 1, 1)
+        x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
+        eps, _ = self.unet(x, t, self.states[batch["text"]], PlainAttention(self.cfg.attention))
+        snr = self.alphas[t] / (1 - self.alphas[t])  # (B,)
+        weight = (self.cfg.snr_limit / snr).clamp(max=1)  # (B,)
+        return weight * (eps.float() - noise[:, 1]).square().mean(dim=(1, 2, 3))
+
+
+class TextToImageTask(PretrainingTask):
+    """Latents with their captions; some with the label alone (the reference pass's text) or with none."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        latents: tuple[Tensor, Tensor],
+        words: Sequence[Words],
+        text: CLIPText,
+        tokenizer: ClipTokenizer,
+        cfg: TextToImageConfig,
+        seed: int,
+    ) -> None:
+        super().__init__(len(words), cfg.held_out, cfg.train.batch_size, seed)
+        self.mean, self.std = latents  # each (N, Z, h, w), scaled
+        captions = [sd_prompt(w.label, w.caption) for w in words]
+        texts = sorted({*captions, *(w.label for w in words), ""})
+        place = {t: i for i, t in enumerate(texts)}
+        self.caption = torch.tensor([place[c] for c in captions])  # (N,)
+        self.label = torch.tensor([place[w.label] for w in words])  # (N,)
+        self.empty = place[""]
+        with torch.no_grad():
+            states = torch.cat([text(tokenizer.ids(part))[0] for part in _parts(texts)])  # (texts, T, C)
+        self.model, self.cfg = NoiseLoss(unet, states, cfg, seed), cfg
+
+    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        draws = torch.stack(
+            [torch.rand((), generator=generator_for(self.seed, -n)) for n in numbers.tolist()]
+        )
+        text = torch.where(draws < self.cfg.label_only, self.label[items], self.caption[items])
+        text = torch.where(draws > 1 - self.cfg.empty, self.empty, text)
+        return {"mean": self.mean[items], "std": self.std[items], "text": text, "number": numbers}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.model.unet}
+
+
+class CaptionLoss(nn.Module):
+    """Next-token error of the answers. The tower is frozen, as in LLaVA's own training."""
+
+    def __init__(self, llava: Llava) -> None:
+        super().__init__()
+        self.llava = llava
+        llava.tower.requires_grad_(False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: pixels (B, 3, S, S) normalised, ids list of B texts, answer (B,) lengths -> (B,)."""
+        features = self.llava.encode_images(batch["pixels"])  # (B, N, C)
+        embeds, lengths = self.llava.splice(batch["ids"], features)  # (B, T, C), (B,)
+        logits = self.llava.llama.lm_head(self.llava.llama(embeds)).float()  # (B, T, V)
+        losses = []
+        for row, ids, count, end in zip(
+            logits, batch["ids"], batch["answer"].tolist(), lengths.tolist(), strict=True
+        ):
+            losses.append(F.cross_entropy(row[end - count - 1 : end - 1], ids[-count:]))
+        return torch.stack(losses)
+
+
+class CaptionTask(PretrainingTask):
+    """Instruction tuning: say what is there, or what the subject would look like in a wanted picture."""
+
+    def __init__(
+        self, llava: Llava, pictures: Pictures, tokenizer: LlamaTokenizer, cfg: CaptionerConfig, seed: int
+    ) -> None:
+        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.pictures, self.tokenizer, self.cfg = CaptionLoss(llava), pictures, tokenizer, cfg
+
+    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        pixels, rows, counts = [], [], []
+        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
+            kind = int(torch.randint(3, (), generator=generator_for(self.seed, number)))
+            words = self.pictures.words[item]
+            pixels.append(_picture(self.pictures, item, cut_out=kind > 0))
+            question, answer = self.cfg.dialogues[kind]
+            given = {
+                "label": words.label,
+                "caption": words.caption,
+                "rich": words.rich,
+                "subject": words.subject,
+            }
+            head = self.tokenizer.encode_with_image(question.format(**given))
+            tail = [*self.tokenizer.encode(answer.format(**given), bos=False), self.cfg.eos]
+            rows.append(torch.tensor(head + tail))
+            counts.append(len(tail))
+        answer = torch.tensor(counts)
+        return {"pixels": to_clip(torch.stack(pixels)), "ids": rows, "answer": answer, "number": numbers}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"llava": self.model.llava}
+
+
+def to_vae(images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) -> float32 in [-1, 1]."""
+    return images / 127.5 - 1
+
+
+def to_clip(images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S), S the tower's size -> float32, normalised as `models.clip_image` does."""
+    return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def _picture(pictures: Pictures, item: int, cut_out: bool) -> Tensor:
+    """uint8 (3, S, S), whole or the subject alone on white."""
+    image = pictures.images[item]
+    return torch.where(pictures.masks[item] > 127, image, 255) if cut_out else image
+
+
+def _parts(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
+    """Lists of up to `size` items: bounds the memory of one call."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,92 @@
+"""The recipe of MoMA-mini from renders to a bundle that draws, with every number as small as it can be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models.clip import CLIPTextConfig, CLIPVisionConfig
+from models.llama import LlamaConfig
+from models.llava import LlavaConfig
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from moma.adapter import AdapterConfig
+from moma.bundle import Bundle
+from moma.config import SampleConfig
+from moma.mini.config import MiniConfig
+from moma.mini.pretrain import STAGES, Shop, recipe
+from moma.mini.words import colour_name, words_of
+from moma.mini.world import render
+from moma.pipeline import MoMA
+from moma.training.parallel import Ranks
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def smallest() -> MiniConfig:
+    cfg = MiniConfig()
+    vision = CLIPVisionConfig(width=16, layers=2, heads=2, mlp=16, image_size=64, patch=32)
+    llama = LlamaConfig(width=16, layers=1, heads=2, mlp=16, positions=256)
+    networks = {
+        "vae": VAEConfig(channels=(8, 8, 8), latent_channels=8, resnets=1, norm_groups=4),
+        "text": CLIPTextConfig(width=16, layers=1, heads=2, mlp=16, positions=32),
+        "vision": vision,
+        "unet": UNetConfig(
+            in_channels=8, out_channels=8, channels=(8, 8), depth=(1, 1), heads=(1, 1), context_dim=(16, 16),
+            resnets=1, norm_groups=4,
+        ),
+        "llava": LlavaConfig(llama=llama, vision=vision),
+        "adapter": AdapterConfig(mllm_dim=16, embed_dim=16, learnable_token=True),
+    }  # fmt: skip
+    few = {"steps": 2, "batch_size": 2, "save_every": 1, "validate_every": 2}
+
+    def short(part: object) -> object:
+        return replace(part, held_out=2, train=replace(part.train, **few))
+
+    options = ("--steps", "2", "--batch-size", "2", "--set", "validation_samples=2")
+    probes = replace(short(cfg.probes), pairs=8)
+    captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
+    return replace(
+        cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6, gates={},
+        vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
+        text_to_image=replace(short(cfg.text_to_image), drawn=2),
+        sample=SampleConfig(steps=1, batch_size=2), variants={},
+        stage1_options=(*options, "--workers", "0", "--set", "lanes=1"),
+        stage2_options=(*options, "--set", "grid_samples=0"),
+    )  # fmt: skip
+
+
+def test_the_recipe_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
+    cfg = smallest()
+    shop = Shop(cfg, tmp_path, ONE)
+    recipe(shop, "unet")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*")}
+    recipe(shop, "stage2")
+    assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert all((tmp_path / f"{name}.json").exists() for name in STAGES)
+
+    folder = tmp_path / "bundles" / "moma"
+    assert Bundle.open(folder).method["template"] == "paper"
+    pipe = MoMA.load(folder)
+    sample = render(0, "test")
+
+    subject = pipe.encode_subject(Image.fromarray(sample.image), Image.fromarray(sample.mask), sample.label)
+    (image,) = pipe.sample(subject, f"a {sample.label} in the snow", seeds=[0], config=SampleConfig(steps=2))
+    assert image.size == (64, 64)
+
+
+def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
+    cfg = replace(smallest(), gates={"vae": {"psnr": 99.0}})
+    with pytest.raises(ValueError, match=r"vae: psnr is .* expected 99"):
+        recipe(Shop(cfg, tmp_path, ONE), "clip")
+    assert not (tmp_path / "vae.json").exists() and not (tmp_path / "clip").exists()
+
+
+def test_rich_captions_name_colours_and_the_worlds_do_not() -> None:
+    cfg = MiniConfig().world
+    words = words_of("cat", "beach", None, 7, "a cat on the beach", cfg)
+    assert words.rich.endswith("cat on the beach") and words.rich == words.subject + " on the beach"
+    assert words_of("cat", "beach", "icy", 7, "", cfg).subject == "an icy cat"
+    assert colour_name((0.8, 0.2, 0.2)) == "red" and colour_name((1, 1, 1)) == "white"

@@ -1,0 +1,208 @@
+"""The judges of MoMA-mini, the report's arithmetic, and the whole report on networks that draw noise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.mini import probes, report, world
+from moma.mini.measures import estimate, iou, retrieved
+from moma.tiny import build_tiny_bundle
+
+SMALL = world.WorldConfig(identities=40, unseen_identities=30)
+
+
+def test_intervals_hold_known_values():
+    low = estimate(torch.tensor([True] * 9 + [False]))
+    assert low == pytest.approx((0.9, 0.5958, 0.9821, 10), abs=1e-4)  # Wilson's, from his formula by hand
+    assert estimate(torch.ones(20, dtype=torch.bool))[1] == pytest.approx(0.8389, abs=1e-4)
+    assert estimate(torch.full((5,), 3.0)) == (3.0, 3.0, 3.0, 5)
+    values = torch.arange(400.0)
+    found = estimate(values)
+    width = 1.96 * values.std().item() / 20
+    assert found.mean == 199.5 and found.low == pytest.approx(199.5 - width, abs=1.5)
+    assert estimate(values) == found
+
+
+def test_overlap():
+    a = torch.zeros(3, 4, 4, dtype=torch.bool)
+    b = a.clone()
+    a[0, :2], b[0, 1:3] = True, True  # 8 cells each, 4 of them shared
+    a[1, 0], b[1, 0] = True, True
+    assert iou(a, b).tolist() == pytest.approx([4 / 12, 1.0, 0.0])
+
+
+def test_retrieval_of_perfect_and_permuted_embeddings():
+    own = torch.eye(12)  # (N, E)
+    gallery = torch.stack([torch.roll(own, -i, dims=0)[:11] for i in range(12)])  # own first, ten others
+    assert retrieved(own, gallery).all()
+    assert not retrieved(own.roll(1, dims=0), gallery).any()
+    assert not retrieved(torch.ones(12, 12) / 12**0.5, gallery).any(), "a tie is no hit"
+
+
+def shot(images):
+    return report.Drawn(images, torch.zeros(len(images), 1, 1))
+
+
+def test_background_change_and_tint():
+    truth = probes.Truth(*[torch.zeros(1)] * 5)
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 3:5, 3:5] = True
+    seen = probes.Judgement(truth, mask, torch.zeros(1, 2))
+    grey = torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)
+    subject = grey.clone()
+    subject[..., 4:12, 4:12] = 255  # within the subject and one cell around it
+    red = torch.tensor([[1.0, 0.0, 0.0]])
+    still = report.background((shot(grey), seen), (shot(subject), seen), red, margin=1)
+    assert still["change"].item() == still["tint"].item() == 0
+    tinted = grey.clone()
+    tinted[:, 0] += 30
+    found = report.background((shot(grey), seen), (shot(tinted), seen), red, margin=1)
+    assert found["change"].item() == pytest.approx(10) and found["tint"].item() == pytest.approx(10)
+    away = report.background((shot(tinted), seen), (shot(grey), seen), red, margin=1)
+    assert away["tint"].item() == pytest.approx(-10)
+
+
+def test_pairs_are_unseen_identities_in_other_scenes():
+    cfg = report.ReportConfig()
+    pairs = report.make_pairs(60, [None], cfg)
+    assert pairs == report.make_pairs(60, [None], cfg)
+    assert len({(p.shown.label, p.shown.number) for p in pairs}) == 60
+    first = cfg.world.identities + cfg.world.unseen_identities
+    for pair in pairs:
+        assert pair.shown.number == pair.wanted.number >= first
+        assert pair.shown.scene != pair.wanted.scene and pair.shown.material is None
+        near = {probes.neighbour(pair.wanted, step, cfg.world) for step in range(12)}
+        assert len(near) == 12 and min(near) >= first
+    made_of = [pair.wanted.material for pair in report.make_pairs(8, world.MATERIALS, cfg)]
+    assert made_of == [*world.MATERIALS] * 2
+    assert any(world.held_out(p.wanted.label, p.wanted.scene, None) for p in pairs)
+
+
+def test_judges_learn_and_come_back_from_their_file(tmp_path):
+    found = world.render_many(range(24), "train", SMALL)
+    cfg = probes.ProbeConfig(held_out=8)
+    rows = probes.specs_of(found)
+    assert [what.label for what in rows] == [world.spec(i, "train", SMALL).label for i in range(24)]
+    truth = probes.truth_of(rows, SMALL)._asdict()
+    images, masks = probes.stacked(found["image"]), probes.stacked(found["mask"][..., None])
+    pairs = {"images": images, "masks": masks, **truth}
+    torch.manual_seed(0)
+    task = probes.ProbeTask(probes.Probes(cfg), {k: torch.stack([v, v], dim=1) for k, v in pairs.items()})
+    batch, again = (task.assemble(torch.arange(8), torch.arange(8)) for _ in range(2))
+    assert torch.equal(batch["images"], again["images"]) and not torch.equal(
+        batch["images"][:, 0], batch["images"][:, 1]
+    )
+    optimizer, losses = torch.optim.AdamW(task.model.parameters(), lr=3e-3), []
+    for _ in range(8):
+        loss = task.model(batch)
+        assert loss.shape == (8,)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.mean().item())
+    assert losses[-1] < 0.8 * losses[0]
+    task.export(tmp_path)
+    path = tmp_path / "probes.safetensors"
+    assert path.stat().st_size < 2e6
+    first, second = probes.judge(task.model.probes, images), probes.judge(probes.load_probes(path), images)
+    assert torch.allclose(first.embedding, second.embedding, atol=0.02)
+    unseen = world.render_many(range(20), "val", SMALL)
+    known = probes.accuracy(probes.load_probes(path), unseen, SMALL, distractors=2)
+    assert set(known) == {"class", "scene", "material", "pattern", "colour", "mask", "identity"}
+    asked = [world.spec(i, "val", SMALL) for i in range(20)]
+    shares = probes.agreement(probes.load_probes(path), unseen["image"], asked)
+    assert shares == pytest.approx({name: known[name] for name in shares})
+    with pytest.raises(ValueError, match="does not fit Probes"):
+        probes.load_probes(path, probes.ProbeConfig(hidden=8))
+
+
+def test_contrast_is_lowest_for_matching_pairs():
+    eye = torch.eye(4)
+    right, wrong = torch.stack([eye, eye], dim=1), torch.stack([eye, eye.roll(1, 0)], dim=1)
+    shown = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert probes.contrast(right, shown, 0.1).max() < 0.01
+    bad = probes.contrast(wrong, shown, 0.1)
+    assert bad[:2].min() > 5 and bad[3] == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny bundle with untrained judges."""
+    folder = tmp_path_factory.mktemp("report")
+    build_tiny_bundle(folder / "tiny")
+    torch.manual_seed(0)
+    probes.save_probes(folder / "probes.safetensors", probes.Probes())
+    return folder
+
+
+def options(place, *more):
+    paths = {"--bundle": "tiny", "--baseline": "tiny", "--probes": "probes.safetensors", "--work": "work"}
+    paths |= {"--page": "docs/mini.md", "--readme": "README.md"}
+    given = [text for name, path in paths.items() for text in (name, str(place / path))]
+    sizes = ["--pairs", "1", "--textures", "1", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    return [*given, *sizes, "--variant", f"again={place / 'tiny'}", *more]
+
+
+def test_whole_report_is_idempotent_and_goes_on(place, capsys):
+    (place / "README.md").write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    assert report.run(options(place)) == 0
+    page, readme = (place / "docs/mini.md").read_text(), (place / "README.md").read_text()
+    pictures = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
+    for text in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
+        assert text in page
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert set(pictures) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
+    with Image.open(place / "docs/mini/masking.png") as sheet:
+        assert np.asarray(sheet).std() > 0
+    numbers = json.loads(pictures["numbers.json"])
+    assert all(0 <= row["class"][0] <= 1 for row in numbers["Methods (Table 1)"].values())
+
+    drawn = sorted((place / "work").iterdir())
+    times = {path: path.stat().st_mtime_ns for path in drawn[1:]}
+    drawn[0].unlink()  # as if it had been killed there
+    capsys.readouterr()
+    assert report.run(options(place)) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1, "only the missing batch is drawn"
+    assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == times
+    assert (place / "docs/mini.md").read_text() == page
+    assert {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()} == pictures
+
+
+def test_settings_differ_where_they_should(place):
+    cfg = report.ReportConfig()
+    cfg = report.replace(cfg, sample=report.replace(cfg.sample, steps=2))
+    pairs = report.make_pairs(1, [None], cfg)
+    pipe = report.Steered.load(place / "tiny", device="cpu", dtype="fp32")
+    ways = report.plan(place / "tiny", place / "tiny", {}, cfg)["scenes"]
+    names = (report.TEXT, report.BASELINE, report.NONE, report.MAIN, "half", "off")
+    drawn = {name: ways[name][1](pipe, pairs, cfg) for name in names}
+    assert len({shot.images.numpy().tobytes() for shot in drawn.values()}) == len(drawn)
+    assert report.MASKS[-1] not in ways, "the bundle makes M_gen as the release does"
+    plain = report.partial(report.generate, strength=1.0, change=report.text_alone)(pipe, pairs, cfg)
+    assert torch.equal(plain.images, drawn[report.TEXT].images), "text alone knows no strength"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--bundle", "nowhere"], "no config.json there"),
+        (["--probes", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--variant", "folder"], "expected NAME=BUNDLE"),
+        (["--pairs", "0"], "expected 1 or more"),
+    ],
+)
+def test_mistakes_take_one_line(place, capsys, more, words):
+    assert report.run(options(place, *more)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("report: error: ") and words in error[0]
+
+
+def test_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "mini.md"
+    page.write_text("own words")
+    with pytest.raises(ValueError, match="once each"):
+        report.rewrite(page, "text")
+    assert page.read_text() == "own words"
