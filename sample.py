@@ -26,6 +26,7 @@ from moma import Job, MethodConfig, MoMA, Result, SampleConfig, Subject, method_
 from moma.bundle import DTYPES, SAMPLING, Bundle
 from moma.config import PRESETS
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
+from moma.mini import SOURCE as MINI_SOURCE
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
 from moma.pipeline import check_method, choose_device, choose_dtype
 from moma.preprocess import FoundMask, find_mask, make_reference, open_image
@@ -34,9 +35,14 @@ from moma.tiny import SOURCE as TINY_SOURCE
 from moma.tiny import build_tiny_bundle
 
 WEIGHTS = [Path(__file__).parent / "weights" / name for name in ("moma", "mini")]  # the first that exists
-SCENE = "on the beach at sunset"  # of the prompt when none is given
+# Of the prompts when none is given; MoMA-mini knows them too.
+SCENES = ("on the beach", "in the snow", "in the forest", "at sunset")
 NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
 MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat pictures
+NOTES = {
+    TINY_SOURCE: "pseudo-random weights, so the pictures are noise",
+    MINI_SOURCE: "MoMA-mini, a small model of a drawn world (cats, cars, teapots ... of 64 pixels)",
+}
 SLUG = 48  # characters of a prompt in a file name
 # Options whose values a replayed picture brings along.
 REPLAYED = (
@@ -128,7 +134,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help=f"the new scene, naming the subject; may be repeated (default: 'a SUBJECT {SCENE}')",
+        help=f"the new scene, naming the subject; may be repeated (default: {len(SCENES)} scenes)",
     )
     add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--negative", metavar="TEXT", help="what the pictures should not show (default: nothing)")
@@ -233,7 +239,7 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     if not 0 <= seed <= MAX_SEED - num:
         raise ValueError(f"--seed {seed}: expected 0 to {MAX_SEED - num}")
     article = "an" if subject[:1].lower() in "aeiou" else "a"
-    prompts = dict.fromkeys(prompts) or [f"{article} {subject} {SCENE}"]
+    prompts = dict.fromkeys(prompts) or [f"{article} {subject} {scene}" for scene in SCENES]
     return Request(
         reference=args.ref,
         mask=args.mask,
@@ -373,8 +379,8 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         raise ValueError(f"--out {args.out}: cannot write there ({error.strerror})") from None
-    if bundle.networks["unet"]["source"] == TINY_SOURCE:
-        print("note: pseudo-random weights, so the pictures are noise; README.md says how to get real ones")
+    if note := NOTES.get(bundle.networks["unet"]["source"]):
+        print(f"note: {note}; README.md says how to get the full model")
     ways = {"file": request.mask, "alpha": "the picture's transparency", "border": "its plain background"}
     print(f"subject: {request.subject}, mask from {ways[inputs.found.source]}")
 

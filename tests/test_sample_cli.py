@@ -20,7 +20,8 @@ from tests import recipe
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.png"
-QUICK = ["--steps", "3", "--dtype", "fp32"]
+FAST = ["--steps", "3", "--dtype", "fp32"]
+QUICK = [*FAST, "--prompt", "a cat on the beach at sunset"]
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +100,18 @@ def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
     assert len(read_record(first).batch) == (1 if preset == "release" else 2)
 
 
+def test_several_scenes_when_none_is_asked_for(tmp_path, weights, cat):
+    assert run("--ref", cat, "--weights", weights, "--out", tmp_path, *FAST) == 0
+    names = {path.name for path in tmp_path.glob("a-cat-*-seed0.png")}
+    assert names == {f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in sample.SCENES}
+
+
 def test_prompts_seeds_and_names(tmp_path, weights, cat):
     lines = tmp_path / "prompts.txt"
     lines.write_text("A cat, made of Glass!\n\n  two CATS  \na cat in the snow\n", encoding="utf-8")
     out = tmp_path / "out"
     args = ["--ref", cat, "--weights", weights, "--prompt", "a cat in the snow", "--prompts", lines]
-    args += ["--num", 2, "--seed", 5, "--size", "136x72", "--out", out, "--debug", *QUICK]
+    args += ["--num", 2, "--seed", 5, "--size", "136x72", "--out", out, "--debug", *FAST]
     assert run(*args) == 0
     prompts = {"a-cat-in-the-snow", "a-cat-made-of-glass", "two-cats"}
     names = {f"{prompt}-seed{seed}.png" for prompt in prompts for seed in (5, 6)} | {"cat-sheet.png"}
@@ -139,7 +146,8 @@ def test_options_reach_the_picture(tmp_path, weights, cat):
     results = []
     for i, options in enumerate(variants):
         out = tmp_path / str(i)
-        assert run("--ref", cat, "--weights", weights, "--out", out, *QUICK, *options) == 0
+        given = FAST if "--prompt" in options else QUICK
+        assert run("--ref", cat, "--weights", weights, "--out", out, *given, *options) == 0
         results.append(pixels(only(out, "*-seed0.png")))
     for other in results[1:]:
         assert not np.array_equal(results[0], other)
@@ -171,7 +179,7 @@ def test_mask_file_is_used_and_replayed(tmp_path, weights):
     mask = Image.new("L", photo.size)
     ImageDraw.Draw(mask).ellipse((30, 20, 90, 80), fill=255)
     mask.save(tmp_path / "m.png")
-    args = ["--ref", tmp_path / "dog.png", "--weights", weights, *QUICK]
+    args = ["--ref", tmp_path / "dog.png", "--weights", weights, "--prompt", "a dog in the snow", *FAST]
     assert run(*args, "--mask", tmp_path / "m.png", "--out", tmp_path / "a") == 0
     first = only(tmp_path / "a", "*seed0.png")
     assert run("--replay", first, "--out", tmp_path / "b") == 0
