@@ -52,7 +52,7 @@ def smallest() -> MiniConfig:
         cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         text_to_image=replace(short(cfg.text_to_image), drawn=2),
-        sample=SampleConfig(steps=1, batch_size=2), variants={},
+        sample=SampleConfig(steps=1, batch_size=2), variants={}, method={"template": "paper"},
         stage1_options=(*options, "--workers", "0", "--set", "lanes=1"),
         stage2_options=(*options, "--set", "grid_samples=0"),
     )  # fmt: skip

@@ -154,6 +154,9 @@ class MiniConfig:
         default_factory=lambda: {
             "template": "paper",  # the decoder has a learnable token
             "lambda_init": 0.3,  # at 0, K' and V' get no gradient before λ has moved
+            # The 8x8 and 16x16 levels: of a 16x16 latent, a 4x4 map is too coarse to be a mask.
+            "m_gen_layers": (0, 1, 6, 7, 8, 9),
+            "m_gen_threshold": 0.5,  # where it meets the subject's outline best
         }
     )
     triplets: int = 20_000  # pictures of the two stages: enough that none is seen often
