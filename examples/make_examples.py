@@ -1,26 +1,53 @@
-"""Draws the example references: subjects of MoMA-mini's world that it was not trained on.
+"""Draws the example references, subjects that MoMA-mini was not trained on, and what it makes of them.
 
 python examples/make_examples.py
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from moma.mini.world import DEFAULT, Spec, WorldConfig, draw
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moma import MoMA  # noqa: E402 (the path comes first)
+from moma.mini.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
+from moma.output import Cell, SheetConfig, contact_sheet, save_png  # noqa: E402
+from moma.preprocess import find_mask, open_image  # noqa: E402
+from sample import SCENES  # noqa: E402
 
 WORLD = WorldConfig(size=512)  # pixels: the world draws at any size
 UNSEEN = DEFAULT.identities + DEFAULT.unseen_identities  # the first number of the test split
 SUBJECTS = {"cat": UNSEEN + 22, "dog": UNSEEN + 1, "car": UNSEEN + 7, "teapot": UNSEEN + 6}
+RESULTS = ROOT / "docs" / "mini" / "examples.png"
 
 
-def main() -> None:
+def references() -> None:
+    """Write <label>.png beside this file, the mask as transparency."""
     for label, number in SUBJECTS.items():
         sample = draw(Spec(label, number, "meadow", None, pose_seed=11, scene_seed=5), WORLD)
-        picture = np.dstack([sample.image, sample.mask])  # (S, S, 4), the mask as transparency
+        picture = np.dstack([sample.image, sample.mask])  # (S, S, 4)
         Image.fromarray(picture).save(Path(__file__).with_name(f"{label}.png"), optimize=True)
 
 
+def results() -> None:
+    """Write the sheet of README.md: each reference in the scenes that sample.py draws by default."""
+    pipe, rows = MoMA.load(ROOT / "weights" / "mini"), []
+    for label in SUBJECTS:
+        image = open_image(Path(__file__).with_name(f"{label}.png"))
+        subject = pipe.encode_subject(image, find_mask(image).mask, label)
+        prompts = [f"a {label} {scene}" for scene in SCENES]
+        drawn = pipe.sample(subject, prompts, seeds=[0])
+        rows.append([Cell(subject.reference.white, ("reference",)), *map(cell, drawn, prompts)])
+    save_png(RESULTS, contact_sheet(rows, SheetConfig(cell=128)))
+
+
+def cell(image: Image.Image, prompt: str) -> Cell:
+    return Cell(image, (prompt,))
+
+
 if __name__ == "__main__":
-    main()
+    references()
+    results()

@@ -131,6 +131,7 @@ def export_networks(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPORT).unlink(missing_ok=True)
     changed = {name: value for name, value in asdict(method).items() if value != getattr(DEFAULT, name)}
+    changed.pop("attention", None)  # how it was computed, not what
     entries = {}
     for name, (config, tensors) in networks.items():
         lazy = {key: in_memory(tensor.detach().cpu().contiguous(), folder) for key, tensor in tensors.items()}
