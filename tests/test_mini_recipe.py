@@ -1,5 +1,8 @@
 """The recipe of MoMA-mini from renders to a bundle that draws, with every number as small as it can be."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,8 @@ from moma.mini.pretrain import STAGES, Shop, recipe
 from moma.mini.words import colour_name, words_of
 from moma.mini.world import render
 from moma.pipeline import MoMA
-from moma.training.parallel import Ranks
+from moma.training.parallel import Ranks, start_ranks
+from tests.test_training_loop import ROOT
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -46,7 +50,7 @@ def smallest() -> MiniConfig:
         return replace(part, held_out=2, train=replace(part.train, **few))
 
     options = ("--steps", "2", "--batch-size", "2", "--set", "validation_samples=2")
-    probes = replace(short(cfg.probes), pairs=8)
+    probes = replace(short(cfg.probes), pairs=8, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
         cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6, gates={},
@@ -58,12 +62,22 @@ def smallest() -> MiniConfig:
     )  # fmt: skip
 
 
-def test_the_recipe_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
-    cfg = smallest()
-    shop = Shop(cfg, tmp_path, ONE)
-    recipe(shop, "unet")
+def work(out: Path) -> None:
+    """What each of the two ranks does."""
+    with start_ranks("cpu") as ranks:
+        recipe(Shop(smallest(), out, ranks), "unet")
+        (out / f"rank-{ranks.rank}").touch()
+
+
+def test_the_recipe_on_two_ranks_then_one_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "tests.test_mini_recipe", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "rank-0").exists() and (tmp_path / "rank-1").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*")}
-    recipe(shop, "stage2")
+    recipe(Shop(smallest(), tmp_path, ONE), "stage2")
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert all((tmp_path / f"{name}.json").exists() for name in STAGES)
 
@@ -90,3 +104,7 @@ def test_rich_captions_name_colours_and_the_worlds_do_not() -> None:
     assert words.rich.endswith("cat on the beach") and words.rich == words.subject + " on the beach"
     assert words_of("cat", "beach", "icy", 7, "", cfg).subject == "an icy cat"
     assert colour_name((0.8, 0.2, 0.2)) == "red" and colour_name((1, 1, 1)) == "white"
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,6 +1,9 @@
 """The judges of MoMA-mini, the report's arithmetic, and the whole report on networks that draw noise."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from moma.mini import probes, report, world
 from moma.mini.measures import estimate, iou, retrieved
 from moma.tiny import build_tiny_bundle
+from tests.test_training_loop import ROOT
 
 SMALL = world.WorldConfig(identities=40, unseen_identities=30)
 
@@ -91,14 +95,16 @@ def test_judges_learn_and_come_back_from_their_file(tmp_path):
     pairs = {"images": images, "masks": masks, **truth}
     torch.manual_seed(0)
     task = probes.ProbeTask(probes.Probes(cfg), {k: torch.stack([v, v], dim=1) for k, v in pairs.items()})
-    batch, again = (task.assemble(torch.arange(8), torch.arange(8)) for _ in range(2))
+    labels = task.rows["label"][task.groups[task.groups[:, 0].argsort()]]  # (groups, 8, 2)
+    assert len(task.groups.unique()) == 24 and (labels.diff(dim=1) >= 0).all(), "like classes stay together"
+    batch, again = (task.assemble(torch.arange(2), torch.arange(2)) for _ in range(2))
     assert torch.equal(batch["images"], again["images"]) and not torch.equal(
         batch["images"][:, 0], batch["images"][:, 1]
     )
     optimizer, losses = torch.optim.AdamW(task.model.parameters(), lr=3e-3), []
     for _ in range(8):
         loss = task.model(batch)
-        assert loss.shape == (8,)
+        assert loss.shape == (16,)
         loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,9 +152,13 @@ def options(place, *more):
     return [*given, *sizes, "--variant", f"again={place / 'tiny'}", *more]
 
 
-def test_whole_report_is_idempotent_and_goes_on(place, capsys):
+def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     (place / "README.md").write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    assert report.run(options(place)) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "moma.mini.report", *options(place)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     page, readme = (place / "docs/mini.md").read_text(), (place / "README.md").read_text()
     pictures = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
     for text in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):

@@ -2,7 +2,8 @@
 
 Renders the world, trains every frozen network from scratch, then runs `train.py stage1` and `train.py stage2`
 on shards of triplets as for any other data. Every stage can be interrupted and goes on where it was; each has
-a gate, a number that must be reached before the next stage begins.
+a gate, a number that must be reached before the next stage begins. Under torchrun the ranks train together,
+and rank 0 does the rest; on CPUs, one process for each core is the fastest.
 
 Letters: N pictures, S picture side, Z latent channels, h w latents.
 """
@@ -15,8 +16,9 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,14 +48,16 @@ from moma.mini.tasks import (
 from moma.mini.words import words_of_renders
 from moma.mini.world import CLASSES, SCENES, Spec, draw, render_many, spec
 from moma.output import Cell, contact_sheet, save_png
-from moma.pipeline import choose_device
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.tiny import learn_tokenizers, with_vocabularies
 from moma.training.checkpoint import checkpoints
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
-from moma.training.parallel import Ranks
+from moma.training.parallel import Ranks, start_ranks
+
+T = TypeVar("T")
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,22 @@ class Shop:
 
     # --- the stages' results ---
 
+    def once(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, known to all; the others wait for it."""
+        return self.ranks.share(make() if self.ranks.main else None)
+
+    def draw_renders(self) -> None:
+        """`world.render_many`'s arrays of every split, each drawn once."""
+        for split in SPLITS:
+            if not (path := self.work / f"{split}.npz").exists():
+                number = self.cfg.pictures if split == "train" else self.cfg.unseen_pictures
+                found = render_many(range(number), split, self.cfg.world, os.cpu_count() or 1)
+                np.savez(part := path.with_suffix(".part.npz"), **found)
+                os.replace(part, path)
+
     def renders(self, split: str) -> dict[str, np.ndarray]:
-        """`world.render_many`'s arrays, drawn once."""
-        path = self.work / f"{split}.npz"
-        if not path.exists():
-            count = self.cfg.pictures if split == "train" else self.cfg.unseen_pictures
-            found = render_many(range(count), split, self.cfg.world, os.cpu_count() or 1)
-            np.savez(part := path.with_suffix(".part.npz"), **found)
-            os.replace(part, path)
-        with np.load(path) as arrays:
+        """Arrays of one split."""
+        with np.load(self.work / f"{split}.npz") as arrays:
             return dict(arrays)
 
     def pictures(self, split: str) -> Pictures:
@@ -87,6 +98,10 @@ class Shop:
     @property
     def tokenizers(self) -> Path:
         return self.work / "tokenizers"
+
+    @property
+    def latents(self) -> Path:
+        return self.work / "latents.safetensors"
 
     def networks(self) -> dict[str, Any]:
         """Sizes, with the vocabularies and the VAE's scaling as far as they are known."""
@@ -122,44 +137,106 @@ class Shop:
     def judges(self) -> probes.Probes:
         return probes.load_probes(self.weights("judges", "probes"), self.cfg.probes)
 
+    def share_of(self, batch: int) -> int:
+        """This rank's samples of a step's. ValueError where it cannot be shared equally."""
+        if batch % self.ranks.world:
+            raise ValueError(f"{self.ranks.world} ranks: a step's {batch} samples cannot be shared equally")
+        return batch // self.ranks.world
+
     def fit(self, stage: str, task: PretrainingTask, cfg: TrainConfig) -> None:
         """Train a task in work/<stage>, from its last checkpoint if there is one."""
-        out = self.work / stage
+        out, cfg = self.work / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
         fit(task, cfg, out, self.ranks, {"stage": stage, "train": cfg.identity(self.ranks.world)},
-            next(reversed(checkpoints(out)), None))  # fmt: skip
+            next(reversed(self.once(lambda: checkpoints(out))), None))  # fmt: skip
 
 
-# --- the stages: each returns what its gate reads ---------------------------------------------------
+# --- the stages: all ranks run them ------------------------------------------------------------------
 
 
-def tokenizers(shop: Shop) -> dict[str, float]:
-    """BPE and sentencepiece vocabularies of the captions, or the start's."""
-    if shop.start:
-        shop.tokenizers.mkdir(exist_ok=True)
-        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            shutil.copyfile(shop.start.tokenizer(name), shop.tokenizers / name)
-        return {}
-    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
-    clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
-    talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
-    forms = [talk.replace("<image>", "") for talk in talks]
-    given = [{"label": w.label, "caption": w.caption, "rich": w.rich, "subject": w.subject} for w in words]
-    llama = sorted({form.format(**fields) for form in forms for fields in given})
-    learn_tokenizers(shop.tokenizers, clip, shop.cfg.clip_merges, llama, shop.cfg.llama_pieces)
-    return {}
+def tokenizers(shop: Shop) -> None:
+    """The renders; BPE and sentencepiece vocabularies of their captions."""
+    shop.once(shop.draw_renders)
+    shop.once(lambda: learn_vocabularies(shop))
 
 
-def vae(shop: Shop) -> dict[str, float]:
-    """The autoencoder, and the scaling of its latents. Gate: PSNR on held-out pictures, in dB."""
-    cfg, network = shop.cfg.vae, shop.new("vae")
-    task = VAETask(network, shop.pictures("train"), cfg, cfg.train.seed)
-    shop.fit("vae", task, cfg.train)
+def vae(shop: Shop) -> None:
+    """The autoencoder."""
+    cfg, pictures = shop.cfg.vae, shop.pictures("train")
+    shop.fit("vae", VAETask(shop.new("vae"), pictures, cfg, cfg.train.seed), cfg.train)
+
+
+def clip(shop: Shop) -> None:
+    """Text and image encoder."""
+    cfg, pictures, tokenizer = shop.cfg.clip, shop.pictures("train"), shop.clip_tokenizer()
+    task = ClipTask(shop.new("text"), shop.new("vision"), pictures, tokenizer, cfg, cfg.train.seed)
+    shop.fit("clip", task, cfg.train)
+
+
+def judges(shop: Shop) -> None:
+    """The probes, trained on renders alone; only gates and the report ask them."""
+    task = probes.task(shop.renders("train"), shop.cfg.world, shop.cfg.probes)
+    shop.fit("judges", task, shop.cfg.probes.train)
+
+
+def unet(shop: Shop) -> None:
+    """The text-to-image UNet."""
+    cfg, text, tokenizer = shop.cfg.text_to_image, shop.trained("clip", "text"), shop.clip_tokenizer()
+    shop.once(lambda: encode_latents(shop))
+    found = read_checkpoint(shop.latents)
+    latents, words = (found["mean"].read(), found["std"].read()), shop.pictures("train").words
+    network = shop.new("unet").to(memory_format=torch.channels_last)
+    if shop.start is None:
+        nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
+    task = TextToImageTask(network, latents, words, text, tokenizer, cfg, cfg.train.seed)
+    shop.fit("unet", task, cfg.train)
+
+
+def captioner(shop: Shop) -> None:
+    """LLaVA on the frozen image tower."""
+    cfg, llava = shop.cfg.captioner, shop.new("llava")
+    llava.tower = shop.trained("clip", "vision")
+    task = CaptionTask(llava, shop.pictures("train"), shop.llama_tokenizer(), cfg, cfg.train.seed)
+    shop.fit("captioner", task, cfg.train)
+
+
+def base(shop: Shop) -> None:
+    """The frozen networks as a bundle, and the training data as shards."""
+    shop.once(lambda: write_bundle(shop))
+    shop.once(lambda: write_triplets(shop))
+
+
+def stage1(shop: Shop) -> None:
+    """The decoder (Eq. 4) by train.py."""
+    run_training("stage1", shop, shop.work / "base", shop.work / "stage1", shop.cfg.stage1_options)
+    shop.once(lambda: put_in(shop.work / "stage1" / EXPORT, shop.work / "base", shop.work / "decoder"))
+
+
+def stage2(shop: Shop) -> None:
+    """The adapter (Eq. 1) by train.py, and the variants that the report compares it with."""
+    for name, options in {"moma": (), **shop.cfg.variants}.items():
+        own = [option.format(work=shop.work) for option in options]
+        out, target = shop.work / "stage2" / name, shop.work / "bundles" / name
+        given = (*shop.cfg.stage2_options, *own, "--cache", str(shop.work / "caches" / name))
+        run_training("stage2", shop, shop.work / "decoder", out, given)
+        shop.once(partial(put_in, out / EXPORT, shop.work / "decoder", target))
+
+
+STAGES: dict[str, Callable[[Shop], None]] = {
+    stage.__name__: stage for stage in (tokenizers, vae, clip, judges, unet, captioner, base, stage1, stage2)
+}
+
+
+# --- what the gates read: rank 0 measures on held-out pictures ----------------------------------------
+
+
+@torch.no_grad()
+def vae_numbers(shop: Shop) -> dict[str, float]:
+    """PSNR in dB, of pictures and of all subjects together; also fixes the scaling of the latents."""
     network, held = shop.trained("vae", "vae"), shop.pictures("val")
-    pixels = to_vae(held.images[: cfg.held_out])
-    with torch.no_grad():
-        mean, _ = network.encode(pixels)  # (N, Z, h, w)
-        error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
-    on = held.masks[: cfg.held_out] / 255  # (N, 1, S, S)
+    pixels = to_vae(held.images[: shop.cfg.vae.held_out])  # (N, 3, S, S)
+    mean, _ = network.encode(pixels)  # (N, Z, h, w)
+    error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
+    on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
     write_json(shop.work / "scaling.json", {"scaling": 1 / mean.std().item()})
     return {
         "psnr": decibels(error.mean(dim=(1, 2, 3))).mean().item(),
@@ -167,66 +244,47 @@ def vae(shop: Shop) -> dict[str, float]:
     }
 
 
-def clip(shop: Shop) -> dict[str, float]:
-    """Text and image encoder. Gate: share of held-out pictures whose own caption is the nearest."""
+@torch.no_grad()
+def clip_numbers(shop: Shop) -> dict[str, float]:
+    """Share of pictures whose own caption is the nearest of a batch."""
     cfg, tokenizer = shop.cfg.clip, shop.clip_tokenizer()
-    task = ClipTask(
-        shop.new("text"), shop.new("vision"), shop.pictures("train"), tokenizer, cfg, cfg.train.seed
-    )
-    shop.fit("clip", task, cfg.train)
     text, vision = shop.trained("clip", "text"), shop.trained("clip", "vision")
     heads = {name: t.read() for name, t in read_checkpoint(shop.weights("clip", "heads")).items()}
     held, hits = shop.pictures("val"), []
     for start in range(0, cfg.held_out, cfg.train.batch_size):
         rows = slice(start, start + cfg.train.batch_size)
-        with torch.no_grad():
-            seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
-            read = text(tokenizer.ids([w.rich for w in held.words[rows]]))[1] @ heads["text_head.weight"].T
+        seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
+        read = text(tokenizer.ids([w.rich for w in held.words[rows]]))[1] @ heads["text_head.weight"].T
         nearest = nn.functional.normalize(seen, dim=1) @ nn.functional.normalize(read, dim=1).T  # (B, B)
         hits.append(nearest.argmax(dim=1) == torch.arange(len(seen)))
     return {"retrieval": torch.cat(hits).float().mean().item()}
 
 
-def judges(shop: Shop) -> dict[str, float]:
-    """The probes, trained on renders alone; only gates and the report ask them."""
-    task = probes.task(shop.renders("train"), shop.cfg.world, shop.cfg.probes)
-    shop.fit("judges", task, shop.cfg.probes.train)
+def judges_numbers(shop: Shop) -> dict[str, float]:
+    """How often the judges are right about renders."""
     return probes.accuracy(shop.judges(), shop.renders("val"), shop.cfg.world)
 
 
-def unet(shop: Shop) -> dict[str, float]:
-    """The text-to-image UNet. Gate: share of drawn pictures whose class, and scene, the judges recognise."""
+def unet_numbers(shop: Shop) -> dict[str, float]:
+    """Share of drawn pictures whose class, and scene, the judges recognise; also saves some as a sheet."""
     cfg = shop.cfg.text_to_image
-    text, tokenizer = shop.trained("clip", "text"), shop.clip_tokenizer()
-    latents, words = latents_of(shop), shop.pictures("train").words
-    network = shop.new("unet").to(memory_format=torch.channels_last)
-    if shop.start is None:
-        nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
-    task = TextToImageTask(network, latents, words, text, tokenizer, cfg, cfg.train.seed)
-    shop.fit("unet", task, cfg.train)
     asked = [spec(i, "val", shop.cfg.world) for i in range(cfg.drawn)]
-    prompts = [sd_prompt(w.label, w.caption) for w in shop.pictures("val").words[: cfg.drawn]]
-    images = draw_texts(shop, prompts)
+    words = shop.pictures("val").words[: cfg.drawn]
+    images = draw_texts(shop, [sd_prompt(w.label, w.caption) for w in words])
     rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
     save_png(shop.work / "unet" / "drawn.png", contact_sheet(rows))
     return probes.agreement(shop.judges(), images, asked)
 
 
-def captioner(shop: Shop) -> dict[str, float]:
-    """LLaVA on the frozen image tower. Gate: share of pictures described with their class and main colour."""
-    cfg, tokenizer = shop.cfg.captioner, shop.llama_tokenizer()
-    llava = shop.new("llava")
-    llava.tower = shop.trained("clip", "vision")
-    shop.fit(
-        "captioner", CaptionTask(llava, shop.pictures("train"), tokenizer, cfg, cfg.train.seed), cfg.train
-    )
-    held = shop.pictures("val")
+@torch.no_grad()
+def captioner_numbers(shop: Shop) -> dict[str, float]:
+    """Share of pictures described with their class and main colour."""
+    cfg, tokenizer, held = shop.cfg.captioner, shop.llama_tokenizer(), shop.pictures("val")
     config = shop.networks()["llava"]
     files = {"": [shop.weights("captioner", "llava")], "tower.": [shop.weights("clip", "vision")]}
     llava = load_into(lambda: build_network("llava", config), files, "cpu", torch.float32).eval()
     ids = [torch.tensor(tokenizer.encode_with_image(cfg.dialogues[0][0]))] * cfg.asked
-    with torch.no_grad():
-        answers = llava.generate(to_clip(held.images[: cfg.asked]), ids, max_new=cfg.answer_tokens)
+    answers = llava.generate(to_clip(held.images[: cfg.asked]), ids, max_new=cfg.answer_tokens)
     right = [
         set(tokenizer.decode(answer).split()) >= {*w.rich.split()[1:2], w.label}
         for answer, w in zip(answers, held.words, strict=False)
@@ -234,55 +292,43 @@ def captioner(shop: Shop) -> dict[str, float]:
     return {"right": float(np.mean(right))}
 
 
-def base(shop: Shop) -> dict[str, float]:
-    """The frozen networks as a bundle, and the training data as shards."""
-    if not (shop.work / "base").exists():
-        write_bundle(shop)
-    write_triplets(shop)
-    return {}
-
-
-def stage1(shop: Shop) -> dict[str, float]:
-    """The decoder (Eq. 4) by train.py. Gate: nothing but its end; the report measures what it is worth."""
-    run_training("stage1", shop, shop.work / "base", shop.work / "stage1", shop.cfg.stage1_options)
-    put_in(shop.work / "stage1" / EXPORT, shop.work / "base", shop.work / "decoder")
-    return {}
-
-
-def stage2(shop: Shop) -> dict[str, float]:
-    """The adapter (Eq. 1) by train.py, and the variants that the report compares it with."""
-    for name, options in {"moma": (), **shop.cfg.variants}.items():
-        own = [option.format(work=shop.work) for option in options]
-        out, given = shop.work / "stage2" / name, (*shop.cfg.stage2_options, *own)
-        run_training(
-            "stage2", shop, shop.work / "decoder", out, (*given, "--cache", str(shop.work / "caches" / name))
-        )
-        put_in(out / EXPORT, shop.work / "decoder", shop.work / "bundles" / name)
-    return {}
-
-
-STAGES: dict[str, Callable[[Shop], dict[str, float]]] = {
-    stage.__name__: stage for stage in (tokenizers, vae, clip, judges, unet, captioner, base, stage1, stage2)
-}
+# What comes of the others, the report measures.
+NUMBERS: dict[str, Callable[[Shop], dict[str, float]]] = {
+    "vae": vae_numbers, "clip": clip_numbers, "judges": judges_numbers, "unet": unet_numbers,
+    "captioner": captioner_numbers,
+}  # fmt: skip
 
 
 # --- their parts -------------------------------------------------------------------------------------
 
 
+def learn_vocabularies(shop: Shop) -> None:
+    """Those of the captions, or the start's."""
+    if shop.start:
+        shop.tokenizers.mkdir(exist_ok=True)
+        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
+            shutil.copyfile(shop.start.tokenizer(name), shop.tokenizers / name)
+        return
+    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
+    clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
+    talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
+    forms = [talk.replace("<image>", "") for talk in talks]
+    given = [{"label": w.label, "caption": w.caption, "rich": w.rich, "subject": w.subject} for w in words]
+    llama = sorted({form.format(**fields) for form in forms for fields in given})
+    learn_tokenizers(shop.tokenizers, clip, shop.cfg.clip_merges, llama, shop.cfg.llama_pieces)
+
+
 @torch.no_grad()
-def latents_of(shop: Shop) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every training picture's posterior, scaled, bf16 (N, Z, h, w) each; kept."""
-    path = shop.work / "latents.safetensors"
-    if not path.exists():
-        network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
-        parts = [
-            network.encode(to_vae(part))
-            for part in shop.pictures("train").images.split(shop.cfg.encode_batch)
-        ]
-        both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
-        save_tensors(path, {name: (torch.cat(part) * scaling).bfloat16() for name, part in both})
-    found = read_checkpoint(path)
-    return found["mean"].read(), found["std"].read()
+def encode_latents(shop: Shop) -> None:
+    """Mean and deviation of every training picture's posterior, scaled, bf16 (N, Z, h, w) each; once."""
+    if shop.latents.exists():
+        return
+    network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
+    parts = [
+        network.encode(to_vae(part)) for part in shop.pictures("train").images.split(shop.cfg.encode_batch)
+    ]
+    both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
+    save_tensors(shop.latents, {name: (torch.cat(part) * scaling).bfloat16() for name, part in both})
 
 
 @torch.no_grad()
@@ -312,7 +358,9 @@ def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
 
 
 def write_bundle(shop: Shop) -> None:
-    """The frozen networks, without an adapter, in work/base."""
+    """The frozen networks, without an adapter, in work/base; once."""
+    if (shop.work / "base").exists():
+        return
     stages = {"vae": "vae", "text": "clip", "vision": "clip", "unet": "unet", "llava": "captioner"}
     with BundleWriter(shop.work / "base", shop.cfg.world.size) as writer:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
@@ -352,10 +400,13 @@ def another(what: Spec, index: int) -> Spec:
 
 
 def run_training(stage: str, shop: Shop, bundle: Path, out: Path, options: Sequence[str]) -> None:
-    """`python train.py STAGE ...`; SystemExit if it fails."""
-    data = str(shop.work / "triplets")
-    given = ["--bundle", str(bundle), "--data", data, "--out", str(out), "--resume", *options]
-    if train.run([stage, *given]):
+    """`python train.py STAGE ...` on all ranks; SystemExit if it fails."""
+    given = {
+        "--bundle": bundle, "--data": shop.work / "triplets", "--out": out,
+        "--batch-size": shop.share_of(shop.cfg.stage_batch), "--device": shop.ranks.device.type,
+    }  # fmt: skip
+    texts = [str(part) for option in given.items() for part in option]
+    if train.run([stage, "--resume", *texts, *options]):
         raise SystemExit(2)
 
 
@@ -402,24 +453,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     start = Bundle.open(args.start) if args.start else None
-    recipe(Shop(MiniConfig(), args.work, Ranks(0, 1, choose_device(args.device)), start), args.until)
-    if args.until == "stage2":
-        put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out)
+    with start_ranks(args.device) as ranks:
+        shop = Shop(MiniConfig(), args.work, ranks, start)
+        recipe(shop, args.until)
+        if args.until == "stage2":
+            shop.once(lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out))
 
 
 def recipe(shop: Shop, until: str) -> None:
     """Every stage up to `until` that is not done yet. ValueError where one misses its gate."""
     for name, stage in STAGES.items():
         done = shop.work / f"{name}.json"
-        if not done.exists():
-            numbers = stage(shop)
-            print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+        if not shop.once(done.exists):
+            stage(shop)
+            numbers = shop.once(partial(NUMBERS[name], shop)) if name in NUMBERS else {}
+            if shop.ranks.main:
+                print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
             for key, least in shop.cfg.gates.get(name, {}).items():
                 if not numbers[key] >= least:
                     raise ValueError(
                         f"{name}: {key} is {numbers[key]:.3f}, expected {least}: train it longer"
                     )
-            write_json(done, numbers)
+            shop.once(partial(write_json, done, numbers))
         if name == until:
             return
 

@@ -8,7 +8,7 @@ E embedding.
 
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ from moma.mini.subjects import PATTERNS
 from moma.mini.world import CLASSES, DEFAULT, MATERIALS, SCENES, Spec, WorldConfig, draw, identity
 from moma.training.config import TrainConfig
 from moma.training.order import generator_for
-from moma.training.task import Batch
+from moma.training.task import Batch, Delivery, Position
 
 BYTE = 255  # pixels are 0..255 outside and 0..1 in the network
 NONE = len(MATERIALS)  # the number of "no material"
@@ -36,7 +36,7 @@ SEEDS = 1 << 31  # of poses and scenes lie below this, as the world's
 FAR = -1e4  # a score that never wins
 LOOKED_UP = 200  # pictures of `accuracy` whose identity is looked up: each takes 11 renders more
 # What is read inside the subject's mask, each with its number of outputs.
-SUBJECT_HEADS = {"label": len(CLASSES), "material": NONE + 1, "pattern": len(PATTERNS), "colours": 6}
+SUBJECT_HEADS = {"label": len(CLASSES), "material": NONE + 1, "pattern": len(PATTERNS)}
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,20 @@ class ProbeConfig:
     side: int = 64  # of the world's pictures; pictures of another size are scaled to it
     channels: tuple[int, int, int] = (32, 64, 128)  # at a half, a quarter, an eighth of the side
     groups: int = 8  # of the normalisations
+    figure: tuple[int, int, int] = (16, 32, 64)  # channels of the branch that looks at the pattern alone
     hidden: int = 256  # width before the subject's heads
     embedding: int = 64  # of an identity: far more than its dozen numbers need
     temperature: float = 0.1  # of the contrastive loss: hard negatives count, but not they alone
     colour_weight: float = 5.0  # colour errors are near 0.1, the other losses near 1
-    mask_weight: float = 2.0  # everything about the subject is read inside the mask
+    mask_weight: float = 4.0  # everything about the subject is read inside the mask
     blur: float = 1.0  # up to a 3x3 mean: generated pictures come through an autoencoder
     noise: float = 0.04  # largest deviation, of 0..1, for the same reason
     pairs: int = 12_000  # pictures with a second one of the same identity
+    group: int = 8  # pairs of one class that stay together: hard negatives for one another
     held_out: int = 256  # pairs of the validation loss
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=450, batch_size=96, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
+            steps=650, batch_size=48, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
             save_every=150, validate_every=150,
         )
     )  # fmt: skip
@@ -147,8 +149,16 @@ class Probes(nn.Module):
         )
         self.up_quarter, self.up_half = nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)
         self.join = Block(middle, middle, cfg.groups)
-        self.mask = nn.Conv2d(fine, 1, 3, padding=1)
-        self.inside = nn.Sequential(nn.Linear(2 * (middle + coarse), cfg.hidden), nn.SiLU())
+        self.maps = nn.Conv2d(fine, 3, 3, padding=1)  # the subject; where its main, its second colour shows
+        first, second, last = cfg.figure
+        blocks = (
+            Block(2, first, cfg.groups, 2),
+            Block(first, second, cfg.groups, 2),
+            Block(second, last, cfg.groups),
+        )
+        self.figure = nn.Sequential(*blocks)
+        self.colours = nn.Linear(2 * fine, 6)  # corrects for light
+        self.inside = nn.Sequential(nn.Linear(2 * (last + fine + middle + coarse), cfg.hidden), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(cfg.hidden, n) for name, n in SUBJECT_HEADS.items()})
         self.embed = nn.Linear(cfg.hidden, cfg.embedding)
         self.scene = nn.Linear(2 * coarse, len(SCENES))
@@ -160,12 +170,30 @@ class Probes(nn.Module):
         quarter = self.to_quarter(half)  # (N, C, S/4, S/4)
         eighth = self.to_eighth(quarter)  # (N, C, S/8, S/8)
         joined = self.join(quarter + _double(self.up_quarter(eighth)))  # (N, C, S/4, S/4)
-        mask = self.mask(F.silu(half + _double(self.up_half(joined)))).float()  # (N, 1, s, s)
+        detail = F.silu(half + _double(self.up_half(joined)))  # (N, C, s, s)
+        mask, parts = self.maps(detail).float().split((1, 2), dim=1)  # (N, 1, s, s), (N, 2, s, s)
         found = mask.detach().sigmoid()  # what is read does not move the mask
-        hidden = self.inside(torch.cat([_pool(joined, found), _pool(eighth, found)], dim=1))
-        told = {name: head(hidden).float() for name, head in self.heads.items()}
+        weights = (parts + F.logsigmoid(mask.detach())).flatten(2).softmax(dim=2)  # (N, 2, s * s)
+        pixels = F.adaptive_avg_pool2d(images, mask.shape[-2:]).flatten(2)  # (N, 3, s * s)
+        colours = (weights @ pixels.transpose(1, 2)).flatten(1) + self.colours(_pool(detail, found))  # (N, 6)
+        figure = self.figure(_share(images, colours.detach().float(), found))  # (N, C, S/4, S/4)
+        hidden = self.inside(torch.cat([_pool(x, found) for x in (figure, detail, joined, eighth)], dim=1))
+        told = {name: head(hidden).float() for name, head in self.heads.items()} | {
+            "colours": colours.float()
+        }
         told |= {"scene": self.scene(_pool(eighth, 1 - found)).float(), "mask": mask}
         return told | {"embedding": F.normalize(self.embed(hidden).float(), dim=1)}
+
+
+def _share(images: Tensor, colours: Tensor, mask: Tensor) -> Tensor:
+    """Where a pixel's colour lies between the two of (N, 6), main 0, second 1; the mask. (N, 2, S, S)."""
+    main, second = colours[:, :, None, None].chunk(2, dim=1)  # (N, 3, 1, 1) each
+    step = second - main
+    along = ((images - main) * step).sum(dim=1, keepdim=True) / step.square().sum(
+        dim=1, keepdim=True
+    ).clamp_min(0.01)
+    large = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
+    return torch.cat([along.clamp(-1, 2) * large, large], dim=1)
 
 
 def _double(x: Tensor) -> Tensor:
@@ -220,19 +248,28 @@ class ProbeTask(PretrainingTask):
     """Pairs of renders of one identity, a little blurred and noisy."""
 
     def __init__(self, probes: Probes, rows: dict[str, Tensor]) -> None:
-        """rows: images, masks and Truth's fields, (N, 2, ...) each."""
+        """rows: images, masks and Truth's fields, (N, 2, ...) each. An item is a group of one class."""
         cfg = probes.cfg
-        super().__init__(len(rows["images"]), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
+        batch = cfg.train.batch_size
+        self.size = min(cfg.group, batch)
+        order = rows["label"][:, 0].argsort(stable=True)  # (N,)
+        groups = order[: len(order) // self.size * self.size].view(-1, self.size)
+        self.groups = groups[torch.randperm(len(groups), generator=generator_for(cfg.train.seed, 0))]
+        super().__init__(len(groups), cfg.held_out // self.size, batch // self.size, cfg.train.seed)
         self.model, self.cfg, self.rows = ProbeLoss(probes), cfg, rows
 
+    def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
+        if batch_size % self.size:
+            raise ValueError(f"{batch_size} pairs for each rank: expected a multiple of {self.size}, a group")
+        return super().deliveries(batch_size // self.size, rank, world, start)
+
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        batch = {name: values[items] for name, values in self.rows.items()}
+        pairs = self.groups[items].flatten()  # (B,)
+        batch = {name: values[pairs] for name, values in self.rows.items()}
         images = batch["images"] / BYTE  # (B, 2, 3, S, S)
         generators = [generator_for(self.seed, n) for n in numbers.tolist()]
-        draws = torch.stack(
-            [torch.rand((2, 2, 1, 1, 1), generator=g) for g in generators]
-        )  # (B, 2, 2, 1, 1, 1)
-        grain = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])  # as images
+        draws = torch.cat([torch.rand((self.size, 2, 2, 1, 1, 1), generator=g) for g in generators])
+        grain = torch.cat([torch.randn((self.size, *images.shape[1:]), generator=g) for g in generators])
         soft = F.avg_pool2d(images.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(images)
         images = images + self.cfg.blur * draws[:, 0] * (soft - images)
         return batch | {

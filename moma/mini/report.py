@@ -40,6 +40,7 @@ from moma.pipeline import Job, MoMA, Subject, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
+from moma.training.parallel import Ranks, start_ranks
 
 MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
 # Names of settings. The last of MASKS makes M_gen as the release does, where the bundle does otherwise.
@@ -217,6 +218,16 @@ def plan(
 
 
 @dataclass(frozen=True)
+class Shot:
+    """A batch of pairs to draw in a setting, and the file that keeps the result."""
+
+    name: str
+    setting: Setting
+    pairs: Sequence[Pair]
+    file: Path
+
+
+@dataclass(frozen=True)
 class Studio:
     """Draws, and keeps what it has drawn in files."""
 
@@ -225,23 +236,29 @@ class Studio:
     place: tuple[str, str]  # device and dtype
     load: Callable[[Path], Steered]
 
-    def __call__(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> Drawn:
-        """The pairs in a setting; its name stands for it among the files."""
-        (folder, way), parts, size = setting, [], self.cfg.sample.batch_size
-        bundle = Bundle.open(folder)
+    def shots(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> list[Shot]:
+        """The batches of a setting; its name stands for it among the files."""
+        bundle, size = Bundle.open(setting[0]), self.cfg.sample.batch_size
         cfg = replace(self.cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these draw nothing else
-        facts = [name, bundle.hashes, dict(bundle.method), asdict(cfg), *self.place]
+        facts, shots = [name, bundle.hashes, dict(bundle.method), asdict(cfg), *self.place], []
         for start in range(0, len(pairs), size):
             some = pairs[start : start + size]
             text = json.dumps([*facts, [asdict(pair) for pair in some]], sort_keys=True)
-            path = self.work / f"{sha256(text.encode()).hexdigest()}.safetensors"
-            if not path.exists():
-                drawn = way(self.load(folder), some, self.cfg)._asdict()
-                write_safetensors(self.work, path.stem, {k: in_memory(v, path) for k, v in drawn.items()})
-                print(f"{folder}, {name}: {start + len(some)} of {len(pairs)}", file=sys.stderr)
-            found = read_checkpoint(path)
-            parts.append([found[key].read() for key in Drawn._fields])
-        return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+            file = self.work / f"{sha256(text.encode()).hexdigest()}.safetensors"
+            shots.append(Shot(name, setting, some, file))
+        return shots
+
+    def draw(self, shot: Shot) -> None:
+        if shot.file.exists():
+            return
+        folder, way = shot.setting
+        drawn = way(self.load(folder), shot.pairs, self.cfg)._asdict()
+        write_safetensors(self.work, shot.file.stem, {k: in_memory(v, shot.file) for k, v in drawn.items()})
+        print(f"{folder}, {shot.name}: {len(shot.pairs)} pictures", file=sys.stderr)
+
+    def read(self, shots: Sequence[Shot]) -> Drawn:
+        found = [read_checkpoint(shot.file) for shot in shots]
+        return Drawn(*(torch.cat([part[key].read() for part in found]) for key in Drawn._fields))
 
 
 # --- measures ----------------------------------------------------------------------------------------
@@ -478,8 +495,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """ValueError for a user's mistake."""
+    """ValueError for a user's mistake. Under torchrun the ranks share the drawing."""
     args = parse(argv)
+    with start_ranks(args.device) as ranks:
+        report(args, ranks)
+
+
+def report(args: argparse.Namespace, ranks: Ranks) -> None:
     cfg = ReportConfig(pairs=args.pairs, textures=args.textures)
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
     probes, folder = judges.load_probes(args.probes), args.page.with_suffix("")
@@ -490,10 +512,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for place in (args.work, folder):
         place.mkdir(parents=True, exist_ok=True)
-    load = lru_cache(maxsize=1)(partial(Steered.load, device=args.device, dtype=args.dtype))
-    studio, shots = Studio(cfg, args.work, (args.device, args.dtype), load), {}
-    for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items():
-        shots[kind] = {name: studio(name, setting, pairs[kind]) for name, setting in settings.items()}
+    load = lru_cache(maxsize=1)(partial(Steered.load, device=str(ranks.device), dtype=args.dtype))
+    studio = Studio(cfg, args.work, (ranks.device.type, args.dtype), load)
+    wanted = {
+        kind: {name: studio.shots(name, setting, pairs[kind]) for name, setting in settings.items()}
+        for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items()
+    }
+    every = [shot for settings in wanted.values() for shots in settings.values() for shot in shots]
+    for shot in every[ranks.rank :: ranks.world]:
+        studio.draw(shot)
+    ranks.gather(None)  # until all have drawn
+    if not ranks.main:
+        return
+    shots = {}
+    for kind, settings in wanted.items():
+        shots[kind] = {name: studio.read(parts) for name, parts in settings.items()}
         shots[kind] |= {REAL: real(pairs[kind], cfg), OTHER: real(pairs[kind], cfg, cfg.distractors + 1)}
     values = {kind: measure(found, pairs[kind], probes, cfg) for kind, found in shots.items()}
     new = torch.tensor([held_out(p.wanted.label, p.wanted.scene, None, cfg.world) for p in pairs["scenes"]])

@@ -69,7 +69,10 @@ class Ranks:
 
 @contextmanager
 def start_ranks(device: str) -> Iterator[Ranks]:
-    """Join the run that torchrun has started, if it has. ValueError for a device that is not there."""
+    """Join the run that torchrun has started, if it has; again, if this process has joined it already.
+
+    ValueError for a device that is not there.
+    """
     chosen = choose_device(device)
     if "RANK" not in os.environ:
         yield Ranks(0, 1, chosen)
@@ -77,6 +80,9 @@ def start_ranks(device: str) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+        return
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
