@@ -21,7 +21,9 @@ from sample import SCENES  # noqa: E402
 WORLD = WorldConfig(size=512)  # pixels: the world draws at any size
 UNSEEN = DEFAULT.identities + DEFAULT.unseen_identities  # the first number of the test split
 SUBJECTS = {"cat": UNSEEN + 22, "dog": UNSEEN + 1, "car": UNSEEN + 7, "teapot": UNSEEN + 6}
-RESULTS = ROOT / "docs" / "mini" / "examples.png"
+MATERIALS = ("wooden", "golden")
+TEXTURE_STRENGTH = 0.4  # β of Eq. 3 for a new texture, the paper's
+RESULTS = Path(__file__).with_name("results.png")
 
 
 def references() -> None:
@@ -33,19 +35,18 @@ def references() -> None:
 
 
 def results() -> None:
-    """Write the sheet of README.md: each reference in the scenes that sample.py draws by default."""
+    """Write the sheet of README.md: each reference in sample.py's scenes, then of other materials."""
     pipe, rows = MoMA.load(ROOT / "weights" / "mini"), []
     for label in SUBJECTS:
         image = open_image(Path(__file__).with_name(f"{label}.png"))
         subject = pipe.encode_subject(image, find_mask(image).mask, label)
         prompts = [f"a {label} {scene}" for scene in SCENES]
+        textures = [f"a {material} {label} {SCENES[0]}" for material in MATERIALS]
         drawn = pipe.sample(subject, prompts, seeds=[0])
-        rows.append([Cell(subject.reference.white, ("reference",)), *map(cell, drawn, prompts)])
+        drawn += pipe.sample(subject, textures, seeds=[0], strength=TEXTURE_STRENGTH)
+        cells = [Cell(image, (text,)) for image, text in zip(drawn, prompts + textures, strict=True)]
+        rows.append([Cell(subject.reference.white, ("reference",)), *cells])
     save_png(RESULTS, contact_sheet(rows, SheetConfig(cell=128)))
-
-
-def cell(image: Image.Image, prompt: str) -> Cell:
-    return Cell(image, (prompt,))
 
 
 if __name__ == "__main__":

@@ -44,20 +44,22 @@ def smallest() -> MiniConfig:
         "llava": LlavaConfig(llama=llama, vision=vision),
         "adapter": AdapterConfig(mllm_dim=16, embed_dim=16, learnable_token=True),
     }  # fmt: skip
-    few = {"steps": 2, "batch_size": 2, "save_every": 1, "validate_every": 2}
+    few = {"steps": 2, "batch_size": 4, "save_every": 1, "validate_every": 2}
 
     def short(part: object) -> object:
         return replace(part, held_out=2, train=replace(part.train, **few))
 
-    options = ("--steps", "2", "--batch-size", "2", "--set", "validation_samples=2")
+    options = ("--steps", "2", "--set", "validation_samples=2")
     probes = replace(short(cfg.probes), pairs=8, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
-        cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6, gates={},
+        cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6,
+        stage_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         text_to_image=replace(short(cfg.text_to_image), drawn=2),
-        sample=SampleConfig(steps=1, batch_size=2), variants={}, method={"template": "paper"},
-        stage1_options=(*options, "--workers", "0", "--set", "lanes=1"),
+        sample=SampleConfig(steps=1, batch_size=2), variants={"pairs": cfg.variants["pairs"]},
+        method={"template": "paper"},
+        stage1_options=(*options, "--workers", "0", "--set", "lanes=2"),
         stage2_options=(*options, "--set", "grid_samples=0"),
     )  # fmt: skip
 
@@ -65,11 +67,11 @@ def smallest() -> MiniConfig:
 def work(out: Path) -> None:
     """What each of the two ranks does."""
     with start_ranks("cpu") as ranks:
-        recipe(Shop(smallest(), out, ranks), "unet")
+        recipe(Shop(smallest(), out, ranks), "stage2")
         (out / f"rank-{ranks.rank}").touch()
 
 
-def test_the_recipe_on_two_ranks_then_one_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
+def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "tests.test_mini_recipe", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

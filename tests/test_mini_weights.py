@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 
 import sample
+from moma import MoMA
 from moma.bundle import SAMPLING, Bundle
-from moma.mini import SOURCE
+from moma.config import SampleConfig
+from moma.mini import SOURCE, probes
+from moma.mini.scenes import PLACES, SCENES
+from moma.mini.world import CLASSES
+from moma.preprocess import find_mask, open_image
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "weights" / "mini"
@@ -21,18 +26,32 @@ def test_whole_and_small() -> None:
     assert sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file()) <= LIMIT
 
 
-def test_is_used_by_default_and_draws_scenes(
+def test_is_used_by_default_and_draws_what_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Snow is bright and little coloured, a sunset is warm: noise would be neither."""
+    """The shipped judges see a cat in the four scenes."""
     monkeypatch.setattr(sample, "WEIGHTS", sample.WEIGHTS[1:])  # whatever else lies there
-    assert (
-        sample.run(["--ref", str(ROOT / "examples" / "cat.png"), "--steps", "8", "--out", str(tmp_path)]) == 0
-    )
+    given = ["--ref", str(ROOT / "examples" / "cat.png"), "--steps", "15", "--out", str(tmp_path)]
+    assert sample.run(given) == 0
     assert "MoMA-mini" in capsys.readouterr().out
-    top = {
-        scene: np.asarray(Image.open(tmp_path / f"a-cat-{scene}-seed0.png").convert("RGB"))[:16].mean((0, 1))
-        for scene in ("in-the-snow", "at-sunset")
-    }
-    warm = {scene: rgb[0] - rgb[2] for scene, rgb in top.items()}
-    assert warm["at-sunset"] > 0 > warm["in-the-snow"]
+    names = {scene: f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in sample.SCENES}
+    images = [np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in names.values()]
+    seen = probes.judge(probes.load_probes(MINI / "probes.safetensors"), probes.stacked(images)).truth
+    assert [CLASSES[i] for i in seen.label] == ["cat"] * len(names)
+    assert [PLACES[SCENES[i]].phrase for i in seen.scene] == [*names]
+
+
+def test_strength_brings_the_subjects_colours() -> None:
+    """The same noise without and with the subject: the second is nearer to the reference."""
+    pipe, seen = MoMA.load(MINI), open_image(ROOT / "examples" / "cat.png")
+    subject = pipe.encode_subject(seen, find_mask(seen).mask, "cat")
+    config = SampleConfig(steps=15)
+    drawn = [
+        pipe.sample(subject, "a cat on the beach", seeds=[0], strength=beta, config=config)[0]
+        for beta in (0.0, 1.0)
+    ]
+    judges = probes.load_probes(MINI / "probes.safetensors")
+    white = subject.reference.white.resize(drawn[0].size)
+    colours = probes.judge(judges, probes.stacked([white, *drawn])).truth.colours[:, :3]  # (3, 3)
+    plain, shown = (colours[1:] - colours[0]).abs().mean(dim=1).tolist()
+    assert shown < plain

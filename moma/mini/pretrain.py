@@ -45,19 +45,18 @@ from moma.mini.tasks import (
     to_clip,
     to_vae,
 )
-from moma.mini.words import words_of_renders
-from moma.mini.world import CLASSES, SCENES, Spec, draw, render_many, spec
+from moma.mini.words import Words, words_of_renders
+from moma.mini.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
 from moma.output import Cell, contact_sheet, save_png
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.tiny import learn_tokenizers, with_vocabularies
-from moma.training.checkpoint import checkpoints
+from moma.training.checkpoint import check_same, checkpoints
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
 
 T = TypeVar("T")
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,24 @@ class Shop:
         """What rank 0 makes, known to all; the others wait for it."""
         return self.ranks.share(make() if self.ranks.main else None)
 
-    def draw_renders(self) -> None:
-        """`world.render_many`'s arrays of every split, each drawn once."""
-        for split in SPLITS:
-            if not (path := self.work / f"{split}.npz").exists():
-                number = self.cfg.pictures if split == "train" else self.cfg.unseen_pictures
-                found = render_many(range(number), split, self.cfg.world, os.cpu_count() or 1)
-                np.savez(part := path.with_suffix(".part.npz"), **found)
+    def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
+        """Named arrays in a file, made once; on all ranks."""
+        path = self.work / f"{name}.npz"
+
+        def write() -> None:
+            if not path.exists():
+                np.savez(part := path.with_suffix(".part.npz"), **make())
                 os.replace(part, path)
 
-    def renders(self, split: str) -> dict[str, np.ndarray]:
-        """Arrays of one split."""
-        with np.load(self.work / f"{split}.npz") as arrays:
-            return dict(arrays)
+        self.once(write)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """What `keep` wrote; of "train" and "val", `world.render_many`'s."""
+        with np.load(self.work / f"{name}.npz") as found:
+            return dict(found)
 
     def pictures(self, split: str) -> Pictures:
-        found = self.renders(split)
+        found = self.arrays(split)
         images = torch.from_numpy(found["image"]).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
         masks = torch.from_numpy(found["mask"])[:, None]  # (N, 1, S, S)
         return Pictures(images, masks, words_of_renders(found, self.cfg.world))
@@ -144,10 +145,17 @@ class Shop:
         return batch // self.ranks.world
 
     def fit(self, stage: str, task: PretrainingTask, cfg: TrainConfig) -> None:
-        """Train a task in work/<stage>, from its last checkpoint if there is one."""
+        """Train a task in work/<stage>, from its last checkpoint if there is one.
+
+        ValueError for a checkpoint of another training.
+        """
         out, cfg = self.work / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
-        fit(task, cfg, out, self.ranks, {"stage": stage, "train": cfg.identity(self.ranks.world)},
-            next(reversed(self.once(lambda: checkpoints(out))), None))  # fmt: skip
+        identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
+        saved = next(reversed(self.once(lambda: checkpoints(out))), None)
+        if saved:
+            check_same(saved, identity, cfg.steps)
+        task.model.to(self.ranks.device)
+        fit(task, cfg, out, self.ranks, identity, saved)
 
 
 # --- the stages: all ranks run them ------------------------------------------------------------------
@@ -155,8 +163,11 @@ class Shop:
 
 def tokenizers(shop: Shop) -> None:
     """The renders; BPE and sentencepiece vocabularies of their captions."""
-    shop.once(shop.draw_renders)
-    shop.once(lambda: learn_vocabularies(shop))
+    for split, number in (("train", shop.cfg.pictures), ("val", shop.cfg.unseen_pictures)):
+        given = range(number), split, shop.cfg.world, os.cpu_count() or 1
+        shop.keep(split, partial(render_many, *given))
+    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
+    shop.once(lambda: learn_vocabularies(shop, words))
 
 
 def vae(shop: Shop) -> None:
@@ -174,16 +185,19 @@ def clip(shop: Shop) -> None:
 
 def judges(shop: Shop) -> None:
     """The probes, trained on renders alone; only gates and the report ask them."""
-    task = probes.task(shop.renders("train"), shop.cfg.world, shop.cfg.probes)
+    first = {name: values[: shop.cfg.probes.pairs] for name, values in shop.arrays("train").items()}
+    shop.keep("second", lambda: probes.second_pictures(first, shop.cfg.world))
+    task = probes.task(first, shop.arrays("second"), shop.cfg.world, shop.cfg.probes)
     shop.fit("judges", task, shop.cfg.probes.train)
 
 
 def unet(shop: Shop) -> None:
     """The text-to-image UNet."""
     cfg, text, tokenizer = shop.cfg.text_to_image, shop.trained("clip", "text"), shop.clip_tokenizer()
-    shop.once(lambda: encode_latents(shop))
+    pictures = shop.pictures("train")
+    shop.once(lambda: encode_latents(shop, pictures.images))
     found = read_checkpoint(shop.latents)
-    latents, words = (found["mean"].read(), found["std"].read()), shop.pictures("train").words
+    latents, words = (found["mean"].read(), found["std"].read()), pictures.words
     network = shop.new("unet").to(memory_format=torch.channels_last)
     if shop.start is None:
         nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
@@ -238,6 +252,7 @@ def vae_numbers(shop: Shop) -> dict[str, float]:
     error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
     on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
     write_json(shop.work / "scaling.json", {"scaling": 1 / mean.std().item()})
+    shop.latents.unlink(missing_ok=True)  # those of an earlier autoencoder
     return {
         "psnr": decibels(error.mean(dim=(1, 2, 3))).mean().item(),
         "subject_psnr": decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
@@ -262,7 +277,7 @@ def clip_numbers(shop: Shop) -> dict[str, float]:
 
 def judges_numbers(shop: Shop) -> dict[str, float]:
     """How often the judges are right about renders."""
-    return probes.accuracy(shop.judges(), shop.renders("val"), shop.cfg.world)
+    return probes.accuracy(shop.judges(), shop.arrays("val"), shop.cfg.world)
 
 
 def unet_numbers(shop: Shop) -> dict[str, float]:
@@ -302,14 +317,13 @@ NUMBERS: dict[str, Callable[[Shop], dict[str, float]]] = {
 # --- their parts -------------------------------------------------------------------------------------
 
 
-def learn_vocabularies(shop: Shop) -> None:
+def learn_vocabularies(shop: Shop, words: Sequence[Words]) -> None:
     """Those of the captions, or the start's."""
     if shop.start:
         shop.tokenizers.mkdir(exist_ok=True)
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             shutil.copyfile(shop.start.tokenizer(name), shop.tokenizers / name)
         return
-    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
     clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
     talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
     forms = [talk.replace("<image>", "") for talk in talks]
@@ -319,14 +333,15 @@ def learn_vocabularies(shop: Shop) -> None:
 
 
 @torch.no_grad()
-def encode_latents(shop: Shop) -> None:
-    """Mean and deviation of every training picture's posterior, scaled, bf16 (N, Z, h, w) each; once."""
+def encode_latents(shop: Shop, images: Tensor) -> None:
+    """Mean and deviation of every picture's posterior, scaled, bf16 (N, Z, h, w) each; once.
+
+    images: uint8 (N, 3, S, S).
+    """
     if shop.latents.exists():
         return
     network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
-    parts = [
-        network.encode(to_vae(part)) for part in shop.pictures("train").images.split(shop.cfg.encode_batch)
-    ]
+    parts = [network.encode(to_vae(part)) for part in images.split(shop.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     save_tensors(shop.latents, {name: (torch.cat(part) * scaling).bfloat16() for name, part in both})
 
@@ -358,11 +373,9 @@ def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
 
 
 def write_bundle(shop: Shop) -> None:
-    """The frozen networks, without an adapter, in work/base; once."""
-    if (shop.work / "base").exists():
-        return
+    """The frozen networks, without an adapter, in work/base."""
     stages = {"vae": "vae", "text": "clip", "vision": "clip", "unet": "unet", "llava": "captioner"}
-    with BundleWriter(shop.work / "base", shop.cfg.world.size) as writer:
+    with BundleWriter(shop.work / "base", shop.cfg.world.size, overwrite=True) as writer:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             writer.add_tokenizer(name, shop.tokenizers / name)
         networks = shop.networks()
@@ -375,7 +388,7 @@ def write_bundle(shop: Shop) -> None:
 def write_triplets(shop: Shop) -> None:
     """The training pictures as shards; the reference of "pairs" is another render of the same identity."""
     for folder, paired in (("triplets", False), ("pairs", True)):
-        found = shop.renders("train")
+        found = shop.arrays("train")
         with ShardWriter(shop.work / folder) as shards:
             done = shards.done_keys()
             for i in range(shop.cfg.triplets):
@@ -392,9 +405,10 @@ def write_triplets(shop: Shop) -> None:
 
 
 def another(what: Spec, index: int) -> Spec:
-    """The same subject elsewhere, in its own colours."""
-    rng = stream("another", index)
-    scene = SCENES[rng.integers(len(SCENES))]
+    """The same subject elsewhere, in its own colours; never in a combination that is held out."""
+    rng, scene = stream("another", index), what.scene
+    while scene == what.scene or held_out(what.label, scene, None):
+        scene = SCENES[rng.integers(len(SCENES))]
     pose, place = (int(v) for v in rng.integers(1 << 31, size=2))
     return replace(what, scene=scene, material=None, pose_seed=pose, scene_seed=place)
 
@@ -411,9 +425,9 @@ def run_training(stage: str, shop: Shop, bundle: Path, out: Path, options: Seque
 
 
 def put_in(export: Path, bundle: Path, target: Path) -> None:
-    """`python convert_weights.py EXPORT --base-bundle BUNDLE --out TARGET`."""
-    options = [str(export), "--base-bundle", str(bundle), "--out", str(target)]
-    if not target.exists() and convert_weights.main(options):
+    """`python convert_weights.py EXPORT --base-bundle BUNDLE --out TARGET --overwrite`."""
+    options = [str(export), "--base-bundle", str(bundle), "--out", str(target), "--overwrite"]
+    if convert_weights.main(options):
         raise SystemExit(2)
 
 
@@ -440,6 +454,15 @@ def write_json(path: Path, values: Any) -> None:
     os.replace(part, path)
 
 
+def check_shares(shop: Shop) -> None:
+    """ValueError unless every step's samples can be shared among the ranks."""
+    cfg = shop.cfg
+    for part in (cfg.vae, cfg.clip, cfg.probes, cfg.text_to_image, cfg.captioner):
+        shop.share_of(part.train.batch_size)
+    shop.share_of(cfg.stage_batch)
+    probes.groups_in(shop.share_of(cfg.probes.train.batch_size), cfg.probes)
+
+
 # --- the recipe --------------------------------------------------------------------------------------
 
 
@@ -451,6 +474,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--until", choices=tuple(STAGES), default="stage2", help="the last stage to run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    if args.until == "stage2" and any(args.out.glob("*")):
+        raise ValueError(f"--out {args.out}: not empty, expected a new folder")
     args.work.mkdir(parents=True, exist_ok=True)
     start = Bundle.open(args.start) if args.start else None
     with start_ranks(args.device) as ranks:
@@ -460,8 +485,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             shop.once(lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out))
 
 
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main` with an exit status: 2 and one line for a user's mistake."""
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        print(f"pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def recipe(shop: Shop, until: str) -> None:
     """Every stage up to `until` that is not done yet. ValueError where one misses its gate."""
+    check_shares(shop)
     for name, stage in STAGES.items():
         done = shop.work / f"{name}.json"
         if not shop.once(done.exists):
@@ -480,4 +516,4 @@ def recipe(shop: Shop, until: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -59,7 +59,7 @@ class ProbeConfig:
     held_out: int = 256  # pairs of the validation loss
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=650, batch_size=48, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
+            steps=500, batch_size=64, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
             save_every=150, validate_every=150,
         )
     )  # fmt: skip
@@ -188,11 +188,10 @@ class Probes(nn.Module):
 def _share(images: Tensor, colours: Tensor, mask: Tensor) -> Tensor:
     """Where a pixel's colour lies between the two of (N, 6), main 0, second 1; the mask. (N, 2, S, S)."""
     main, second = colours[:, :, None, None].chunk(2, dim=1)  # (N, 3, 1, 1) each
-    step = second - main
-    along = ((images - main) * step).sum(dim=1, keepdim=True) / step.square().sum(
-        dim=1, keepdim=True
-    ).clamp_min(0.01)
-    large = F.interpolate(mask, size=images.shape[-2:], mode="nearest")
+    step = second - main  # (N, 3, 1, 1)
+    length = step.square().sum(dim=1, keepdim=True).clamp_min(0.01)  # (N, 1, 1, 1)
+    along = ((images - main) * step).sum(dim=1, keepdim=True) / length  # (N, 1, S, S)
+    large = F.interpolate(mask, size=images.shape[-2:], mode="nearest")  # (N, 1, S, S)
     return torch.cat([along.clamp(-1, 2) * large, large], dim=1)
 
 
@@ -248,28 +247,29 @@ class ProbeTask(PretrainingTask):
     """Pairs of renders of one identity, a little blurred and noisy."""
 
     def __init__(self, probes: Probes, rows: dict[str, Tensor]) -> None:
-        """rows: images, masks and Truth's fields, (N, 2, ...) each. An item is a group of one class."""
+        """rows: images, masks and Truth's fields, (N, 2, ...) each. An item is a group of like classes."""
         cfg = probes.cfg
-        batch = cfg.train.batch_size
-        self.size = min(cfg.group, batch)
+        self.size = cfg.group
         order = rows["label"][:, 0].argsort(stable=True)  # (N,)
         groups = order[: len(order) // self.size * self.size].view(-1, self.size)
         self.groups = groups[torch.randperm(len(groups), generator=generator_for(cfg.train.seed, 0))]
-        super().__init__(len(groups), cfg.held_out // self.size, batch // self.size, cfg.train.seed)
+        batch = groups_in(cfg.train.batch_size, cfg)
+        super().__init__(len(groups), groups_in(cfg.held_out, cfg), batch, cfg.train.seed)
         self.model, self.cfg, self.rows = ProbeLoss(probes), cfg, rows
 
     def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
-        if batch_size % self.size:
-            raise ValueError(f"{batch_size} pairs for each rank: expected a multiple of {self.size}, a group")
-        return super().deliveries(batch_size // self.size, rank, world, start)
+        """batch_size: pairs; a position counts groups."""
+        return super().deliveries(groups_in(batch_size, self.cfg), rank, world, start)
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        """items, numbers: of groups (B / group,)."""
         pairs = self.groups[items].flatten()  # (B,)
         batch = {name: values[pairs] for name, values in self.rows.items()}
         images = batch["images"] / BYTE  # (B, 2, 3, S, S)
         generators = [generator_for(self.seed, n) for n in numbers.tolist()]
-        draws = torch.cat([torch.rand((self.size, 2, 2, 1, 1, 1), generator=g) for g in generators])
-        grain = torch.cat([torch.randn((self.size, *images.shape[1:]), generator=g) for g in generators])
+        shapes = (self.size, 2, 2, 1, 1, 1), (self.size, *images.shape[1:])
+        draws = torch.cat([torch.rand(shapes[0], generator=g) for g in generators])  # (B, 2, 2, 1, 1, 1)
+        grain = torch.cat([torch.randn(shapes[1], generator=g) for g in generators])  # (B, 2, 3, S, S)
         soft = F.avg_pool2d(images.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(images)
         images = images + self.cfg.blur * draws[:, 0] * (soft - images)
         return batch | {
@@ -282,17 +282,33 @@ class ProbeTask(PretrainingTask):
         save_probes(folder / "probes.safetensors", self.model.probes)
 
 
+def groups_in(pairs: int, cfg: ProbeConfig) -> int:
+    """How many groups so many pairs are. ValueError unless they are whole ones."""
+    if pairs % cfg.group:
+        raise ValueError(f"{pairs} pairs of the judges at once: expected a multiple of {cfg.group}, a group")
+    return pairs // cfg.group
+
+
+def second_pictures(first: Mapping[str, np.ndarray], world: WorldConfig = DEFAULT) -> dict[str, np.ndarray]:
+    """Another picture of each identity of `world.render_many`'s: image (N, 3, S, S), mask (N, 1, S, S)."""
+    second = [elsewhere(what, i) for i, what in enumerate(specs_of(first))]
+    images, masks = draw_all(second, world, os.cpu_count() or 1)
+    return {"image": images.numpy(), "mask": masks.numpy()}
+
+
 def task(
-    found: Mapping[str, np.ndarray], world: WorldConfig = DEFAULT, cfg: ProbeConfig | None = None
+    found: Mapping[str, np.ndarray],
+    seconds: Mapping[str, np.ndarray],
+    world: WorldConfig = DEFAULT,
+    cfg: ProbeConfig | None = None,
 ) -> ProbeTask:
-    """Training on the first of `world.render_many`'s pictures; second ones are drawn here."""
+    """Training on N pictures of `world.render_many`'s and `second_pictures` of them."""
     cfg = cfg or ProbeConfig()
-    some = {name: values[: cfg.pairs] for name, values in found.items()}
-    first = specs_of(some)
+    first = specs_of(found)
     second = [elsewhere(what, i) for i, what in enumerate(first)]
     views = [
-        (stacked(some["image"]), stacked(some["mask"][..., None])),
-        draw_all(second, world, os.cpu_count() or 1),
+        (stacked(found["image"]), stacked(found["mask"][..., None])),
+        (torch.from_numpy(seconds["image"]), torch.from_numpy(seconds["mask"])),
     ]
     known = [truth_of(specs, world)._asdict() for specs in (first, second)]
     both = [{"images": v[0], "masks": v[1]} | facts for v, facts in zip(views, known, strict=True)]

@@ -100,7 +100,10 @@ class VAETask(PretrainingTask):
 
 
 class ClipLoss(nn.Module):
-    """Symmetric contrastive loss (CLIP, Fig. 3) of pictures and their rich captions."""
+    """Symmetric contrastive loss (CLIP, Fig. 3) of pictures and their rich captions.
+
+    Each rank contrasts its own samples: with more ranks a sample meets fewer others.
+    """
 
     def __init__(self, text: CLIPText, vision: CLIPVision, width: int, cfg: ClipConfig) -> None:
         super().__init__()
@@ -164,6 +167,7 @@ class NoiseLoss(nn.Module):
         shape = batch["mean"].shape[1:]
         t = torch.stack([torch.randint(len(self.alphas), (), generator=g) for g in generators])  # (B,)
         noise = torch.stack([torch.randn((2, *shape), generator=g) for g in generators])  # (B, 2, Z, h, w)
+        t, noise = (drawn.to(self.alphas.device) for drawn in (t, noise))
         x0 = batch["mean"].float() + batch["std"].float() * noise[:, 0]
         alpha = self.alphas[t][:, None, None, None]  # (B, 1, 1, 1)
         x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
@@ -221,11 +225,12 @@ class CaptionLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """batch: pixels (B, 3, S, S) normalised, ids list of B texts, answer (B,) lengths -> (B,)."""
         features = self.llava.encode_images(batch["pixels"])  # (B, N, C)
-        embeds, lengths = self.llava.splice(batch["ids"], features)  # (B, T, C), (B,)
+        texts = [ids.to(features.device) for ids in batch["ids"]]
+        embeds, lengths = self.llava.splice(texts, features)  # (B, T, C), (B,)
         logits = self.llava.llama.lm_head(self.llava.llama(embeds)).float()  # (B, T, V)
         losses = []
         for row, ids, count, end in zip(
-            logits, batch["ids"], batch["answer"].tolist(), lengths.tolist(), strict=True
+            logits, texts, batch["answer"].tolist(), lengths.tolist(), strict=True
         ):
             losses.append(F.cross_entropy(row[end - count - 1 : end - 1], ids[-count:]))
         return torch.stack(losses)
