@@ -79,6 +79,7 @@ class TextToImageConfig:
     shown: int = 16  # of them, as a sheet to look at
     attention: str = "explicit"  # with gradients on CPUs faster than SDPA, whose backward is slow there
     snr_limit: float = 5.0  # min-SNR's gamma, its paper's value: the nearly clean steps do not dominate
+    rich: float = 0.45  # share of texts that also name colours and pattern
     label_only: float = 0.08  # share of samples with the label as their text: that of the reference pass
     empty: float = 0.1  # share without text, for classifier-free guidance
     train: TrainConfig = field(

@@ -3,9 +3,8 @@
 Letters: N pictures, B batch, S picture side, Z latent channels, h w latents, T text tokens, C width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,14 +154,13 @@ class ClipTask(PretrainingTask):
 class NoiseLoss(nn.Module):
     """The error of the predicted noise, weighted over t as min-SNR (arXiv 2303.09556)."""
 
-    def __init__(self, unet: UNet, states: Tensor, cfg: TextToImageConfig, seed: int) -> None:
+    def __init__(self, unet: UNet, text: CLIPText, cfg: TextToImageConfig, seed: int) -> None:
         super().__init__()
-        self.unet, self.cfg, self.seed = unet, cfg, seed
-        self.register_buffer("states", states, persistent=False)  # (texts, T, C)
+        self.unet, self.text, self.cfg, self.seed = unet, text.requires_grad_(False), cfg, seed
         self.register_buffer("alphas", alphas_cumprod(ScheduleConfig()), persistent=False)  # (1000,)
 
     def forward(self, batch: Batch) -> Tensor:
-        """batch: mean, std (B, Z, h, w) scaled, text (B,) rows of `states`, number (B,) -> (B,)."""
+        """batch: mean, std (B, Z, h, w) scaled, ids (B, T), number (B,) -> (B,)."""
         generators = [generator_for(self.seed, n) for n in batch["number"].tolist()]
         shape = batch["mean"].shape[1:]
         t = torch.stack([torch.randint(len(self.alphas), (), generator=g) for g in generators])  # (B,)
@@ -171,14 +169,21 @@ class NoiseLoss(nn.Module):
         x0 = batch["mean"].float() + batch["std"].float() * noise[:, 0]
         alpha = self.alphas[t][:, None, None, None]  # (B, 1, 1, 1)
         x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
-        eps, _ = self.unet(x, t, self.states[batch["text"]], PlainAttention(self.cfg.attention))
+        with torch.no_grad():
+            states = self.text(batch["ids"])[0]  # (B, T, C)
+        eps, _ = self.unet(x, t, states, PlainAttention(self.cfg.attention))
         snr = self.alphas[t] / (1 - self.alphas[t])  # (B,)
         weight = (self.cfg.snr_limit / snr).clamp(max=1)  # (B,)
         return weight * (eps.float() - noise[:, 1]).square().mean(dim=(1, 2, 3))
 
 
 class TextToImageTask(PretrainingTask):
-    """Latents with their captions; some with the label alone (the reference pass's text) or with none."""
+    """Latents with texts of several kinds.
+
+    As in captions of public pictures, some name colours and pattern: what has to steer these later, context
+    tokens and K', V', then finds a UNet that can be steered. Some are the label alone (the reference pass's
+    text), some are empty.
+    """
 
     def __init__(
         self,
@@ -192,23 +197,19 @@ class TextToImageTask(PretrainingTask):
     ) -> None:
         super().__init__(len(words), cfg.held_out, cfg.train.batch_size, seed)
         self.mean, self.std = latents  # each (N, Z, h, w), scaled
-        captions = [sd_prompt(w.label, w.caption) for w in words]
-        texts = sorted({*captions, *(w.label for w in words), ""})
-        place = {t: i for i, t in enumerate(texts)}
-        self.caption = torch.tensor([place[c] for c in captions])  # (N,)
-        self.label = torch.tensor([place[w.label] for w in words])  # (N,)
-        self.empty = place[""]
-        with torch.no_grad():
-            states = torch.cat([text(tokenizer.ids(part))[0] for part in _parts(texts)])  # (texts, T, C)
-        self.model, self.cfg = NoiseLoss(unet, states, cfg, seed), cfg
+        kinds = [[sd_prompt(w.label, w.caption), sd_prompt(w.label, w.rich), w.label, ""] for w in words]
+        place = {text: i for i, text in enumerate(sorted({text for row in kinds for text in row}))}
+        self.ids = tokenizer.ids(list(place))  # (texts, T)
+        self.texts = torch.tensor([[place[text] for text in row] for row in kinds])  # (N, 4)
+        rest = 1 - cfg.rich - cfg.label_only - cfg.empty
+        self.until = torch.tensor([rest, cfg.rich, cfg.label_only]).cumsum(0)  # (3,) bounds of kinds
+        self.model, self.cfg = NoiseLoss(unet, text, cfg, seed), cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        draws = torch.stack(
-            [torch.rand((), generator=generator_for(self.seed, -n)) for n in numbers.tolist()]
-        )
-        text = torch.where(draws < self.cfg.label_only, self.label[items], self.caption[items])
-        text = torch.where(draws > 1 - self.cfg.empty, self.empty, text)
-        return {"mean": self.mean[items], "std": self.std[items], "text": text, "number": numbers}
+        draws = [torch.rand((), generator=generator_for(self.seed, -n)) for n in numbers.tolist()]
+        kind = torch.bucketize(torch.stack(draws), self.until, right=True)  # (B,) 0..3
+        ids = self.ids[self.texts[items, kind]]  # (B, T)
+        return {"mean": self.mean[items], "std": self.std[items], "ids": ids, "number": numbers}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"unet": self.model.unet}
@@ -283,9 +284,3 @@ def _picture(pictures: Pictures, item: int, cut_out: bool) -> Tensor:
     """uint8 (3, S, S), whole or the subject alone on white."""
     image = pictures.images[item]
     return torch.where(pictures.masks[item] > 127, image, 255) if cut_out else image
-
-
-def _parts(items: list[Any], size: int = 256) -> Iterator[list[Any]]:
-    """Lists of up to `size` items: bounds the memory of one call."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -23,7 +23,7 @@ class Words:
 
     label: str
     caption: str  # class, scene and material: what training and sampling get
-    rich: str  # with the identity's colours and pattern: only for CLIP and the captioner
+    rich: str  # with the identity's colours and pattern: for CLIP, the captioner and half of the UNet's texts
     subject: str  # the rich caption without the scene
 
 
