@@ -84,7 +84,7 @@ class TextToImageConfig:
     empty: float = 0.1  # share without text, for classifier-free guidance
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=8000, batch_size=32, lr=1e-3, warmup=200, schedule="cosine", weight_decay=0.01, ema=0.995,
+            steps=11000, batch_size=32, lr=1e-3, warmup=200, schedule="cosine", weight_decay=0.01, ema=0.995,
             save_every=500, validate_every=500,
         )
     )  # fmt: skip
