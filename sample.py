@@ -5,7 +5,6 @@ python sample.py --ref examples/cat.png --prompt "a cat on the beach"
 
 import argparse
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from moma import Job, MethodConfig, MoMA, Result, SampleConfig, Subject, method_config
 from moma.bundle import DTYPES, SAMPLING, Bundle
-from moma.config import PRESETS
+from moma.config import PRESETS, parse_field
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
@@ -208,17 +207,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}, expected pixels such as 512 or 768x512")
     return int(match[1]), int(match[2] or match[1])
-
-
-def parse_field(text: str) -> tuple[str, Any]:
-    """'name=value' -> the value as JSON if it is that, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected FIELD=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:

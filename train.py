@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from moma.bundle import DTYPES, Bundle
-from moma.config import PRESETS, MethodConfig, method_config
+from moma.config import PRESETS, MethodConfig, method_config, parse_field
 from moma.data.triplets import open_source
 from moma.training import stage1, stage2
 from moma.training.checkpoint import Saved, best, check_same, checkpoints, load_weights
@@ -119,17 +119,6 @@ def add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     add("--dtype", choices=("bf16", "fp32"), help="of computing; trained weights are fp32 (default: bf16)")
     add("--compile", action="store_true", default=None, help="torch.compile")
     add("--gradient-checkpointing", action="store_true", default=None, help="slower, in less memory")
-
-
-def parse_field(text: str) -> tuple[str, Any]:
-    """'name=value' -> the value as JSON if it is that, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected FIELD=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:

@@ -291,6 +291,12 @@ class ShardConfig:
     max_bytes: int = 5_000_000_000
 
 
+def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`write_safetensors` for tensors that are in memory, on any device."""
+    lazy = {name: in_memory(tensor.detach().cpu().contiguous(), folder) for name, tensor in tensors.items()}
+    return write_safetensors(folder, stem, lazy)
+
+
 def write_safetensors(
     folder: Path,
     stem: str,

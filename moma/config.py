@@ -5,6 +5,8 @@
 mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` follows the text.
 """
 
+import argparse
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from types import UnionType
@@ -162,6 +164,17 @@ def method_config(preset: str = "default", **overrides: Any) -> MethodConfig:
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"method field {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
     return replace(PRESETS[preset], **overrides)
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """An option's 'name=value' -> the value as JSON if it is that, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ A picture's settings are a `Record`, kept as JSON in an iTXt chunk of its PNG fi
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -78,6 +79,23 @@ class Record:
             return record
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"settings of another version or damaged ({error})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it appears or changes as a whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def exit_status(command: str, main: Callable[[], object]) -> int:
+    """Run a command: 0, or 2 and one line for a user's mistake."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def save_png(path: str | Path, image: Image.Image, record: Record | None = None) -> None:

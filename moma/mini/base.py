@@ -1,5 +1,6 @@
 """What the pretraining tasks share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,13 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.loading import in_memory, write_safetensors
+from models.loading import save_tensors
 from moma.bundle import TOWER
 from moma.training.order import numbered
 from moma.training.task import Batch, Delivery, Position
 
 
-class PretrainingTask:
+class PretrainingTask(ABC):
     """What the four tasks share: endless shuffled batches over N items, the last few kept for validation."""
 
     model: nn.Module
@@ -22,9 +23,9 @@ class PretrainingTask:
     def __init__(self, items: int, held_out: int, batch: int, seed: int) -> None:
         self.items, self.held_out, self.batch, self.seed = items - held_out, held_out, batch, seed
 
+    @abstractmethod
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         """The batch of these items; numbers (B,) seed the draws."""
-        raise NotImplementedError
 
     def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
         order = numbered(self.items, batch_size, rank, world, start, self.seed)
@@ -38,16 +39,13 @@ class PretrainingTask:
     def sample_grid(self) -> Image.Image | None:
         return None
 
+    @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """What the task has trained, by name."""
-        raise NotImplementedError
 
     def export(self, folder: Path) -> None:
         """One file per network; of LLaVA without its frozen tower, as in a bundle."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, network in self.networks().items():
             state = network.state_dict()
-            kept = {
-                key: in_memory(value, folder) for key, value in state.items() if not key.startswith(TOWER)
-            }
-            write_safetensors(folder, name, kept)
+            save_tensors(folder, name, {k: v for k, v in state.items() if not k.startswith(TOWER)})

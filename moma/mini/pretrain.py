@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import convert_weights
 import train
-from models.loading import in_memory, load_into, read_checkpoint, write_safetensors
+from models.loading import load_into, read_checkpoint, save_tensors
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, build_network
 from moma.data.shards import ShardWriter
@@ -47,7 +47,7 @@ from moma.mini.tasks import (
 )
 from moma.mini.words import Words, words_of_renders
 from moma.mini.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
-from moma.output import Cell, contact_sheet, save_png
+from moma.output import Cell, contact_sheet, exit_status, save_png, write_text
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.tiny import learn_tokenizers, with_vocabularies
@@ -327,8 +327,7 @@ def learn_vocabularies(shop: Shop, words: Sequence[Words]) -> None:
     clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
     talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
     forms = [talk.replace("<image>", "") for talk in talks]
-    given = [{"label": w.label, "caption": w.caption, "rich": w.rich, "subject": w.subject} for w in words]
-    llama = sorted({form.format(**fields) for form in forms for fields in given})
+    llama = sorted({form.format(**vars(w)) for form in forms for w in words})
     learn_tokenizers(shop.tokenizers, clip, shop.cfg.clip_merges, llama, shop.cfg.llama_pieces)
 
 
@@ -343,7 +342,8 @@ def encode_latents(shop: Shop, images: Tensor) -> None:
     network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
     parts = [network.encode(to_vae(part)) for part in images.split(shop.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
-    save_tensors(shop.latents, {name: (torch.cat(part) * scaling).bfloat16() for name, part in both})
+    found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
+    save_tensors(shop.work, shop.latents.stem, found)
 
 
 @torch.no_grad()
@@ -442,16 +442,8 @@ def png(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, whole or not there."""
-    lazy = {name: in_memory(tensor.contiguous(), path) for name, tensor in tensors.items()}
-    write_safetensors(path.parent, path.stem, lazy)
-
-
 def write_json(path: Path, values: Any) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def check_shares(shop: Shop) -> None:
@@ -486,13 +478,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main` with an exit status: 2 and one line for a user's mistake."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as error:
-        print(f"pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """`main` with an exit status."""
+    return exit_status("pretrain", lambda: main(argv))
 
 
 def recipe(shop: Shop, until: str) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.loading import in_memory, load_into, write_safetensors
+from models.loading import load_into, save_tensors
 from moma.mini.base import PretrainingTask
 from moma.mini.drawing import stream
 from moma.mini.measures import iou, retrieved
@@ -277,7 +277,11 @@ class ProbeTask(PretrainingTask):
             "masks": batch["masks"] / BYTE,
         }
 
+    def networks(self) -> dict[str, nn.Module]:
+        return {"probes": self.model.probes}
+
     def export(self, folder: Path) -> None:
+        """As float16, unlike the networks that are trained on."""
         folder.mkdir(parents=True, exist_ok=True)
         save_probes(folder / "probes.safetensors", self.model.probes)
 
@@ -321,8 +325,7 @@ def task(
 def save_probes(path: str | Path, probes: Probes) -> None:
     """Write the weights as float16, one safetensors file of 1 MB; the settings are not in it."""
     path = Path(path)
-    state = {name: value.detach().half().contiguous() for name, value in probes.state_dict().items()}
-    write_safetensors(path.parent, path.stem, {name: in_memory(value, path) for name, value in state.items()})
+    save_tensors(path.parent, path.stem, {name: value.half() for name, value in probes.state_dict().items()})
 
 
 def load_probes(path: str | Path, cfg: ProbeConfig | None = None) -> Probes:

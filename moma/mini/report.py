@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip_image import clip_image
-from models.loading import in_memory, read_checkpoint, write_safetensors
+from models.loading import read_checkpoint, save_tensors
 from moma.adapter import Conditioning, MoMAHook
 from moma.bundle import Bundle
 from moma.config import DEFAULT, SampleConfig
@@ -35,7 +35,7 @@ from moma.mini.drawing import stream
 from moma.mini.measures import Estimate, estimate, iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
-from moma.output import Cell, SheetConfig, contact_sheet, mask_picture, save_png
+from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png
 from moma.pipeline import Job, MoMA, Subject, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
@@ -260,7 +260,7 @@ class Studio:
             return
         folder, way = shot.setting
         drawn = way(self.load(folder), shot.pairs, self.cfg)._asdict()
-        write_safetensors(self.work, shot.file.stem, {k: in_memory(v, shot.file) for k, v in drawn.items()})
+        save_tensors(self.work, shot.file.stem, drawn)
         print(f"{folder}, {shot.name}: {len(shot.pairs)} pictures", file=sys.stderr)
 
     def read(self, shots: Sequence[Shot]) -> Drawn:
@@ -550,13 +550,8 @@ def report(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main` with an exit status: 2 and one line for a user's mistake."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as error:
-        print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """`main` with an exit status."""
+    return exit_status("report", lambda: main(argv))
 
 
 if __name__ == "__main__":

@@ -253,14 +253,8 @@ class CaptionTask(PretrainingTask):
             words = self.pictures.words[item]
             pixels.append(_picture(self.pictures, item, cut_out=kind > 0))
             question, answer = self.cfg.dialogues[kind]
-            given = {
-                "label": words.label,
-                "caption": words.caption,
-                "rich": words.rich,
-                "subject": words.subject,
-            }
-            head = self.tokenizer.encode_with_image(question.format(**given))
-            tail = [*self.tokenizer.encode(answer.format(**given), bos=False), self.cfg.eos]
+            head = self.tokenizer.encode_with_image(question.format(**vars(words)))
+            tail = [*self.tokenizer.encode(answer.format(**vars(words)), bos=False), self.cfg.eos]
             rows.append(torch.tensor(head + tail))
             counts.append(len(tail))
         answer = torch.tensor(counts)

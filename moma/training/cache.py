@@ -11,7 +11,6 @@ E embedding.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.clip import CLIPVision
-from models.loading import in_memory, read_checkpoint, write_safetensors
+from models.loading import read_checkpoint, save_tensors
 from moma.bundle import Bundle
 from moma.config import MethodConfig
 from moma.data.triplets import Source, load
 from moma.decoder import decode_embedding
+from moma.output import write_text
 from moma.prompts import instruction, sd_prompt
 from moma.training.common import Prepare, Sample, to_pixels
 
@@ -203,7 +203,7 @@ def build_cache(
     for i, part in enumerate(chunks(texts, cfg.part)):
         if i % world == rank and not (folder / f"texts-{i:05}.safetensors").is_file():
             states = torch.cat([networks.states(some) for some in chunks(part, cfg.batch)])  # (n, T, C)
-            _write(folder, f"texts-{i:05}", {"states": states})
+            save_tensors(folder, f"texts-{i:05}", {"states": states})
     wait()
     counts = {name: len(content["samples"]) for name, content in names.items()}
     skipped = dict(pair for content in names.values() for pair in content["skipped"])
@@ -263,18 +263,11 @@ def _write_part(folder: Path, stem: str, networks: Encoder, found: Sequence[Any]
     text = json.dumps(names, ensure_ascii=False).encode()
     tensors = {name: torch.cat(parts) for name, parts in rows.items() if parts}
     tensors |= {"target": torch.tensor(target), "reference": torch.tensor(reference)} if samples else {}
-    _write(folder, stem, tensors | {"names": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
-
-
-def _write(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
-    lazy = {name: in_memory(tensor.cpu().contiguous(), folder) for name, tensor in tensors.items()}
-    write_safetensors(folder, stem, lazy)
+    save_tensors(folder, stem, tensors | {"names": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def _names(path: Path) -> dict[str, Any]:

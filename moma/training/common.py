@@ -4,7 +4,6 @@ Letters: S side of the square pictures, s side of the image tower's, E embedding
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from models.clip_image import clip_image
-from models.loading import in_memory, write_safetensors
+from models.loading import save_tensors
 from moma.adapter import Adapter, AdapterConfig
 from moma.bundle import Bundle
 from moma.config import DEFAULT, MethodConfig
 from moma.data.triplets import Triplet
+from moma.output import write_text
 from moma.preprocess import Reference, make_reference
 from moma.sources import EXPORT, EXPORT_FORMAT
 
@@ -134,11 +134,9 @@ def export_networks(
     changed.pop("attention", None)  # how it was computed, not what
     entries = {}
     for name, (config, tensors) in networks.items():
-        lazy = {key: in_memory(tensor.detach().cpu().contiguous(), folder) for key, tensor in tensors.items()}
         entries[name] = {
             "config": asdict(config),
-            "files": list(write_safetensors(folder, name, lazy)),
+            "files": list(save_tensors(folder, name, tensors)),
         }
-    part = folder / f".{EXPORT}.part"
-    part.write_text(json.dumps({"format": EXPORT_FORMAT, "method": changed, "networks": entries}, indent=1))
-    os.replace(part, folder / EXPORT)
+    found = {"format": EXPORT_FORMAT, "method": changed, "networks": entries}
+    write_text(folder / EXPORT, json.dumps(found, indent=1))

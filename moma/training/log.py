@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from moma.output import write_text
 
 Points = list[tuple[float, float]]
 Colour = tuple[int, int, int]
@@ -23,9 +24,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def cut_log(path: Path, step: int) -> None:
     """Forget what is younger than `step`, as the run goes on from there."""
     lines = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(lines), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(lines))
 
 
 def write_log(path: Path, line: Mapping[str, Any]) -> None:
