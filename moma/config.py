@@ -68,8 +68,11 @@ class MethodConfig:
     m_gen_norm: Literal["image", "batch", "none"] = "image"
     # Smallest range a map is divided by; 0 (release) gives NaN for a constant map.
     m_gen_eps: float = 1e-8
-    # Values of M_gen up to this become 0, the rest stays soft; the release's constant.
+    # Values of M_gen up to this become 0; the release's constant.
     m_gen_threshold: float = 0.2
+    # What the values above the threshold become: "soft" = themselves (release), "one" = 1, as M_gen has been
+    # in training, where it is M_ref.
+    m_gen_inside: Literal["soft", "one"] = "soft"
     # Attention layers (execution order) whose maps are averaged; None = all.
     m_gen_layers: tuple[int, ...] | None = None
 

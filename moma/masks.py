@@ -53,7 +53,8 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig) -> Tensor:
     elif method.m_gen_norm == "batch":
         rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
     conditional = rows[1]  # (B, 1, h, w)
-    return conditional.masked_fill(conditional <= method.m_gen_threshold, 0.0)
+    inside = conditional if method.m_gen_inside == "soft" else torch.ones_like(conditional)  # (B, 1, h, w)
+    return inside.masked_fill(conditional <= method.m_gen_threshold, 0.0)
 
 
 def min_max(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -73,6 +73,14 @@ def test_threshold_keeps_soft_values() -> None:
     assert ((m_gen > 0) & (m_gen < 1)).any() and m_gen.max() <= 1
 
 
+def test_m_gen_of_ones() -> None:
+    """`m_gen_inside` "one" keeps the outline and fills it."""
+    soft, ones = (
+        next_m_gen(maps(1.0), (16, 16), replace(DEFAULT, m_gen_inside=inside)) for inside in ("soft", "one")
+    )
+    assert torch.equal(ones, (soft > 0).float()) and not torch.equal(ones, soft)
+
+
 def test_paper_averages_the_maps() -> None:
     layers = maps(1.0)
     mean = sum(F.interpolate(min_max(m, (1, 2, 3), 0), size=(16, 16)) for m in layers)[1:] / 3

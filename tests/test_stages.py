@@ -15,6 +15,7 @@ from moma import DEFAULT, MoMA, SampleConfig
 from moma.bundle import Bundle
 from moma.config import MethodConfig, method_config
 from moma.data.triplets import load, open_source
+from moma.diffusion import ScheduleConfig, alphas_cumprod
 from moma.pipeline import Job
 from moma.training import stage1, stage2
 from moma.training.cache import clip_embedding
@@ -367,7 +368,10 @@ def test_dropped_context(two: Callable[..., Stage2Task]) -> None:
 
 @torch.no_grad()
 def test_fields_of_the_loss(two: Callable[..., Stage2Task]) -> None:
-    """subject_below_t switches Eq. 3's term off above; subject_weight moves the loss towards the subject."""
+    """subject_below_t switches Eq. 3's term off above; subject_weight moves the loss towards the subject.
+
+    snr_gamma takes weight from timesteps with little noise.
+    """
     plain, limited = two(MOVED), two(MOVED, subject_below_t=500)
     batch = first(plain)
     early = batch["t"] < 500
@@ -382,6 +386,10 @@ def test_fields_of_the_loss(two: Callable[..., Stage2Task]) -> None:
     heavy = two(MOVED, subject_weight=5.0)
     same(heavy.model(full), plain.model(full))  # the same weight everywhere
     assert not torch.isclose(heavy.model(batch), plain.model(batch)).all()
+    alphas = alphas_cumprod(ScheduleConfig())[batch["t"]]  # (B,)
+    snr, gamma = alphas / (1 - alphas), 0.1
+    assert (snr > gamma).any() and (snr < gamma).any()
+    same(two(MOVED, snr_gamma=gamma).model(batch), plain.model(batch) * (gamma / snr).clamp(max=1))
 
 
 # --- what comes out -----------------------------------------------------------------------------------
@@ -506,6 +514,7 @@ def test_grid(two: Callable[..., Stage2Task]) -> None:
         ({"drop_context": 1.0}, "drop_context"),
         ({"parts": "all"}, "parts"),
         ({"subject_weight": 0.0}, "subject_weight"),
+        ({"snr_gamma": 0.0}, "snr_gamma"),
         ({"validation_samples": 10}, "keeps back"),
     ],
 )

@@ -212,7 +212,7 @@ def plan(
         name: partial(full, change=partial(Blended, keep=k))
         for name, k in zip(MASKS, (cfg.half, 0.0), strict=False)
     }
-    released = {name: getattr(DEFAULT, name) for name in ("m_gen_layers", "m_gen_threshold")}
+    released = {name: getattr(DEFAULT, name) for name in ("m_gen_layers", "m_gen_threshold", "m_gen_inside")}
     if released.keys() & Bundle.open(bundle).method.keys():
         ways[MASKS[-1]] = partial(full, **released)
     scenes = {name: (bundle, way) for name, way in (ways | {DECODED: autoencoded}).items()}

@@ -69,6 +69,10 @@ class Stage2Config:
     # Weight of the error inside the subject's mask against 1 outside, before each sample's weights are scaled
     # to a mean of 1; 1 = Eq. 1.
     subject_weight: float = 1.0
+    # A sample's loss is weighted by min(SNR, this) / SNR of its timestep (Hang et al. 2023, who take 5), so
+    # that the fine detail of nearly clean pictures, where errors are largest, does not outweigh colours and
+    # shapes, which are decided in the noise; None = Eq. 1.
+    snr_gamma: float | None = None
     cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is not there
     cache_batch: int = 16  # samples per call of a network while building it
     cache_workers: int = 4  # threads that decode pictures while building it
@@ -92,6 +96,8 @@ class Stage2Config:
             raise ValueError(f"drop_context {self.drop_context}: expected 0 or more, below 1")
         if not 0 < self.subject_weight < float("inf"):
             raise ValueError(f"subject_weight {self.subject_weight}: expected a number above 0")
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < float("inf"):
+            raise ValueError(f"snr_gamma {self.snr_gamma}: expected a number above 0, or none for Eq. 1")
 
 
 class Stage2(nn.Module):
@@ -138,7 +144,14 @@ class Stage2(nn.Module):
         error = (eps.float() - noise).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         inside = F.adaptive_avg_pool2d(m_gen, error.shape[-2:])  # (B, 1, h, w) in [0, 1]
         weight = 1 + (self.cfg.subject_weight - 1) * inside
-        return (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
+        loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
+        return loss * self.timestep_weight(t)  # (B,)
+
+    def timestep_weight(self, t: Tensor) -> Tensor:
+        """What a sample's loss counts at timesteps t (B,): min(SNR, gamma) / SNR, or 1; float32 (B,)."""
+        snr = self.alphas[t] / (1 - self.alphas[t])  # (B,)
+        gamma = self.cfg.snr_gamma
+        return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr  # (B,)
 
     def reference(self, batch: Batch) -> list[ReferenceLayer]:
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
