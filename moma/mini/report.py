@@ -43,9 +43,10 @@ from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
 
 MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
-# Names of settings. The last of MASKS makes M_gen as the release does, where the bundle does otherwise.
+# Names of settings. The last of MASKS samples as the release does, where the bundle does otherwise.
 TEXT, BASELINE, MAIN, NONE = "text only", "IP-Adapter", "MoMA, β = 1", "MoMA, β = 0"
-MASKS = ("half", "off", "full, released M_gen")
+MASKS = ("half", "off", "full, release's settings")
+RELEASED = ("m_gen_layers", "m_gen_threshold", "m_gen_inside", "subject_below_t")
 REAL, OTHER, DECODED = "real renders", "another subject", "real renders, autoencoded"
 
 
@@ -212,7 +213,7 @@ def plan(
         name: partial(full, change=partial(Blended, keep=k))
         for name, k in zip(MASKS, (cfg.half, 0.0), strict=False)
     }
-    released = {name: getattr(DEFAULT, name) for name in ("m_gen_layers", "m_gen_threshold", "m_gen_inside")}
+    released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & Bundle.open(bundle).method.keys():
         ways[MASKS[-1]] = partial(full, **released)
     scenes = {name: (bundle, way) for name, way in (ways | {DECODED: autoencoded}).items()}

@@ -69,9 +69,9 @@ class Stage2Config:
     # Weight of the error inside the subject's mask against 1 outside, before each sample's weights are scaled
     # to a mean of 1; 1 = Eq. 1.
     subject_weight: float = 1.0
-    # A sample's loss is weighted by min(SNR, this) / SNR of its timestep (Hang et al. 2023, who take 5), so
-    # that the fine detail of nearly clean pictures, where errors are largest, does not outweigh colours and
-    # shapes, which are decided in the noise; None = Eq. 1.
+    # A sample's loss is weighted by min(SNR, this) / SNR of its timestep (Hang et al. 2023, who take 5),
+    # scaled to a mean of 1, so that the fine detail of nearly clean pictures, where errors are largest, does
+    # not outweigh colours and shapes, which are decided in the noise; None = Eq. 1.
     snr_gamma: float | None = None
     cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is not there
     cache_batch: int = 16  # samples per call of a network while building it
@@ -118,6 +118,7 @@ class Stage2(nn.Module):
         self.scaling, self.image_size, self.method, self.cfg = scaling, image_size, method, cfg
         self.schedule = ScheduleConfig()
         self.register_buffer("alphas", alphas_cumprod(self.schedule), persistent=False)
+        self.register_buffer("weights", timestep_weights(self.alphas, cfg.snr_gamma), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 1: the mean of (eps(x_t, t, text, context, subject) - noise)², float32 (B,).
@@ -145,13 +146,7 @@ class Stage2(nn.Module):
         inside = F.adaptive_avg_pool2d(m_gen, error.shape[-2:])  # (B, 1, h, w) in [0, 1]
         weight = 1 + (self.cfg.subject_weight - 1) * inside
         loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
-        return loss * self.timestep_weight(t)  # (B,)
-
-    def timestep_weight(self, t: Tensor) -> Tensor:
-        """What a sample's loss counts at timesteps t (B,): min(SNR, gamma) / SNR, or 1; float32 (B,)."""
-        snr = self.alphas[t] / (1 - self.alphas[t])  # (B,)
-        gamma = self.cfg.snr_gamma
-        return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr  # (B,)
+        return loss * self.weights[t]  # (B,)
 
     def reference(self, batch: Batch) -> list[ReferenceLayer]:
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
@@ -160,6 +155,13 @@ class Stage2(nn.Module):
         latent = reference_latent(batch["ref_mean"], batch["ref_std"], noises, self.scaling, self.schedule)
         label, m_ref = batch["label"], unpack(batch["m_ref"], self.image_size)  # (B, T, ·), (B, 1, S, S)
         return reference_features(self.unet, self.adapter, latent.to(label.dtype), label, m_ref, self.method)
+
+
+def timestep_weights(alphas: Tensor, gamma: float | None) -> Tensor:
+    """What a sample's loss counts at each timestep, with a mean of 1: alphas (T,) -> float32 (T,)."""
+    snr = alphas / (1 - alphas)  # (T,)
+    weights = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr  # (T,)
+    return weights / weights.mean()
 
 
 def draw(numbers: Tensor, seed: int, shape: torch.Size, drop_context: float, train_steps: int) -> Batch:
