@@ -6,7 +6,7 @@ T text tokens, D channels per head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
 from models.unet import AttentionLayer, TransformerBlock, UNet, UNetConfig, attention_layers
-from moma.attention import ReferenceLayer, context_cross_attention, drop_background, subject_self_attention
+from moma.attention import (
+    ReferenceLayer,
+    context_cross_attention,
+    drop_background,
+    queries_inside,
+    subject_self_attention,
+)
 from moma.config import MethodConfig
 from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer, next_m_gen
 
@@ -183,32 +189,41 @@ class Conditioning:
 class MoMAHook:
     """Eq. 3 in every self-attention, decoupled cross-attention with the label's map recorded.
 
-    m_gen (R, 1, h, w) or None; subject_on: whether the subject term of Eq. 3 acts at this timestep.
+    m_gen (R, 1, h, w) or None; subject_on: whether the subject term of Eq. 3 acts at this timestep; gates:
+    M_gen of the grids met so far in this call, and the queries inside it.
     """
 
     cond: Conditioning
     subject_on: bool
     m_gen: Tensor | None
+    gates: dict[Grid, tuple[Tensor | float, Tensor | None]] = field(default_factory=dict)
 
     def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
         cond, impl = self.cond, self.cond.method.attention
         if not self.subject_on:
             return attention(q, k, v, impl=impl), None
-        m_gen = self._m_gen(grid)
+        m_gen, inside = self._gate(grid)
         lam, beta = cond.lam[layer], cond.beta
-        return subject_self_attention(q, k, v, cond.reference[layer], m_gen, lam, beta, impl), None
+        return subject_self_attention(q, k, v, cond.reference[layer], m_gen, lam, beta, impl, inside), None
 
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         cond = self.cond
-        m_gen = self._m_gen(grid) if cond.method.context_masked else 1.0
+        m_gen = self._gate(grid)[0] if cond.method.context_masked else 1.0
         k_context, v_context = cond.context[layer]
         z, label_map = context_cross_attention(
             q, k, v, k_context, v_context, m_gen, cond.label, cond.method.attention
         )
         return z, label_map.unflatten(-1, (1, *grid))  # (R, H, N, D), (R, 1, h, w)
 
-    def _m_gen(self, grid: Grid) -> Tensor | float:
-        return 1.0 if self.m_gen is None else m_gen_of_layer(self.m_gen, grid)  # (R, 1, N, 1)
+    def _gate(self, grid: Grid) -> tuple[Tensor | float, Tensor | None]:
+        """M_gen on a grid (R, 1, N, 1), or 1.0, and the queries (R, Q) inside it, None = all."""
+        if self.m_gen is None:
+            return 1.0, None
+        if grid not in self.gates:
+            m_gen = m_gen_of_layer(self.m_gen, grid)  # (R, 1, N, 1)
+            fused = self.cond.method.attention == "fused" and self.subject_on
+            self.gates[grid] = m_gen, queries_inside(m_gen) if fused else None
+        return self.gates[grid]
 
 
 def condition(

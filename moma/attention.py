@@ -1,11 +1,11 @@
 """MoMA's two attention blocks: masked subject self-attention (Eq. 3) and decoupled cross-attention.
 
 Each is written twice: `explicit`, the formula with materialised probabilities, and `fused`, which calls
-torch's scaled_dot_product_attention, never sees background keys and gets the label's attention map from the
-same call. They agree (tests/test_moma_attention.py).
+torch's scaled_dot_product_attention, never sees background keys, asks only where M_gen is not zero, and gets
+the label's attention map from the same call. They agree (tests/test_moma_attention.py).
 
-Letters: R rows of a UNet call, H heads, N queries, M reference keys, T text tokens, C context tokens,
-D channels per head.
+Letters: R rows of a UNet call, H heads, N queries, Q queries where M_gen is not 0, M reference keys, T text
+tokens, C context tokens, D channels per head.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ from models.attention import attention, attention_probs
 
 # Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
 HEAD_ALIGNMENT = 8
+# Queries inside M_gen are taken in multiples of this, so that few shapes occur, and not at all if they are
+# nearly all: moving them costs more than it saves.
+QUERY_BUCKET = 64
+QUERY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,51 @@ def subject_self_attention(
     lam: Tensor,
     beta: Tensor | float,
     impl: str,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Eq. 3: Z = Attn(Q, K, V) + λ · Attn(Q, K', V', M_ref) · M_gen · β.
 
     q, k, v (R, H, N, D); m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one; lam (1,), learned per
-    layer; beta (R, 1, 1, 1) or a number, the strength. Returns (R, H, N, D). Official: IPAttnProcessor_Self.
+    layer; beta (R, 1, 1, 1) or a number, the strength; inside: int64 (R, Q) of `queries_inside`, None = the
+    formula is evaluated everywhere. Returns (R, H, N, D). Official: IPAttnProcessor_Self.
     """
     z = attention(q, k, v, impl=impl)  # (R, H, N, D)
-    z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, N, D)
-    return z + lam * z_ref * m_gen * beta
+    if inside is None:
+        z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, N, D)
+        return z + lam * z_ref * m_gen * beta
+    if not inside.numel():
+        return z
+    place = inside + torch.arange(len(q), device=q.device)[:, None] * q.shape[2]  # (R, Q) among all rows'
+    q, m_gen = _take(q, place), _take(m_gen, place)  # (R, H, Q, D), (R, 1, Q, 1)
+    z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, Q, D)
+    return _add(z, place, lam * z_ref * m_gen * beta)
+
+
+def queries_inside(m_gen: Tensor) -> Tensor | None:
+    """Where M_gen (R, 1, N, 1) is not zero: int64 (R, Q), or None if that is nearly everywhere.
+
+    Q is the largest row's count, rounded up to a bucket; rows with fewer are filled up with other queries,
+    whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for the device: Q is a shape.
+    """
+    nonzero = (m_gen != 0).flatten(1)  # (R, N)
+    count = int(nonzero.sum(dim=1).max())
+    count = -(-count // QUERY_BUCKET) * QUERY_BUCKET
+    if count > QUERY_SHARE * nonzero.shape[1]:
+        return None
+    return nonzero.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (R, Q)
+
+
+def _take(x: Tensor, place: Tensor) -> Tensor:
+    """Queries at `place` (R, Q) of x (R, H, N, D): (R, H, Q, D). A query's heads lie together in memory."""
+    rows = x.transpose(1, 2).flatten(0, 1)  # (R*N, H, D)
+    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2)  # (R, H, Q, D)
+
+
+def _add(x: Tensor, place: Tensor, part: Tensor) -> Tensor:
+    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q)."""
+    rows, part = x.transpose(1, 2).flatten(0, 1), part.transpose(1, 2).flatten(0, 1)  # (R*N | R*Q, H, D)
+    full = rows.index_add(0, place.flatten(), part.to(x.dtype))  # (R*N, H, D)
+    return full.unflatten(0, (len(x), -1)).transpose(1, 2)  # (R, H, N, D)
 
 
 def drop_background(reference: ReferenceLayer) -> ReferenceLayer:

@@ -10,6 +10,7 @@ from moma.attention import (
     ReferenceLayer,
     context_cross_attention,
     drop_background,
+    queries_inside,
     subject_self_attention,
 )
 
@@ -61,6 +62,48 @@ def test_fused_equals_explicit(counts: list[int]) -> None:
         alone = replace(ref, k=ref.k[row : row + 1], v=ref.v[row : row + 1], keep=ref.keep[row : row + 1])
         single = self_attention(drop_background(alone), "fused", slice(row, row + 1))
         torch.testing.assert_close(single, explicit[row : row + 1], rtol=0, atol=1e-6)
+
+
+def gate(share: list[float], n: int = 4 * N) -> Tensor:
+    """M_gen (R, 1, n, 1), soft, not zero at these shares of the queries, at scattered places."""
+    soft = 0.5 + torch.rand(R, n, generator=torch.Generator().manual_seed(7)) / 2
+    ranks = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(R)])
+    return (soft * (ranks < torch.tensor(share)[:, None] * n))[:, None, :, None]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize(
+    "share", [[0.3] * R, [0.1, 0.8, 0.0, 0.5], [0.0] * R, [1.0] * R], ids=["equal", "mixed", "none", "all"]
+)
+def test_queries_inside_suffice(
+    counts: list[int], share: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the queries where M_gen is not zero are asked: same values, same gradients, whatever the batch."""
+    monkeypatch.setattr("moma.attention.QUERY_BUCKET", 8)
+    m_gen, ref = gate(share), reference(counts)
+    inside = queries_inside(m_gen)
+    if max(share) == 1:
+        assert inside is None
+    else:
+        assert inside.shape == (R, -(-int(max(share) * 4 * N) // 8) * 8)
+    found = []
+    for impl in ("explicit", "fused"):
+        q, k, v = (rand(R, H, 4 * N, D, seed=s).requires_grad_() for s in (3, 4, 5))
+        own = replace(ref, k=ref.k.clone().requires_grad_(), v=ref.v.clone().requires_grad_())
+        used, asked = (own, None) if impl == "explicit" else (drop_background(own), inside)
+        lam = torch.tensor([0.7], requires_grad=True)
+        z = subject_self_attention(q, k, v, used, m_gen, lam, 0.8, impl, asked)
+        leaves = (q, k, v, lam, own.k, own.v)
+        found.append([z, *torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True)])
+    for explicit, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_stays() -> None:
+    """M_gen that is NaN (a constant map under the release's m_gen_eps) is not taken for zero."""
+    m_gen = torch.zeros(R, 1, 4 * N, 1)
+    m_gen[1, 0, 3] = torch.nan
+    assert (queries_inside(m_gen)[1] == 3).any()
 
 
 def test_equation_3_by_hand() -> None:

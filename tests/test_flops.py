@@ -1,0 +1,82 @@
+"""What a MoMA step computes beyond a plain one, in operations: a path that stops being fast fails here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from models.attention import attention
+from models.unet import UNet, UNetConfig, attention_layers
+from moma.adapter import Adapter, AdapterConfig, condition, reference_features
+from moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
+from moma.config import MethodConfig
+
+SIDE, TEXT, TOKENS, ROWS = 32, 12, 4, 2
+CONFIG = UNetConfig(
+    channels=(32, 64), depth=(1, 1), heads=(2, 4), context_dim=(16, 16), resnets=1, norm_groups=8
+)
+
+
+def operations(run: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products, convolutions and attention."""
+
+    def sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **options: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={cpu: sdpa}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def square(share: float) -> Tensor:
+    """A mask (1, 1, SIDE, SIDE) of about that share, a square in the corner."""
+    side = round(SIDE * share**0.5)
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., :side, :side] = 1
+    return mask
+
+
+def step(share: float, impl: str) -> tuple[int, int]:
+    """Operations of a MoMA step with a subject of that share in both pictures, and of a plain step."""
+    g = torch.Generator().manual_seed(0)
+    unet = UNet(CONFIG)
+    adapter = Adapter(AdapterConfig(mllm_dim=8, embed_dim=8, tokens=TOKENS), CONFIG)
+    method, m = MethodConfig(attention=impl), square(share)
+    x = torch.randn(ROWS, 4, SIDE, SIDE, generator=g)
+    text = torch.randn(ROWS, TEXT, 16, generator=g)
+    with torch.no_grad():
+        layers = reference_features(unet, adapter, x[:1], text[:1], m, method)
+        cond = condition(
+            adapter, torch.randn(1, 8, generator=g), text[1:], text[:1], torch.zeros(1, TEXT), [layers],
+            torch.ones(1), method,
+        )  # fmt: skip
+    t = torch.full((ROWS,), 500)
+    moma = operations(lambda: unet(x, t, text, cond.hook(500, m)))
+    return moma, operations(lambda: unet(x, t, text))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.7])
+def test_a_moma_step_adds_the_subject_and_nothing_else(share: float) -> None:
+    """Subject queries x subject keys, 4 context tokens, and the label's column of V."""
+    steps = [1, 2, 2, 2, 2, 1, 1]  # of the layers' grids in execution order
+    extra = 0
+    for layer, every in zip(attention_layers(CONFIG), steps, strict=True):
+        n, keys = (SIDE // every) ** 2, int(square(share)[..., ::every, ::every].sum())
+        queries = -(-keys // QUERY_BUCKET) * QUERY_BUCKET
+        subject = queries * keys * layer.channels
+        label = n * TEXT * HEAD_ALIGNMENT * layer.heads
+        extra += 4 * ROWS * (subject + n * TOKENS * layer.channels + label)
+    moma, plain = step(share, "fused")
+    assert moma - plain == extra
+
+
+def test_small_subjects_are_cheap() -> None:
+    moma, plain = step(0.1, "fused")
+    explicit, _ = step(0.1, "explicit")
+    q = torch.zeros(1, 2, SIDE**2, 16)
+    assert operations(lambda: attention(q, q, q)) == 4 * SIDE**4 * 32  # attention itself is counted
+    assert moma < 1.05 * plain < explicit / 1.05
