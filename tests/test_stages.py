@@ -19,7 +19,7 @@ from moma.diffusion import ScheduleConfig, alphas_cumprod
 from moma.pipeline import Job
 from moma.training import stage1, stage2
 from moma.training.cache import clip_embedding
-from moma.training.common import unpack
+from moma.training.common import pack, unpack
 from moma.training.config import TrainConfig
 from moma.training.lora import LoRALinear
 from moma.training.stage1 import Stage1Config, Stage1Task
@@ -392,6 +392,35 @@ def test_fields_of_the_loss(two: Callable[..., Stage2Task]) -> None:
     same(two(MOVED, snr_gamma=0.1).model(batch), plain.model(batch) * weights[t] / weights.mean())
 
 
+def test_moved() -> None:
+    """Down and right, each sample by its own shift; the edges repeat."""
+    x = torch.arange(2 * 12.0).view(2, 1, 3, 4)
+    there = stage2.moved(x, torch.tensor([[1, 2], [0, -1]]))
+    assert torch.equal(there[0, 0, 1:, 2:], x[0, 0, :2, :2])
+    assert (there[0, 0, 0] == there[0, 0, 1]).all() and (there[0, 0, 1, :2] == x[0, 0, 0, 0]).all()
+    assert torch.equal(there[1, 0, :, :3], x[1, 0, :, 1:]) and torch.equal(there[1, 0, :, 3], x[1, 0, :, 3])
+
+
+@torch.no_grad()
+def test_the_reference_is_moved(two: Callable[..., Stage2Task]) -> None:
+    """reference_shift moves the reference's latents and M_ref together, and nothing else."""
+    still, moving = two(MOVED), two(MOVED, reference_shift=2)
+    before, batch = first(still), first(moving)
+    assert (before["shift"] == 0).all() and batch["shift"].abs().max() == 2
+    assert all(torch.equal(before[name], batch[name]) for name in before if name != "shift")
+    model = moving.model
+    assert not torch.isclose(model(batch), still.model(before)).all()
+    m_ref = unpack(batch["m_ref"], SIDE)  # (B, 1, S, S)
+    scale = SIDE // batch["mean"].shape[-1]
+    by_hand = batch | {
+        "ref_mean": stage2.moved(batch["ref_mean"], batch["shift"]),
+        "ref_std": stage2.moved(batch["ref_std"], batch["shift"]),
+        "m_ref": torch.stack([pack(m) for m in stage2.moved(m_ref, scale * batch["shift"])]),
+        "shift": torch.zeros_like(batch["shift"]),
+    }
+    assert torch.equal(model(by_hand), model(batch))
+
+
 # --- what comes out -----------------------------------------------------------------------------------
 
 
@@ -515,6 +544,7 @@ def test_grid(two: Callable[..., Stage2Task]) -> None:
         ({"parts": "all"}, "parts"),
         ({"subject_weight": 0.0}, "subject_weight"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
+        ({"reference_shift": -1}, "reference_shift"),
         ({"validation_samples": 10}, "keeps back"),
     ],
 )

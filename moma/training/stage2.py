@@ -73,6 +73,9 @@ class Stage2Config:
     # scaled to a mean of 1, so that the fine detail of nearly clean pictures, where errors are largest, does
     # not outweigh colours and shapes, which are decided in the noise; None = Eq. 1.
     snr_gamma: float | None = None
+    # The reference is moved by up to this many latents each way against the target, so that K', V' are found
+    # by what is there, not by where it is; 0 = the paper's text, which says nothing of it.
+    reference_shift: int = 0
     cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is not there
     cache_batch: int = 16  # samples per call of a network while building it
     cache_workers: int = 4  # threads that decode pictures while building it
@@ -89,7 +92,7 @@ class Stage2Config:
         for name in ("cache_batch", "cache_workers", "validation_batch", "grid_steps", "subject_below_t"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("validation_samples", "grid_samples"):
+        for name in ("validation_samples", "grid_samples", "reference_shift"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
         if not 0 <= self.drop_context < 1:
@@ -152,8 +155,10 @@ class Stage2(nn.Module):
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
         noises = (batch["ref_posterior_noise"], batch["ref_noise"])
         noises = None if self.method.reference_noise == "none" else noises
-        latent = reference_latent(batch["ref_mean"], batch["ref_std"], noises, self.scaling, self.schedule)
+        mean, std = (moved(batch[name], batch["shift"]) for name in ("ref_mean", "ref_std"))  # (B, Z, h, w)
+        latent = reference_latent(mean, std, noises, self.scaling, self.schedule)
         label, m_ref = batch["label"], unpack(batch["m_ref"], self.image_size)  # (B, T, ·), (B, 1, S, S)
+        m_ref = moved(m_ref, batch["shift"] * (self.image_size // mean.shape[-1]))
         return reference_features(self.unet, self.adapter, latent.to(label.dtype), label, m_ref, self.method)
 
 
@@ -164,19 +169,31 @@ def timestep_weights(alphas: Tensor, gamma: float | None) -> Tensor:
     return weights / weights.mean()
 
 
-def draw(numbers: Tensor, seed: int, shape: torch.Size, drop_context: float, train_steps: int) -> Batch:
+def moved(x: Tensor, shift: Tensor) -> Tensor:
+    """x (B, C, h, w), each moved down and right by shift (B, 2) cells; its edges repeat."""
+    b, _, h, w = x.shape
+    down, right = shift.unbind(1)  # 2 x (B,)
+    rows = (torch.arange(h, device=x.device) - down[:, None]).clamp(0, h - 1)  # (B, h)
+    columns = (torch.arange(w, device=x.device) - right[:, None]).clamp(0, w - 1)  # (B, w)
+    place = torch.arange(b, device=x.device)[:, None, None]  # (B, 1, 1)
+    return x.movedim(1, -1)[place, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (B, C, h, w)
+
+
+def draw(numbers: Tensor, seed: int, shape: torch.Size, cfg: Stage2Config, train_steps: int) -> Batch:
     """All that is random about samples `numbers` (B,), each from its own generator; shape (Z, h, w).
 
-    t (B,) uniform over the schedule; drop (B,) bool, whether the embedding is zeroed; noise (of x_t),
-    posterior_noise, ref_noise (of x_0 of the reference) and ref_posterior_noise, float32 (B, Z, h, w).
+    t (B,) uniform over the schedule; drop (B,) bool, whether the embedding is zeroed; shift (B, 2) of the
+    reference, in latents; noise (of x_t), posterior_noise, ref_noise (of x_0 of the reference) and
+    ref_posterior_noise, float32 (B, Z, h, w).
     """
-    generators = [generator_for(seed, number) for number in numbers.tolist()]
+    generators, far = [generator_for(seed, number) for number in numbers.tolist()], cfg.reference_shift
     each = torch.stack([torch.randn(4, *shape, generator=g) for g in generators], dim=1)  # (4, B, Z, h, w)
     names = ("noise", "posterior_noise", "ref_noise", "ref_posterior_noise")
     return dict(zip(names, each, strict=True)) | {
         "number": numbers,
         "t": torch.stack([torch.randint(train_steps, (), generator=g) for g in generators]),
-        "drop": torch.stack([torch.rand((), generator=g) < drop_context for g in generators]),
+        "drop": torch.stack([torch.rand((), generator=g) < cfg.drop_context for g in generators]),
+        "shift": torch.stack([torch.randint(-far, far + 1, (2,), generator=g) for g in generators]),
     }
 
 
@@ -213,7 +230,7 @@ class Stage2Task:
     def _batch(self, data: Cache, index: Tensor, numbers: Tensor, seed: int) -> Batch:
         samples, model = data.batch(index), self.model
         steps = model.schedule.train_steps
-        return samples | draw(numbers, seed, samples["mean"].shape[1:], model.cfg.drop_context, steps)
+        return samples | draw(numbers, seed, samples["mean"].shape[1:], model.cfg, steps)
 
     @torch.no_grad()
     def sample_grid(self) -> Image.Image | None:
