@@ -74,11 +74,16 @@ def queries_inside(m_gen: Tensor) -> Tensor | None:
     whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for the device: Q is a shape.
     """
     nonzero = (m_gen != 0).flatten(1)  # (R, N)
-    count = int(nonzero.sum(dim=1).max())
-    count = -(-count // QUERY_BUCKET) * QUERY_BUCKET
-    if count > QUERY_SHARE * nonzero.shape[1]:
+    count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1])
+    if count is None:
         return None
     return nonzero.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (R, Q)
+
+
+def queries_asked(inside: int, of: int) -> int | None:
+    """Q for so many queries inside M_gen out of `of`; None = all are asked."""
+    count = -(-inside // QUERY_BUCKET) * QUERY_BUCKET
+    return None if count > QUERY_SHARE * of else count
 
 
 def _take(x: Tensor, place: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from models.llama import Llama, LlamaConfig
 from models.llava import LlavaConfig
 from models.unet import SD15, UNet
 from moma.adapter import Adapter, AdapterConfig, MoMAHook, condition_rows
-from moma.attention import ReferenceLayer
+from moma.attention import ReferenceLayer, queries_asked
 from moma.config import DEFAULT
 from moma.training.lora import add_lora
 from moma.training.stage1 import LORA_LAYERS
@@ -37,7 +37,7 @@ class MemoryConfig:
 
     side: int = 64  # of the latents: 512 pixels
     text_tokens: int = 77  # of Stable Diffusion's text encoder
-    subject_share: float = 0.35  # of the reference's positions: the subject's keys, a usual size
+    subject_share: float = 0.35  # of the positions: the subject's keys and queries, a usual size
     prompt_tokens: int = 640  # of LLaVA: 576 patches and the instruction
     lora_rank: int = 64  # stage 1's default
     batches: tuple[int, ...] = (1, 4, 8)
@@ -85,11 +85,19 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
                 label, beta = torch.zeros(batch, cfg.text_tokens), torch.ones(batch)
                 method = replace(DEFAULT, attention="fused")
                 cond = condition_rows(adapter, embedding, text, label, reference, beta, method)
-                mask = torch.ones(batch, 1, cfg.side, cfg.side)
-                eps, _ = unet(x, torch.zeros(batch), text, MoMAHook(cond, subject_on=True, m_gen=mask))
+                m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
+                hook = MoMAHook(cond, True, m_gen, {(s, s): gate(batch, s, cfg) for s in set(grids)})
+                eps, _ = unet(x, torch.zeros(batch), text, hook)
                 return eps.float().square().mean()
 
         return weights, kept_for_backward(forward)
+
+
+def gate(batch: int, side: int, cfg: MemoryConfig) -> tuple[Tensor, Tensor | None]:
+    """M_gen (B, 1, N, 1) of a grid and the queries (B, Q) inside it: M_gen is M_ref in training."""
+    asked = queries_asked(int(cfg.subject_share * side**2), side**2)
+    m_gen = torch.ones(batch, 1, side**2, 1, dtype=torch.bfloat16)
+    return m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long)
 
 
 def stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
