@@ -158,6 +158,16 @@ def attention_layers(cfg: UNetConfig) -> list[AttentionLayer]:
     return down + level(cfg.levels - 1, cfg.mid_depth) + up
 
 
+def attention_grids(cfg: UNetConfig, grid: Grid) -> list[Grid]:
+    """The grid of each attention layer in execution order, for latents of that grid."""
+    h, w = grid
+    levels = [(-(-h // 2**i), -(-w // 2**i)) for i in range(cfg.levels)]
+    blocks = list(zip(levels, cfg.depth, strict=True))
+    down = [size for size, depth in blocks for _ in range(depth * cfg.resnets)]
+    up = [size for size, depth in reversed(blocks) for _ in range(depth * (cfg.resnets + 1))]
+    return down + levels[-1:] * cfg.mid_depth + up
+
+
 class Attention(nn.Module):
     """Projections of one attention layer. Self-attention: context_dim == dim."""
 

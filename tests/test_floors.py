@@ -22,6 +22,7 @@ FLOORS = [
     {"moma.sources"},
     {"moma.pipeline"},
     {"moma"},
+    {"moma.bench"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
     {"moma.data.tables", "moma.data.triplets"},

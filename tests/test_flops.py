@@ -1,35 +1,20 @@
 """What a MoMA step computes beyond a plain one, in operations: a path that stops being fast fails here."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from models.attention import attention
-from models.unet import UNet, UNetConfig, attention_layers
+from models.unet import UNet, UNetConfig, attention_grids, attention_layers
 from moma.adapter import Adapter, AdapterConfig, condition, reference_features
 from moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
+from moma.bench import operations
 from moma.config import MethodConfig
 
 SIDE, TEXT, TOKENS, ROWS = 32, 12, 4, 2
 CONFIG = UNetConfig(
     channels=(32, 64), depth=(1, 1), heads=(2, 4), context_dim=(16, 16), resnets=1, norm_groups=8
 )
-
-
-def operations(run: Callable[[], Any]) -> int:
-    """Floating point operations of matrix products, convolutions and attention."""
-
-    def sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **options: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={cpu: sdpa}) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def square(share: float) -> Tensor:
@@ -62,10 +47,10 @@ def step(share: float, impl: str) -> tuple[int, int]:
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.7])
 def test_a_moma_step_adds_the_subject_and_nothing_else(share: float) -> None:
     """Subject queries x subject keys, 4 context tokens, and the label's column of V."""
-    steps = [1, 2, 2, 2, 2, 1, 1]  # of the layers' grids in execution order
-    extra = 0
-    for layer, every in zip(attention_layers(CONFIG), steps, strict=True):
-        n, keys = (SIDE // every) ** 2, int(square(share)[..., ::every, ::every].sum())
+    grids, extra = attention_grids(CONFIG, (SIDE, SIDE)), 0
+    for layer, (h, w) in zip(attention_layers(CONFIG), grids, strict=True):
+        n, every = h * w, SIDE // h
+        keys = int(square(share)[..., ::every, ::every].sum())
         queries = -(-keys // QUERY_BUCKET) * QUERY_BUCKET
         subject = queries * keys * layer.channels
         label = n * TEXT * HEAD_ALIGNMENT * layer.heads

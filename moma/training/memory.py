@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from models.attention import split_heads
 from models.llama import Llama, LlamaConfig
 from models.llava import LlavaConfig
-from models.unet import SD15, UNet
+from models.unet import SD15, UNet, attention_grids
 from moma.adapter import Adapter, AdapterConfig, MoMAHook, condition_rows
 from moma.attention import ReferenceLayer, queries_asked
 from moma.config import DEFAULT
+from moma.masks import Grid
 from moma.training.lora import add_lora
 from moma.training.stage1 import LORA_LAYERS
 
@@ -75,10 +76,10 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                grids = layer_sides(cfg.side)
+                grids = attention_grids(SD15, (cfg.side, cfg.side))
                 reference = []
-                for new, layer, side in zip(adapter.subject, adapter.layers, grids, strict=True):
-                    keys = torch.empty(batch, int(cfg.subject_share * side**2), layer.channels, dtype=x.dtype)
+                for new, layer, (h, w) in zip(adapter.subject, adapter.layers, grids, strict=True):
+                    keys = torch.empty(batch, int(cfg.subject_share * h * w), layer.channels, dtype=x.dtype)
                     k, v = (split_heads(project(keys), layer.heads) for project in (new.to_k, new.to_v))
                     reference.append(ReferenceLayer(k, v, None))
                 embedding = torch.empty(batch, cfg.adapter.embed_dim)
@@ -86,17 +87,18 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
                 method = replace(DEFAULT, attention="fused")
                 cond = condition_rows(adapter, embedding, text, label, reference, beta, method)
                 m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
-                hook = MoMAHook(cond, True, m_gen, {(s, s): gate(batch, s, cfg) for s in set(grids)})
+                hook = MoMAHook(cond, True, m_gen, {grid: gate(batch, grid, cfg) for grid in set(grids)})
                 eps, _ = unet(x, torch.zeros(batch), text, hook)
                 return eps.float().square().mean()
 
         return weights, kept_for_backward(forward)
 
 
-def gate(batch: int, side: int, cfg: MemoryConfig) -> tuple[Tensor, Tensor | None]:
+def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> tuple[Tensor, Tensor | None]:
     """M_gen (B, 1, N, 1) of a grid and the queries (B, Q) inside it: M_gen is M_ref in training."""
-    asked = queries_asked(int(cfg.subject_share * side**2), side**2)
-    m_gen = torch.ones(batch, 1, side**2, 1, dtype=torch.bfloat16)
+    tokens = grid[0] * grid[1]
+    asked = queries_asked(int(cfg.subject_share * tokens), tokens)
+    m_gen = torch.ones(batch, 1, tokens, 1, dtype=torch.bfloat16)
     return m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long)
 
 
@@ -142,18 +144,6 @@ def count(model: nn.Module) -> int:
 def projector_parameters(cfg: LlavaConfig) -> int:
     """Of LLaVA's two layers between tower and language model."""
     return (cfg.vision.width + 1 + cfg.llama.width + 1) * cfg.llama.width
-
-
-def layer_sides(side: int) -> list[int]:
-    """The grid's side at each attention layer in execution order, for latents of that side."""
-
-    def level(i: int, blocks: int) -> list[int]:
-        return [side // 2**i] * blocks
-
-    levels = range(SD15.levels)
-    down = [s for i in levels for s in level(i, SD15.depth[i] * SD15.resnets)]
-    up = [s for i in reversed(levels) for s in level(i, SD15.depth[i] * (SD15.resnets + 1))]
-    return down + level(SD15.levels - 1, SD15.mid_depth) + up
 
 
 def main(argv: Sequence[str] | None = None) -> None:
