@@ -237,6 +237,11 @@ class TransformerBlock(nn.Module):
         return x, [r for r in (self_record, cross_record) if r is not None]
 
 
+def on_tokens(projection: nn.Module, x: Tensor) -> Tensor:
+    """A Linear, or a 1x1 convolution, which is one, of tokens x (B, N, C): (B, N, C)."""
+    return F.linear(x, projection.weight.flatten(1), projection.bias)
+
+
 class Transformer(nn.Module):
     """GroupNorm, projection in, transformer blocks on the grid's tokens, projection out, residual."""
 
@@ -250,24 +255,17 @@ class Transformer(nn.Module):
             TransformerBlock(dim, cfg.context_dim[level], cfg.heads[level], cfg.ff_mult, first_layer + i)
             for i in range(depth)
         )
-        self.linear = cfg.linear_projection
 
     def forward(self, x: Tensor, text: Tensor, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
         h, w = x.shape[-2:]
-        y = self.norm(x)
-        if self.linear:
-            y = self.proj_in(rearrange(y, "b c h w -> b (h w) c"))  # (B, N, C)
-        else:
-            y = rearrange(self.proj_in(y), "b c h w -> b (h w) c")  # (B, N, C)
+        y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); of channels_last x it is no copy
+        y = on_tokens(self.proj_in, y)  # (B, N, C)
         records = []
         for block in self.transformer_blocks:
             y, new = block(y, text, hook, (h, w))
             records += new
-        if self.linear:
-            y = rearrange(self.proj_out(y), "b (h w) c -> b c h w", h=h)  # (B, C, h, w)
-        else:
-            y = self.proj_out(rearrange(y, "b (h w) c -> b c h w", h=h))  # (B, C, h, w)
-        return x + y, records
+        y = on_tokens(self.proj_out, y)  # (B, N, C)
+        return x + rearrange(y, "b (h w) c -> b c h w", h=h), records  # (B, C, h, w)
 
 
 class Resnet(nn.Module):
