@@ -155,7 +155,7 @@ def test_options_reach_the_picture(tmp_path, weights, cat):
 
 
 def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, capsys):
-    """The MLLM resident, streamed or not there at all: the same pictures. It is gone before the UNet comes."""
+    """The MLLM resident, streamed or not there at all: the same pictures. It goes before the UNet comes."""
     load_decoder, load, decoders = sample.load_decoder, sample.MoMA.load, []
 
     def watched_decoder(*args: object) -> object:
