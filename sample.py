@@ -22,16 +22,25 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, MethodConfig, MoMA, Result, SampleConfig, Subject, method_config
+from moma import (
+    Job,
+    MethodConfig,
+    MoMA,
+    Question,
+    Result,
+    SampleConfig,
+    Subject,
+    load_decoder,
+    method_config,
+)
 from moma.bundle import DTYPES, SAMPLING, Bundle
 from moma.config import PRESETS, parse_field
-from moma.decoder import Question
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.embeddings import EmbeddingCache, embeddings
 from moma.memory import Stream
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
-from moma.pipeline import check_method, choose_device, choose_dtype, load_decoder
+from moma.pipeline import check_method, choose_device, choose_dtype
 from moma.preprocess import FoundMask, find_mask, make_reference, open_image
 from moma.prompts import check_prompt, sd_prompt
 from moma.tiny import SOURCE as TINY_SOURCE
