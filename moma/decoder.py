@@ -18,8 +18,8 @@ from moma.adapter import Adapter
 from moma.config import MethodConfig
 from moma.prompts import instruction
 
-# Questions that are answered in one reading of streamed weights: each keeps its features and hidden states in
-# memory, 10 MB for LLaVA-7B in bf16, where the two blocks beside them take 0.8 GB.
+# Questions that are answered in one reading of streamed weights. Each keeps features, input and hidden states
+# in memory, at most 15 MB for LLaVA-7B in bf16; the two blocks beside them take 810 MB.
 QUESTIONS_AT_ONCE = 16
 
 

@@ -24,7 +24,7 @@ CGROUPS = {
 
 
 def choose_stream(choice: str, needed: int, free: int | None) -> tuple[bool, str]:
-    """Whether to stream LLaVA, and why. "auto": if resident weights and MARGIN do not fit into the memory.
+    """Whether to stream LLaVA, and why. "auto": if the resident weights and MARGIN do not fit into memory.
 
     needed: bytes of the resident weights; free: bytes, None = not known. ValueError for another choice.
     """
@@ -35,7 +35,7 @@ def choose_stream(choice: str, needed: int, free: int | None) -> tuple[bool, str
     if free is None:
         return False, "free memory is not known here"
     wanted = needed * (1 + MARGIN)
-    return wanted > free, f"resident needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    return wanted > free, f"{wanted / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -184,7 +184,7 @@ def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, cap
     again, printed = draw("again", "--cache", kept)
     assert f"(kept in {kept})" in printed and len(decoders) == 2
     automatic, printed = draw("auto")
-    assert "(resident: resident needs" in printed and len(decoders) == 3
+    assert "(resident: 0.00 GB needed" in printed and len(decoders) == 3
     for other in (streamed, again, automatic):
         assert np.array_equal(first, other)
 

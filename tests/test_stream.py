@@ -214,11 +214,9 @@ def test_wrong_names_are_found_before_anything_is_read(folder: Path) -> None:
 
 def test_choice() -> None:
     fits = int(1000 * (1 + MARGIN))
-    assert choose_stream("auto", 1000, fits) == (False, "resident needs 0.00 GB, 0.00 GB are free")
+    assert choose_stream("auto", 1000, fits) == (False, "0.00 GB needed, 0.00 GB free")
     assert choose_stream("auto", 1000, fits - 1)[0]
-    assert choose_stream("auto", 14_000_000_000, 8_000_000_000)[1] == (
-        "resident needs 17.50 GB, 8.00 GB are free"
-    )
+    assert choose_stream("auto", 14_000_000_000, 8_000_000_000)[1] == ("17.50 GB needed, 8.00 GB free")
     assert choose_stream("auto", 1000, None) == (False, "free memory is not known here")
     assert choose_stream("on", 1000, None) == (True, "asked for")
     assert choose_stream("off", 1000, 0) == (False, "asked for")
@@ -237,7 +235,7 @@ def test_choice_follows_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert bundle.nbytes(("llava",), torch.float32) == llava
     assert bundle.nbytes(("llava",), torch.bfloat16) == llava // 2
     monkeypatch.setattr("moma.pipeline.free_memory", lambda device: with_margin[decoder] + 1)
-    assert load_decoder(folder, "cpu", "fp32").how.startswith("resident: resident needs")
+    assert load_decoder(folder, "cpu", "fp32").how.startswith("resident: 0.00 GB needed")
     assert type(MoMA.load(folder, "cpu", "fp32").llava) is StreamedLlava
     monkeypatch.setattr("moma.pipeline.free_memory", lambda device: with_margin[everything] + 1)
     assert type(MoMA.load(folder, "cpu", "fp32").llava) is not StreamedLlava
