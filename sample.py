@@ -15,16 +15,29 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, MethodConfig, MoMA, Result, SampleConfig, Subject, method_config
+from moma import (
+    Job,
+    MethodConfig,
+    MoMA,
+    Question,
+    Result,
+    SampleConfig,
+    Subject,
+    load_decoder,
+    method_config,
+)
 from moma.bundle import DTYPES, SAMPLING, Bundle
 from moma.config import PRESETS, parse_field
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
+from moma.embeddings import EmbeddingCache, embeddings
+from moma.memory import Stream
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
 from moma.pipeline import check_method, choose_device, choose_dtype
@@ -42,6 +55,7 @@ NOTES = {
     TINY_SOURCE: "pseudo-random weights, so the pictures are noise",
     MINI_SOURCE: "MoMA-mini, a small model of a drawn world (cats, cars, teapots ... of 64 pixels)",
 }
+NO_CACHE = "off"  # in the place of a folder
 SLUG = 48  # characters of a prompt in a file name
 # Options whose values a replayed picture brings along.
 REPLAYED = (
@@ -58,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = open_inputs(request)
     check(request, inputs, args, bundle)  # nothing has been loaded so far
 
+    embedding = decode(request, inputs, args, bundle)
     start = time.perf_counter()
-    pipe = MoMA.load(bundle.folder, args.device, request.dtype, request.method)
+    pipe = MoMA.load(bundle.folder, args.device, request.dtype, request.method, decoder=False)
     loaded = time.perf_counter()
     print(
         f"loaded {bundle.folder} in {loaded - start:.1f} s, {pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
@@ -68,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if request.method.reference_noise == "global":  # the released script seeds, too, before it starts
         torch.manual_seed(request.subject_seed)
     subject = pipe.encode_subject(inputs.image, inputs.found.mask, request.subject, seed=request.subject_seed)
-    jobs = [Job(subject, prompt, seed, request.negative) for prompt, seed in request.pictures]
+    jobs = [
+        Job(subject, prompt, seed, request.negative, embedding=embedding[prompt])
+        for prompt, seed in request.pictures
+    ]
     drawn = []
     with tqdm(unit="step") as bar:
         results = pipe.run(jobs, request.sample, lambda done, total: advance(bar, done, total))
@@ -187,6 +205,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (default: auto)")
+    add(
+        "--stream",
+        default="auto",
+        choices=get_args(Stream),
+        help="read the language model block by block instead of loading it: on, off, or auto, when memory is"
+        " short (default: auto)",
+    )
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR|off",
+        help="where the language model's answers are kept for the next time (default: moma/embeddings in the"
+        " user's cache folder)",
+    )
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)")
     add("--debug", action="store_true", help="add each picture's last mask M_gen to the contact sheet")
     args = parser.parse_args(argv)
@@ -308,7 +340,7 @@ def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
         return Path(record.weights)
     if found := [place for place in WEIGHTS if place.is_dir()]:
         return found[0]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
+    cache = user_cache()
     tiny = cache / "tiny"
     with suppress(ValueError):  # of an earlier version of this code, or none: made anew
         Bundle.open(tiny)
@@ -325,6 +357,13 @@ def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
             f"{cache}: cannot write the tiny weights there ({error.strerror}); give others with --weights"
         ) from None
     return tiny
+
+
+def user_cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
+    except RuntimeError:
+        raise ValueError("this user has no home folder: name a folder for caches in XDG_CACHE_HOME") from None
 
 
 def weight_hashes(bundle: Bundle) -> dict[str, str]:
@@ -362,15 +401,47 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
     request.sample.check(configs["vae"].factor)
     intervals(ScheduleConfig(), request.sample.steps, request.sample.solver)
     choose_dtype(request.dtype, choose_device(args.device))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+    check_writable("--out", args.out)
+    if args.cache is not None and str(args.cache) != NO_CACHE:
+        check_writable("--cache", args.cache)
     if note := NOTES.get(bundle.networks["unet"]["source"]):
         print(f"note: {note}; README.md says how to get the full model")
     ways = {"file": request.mask, "alpha": "the picture's transparency", "border": "its plain background"}
     print(f"subject: {request.subject}, mask from {ways[inputs.found.source]}")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: cannot write there ({error.strerror})") from None
+
+
+# --- the decoder ------------------------------------------------------------------------------------
+
+
+def decode(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bundle) -> dict[str, Tensor]:
+    """Prompt -> the decoder's embedding (1, E). The MLLM's memory is free again before the UNet is loaded."""
+    start = time.perf_counter()
+    device = choose_device(args.device)
+    dtype, _ = choose_dtype(request.dtype, device)
+    cache = None
+    if str(args.cache) != NO_CACHE:
+        folder = args.cache or user_cache() / "embeddings"
+        cache = EmbeddingCache.of(folder, bundle, request.method, device, dtype)
+    white = make_reference(inputs.image, inputs.found.mask, bundle.image_size, request.method).white
+    prompts = list(dict.fromkeys(prompt for prompt, _ in request.pictures))
+    questions = [Question(white, request.subject, prompt) for prompt in prompts]
+    found, how = embeddings(
+        questions,
+        cache,
+        lambda: load_decoder(bundle.folder, args.device, request.dtype, request.method, args.stream),
+    )
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+    print(f"decoded in {time.perf_counter() - start:.1f} s ({how})")
+    return dict(zip(prompts, found, strict=True))
 
 
 # --- results -----------------------------------------------------------------------------------------

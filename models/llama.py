@@ -215,10 +215,7 @@ class Llama(nn.Module):
         positions have no meaning. layers: use only the first blocks; None = all. ValueError if T or layers is
         out of range.
         """
-        rope = self.rope(embeds)
-        count = self.cfg.layers if layers is None else layers
-        if not 1 <= count <= self.cfg.layers:
-            raise ValueError(f"LLaMA layers {layers}: expected 1..{self.cfg.layers}")
+        rope, count = self.rope(embeds), self.depth(layers)
         x = embeds
         for block in self.layers[:count]:
             if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
@@ -226,6 +223,17 @@ class Llama(nn.Module):
             else:
                 x = block(x, rope)
         return self.norm(x)  # (B, T, C)
+
+    def each(self, embeds: Sequence[Tensor], layers: int | None = None) -> list[Tensor]:
+        """`forward` of each by itself: the others do not matter, not even in the rounding."""
+        return [self(x, layers) for x in embeds]
+
+    def depth(self, layers: int | None) -> int:
+        """How many blocks `layers` means; ValueError if there are not as many."""
+        count = self.cfg.layers if layers is None else layers
+        if not 1 <= count <= self.cfg.layers:
+            raise ValueError(f"LLaMA layers {layers}: expected 1..{self.cfg.layers}")
+        return count
 
     def rope(self, embeds: Tensor) -> Rope:
         """Rotary angles of positions 0..T-1 for embeds (B, T, C); ValueError if T exceeds cfg.positions."""

@@ -111,6 +111,10 @@ class Llava(nn.Module):
         patches = self.tower.hidden(pixels, self.cfg.tower_layer)[:, 1:]  # (B, N, W), without the class token
         return self.projector(patches)  # (B, N, C)
 
+    def encode_each(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """`encode_images` of each (B, 3, S, S) by itself."""
+        return [self.encode_images(x) for x in pixels]
+
     def splice(
         self, ids: Sequence[Tensor], image_features: Tensor, extra: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -135,8 +139,17 @@ class Llava(nn.Module):
 
     def last_hidden(self, embeds: Tensor, lengths: Tensor, layers: int | None = None) -> Tensor:
         """State after the final RMSNorm at each row's last valid position, (B, C), of `splice`'s result."""
-        hidden = self.llama(embeds, layers)  # (B, T, C)
-        return hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # (B, C)
+        return self.last_hidden_each([(embeds, lengths)], layers)[0]
+
+    def last_hidden_each(
+        self, rows: Sequence[tuple[Tensor, Tensor]], layers: int | None = None
+    ) -> list[Tensor]:
+        """`last_hidden` of each (embeds, lengths) by itself."""
+        states = self.llama.each([embeds for embeds, _ in rows], layers)  # (B, T, C) each
+        return [
+            hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # (B, C)
+            for hidden, (_, lengths) in zip(states, rows, strict=True)
+        ]
 
     def generate(self, pixels: Tensor, ids: Sequence[Tensor], **options: Any) -> list[list[int]]:
         """Answer each prompt; arguments as forward, options (max_new, ...) and result as `Llama.generate`."""

@@ -1,7 +1,8 @@
 """MoMA: tuning-free personalised image generation (arXiv 2404.05674) in pure PyTorch."""
 
 from moma.config import DEFAULT, PAPER, RELEASE, MethodConfig, SampleConfig, method_config
-from moma.pipeline import Job, MoMA, Result, Subject
+from moma.decoder import Question
+from moma.pipeline import Job, MoMA, Result, Subject, load_decoder
 
 __all__ = [
     "DEFAULT",
@@ -10,8 +11,10 @@ __all__ = [
     "Job",
     "MethodConfig",
     "MoMA",
+    "Question",
     "Result",
     "SampleConfig",
     "Subject",
+    "load_decoder",
     "method_config",
 ]

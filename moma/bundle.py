@@ -13,7 +13,7 @@ and for training ip_adapter (an adapter's projector and context) and ip_vision (
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 from models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from models.llava import Llava, LlavaConfig
-from models.loading import LazyTensor, check_safetensors, load_into, read_checkpoint, write_safetensors
+from models.loading import (
+    LazyTensor,
+    check_safetensors,
+    load_into,
+    read_checkpoint,
+    stored_bytes,
+    write_safetensors,
+)
+from models.stream import StreamedLlava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -216,6 +224,24 @@ class Bundle:
             ignore = () if lm_head else (LM_HEAD,)
             return load_into(lambda: Llava(config), groups, device, dtype, ignore)
         return load_into(lambda: build_network(name, config, unet), self.files(name), device, dtype)
+
+    def stream(self, device: torch.device, dtype: torch.dtype) -> StreamedLlava:
+        """As `build("llava", device, dtype)`, with weights that are read whenever they are needed."""
+        config = self.config("llava")
+        config = replace(config, llama=replace(config.llama, lm_head=False))
+        return StreamedLlava(config, self._without_head(), device, dtype)
+
+    def _without_head(self) -> dict[str, LazyTensor]:
+        """What the llava module is made of, its tower included."""
+        tower = {TOWER + key: tensor for key, tensor in self.tensors("vision").items()}
+        return tower | {k: t for k, t in self.tensors("llava").items() if not k.startswith(LM_HEAD)}
+
+    def nbytes(self, names: Sequence[str], dtype: torch.dtype) -> int:
+        """What the networks' weights take in memory as `build` makes them, llava with its tower."""
+        return sum(
+            stored_bytes(self._without_head() if name == "llava" else self.tensors(name), dtype)
+            for name in names
+        )
 
     def tensors(self, name: str) -> dict[str, LazyTensor]:
         """What a network's files hold, by name."""

@@ -5,14 +5,63 @@ Letters: B pairs of subject and prompt, N patches, C width of the MLLM, E embedd
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import LlamaTokenizer
 from moma.adapter import Adapter
 from moma.config import MethodConfig
+from moma.prompts import instruction
+
+# Questions that are answered in one reading of streamed weights. Each keeps features, input and hidden states
+# in memory, at most 15 MB for LLaVA-7B in bf16; the two blocks beside them take 810 MB.
+QUESTIONS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What the decoder is asked for: an embedding of this subject in the picture that the prompt wants."""
+
+    white: Image.Image  # RGB, the subject on white (`Reference.white`)
+    word: str  # what it is
+    prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """The networks that answer, on one device and in one dtype; llava may be streamed (models/stream.py)."""
+
+    llava: Llava
+    adapter: Adapter
+    tokenizer: LlamaTokenizer
+    method: MethodConfig
+    how: str = "resident"  # for people: whether llava is streamed, and why
+
+    @torch.no_grad()
+    def __call__(self, questions: Sequence[Question]) -> list[Tensor]:
+        """An embedding (1, E) for each question. It does not depend on the other questions, bit for bit."""
+        if not questions:
+            return []
+        weight = self.adapter.mapping.down_proj.weight
+        pictures = {id(q.white): q.white for q in questions}  # each is looked at once
+        side = self.llava.cfg.vision.image_size
+        pixels = [clip_image(p, side)[None].to(weight.device, weight.dtype) for p in pictures.values()]
+        features = dict(zip(pictures, self.llava.encode_each(pixels), strict=True))  # (1, N, C) each
+        found = []
+        for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+            rows = [self._row(q, features[id(q.white)]) for q in questions[start : start + QUESTIONS_AT_ONCE]]
+            states = self.llava.last_hidden_each(rows, self.method.mllm_layers)  # (1, C) each
+            found += [self.adapter.mapping(state) for state in states]  # (1, E) each
+        return found
+
+    def _row(self, question: Question, features: Tensor) -> tuple[Tensor, Tensor]:
+        text = instruction(question.word, question.prompt, self.method.template)
+        return spliced(self.llava, self.adapter, self.tokenizer, features, [text], self.method)
 
 
 def decode_embedding(
@@ -26,13 +75,27 @@ def decode_embedding(
     """image_features (B, N, C) of `Llava.encode_images`, B texts of `moma.prompts.instruction` -> (B, E).
 
     One forward pass, no generation: the state after the final norm at the last token, through the mapping.
-    The last token is the text's own `*` (template "release") or the adapter's learnable one ("paper").
     Official: MoMA_main_modal.forward_MLLM.
+    """
+    embeds, lengths = spliced(llava, adapter, tokenizer, image_features, instructions, method)
+    return adapter.mapping(llava.last_hidden(embeds, lengths, method.mllm_layers))  # (B, E)
+
+
+def spliced(
+    llava: Llava,
+    adapter: Adapter,
+    tokenizer: LlamaTokenizer,
+    image_features: Tensor,
+    instructions: Sequence[str],
+    method: MethodConfig,
+) -> tuple[Tensor, Tensor]:
+    """The MLLM's input for arguments as in `decode_embedding`: embeddings (B, T, C), lengths (B,).
+
+    The last token is the text's own `*` (template "release") or the adapter's learnable one ("paper").
     """
     device = image_features.device
     ids = [torch.tensor(tokenizer.encode_with_image(text), device=device) for text in instructions]
     extra = None
     if method.template == "paper":
         extra = adapter.token.expand(len(ids), 1, -1)  # (B, 1, C)
-    embeds, lengths = llava.splice(ids, image_features, extra)  # (B, T, C), (B,)
-    return adapter.mapping(llava.last_hidden(embeds, lengths, method.mllm_layers))  # (B, E)
+    return llava.splice(ids, image_features, extra)  # (B, T, C), (B,)

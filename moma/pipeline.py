@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip import CLIPText
-from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, attention_layers
@@ -27,16 +26,18 @@ from moma.adapter import Adapter, Conditioning, condition, reference_features
 from moma.attention import ReferenceLayer
 from moma.bundle import DTYPES, Bundle
 from moma.config import MethodConfig, SampleConfig, method_config
-from moma.decoder import decode_embedding
+from moma.decoder import Decoder, Question
 from moma.diffusion import Interval, ScheduleConfig, add_noise, alphas_cumprod, intervals
+from moma.memory import Stream, choose_stream, free_memory
 from moma.preprocess import Reference, make_reference
-from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
+from moma.prompts import check_prompt, label_positions, sd_prompt
 from moma.sampler import Step, denoise
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 # Turns a seed into another one for the reference's noise, so that it is not the start noise of a picture with
 # the same seed. Any pattern of 32 bits serves; torch's CPU generator ignores higher ones.
 REFERENCE_STREAM = 0x9E3779B9
+DRAWING = ("unet", "vae", "text", "adapter")  # the networks beside the MLLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,9 @@ class Subject:
     """What is computed once per reference picture (`MoMA.encode_subject`)."""
 
     word: str
-    reference: Reference | None  # for people; None where the features come from elsewhere
+    # What the MLLM looks at, and people; None where the layers come from elsewhere: jobs bring embeddings.
+    reference: Reference | None
     layers: list[ReferenceLayer]  # L x K', V', M_ref, one row each
-    image_features: Tensor | None  # (1, N, C) of the MLLM's tower and projector; None: jobs bring embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,7 @@ class MoMA:
         """
         self.unet, self.vae, self.text, self.llava, self.adapter = unet, vae, text, llava, adapter
         self.clip_tokenizer, self.llama_tokenizer = clip_tokenizer, llama_tokenizer
+        self.decoder = None if llava is None else Decoder(llava, adapter, llama_tokenizer, method)
         self.image_size, self.method, self.schedule = image_size, method, ScheduleConfig()
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self.dtype_reason = dtype_reason
@@ -104,25 +106,28 @@ class MoMA:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "auto", dtype: str = "auto", method: MethodConfig | None = None
+        cls,
+        folder: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        method: MethodConfig | None = None,
+        stream: Stream = "auto",
+        decoder: bool = True,
     ) -> Self:
         """The bundle in `folder`, in evaluation mode; method None = the default with the bundle's overrides.
 
-        device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32". ValueError for
+        device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32"; stream: whether
+        the MLLM stays on the disk and is read block by block, for many jobs of a `run` at once ("auto": if
+        memory is short); decoder False: no MLLM, jobs bring the embeddings of `load_decoder`. ValueError for
         a folder that is no complete bundle, or a device that is not there. A preset for these weights:
         `method_config("release", **Bundle.open(folder).method)`.
         """
-        bundle = Bundle.open(folder)
-        method = method_config(**bundle.method) if method is None else method
-        check_method(method, bundle)
-        place = choose_device(device)
-        kind, reason = choose_dtype(dtype, place)
-        networks = {
-            name: bundle.build(name, place, kind).eval().requires_grad_(False)
-            for name in ("unet", "vae", "text", "llava", "adapter")
-        }
+        bundle, method, place, kind, reason = _choices(folder, device, dtype, method)
+        llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
+        networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
         return cls(
             **networks,
+            llava=llava,
             clip_tokenizer=bundle.clip_tokenizer(),
             llama_tokenizer=bundle.llama_tokenizer(),
             image_size=bundle.image_size,
@@ -156,7 +161,7 @@ class MoMA:
         posterior_noise: Tensor | None = None,
         reference_noise: Tensor | None = None,
     ) -> Subject:
-        """The reference pass (Sec. 3.3) and the MLLM's view of one subject.
+        """The reference pass (Sec. 3.3) of one subject.
 
         image: RGB, or RGBA (transparent parts become white), as `moma.preprocess.open_image` gives it; mask:
         mode L, 255 = subject, of the same aspect ratio, as `find_mask` gives it; word: what it is, such as
@@ -166,11 +171,7 @@ class MoMA:
         layers = self.reference_pass(
             reference.image, reference.mask, word, seed, posterior_noise, reference_noise
         )
-        if self.llava is None:
-            return Subject(word, reference, layers, image_features=None)
-        pixels = clip_image(reference.white, self.llava.cfg.vision.image_size)[None]  # (1, 3, s, s)
-        features = self.llava.encode_images(pixels.to(self.device, self.dtype))  # (1, N, C)
-        return Subject(word, reference, layers, features)
+        return Subject(word, reference, layers)
 
     @torch.no_grad()
     def reference_pass(
@@ -215,12 +216,9 @@ class MoMA:
         first, second = ((d if g is None else g).to(mean.device) for d, g in zip(drawn, given, strict=True))
         return reference_latent(mean, std, (first, second), self.vae.cfg.scaling, self.schedule)
 
-    @torch.no_grad()
     def embed(self, subject: Subject, prompt: str) -> Tensor:
         """The decoder's image embedding (1, E) for one subject and prompt: one pass of the MLLM."""
-        text = instruction(subject.word, prompt, self.method.template)
-        features = subject.image_features  # (1, N, C)
-        return decode_embedding(self.llava, self.adapter, self.llama_tokenizer, features, [text], self.method)
+        return self.decoder([Question(subject.reference.white, subject.word, prompt)])[0]
 
     def sample(
         self,
@@ -254,8 +252,8 @@ class MoMA:
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.vae.cfg.factor)
             expected = (1, self.adapter.cfg.embed_dim)
-            if job.embedding is None and self.llava is None:
-                raise ValueError("without an MLLM every job must bring its embedding")
+            if job.embedding is None and (self.decoder is None or job.subject.reference is None):
+                raise ValueError("without an MLLM or a picture for it every job must bring its embedding")
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
                 raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]
@@ -283,10 +281,9 @@ class MoMA:
 
     def _embed_once(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Each job's embedding (1, E); the MLLM reads every pair of subject and prompt once, by itself."""
-        found: dict[tuple[Subject, str], Tensor] = {}
-        for job in jobs:
-            if job.embedding is None and (job.subject, job.prompt) not in found:
-                found[job.subject, job.prompt] = self.embed(job.subject, job.prompt)
+        pairs = list(dict.fromkeys((job.subject, job.prompt) for job in jobs if job.embedding is None))
+        questions = [Question(subject.reference.white, subject.word, prompt) for subject, prompt in pairs]
+        found = dict(zip(pairs, self.decoder(questions), strict=True)) if pairs else {}
         return [
             found[job.subject, job.prompt]
             if job.embedding is None
@@ -366,6 +363,45 @@ def to_images(x: Tensor) -> list[Image.Image]:
     """Pictures (B, 3, H, W) in [-1, 1] as PIL images, bytes truncated as in the release."""
     pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
     return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+
+
+def load_decoder(
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    method: MethodConfig | None = None,
+    stream: Stream = "auto",
+) -> Decoder:
+    """The decoder by itself, arguments as `MoMA.load`: it can be gone before the drawing networks are loaded.
+
+    embeddings = load_decoder(folder)([Question(reference.white, "cat", prompt)])
+    pipe = MoMA.load(folder, decoder=False)
+    """
+    bundle, method, place, kind, _ = _choices(folder, device, dtype, method)
+    llava, how = _load_llava(bundle, place, kind, stream, ("adapter",))
+    adapter = bundle.build("adapter", place, kind).eval().requires_grad_(False)
+    return Decoder(llava, adapter, bundle.llama_tokenizer(), method, how)
+
+
+def _choices(
+    folder: str | Path, device: str, dtype: str, method: MethodConfig | None
+) -> tuple[Bundle, MethodConfig, torch.device, torch.dtype, str]:
+    """What the arguments of `MoMA.load` mean; the text is the reason for the dtype. Reads no weights."""
+    bundle = Bundle.open(folder)
+    method = method_config(**bundle.method) if method is None else method
+    check_method(method, bundle)
+    place = choose_device(device)
+    return bundle, method, place, *choose_dtype(dtype, place)
+
+
+def _load_llava(
+    bundle: Bundle, device: torch.device, dtype: torch.dtype, stream: Stream, beside: Sequence[str]
+) -> tuple[Llava, str]:
+    """LLaVA, streamed or resident, and why; beside: the networks that will be in memory together with it."""
+    needed = bundle.nbytes(("llava", *beside), dtype)
+    streamed, reason = choose_stream(stream, needed, free_memory(device))
+    llava = bundle.stream(device, dtype) if streamed else bundle.build("llava", device, dtype)
+    return llava.eval().requires_grad_(False), f"{'streamed' if streamed else 'resident'}: {reason}"
 
 
 def check_method(method: MethodConfig, bundle: Bundle) -> None:

@@ -208,7 +208,7 @@ def reference(pipe: MoMA) -> list[ReferenceLayer]:
 
 
 def job(layers: list[ReferenceLayer], name: str, init: int, strength: float) -> Job:
-    subject = Subject("car", reference=None, layers=layers, image_features=None)
+    subject = Subject("car", reference=None, layers=layers)
     return Job(
         subject, "A car in autumn with falling leaves.", seed=0, strength=strength,
         latents=tensor(f"unet_moma_small/init_latents/{name}/{init}", 1, 4, 32, 32),

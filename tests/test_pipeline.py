@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from models.attention import attention
+from models.clip import CLIPVision
 from models.clip_image import clip_image
+from models.llama import Llama
 from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMA, SampleConfig, Subject
 from moma.adapter import Adapter
 from moma.diffusion import SOLVERS, intervals
@@ -138,14 +140,17 @@ def test_any_size(pipe: MoMA, cat: Subject, height: int, width: int) -> None:
 
 
 def test_work_is_done_once(pipe: MoMA, cat: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The MLLM reads each prompt once, however many pictures; the reference pass is in `encode_subject`."""
+    """The MLLM sees the picture and reads each prompt once, however many pictures of them are drawn."""
     calls = []
-    original = type(pipe.llava).last_hidden
-    monkeypatch.setattr(
-        type(pipe.llava), "last_hidden", lambda *args, **kw: calls.append(1) or original(*args, **kw)
-    )
+
+    def counted(kind: type, name: str) -> None:
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args: calls.append(kind) or original(*args))
+
+    counted(Llama, "forward")
+    counted(CLIPVision, "hidden")
     pipe.sample(cat, ["a cat", "a cat in the snow"], seeds=[0, 1, 2], config=QUICK)
-    assert len(calls) == 2
+    assert calls == [CLIPVision, Llama, Llama]
 
 
 # --- switched-off parts -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,41 @@ def test_options_reach_the_picture(tmp_path, weights, cat):
         assert not np.array_equal(results[0], other)
 
 
+def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, capsys):
+    """The MLLM resident, streamed or not there at all: the same pictures. It goes before the UNet comes."""
+    load_decoder, load, decoders = sample.load_decoder, sample.MoMA.load, []
+
+    def watched_decoder(*args: object) -> object:
+        decoders.append(weakref.ref(decoder := load_decoder(*args)))
+        return decoder
+
+    def watched_load(*args: object, **options: object) -> object:
+        assert all(decoder() is None for decoder in decoders)
+        return load(*args, **options)
+
+    monkeypatch.setattr(sample, "load_decoder", watched_decoder)
+    monkeypatch.setattr(sample.MoMA, "load", watched_load)
+
+    def draw(name: str, *options: object) -> tuple[np.ndarray, str]:
+        args = ["--ref", cat, "--weights", weights, "--prompt", "a cat", "--num", 2, *QUICK, *options]
+        assert run(*args, "--out", tmp_path / name) == 0
+        files = sorted((tmp_path / name).glob("*seed?.png"))
+        assert len(files) == 4
+        return np.stack([pixels(file) for file in files]), capsys.readouterr().out
+
+    kept = tmp_path / "kept"
+    first, printed = draw("off", "--stream", "off", "--cache", "off")
+    assert "decoded in" in printed and "(resident: asked for)" in printed and not kept.exists()
+    streamed, printed = draw("on", "--stream", "on", "--cache", kept)
+    assert "(streamed: asked for)" in printed and len(list(kept.iterdir())) == 2
+    again, printed = draw("again", "--cache", kept)
+    assert f"(kept in {kept})" in printed and len(decoders) == 2
+    automatic, printed = draw("auto")
+    assert "(resident: 0.00 GB needed" in printed and len(decoders) == 3
+    for other in (streamed, again, automatic):
+        assert np.array_equal(first, other)
+
+
 def test_tiny_bundle_stands_in_when_there_are_no_weights(tmp_path, cat, monkeypatch, capsys):
     monkeypatch.setattr(sample, "WEIGHTS", [tmp_path / "none"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -160,7 +196,7 @@ def test_tiny_bundle_stands_in_when_there_are_no_weights(tmp_path, cat, monkeypa
         assert run("--ref", cat, "--out", tmp_path / "out", *QUICK) == 0
         printed = capsys.readouterr().out
         assert "pseudo-random" in printed and "noise" in printed and "README.md" in printed
-    assert os.listdir(tmp_path / "cache" / "moma") == ["tiny"]
+    assert sorted(os.listdir(tmp_path / "cache" / "moma")) == ["embeddings", "tiny"]
 
 
 def test_trained_weights_come_first(tmp_path, weights, monkeypatch):
@@ -222,6 +258,7 @@ def no_loading(monkeypatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(sample.MoMA, "load", load)
+    monkeypatch.setattr(sample, "load_decoder", load)
 
 
 CAT_ALONE, DOG = "--ref {}/cat.png", "--ref {}/dog.png"
@@ -268,6 +305,8 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --device quantum": "device 'quantum'",
     f"{CAT_ALONE} --stepz 3": "--stepz",
     f"{CAT_ALONE} --out {{}}/empty.txt": "cannot write there",
+    f"{CAT_ALONE} --cache {{}}/empty.txt": "--cache",
+    f"{CAT_ALONE} --stream maybe": "invalid choice",
     f"{CAT_ALONE} --weights {{}}": "config.json",
     "--replay no.png": "no such file",
     "--replay {}/cat.png": "no settings in it",
@@ -309,6 +348,7 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(sample.MoMA, "load", load)
+    monkeypatch.setattr(sample, "load_decoder", load)
 
     def refused(message: str, *args: object) -> None:
         capsys.readouterr()

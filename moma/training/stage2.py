@@ -259,7 +259,7 @@ class Stage2Task:
         layers, jobs = model.reference(batch), []
         for i, (_, label, caption) in enumerate(names):
             own = [ReferenceLayer(*(x[i : i + 1] for x in (f.k, f.v, f.keep))) for f in layers]
-            subject = Subject(label, reference=None, layers=own, image_features=None)
+            subject = Subject(label, reference=None, layers=own)
             jobs.append(Job(subject, caption, seed=i, embedding=batch["embedding"][i : i + 1]))
         pipe = MoMA(
             unet=model.unet, vae=self.vae, text=self.text, llava=None, adapter=model.adapter,
