@@ -43,7 +43,7 @@ FLOORS = [
     {"moma.mini.config", "moma.mini.report"},
     {"moma.mini.tasks"},
     {"sample", "convert_weights", "train"},
-    {"moma.mini.pretrain"},
+    {"moma.mini.pretrain", "moma.rounding"},
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()
