@@ -7,7 +7,8 @@
 
 Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language model and projector), adapter,
 and for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with).
-`Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
+LLaVA's config says if its matrices are stored in 8 or 4 bits (models/quant.py); then its file holds codes and
+scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Weights of 8 and 4 bits: models/quant.py, bundles that hold them, and what they refuse."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from convert_weights import convert, main
 from models.llama import LlamaBlock, LlamaConfig
 from models.quant import PRESETS, SCALE_DTYPE, QuantConfig, QuantLinear, dequantise, pack, quantise, unpack
+from moma import rounding
 from moma.bundle import Bundle, config_from_json
 from moma.config import DEFAULT, SampleConfig
+from moma.mini import pretrain
 from moma.pipeline import MoMA, Subject
 from moma.tiny import TinyConfig, build_tiny_bundle
-from moma.training import stage1
+from moma.training import stage1, stage2
 from moma.training.config import TrainConfig
 from tests.make_checkpoints import TINY, make_clip, make_llava
+from tests.training_data import write_data
 
 BITS = sorted(PRESETS)
 ROOT = Path(__file__).parents[1]
@@ -229,6 +233,16 @@ def test_a_picture(few: dict[int, Bundle]) -> None:
     assert picture.size == (64, 64)
 
 
+def test_stage_2_reads_its_embeddings(few: dict[int, Bundle], tmp_path: Path) -> None:
+    data, cpu = write_data(tmp_path / "data", 4), torch.device("cpu")
+    config = stage2.Stage2Config(
+        cache=str(tmp_path / "cache"), cache_batch=4, cache_workers=1, validation_samples=1, grid_samples=1
+    )
+    task = stage2.build(few[4], data, config, TrainConfig(), DEFAULT, cpu, torch.float32)
+    batch = next(task.deliveries(2, 0, 1, {})).batch
+    assert task.model(batch).isfinite().all()
+
+
 def test_from_a_public_source(tmp_path: Path, plain: Bundle) -> None:
     clip = make_clip(tmp_path / "clip", TINY)
     llava = make_llava(tmp_path / "llava", TINY, plain.folder / "tokenizers")
@@ -296,3 +310,24 @@ def test_stage_1_refuses(few: dict[int, Bundle], train: str, no_weights: None) -
     config = stage1.Stage1Config(train=train)
     with pytest.raises(ValueError, match="stored in 8 bits, which cannot be trained"):
         stage1.build(few[8], "nowhere", config, TrainConfig(), DEFAULT, torch.device("cpu"), torch.float32)
+
+
+def test_the_recipe_refuses_such_a_start(few: dict[int, Bundle], tmp_path: Path, no_weights: None) -> None:
+    with pytest.raises(ValueError, match="stored in 4 bits, which cannot be trained"):
+        pretrain.main(
+            ["--start", str(few[4].folder), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# --- the comparison ----------------------------------------------------------------------------------
+
+
+def test_rounding_of_a_small_decoder_on_random_states() -> None:
+    """A line per block; 8 bits are nearer than 4, and both are near."""
+    sizes = LlamaConfig(width=64, heads=4, mlp=128, lm_head=False)
+    lines = list(rounding.full_size(2, rounding.RoundingConfig(tokens=8, llama=sizes)))
+    assert len(lines) == 2
+    for line in lines:
+        eight, four = (float(value) for value in re.findall(r"bits (0\.\d+)", line))
+        assert 0.9 < four < eight < 1
