@@ -23,8 +23,8 @@ MIN_GROUP = 16  # in smaller groups scales would cost more than a bit per weight
 # squared error falls by 3 to 4%, on Gaussian weights by 5%; smaller steps of the search gain 1% more. 256
 # levels are fine enough.
 CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}
-# Weights that are worked on at a time: intermediate results of whole matrices would fall out of a CPU's caches,
-# which makes both directions about twice as slow.
+# Weights that are worked on at a time: intermediate results of whole matrices would fall out of a CPU's
+# caches, which makes both directions about twice as slow.
 CHUNK = 2**20
 
 
