@@ -3,6 +3,7 @@
     python convert_weights.py SOURCE [SOURCE ...] --out weights/moma
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
     python convert_weights.py --download --out weights/moma
+    python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
@@ -16,17 +17,20 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from models.clip import CLIPVisionConfig
 from models.llava import LlavaConfig
-from models.loading import misfits, some_names, stored_bytes
+from models.loading import LazyTensor, misfits, some_names, stored_bytes
+from models.quant import PRESETS, QuantConfig, quantise
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
 from moma.bundle import (
@@ -38,6 +42,7 @@ from moma.bundle import (
     SAMPLING,
     Bundle,
     BundleWriter,
+    build_network,
     check_target,
     expected_shapes,
 )
@@ -58,6 +63,7 @@ def convert(
     dtype: torch.dtype | None = None,
     ema: bool = False,
     llm: bool = True,
+    llm_bits: int | None = None,
     overwrite: bool = False,
     assumed: Assumed | None = None,
     say: Say = print,
@@ -65,7 +71,8 @@ def convert(
     """Write the bundle `out` from the sources at `paths` and, for what they lack, `base`.
 
     dtype: of the networks from sources, None = as they are (a base's files are taken over unchanged). ema:
-    take a single file's averaged UNet. llm: False leaves LLaVA and its tower out. Raises ValueError, with
+    take a single file's averaged UNet. llm: False leaves LLaVA and its tower out. llm_bits: 8 or 4, to
+    store the matrices of LLaVA (a source's or the base's) as `models.quant` does. Raises ValueError, with
     nothing written, for sources that cannot be used.
     """
     assumed = (assumed or Assumed()).with_base(base)
@@ -77,6 +84,8 @@ def convert(
 
     left_out = () if llm else LLM
     networks = choose(sources, left_out, say)
+    if llm_bits and "llava" not in networks:
+        networks["llava"] = llava_of(base if llm else None)
     if not networks:
         raise ValueError("nothing to convert: give at least one source")
     kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
@@ -91,6 +100,8 @@ def convert(
         if name in kept and "unet" in networks:
             check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
     networks = {name: check(name, network, configs.get("unet"), say) for name, network in networks.items()}
+    if llm_bits:
+        networks["llava"] = quantised(networks["llava"], llm_bits)
     compare_towers(networks, sources, say)
 
     sizes = {name: stored_bytes(network.tensors, dtype) for name, network in networks.items()}
@@ -120,6 +131,13 @@ def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict
                 say(f"note: {name}: {network.source} replaces that of {chosen[name].source}")
             chosen[name] = network
     return chosen
+
+
+def llava_of(base: Bundle | None) -> Network:
+    """The base's LLaVA, to be written anew; ValueError if there is none."""
+    if base is None or "llava" not in base.networks:
+        raise ValueError("--llm-bits: no LLaVA to store in fewer bits; give its source or a bundle with it")
+    return Network(base.config("llava"), base.tensors("llava"), base.networks["llava"]["source"])
 
 
 def choose_tokenizers(
@@ -217,6 +235,32 @@ def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Net
     return replace(network, tensors={key: network.tensors[key] for key in wanted})
 
 
+def quantised(llava: Network, bits: int) -> Network:
+    """LLaVA with its LLaMA blocks' matrices as codes and scales, each computed when it is written."""
+    if before := llava.config.llama.quant:
+        raise ValueError(
+            f"{llava.source}: stored in {before.bits} bits already, and rounding twice adds up; start from "
+            "the bundle that it was made of"
+        )
+    quant = PRESETS[bits]
+    config = replace(llava.config, llama=replace(llava.config.llama, quant=quant))
+    with torch.device("meta"):
+        buffers = dict(build_network("llava", config).named_buffers())
+    tensors = dict(llava.tensors)
+    for name, buffer in buffers.items():
+        layer, _, part = name.rpartition(".")
+        weight = llava.tensors[f"{layer}.weight"]
+        read = partial(_part, weight, quant, ("codes", "scale").index(part))
+        tensors[name] = LazyTensor(tuple(buffer.shape), buffer.dtype, weight.file, read, castable=False)
+        tensors.pop(f"{layer}.weight", None)
+    return replace(llava, config=config, tensors=tensors)
+
+
+def _part(weight: LazyTensor, quant: QuantConfig, i: int) -> Tensor:
+    """Codes (i = 0) or scale (1). Each costs the whole work, so that no more than one matrix is held."""
+    return quantise(weight.read(), quant)[i]
+
+
 def compare_towers(networks: Mapping[str, Network], sources: Sequence[Source], say: Say) -> None:
     """Says how far the image tower that was chosen is from one that LLaVA's source holds, too."""
     tower = networks.get("vision")
@@ -245,13 +289,21 @@ def summarise(bundle: Bundle, say: Say) -> None:
     for name, entry in bundle.networks.items():
         tensors = bundle.tensors(name).values()
         kinds = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-        millions = sum(prod(tensor.shape) for tensor in tensors) / 1e6
+        millions = sum(map(prod, plain_shapes(bundle, name).values())) / 1e6
         size = sum(path.stat().st_size for path in bundle.files(name)) / 1e9
         say(f"{name:10} {millions:9.1f} M  {kinds:16} {size:7.3f} GB  {entry['source']}")
     if lacking := [name for name in SAMPLING if name not in bundle.networks]:
         say(f"{bundle.folder}: complete for what was given; sampling also needs {', '.join(lacking)}")
     else:
         say(f"{bundle.folder}: ready")
+
+
+def plain_shapes(bundle: Bundle, name: str) -> dict[str, tuple[int, ...]]:
+    """Those of a network's parameters, also where they are stored as something else."""
+    config = bundle.config(name)
+    if name == "llava":
+        config = replace(config, llama=replace(config.llama, quant=None))
+    return expected_shapes(name, config, bundle.configs.get("unet"))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -266,6 +318,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--ema", action="store_true", help="take the averaged UNet of a single-file checkpoint"
     )
     parser.add_argument("--no-llm", action="store_true", help="leave out LLaVA")
+    parser.add_argument(
+        "--llm-bits",
+        type=int,
+        choices=sorted(PRESETS),
+        help="store LLaVA's language model in so many bits per weight: a half or a quarter of the size",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--download", action="store_true", help="fetch the released weights first (~20 GB)")
     parser.add_argument(
@@ -281,12 +339,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         check_target(args.out, args.overwrite)  # before a download of hours
+        if args.llm_bits and args.no_llm:
+            raise ValueError("--llm-bits is about LLaVA, which --no-llm leaves out; give one of them")
         base = Bundle.open(args.base_bundle) if args.base_bundle else None
         paths = list(args.sources)
         if args.download:
             paths = download(DownloadConfig(base_id=args.base_id), args.cache, llm=not args.no_llm) + paths
         dtype, llm = CHOICES[args.dtype], not args.no_llm
-        convert(paths, args.out, base, dtype, args.ema, llm, args.overwrite)
+        convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
     except (ValueError, OSError) as error:
         print(f"convert_weights: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention, merge_heads, split_heads
+from models.quant import QuantConfig, linear
 
 # What transformers' LlamaConfig means by a key that is absent from config.json.
 PUBLIC_DEFAULTS: dict[str, Any] = {
@@ -50,12 +51,18 @@ class LlamaConfig:
     eos: int = 2  # token that ends a generated text
     lm_head: bool = True  # only `generate` needs it; MoMA reads hidden states
     gradient_checkpointing: bool = False  # recompute each block in the backward to save memory
+    # How the blocks' matrices are stored, None = as plain weights. They are 96% of a 7B model; of the rest
+    # (embedding, norms, lm_head, LLaVA's projector and tower) rounding would save little and cost accuracy.
+    quant: QuantConfig | None = None
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(f"LLaMA width {self.width}: expected a multiple of 2 * heads ({2 * self.heads})")
         if self.heads % self.groups:
             raise ValueError(f"LLaMA kv_heads {self.kv_heads}: expected a divisor of heads ({self.heads})")
+        if self.quant:
+            for inputs in (self.width, self.mlp):
+                self.quant.group_of(inputs)  # ValueError for sizes that have none
 
     @property
     def groups(self) -> int:
@@ -140,10 +147,10 @@ class _SelfAttention(nn.Module):
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
         self.heads, self.groups = cfg.heads, cfg.groups
-        self.q_proj = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.k_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.q_proj = linear(cfg.width, cfg.width, cfg.quant)
+        self.k_proj = linear(cfg.width, cfg.groups * cfg.head_dim, cfg.quant)
+        self.v_proj = linear(cfg.width, cfg.groups * cfg.head_dim, cfg.quant)
+        self.o_proj = linear(cfg.width, cfg.width, cfg.quant)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeyValue | None
@@ -162,9 +169,9 @@ class _SelfAttention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
+        self.gate_proj = linear(cfg.width, cfg.mlp, cfg.quant)
+        self.up_proj = linear(cfg.width, cfg.mlp, cfg.quant)
+        self.down_proj = linear(cfg.mlp, cfg.width, cfg.quant)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)

@@ -60,6 +60,7 @@ class LazyTensor:
     dtype: torch.dtype
     file: Path
     read: Callable[[], Tensor]
+    castable: bool = True  # False: the dtype belongs to the format (a scale of models/quant.py)
 
     @property
     def nbytes(self) -> int:
@@ -334,7 +335,8 @@ def stored_bytes(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = 
 
 
 def _target(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+    casts = dtype is not None and tensor.castable and tensor.dtype.is_floating_point
+    return dtype if casts else tensor.dtype
 
 
 def _write_shard(
@@ -404,10 +406,10 @@ def load_into(
     """Build a module without memory of its own and put the tensors of safetensors files in.
 
     files: paths, or name prefix -> paths (the prefix is put before the names in these files). dtype: of the
-    parameters, None = as stored. ignore: prefixes of names that may be in the files without a place in the
-    module. On the CPU, tensors whose dtype stays are mapped from the file (private pages: writing to them
-    does not touch it). ValueError, before any weight is read, lists every missing, unexpected or mis-shaped
-    name; both sides must agree exactly.
+    parameters, None = as stored; buffers stay as stored. ignore: prefixes of names that may be in the files
+    without a place in the module. On the CPU, tensors whose dtype stays are mapped from the file (private
+    pages: writing to them does not touch it). ValueError, before any weight is read, lists every missing,
+    unexpected or mis-shaped name; both sides must agree exactly.
     """
     with torch.device("meta"):
         module = build()
@@ -421,13 +423,14 @@ def load_into(
         listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
         raise ValueError(f"{where}: does not fit {type(module).__name__}: {listed}")
 
+    cast = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state = {}
     for prefix, path in places:
         with _open_safetensors(path, str(device)) as file:
             for name in (prefix + key for key in file.keys()):  # noqa: SIM118 (not a mapping)
                 if name in wanted:
                     values = file.get_tensor(name.removeprefix(prefix))
-                    state[name] = values.to(dtype) if values.is_floating_point() else values
+                    state[name] = values.to(dtype) if name in cast else values
     module.load_state_dict(state, strict=True, assign=True)
     rest = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not rest, f"{type(module).__name__} keeps {rest} out of its state dict"

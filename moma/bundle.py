@@ -7,7 +7,8 @@
 
 Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language model and projector), adapter,
 and for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with).
-`Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
+LLaVA's config says if its matrices are stored in 8 or 4 bits (models/quant.py); then its file holds codes and
+scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
 """
 
 import json
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ def config_from_json(kind: type, data: Any, where: str) -> Any:
     hints = get_type_hints(kind)
     values = {}
     for key, value in data.items():
-        if is_dataclass(hints[key]):
-            value = config_from_json(hints[key], value, f"{where}.{key}")
+        kinds = [hint for hint in (hints[key], *get_args(hints[key])) if is_dataclass(hint)]
+        if kinds and (value is not None or kinds[0] is hints[key]):  # an optional one may be null
+            value = config_from_json(kinds[0], value, f"{where}.{key}")
         values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**values)

@@ -52,6 +52,7 @@ from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.tiny import learn_tokenizers, with_vocabularies
 from moma.training.checkpoint import check_same, checkpoints
+from moma.training.common import refuse_quantised
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
@@ -468,8 +469,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.until == "stage2" and any(args.out.glob("*")):
         raise ValueError(f"--out {args.out}: not empty, expected a new folder")
-    args.work.mkdir(parents=True, exist_ok=True)
     start = Bundle.open(args.start) if args.start else None
+    if start:
+        refuse_quantised(start)
+    args.work.mkdir(parents=True, exist_ok=True)
     with start_ranks(args.device) as ranks:
         shop = Shop(MiniConfig(), args.work, ranks, start)
         recipe(shop, args.until)

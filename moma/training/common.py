@@ -115,6 +115,15 @@ def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:
         parameter.requires_grad_(name.startswith(prefixes))
 
 
+def refuse_quantised(bundle: Bundle) -> None:
+    """ValueError for a LLaVA in few bits: training moves weights by less than their steps."""
+    if quant := bundle.config("llava").llama.quant:
+        raise ValueError(
+            f"{bundle.folder}: its LLaVA is stored in {quant.bits} bits, which cannot be trained; start from "
+            "the bundle that it was made of"
+        )
+
+
 def with_config(bundle: Bundle, name: str, config: Any) -> Bundle:
     """The bundle with other settings of a network (not other sizes)."""
     return replace(bundle, configs={**bundle.configs, name: config})

@@ -27,7 +27,14 @@ from moma.data.triplets import SkipLog, Source, Triplet, open_source
 from moma.decoder import decode_embedding
 from moma.prompts import instruction
 from moma.training.cache import clip_embedding
-from moma.training.common import Prepare, export_networks, start_adapter, train_only, with_config
+from moma.training.common import (
+    Prepare,
+    export_networks,
+    refuse_quantised,
+    start_adapter,
+    train_only,
+    with_config,
+)
 from moma.training.config import TrainConfig
 from moma.training.lora import LoRALinear, add_lora, merged_tensors
 from moma.training.task import Batch, Delivery, Position
@@ -179,6 +186,7 @@ def build(
 
     ValueError, before the first weight is read, for what does not fit.
     """
+    refuse_quantised(bundle)
     sizes, vision = bundle.config("llava"), bundle.config("vision")
     embed = bundle.configs["adapter"].embed_dim if "adapter" in bundle.networks else vision.width
     if embed != vision.width:

@@ -1,0 +1,144 @@
+"""What storing LLaMA's matrices in 8 or 4 bits does to the decoder's embedding.
+
+    python convert_weights.py --base-bundle weights/mini --llm-bits 4 --out out/mini4
+    python -m moma.rounding weights/mini out/mini4      # bundles on subjects and prompts of MoMA-mini's world
+    python -m moma.rounding --full-size 32              # LLaVA-1.5-7B's sizes, pseudo-random weights
+
+Letters: N pairs of subject and prompt, T tokens, C width of LLaMA, E embedding.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.clip_image import clip_image
+from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
+from models.quant import PRESETS, quantise
+from moma.adapter import AdapterConfig, Mapping
+from moma.mini.report import Pair, ReportConfig, make_pairs
+from moma.mini.world import draw
+from moma.output import exit_status
+from moma.pipeline import MoMA, Subject
+from moma.preprocess import make_reference
+
+
+@dataclass(frozen=True)
+class RoundingConfig:
+    """What is compared."""
+
+    pairs: int = 64  # N
+    tokens: int = 64  # T at full size; LLaVA's prompts have 640, which takes ten times as long
+    seed: int = 0  # of the pseudo-random weights and states
+    llama: LlamaConfig = LlamaConfig(lm_head=False)  # noqa: RUF009 (frozen)
+
+
+# --- bundles -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
+    """The decoder's embeddings of a bundle that knows the mini world's words, float32 (N, E)."""
+    pipe, rows = MoMA.load(folder, device="cpu", dtype=dtype), []
+    for pair in pairs:
+        seen = draw(pair.shown, ReportConfig().world)
+        image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
+        white = make_reference(image, mask, pipe.image_size, pipe.method).white
+        pixels = clip_image(white, pipe.llava.cfg.vision.image_size)[None].to(pipe.dtype)  # (1, 3, s, s)
+        subject = Subject(pair.shown.label, None, [], pipe.llava.encode_images(pixels))
+        rows.append(pipe.embed(subject, pair.prompt))
+    return torch.cat(rows).float()  # (N, E)
+
+
+def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
+    """Every bundle beside the first one in bf16, in lines for people."""
+    pairs = make_pairs(cfg.pairs, [None], ReportConfig())
+    wanted = embeddings(folders[0], "bf16", pairs)
+    yield f"{cfg.pairs} pairs of subject and prompt, cosine to {folders[0]} in bf16"
+    yield line("another pair's embedding", F.cosine_similarity(wanted, wanted.roll(1, dims=0)))
+    for folder, dtype in [(folders[0], "fp32"), *((folder, "bf16") for folder in folders[1:])]:
+        found = embeddings(folder, dtype, pairs)
+        yield line(f"{folder} in {dtype}", F.cosine_similarity(wanted, found))
+
+
+def line(name: str, cosines: Tensor) -> str:
+    return f"{name}: mean {cosines.mean():.5f}, least {cosines.min():.5f}"
+
+
+# --- full size ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
+    """LLaMA on random states, plain in bf16 and in fewer bits; one block's weights in memory at a time.
+
+    After each block a line: cosines of the last token's embedding and of the states of all tokens.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    mapping = Mapping(AdapterConfig(mllm_dim=cfg.llama.width)).bfloat16()
+    fill(mapping, generator)
+    norm = RMSNorm(cfg.llama.width, cfg.llama.eps)
+    rope = rope_at(torch.arange(cfg.tokens)[None], cfg.llama)  # (1, 1, T, D)
+    start = torch.randn(1, cfg.tokens, cfg.llama.width, generator=generator).bfloat16()  # (1, T, C)
+    states = dict.fromkeys((None, *PRESETS), start)
+    for i in range(1, blocks + 1):
+        with torch.device("meta"):
+            block = LlamaBlock(cfg.llama).bfloat16()
+        block.to_empty(device="cpu")
+        fill(block, generator)
+        for bits, x in states.items():
+            states[bits] = (block if bits is None else in_bits(block, bits, cfg.llama))(x, rope)
+        normed = {bits: norm(x.float())[0] for bits, x in states.items()}  # (T, C)
+        last = {bits: mapping(x[-1:].bfloat16()).float() for bits, x in normed.items()}  # (1, E)
+        found = [
+            f"{bits} bits {F.cosine_similarity(last[bits], last[None]).item():.5f} "
+            f"({F.cosine_similarity(normed[bits], normed[None]).mean():.5f})"
+            for bits in PRESETS
+        ]
+        yield f"{i} blocks, embedding (states): {', '.join(found)}"
+
+
+def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Gaussian matrices of variance 1 / inputs, norms of 1, biases of 0."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+        else:
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values.div_(parameter.shape[1] ** 0.5))
+
+
+def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
+    """The same block with its matrices as `models.quant` stores them."""
+    with torch.device("meta"):
+        other = LlamaBlock(replace(cfg, quant=PRESETS[bits]))
+    state = block.state_dict()
+    for name in [name for name in state if "_proj." in name]:
+        layer = name.removesuffix(".weight")
+        state[f"{layer}.codes"], state[f"{layer}.scale"] = quantise(state.pop(name), PRESETS[bits])
+    other.load_state_dict(state, assign=True)
+    return other
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("bundles", nargs="*", type=Path, help="the first is what the others are compared to")
+    parser.add_argument("--full-size", type=int, metavar="BLOCKS", help="of LLaVA-1.5-7B's 32")
+    args = parser.parse_args(argv)
+    if bool(args.bundles) == bool(args.full_size):
+        raise ValueError("expected bundles, or --full-size with a number of blocks")
+    cfg = RoundingConfig()
+    for text in full_size(args.full_size, cfg) if args.full_size else compare(args.bundles, cfg):
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("rounding", main))
