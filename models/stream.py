@@ -86,6 +86,8 @@ class StreamedLlava(Llava):
             where = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
             listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
             raise ValueError(f"{where}: does not fit {type(self).__name__}: {listed}")
+        stored = {name for name, _ in self.named_buffers()}  # codes and scales: of the dtype in the file
+        tensors = {name: replace(tensor, castable=name not in stored) for name, tensor in tensors.items()}
         self.front = {name: t for name, t in tensors.items() if name.startswith(("tower.", "projector."))}
         self.llama = StreamedLlama(cfg.llama, _below(tensors, "llama."), device, dtype)
 
@@ -128,7 +130,7 @@ def one_after_another(
 
 def fetch(group: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype) -> Weights:
     """A group's values on a device, floats in `dtype`, as `load_into` puts them there."""
-    return {name: _cast(tensor.read(), dtype).to(device) for name, tensor in group.items()}
+    return {name: _cast(tensor, dtype).to(device) for name, tensor in group.items()}
 
 
 def _read_ahead(
@@ -140,7 +142,7 @@ def _read_ahead(
     """As `fetch`, complete when it returns: nothing is left to be read or copied later."""
     if copies is not None:
         with torch.cuda.stream(copies):
-            pinned = ((name, _cast(tensor.read(), dtype).pin_memory()) for name, tensor in group.items())
+            pinned = ((name, _cast(tensor, dtype).pin_memory()) for name, tensor in group.items())
             weights = {name: values.to(device, non_blocking=True) for name, values in pinned}
         copies.synchronize()
         return weights
@@ -151,8 +153,9 @@ def _read_ahead(
     return weights
 
 
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype) if values.is_floating_point() else values
+def _cast(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    values = tensor.read()
+    return values.to(dtype) if tensor.castable and values.is_floating_point() else values
 
 
 def _below(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:

@@ -227,6 +227,16 @@ def test_codes_and_scales_keep_their_dtype(few: dict[int, Bundle], bits: int) ->
     assert kinds == {"codes": torch.int8 if bits == 8 else torch.uint8, "scale": SCALE_DTYPE}
 
 
+@pytest.mark.parametrize("bits", BITS)
+@torch.no_grad()
+def test_streamed_equals_resident(few: dict[int, Bundle], bits: int) -> None:
+    """Scales are not cast on the way either: in float16 some would change."""
+    cpu, width = torch.device("cpu"), few[bits].config("llava").llama.width
+    x = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(0)).half()
+    resident, streamed = few[bits].build("llava", cpu, torch.float16), few[bits].stream(cpu, torch.float16)
+    assert torch.equal(streamed.llama(x), resident.llama(x))
+
+
 def test_a_picture(few: dict[int, Bundle]) -> None:
     pipe = MoMA.load(few[4].folder, device="cpu")
     (picture,) = pipe.sample(subject_of(pipe), "a cat on the beach", config=SampleConfig(steps=2))
