@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.clip_image import clip_image
 from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
 from models.quant import PRESETS, quantise
 from moma.adapter import AdapterConfig, Mapping
+from moma.bundle import Bundle
+from moma.decoder import Question
 from moma.mini.report import Pair, ReportConfig, make_pairs
 from moma.mini.world import draw
 from moma.output import exit_status
-from moma.pipeline import MoMA, Subject
+from moma.pipeline import load_decoder
 from moma.preprocess import make_reference
 
 
@@ -45,15 +46,13 @@ class RoundingConfig:
 @torch.no_grad()
 def embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
     """The decoder's embeddings of a bundle that knows the mini world's words, float32 (N, E)."""
-    pipe, rows = MoMA.load(folder, device="cpu", dtype=dtype), []
+    decoder, size, questions = load_decoder(folder, "cpu", dtype), Bundle.open(folder).image_size, []
     for pair in pairs:
         seen = draw(pair.shown, ReportConfig().world)
         image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
-        white = make_reference(image, mask, pipe.image_size, pipe.method).white
-        pixels = clip_image(white, pipe.llava.cfg.vision.image_size)[None].to(pipe.dtype)  # (1, 3, s, s)
-        subject = Subject(pair.shown.label, None, [], pipe.llava.encode_images(pixels))
-        rows.append(pipe.embed(subject, pair.prompt))
-    return torch.cat(rows).float()  # (N, E)
+        white = make_reference(image, mask, size, decoder.method).white
+        questions.append(Question(white, pair.shown.label, pair.prompt))
+    return torch.cat(decoder(questions)).float()  # (N, E)
 
 
 def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:

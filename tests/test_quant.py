@@ -341,3 +341,11 @@ def test_rounding_of_a_small_decoder_on_random_states() -> None:
     for line in lines:
         eight, four = (float(value) for value in re.findall(r"bits (0\.\d+)", line))
         assert 0.9 < four < eight < 1
+
+
+def test_rounding_of_bundles() -> None:
+    """Another pair is far from a bundle's embeddings, fp32 near, the bundle itself the same."""
+    mini = Path(__file__).parents[1] / "weights/mini"
+    lines = list(rounding.compare([mini, mini], rounding.RoundingConfig(pairs=2)))
+    other, fp32, same = (float(re.search(r"least (-?\d\.\d+)", line)[1]) for line in lines[1:])
+    assert other < 0.9 < 0.999 < fp32 and same == 1
