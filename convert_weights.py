@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from models.clip import CLIPVisionConfig
 from models.llava import LlavaConfig
-from models.loading import LazyTensor, misfits, some_names, stored_bytes
+from models.loading import LazyTensor, does_not_fit, misfits, some_names, stored_bytes
 from models.quant import PRESETS, QuantConfig, quantise
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
@@ -228,8 +228,7 @@ def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Net
     wanted = expected_shapes(name, network.config, unet)
     problems = misfits(wanted, network.tensors)
     if set(problems) - {"unexpected"}:
-        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
-        raise ValueError(f"{network.source}: does not fit {name}: {listed}")
+        raise ValueError(does_not_fit(network.source, name, problems))
     if problems:
         say(f"note: {network.source}: {name}: unused: {some_names(problems['unexpected'])}")
     return replace(network, tensors={key: network.tensors[key] for key in wanted})

@@ -363,7 +363,10 @@ def user_cache() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
     except RuntimeError:
-        raise ValueError("this user has no home folder: name a folder for caches in XDG_CACHE_HOME") from None
+        raise ValueError(
+            "this user has no home folder: name a folder for caches in XDG_CACHE_HOME, or give --weights and "
+            "--cache"
+        ) from None
 
 
 def weight_hashes(bundle: Bundle) -> dict[str, str]:

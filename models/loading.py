@@ -19,7 +19,7 @@ from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ class LazyTensor:
     def map(self, function: Callable[[Tensor], Tensor]) -> "LazyTensor":
         """The same tensor after `function` (which must run on meta tensors, as the shape comes from one)."""
         result = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return LazyTensor(tuple(result.shape), result.dtype, self.file, lambda: function(self.read()))
+        shape, dtype = tuple(result.shape), result.dtype
+        return replace(self, shape=shape, dtype=dtype, read=lambda: function(self.read()))
 
 
 def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
@@ -420,8 +421,7 @@ def load_into(
     known = {name: t for name, t in stored.items() if name in wanted or not name.startswith(tuple(ignore))}
     if problems := misfits(wanted, known):
         where = ", ".join(str(path) for _, path in places)
-        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
-        raise ValueError(f"{where}: does not fit {type(module).__name__}: {listed}")
+        raise ValueError(does_not_fit(where, type(module).__name__, problems))
 
     cast = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state = {}
@@ -435,6 +435,12 @@ def load_into(
     rest = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not rest, f"{type(module).__name__} keeps {rest} out of its state dict"
     return module
+
+
+def does_not_fit(where: str, network: str, problems: Mapping[str, list[str]]) -> str:
+    """One line for people about `misfits`."""
+    listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
+    return f"{where}: does not fit {network}: {listed}"
 
 
 def misfits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from models.llama import Llama, LlamaConfig
 from models.llava import Llava, LlavaConfig
-from models.loading import LazyTensor, misfits, some_names
+from models.loading import LazyTensor, does_not_fit, misfits
 
 PAGE = 4096  # bytes: touching one byte in as many brings a mapped file into memory (smallest page in use)
 
@@ -38,6 +38,8 @@ class StreamedLlama(Llama):
         self.blocks = [_below(tensors, f"layers.{i}.") for i in range(cfg.layers)]
         self.final_norm = _below(tensors, "norm.")
         self.device, self.dtype = device, dtype
+        # One for all readings: memory that a stream has used is not given to another one.
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def forward(self, embeds: Tensor, layers: int | None = None) -> Tensor:
         return self.each([embeds], layers)[0]
@@ -51,7 +53,7 @@ class StreamedLlama(Llama):
             for n, rope in enumerate(ropes):
                 states[n] = functional_call(self.layers[i], weights, (states[n], rope))  # (B, T, C)
 
-        one_after_another(self.blocks[:count], apply, self.device, self.dtype)
+        one_after_another(self.blocks[:count], apply, self.device, self.dtype, self.copies)
         norm = fetch(self.final_norm, self.device, self.dtype)
         return [functional_call(self.norm, norm, (x,)) for x in states]  # (B, T, C) each
 
@@ -84,8 +86,7 @@ class StreamedLlava(Llava):
         wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         if problems := misfits(wanted, tensors):
             where = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
-            listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
-            raise ValueError(f"{where}: does not fit {type(self).__name__}: {listed}")
+            raise ValueError(does_not_fit(where, type(self).__name__, problems))
         stored = {name for name, _ in self.named_buffers()}  # codes and scales: of the dtype in the file
         tensors = {name: replace(tensor, castable=name not in stored) for name, tensor in tensors.items()}
         self.front = {name: t for name, t in tensors.items() if name.startswith(("tower.", "projector."))}
@@ -109,13 +110,13 @@ def one_after_another(
     use: Callable[[int, Weights], None],
     device: torch.device,
     dtype: torch.dtype,
+    copies: torch.cuda.Stream | None = None,
 ) -> None:
     """use(i, weights of group i) for each group in turn, while a thread reads the next one.
 
-    At most two groups are in memory, if `use` keeps nothing. On CUDA the next group goes through pinned
-    memory and a stream of its own, so that copying and computing can overlap.
+    At most two groups are on the device, if `use` keeps nothing. On CUDA the next group goes through pinned
+    memory and the stream `copies`, so that copying and computing can overlap.
     """
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(_read_ahead, groups[0], device, dtype, copies)
         for i in range(len(groups)):

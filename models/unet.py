@@ -258,7 +258,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
         h, w = x.shape[-2:]
-        y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); of channels_last x it is no copy
+        y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); on CPUs no copy of channels_last x
         y = on_tokens(self.proj_in, y)  # (B, N, C)
         records = []
         for block in self.transformer_blocks:

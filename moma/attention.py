@@ -58,7 +58,7 @@ def subject_self_attention(
     z = attention(q, k, v, impl=impl)  # (R, H, N, D)
     if inside is None:
         z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, N, D)
-        return z + lam * z_ref * m_gen * beta
+        return z + (lam * z_ref * m_gen * beta).to(z.dtype)
     if not inside.numel():
         return z
     place = inside + torch.arange(len(q), device=q.device)[:, None] * q.shape[2]  # (R, Q) among all rows'

@@ -47,8 +47,8 @@ class MethodConfig:
     mllm_layers: int | None = None
 
     # --- Eq. 3 and the decoupled cross-attention ---
-    # "fused" never materialises attention probabilities and drops background keys; "explicit" is Eq. 3 as
-    # written. Both give the same result.
+    # "fused" never materialises attention probabilities, drops background keys and asks only the queries
+    # inside M_gen; "explicit" is Eq. 3 as written. Both give the same result.
     attention: Literal["fused", "explicit"] = "fused"
     # The subject term of Eq. 3 acts at timesteps below this (of 1000); the release's t_range.
     subject_below_t: int = 950

@@ -14,11 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor
 
 from models.loading import read_checkpoint, save_tensors
-from moma.bundle import Bundle
+from moma.bundle import LLAMA_TOKENIZER, Bundle
 from moma.config import MethodConfig
 from moma.decoder import Decoder, Question
 from moma.prompts import instruction
@@ -45,6 +46,9 @@ class EmbeddingCache:
         identity = {
             "version": VERSION,
             "weights": {name: bundle.networks[name]["sha256"] for name in NETWORKS},
+            "configs": {name: bundle.networks[name]["config"] for name in NETWORKS},
+            "tokenizer": sha256(bundle.tokenizer(*LLAMA_TOKENIZER).read_bytes()).hexdigest(),
+            "pillow": PIL.__version__,  # resizes the picture for the tower
             "mllm_layers": method.mllm_layers,
             "dtype": str(dtype),
             "torch": torch.__version__,

@@ -53,7 +53,7 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig) -> Tensor:
     elif method.m_gen_norm == "batch":
         rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
     conditional = rows[1]  # (B, 1, h, w)
-    inside = conditional if method.m_gen_inside == "soft" else torch.ones_like(conditional)  # (B, 1, h, w)
+    inside = conditional if method.m_gen_inside == "soft" else 1 + 0 * conditional  # (B, 1, h, w), NaN stays
     return inside.masked_fill(conditional <= method.m_gen_threshold, 0.0)
 
 

@@ -218,7 +218,12 @@ class MoMA:
 
     def embed(self, subject: Subject, prompt: str) -> Tensor:
         """The decoder's image embedding (1, E) for one subject and prompt: one pass of the MLLM."""
+        self._check_decoder(subject)
         return self.decoder([Question(subject.reference.white, subject.word, prompt)])[0]
+
+    def _check_decoder(self, subject: Subject) -> None:
+        if self.decoder is None or subject.reference is None:
+            raise ValueError("without an MLLM or a picture for it every job must bring its embedding")
 
     def sample(
         self,
@@ -252,8 +257,8 @@ class MoMA:
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.vae.cfg.factor)
             expected = (1, self.adapter.cfg.embed_dim)
-            if job.embedding is None and (self.decoder is None or job.subject.reference is None):
-                raise ValueError("without an MLLM or a picture for it every job must bring its embedding")
+            if job.embedding is None:
+                self._check_decoder(job.subject)
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
                 raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]

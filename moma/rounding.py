@@ -28,6 +28,7 @@ from moma.mini.world import draw
 from moma.output import exit_status
 from moma.pipeline import load_decoder
 from moma.preprocess import make_reference
+from moma.tiny import fill
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,6 @@ def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
         yield f"{i} blocks, embedding (states): {', '.join(found)}"
 
 
-def fill(module: torch.nn.Module, generator: torch.Generator) -> None:
-    """Gaussian matrices of variance 1 / inputs, norms of 1, biases of 0."""
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(0 if name.endswith("bias") else 1)
-        else:
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values.div_(parameter.shape[1] ** 0.5))
-
-
 def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
     """The same block with its matrices as `models.quant` stores them."""
     with torch.device("meta"):
@@ -132,9 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("bundles", nargs="*", type=Path, help="the first is what the others are compared to")
     parser.add_argument("--full-size", type=int, metavar="BLOCKS", help="of LLaVA-1.5-7B's 32")
     args = parser.parse_args(argv)
-    if bool(args.bundles) == bool(args.full_size):
+    if bool(args.bundles) == (args.full_size is not None):
         raise ValueError("expected bundles, or --full-size with a number of blocks")
     cfg = RoundingConfig()
+    if args.full_size is not None and not 1 <= args.full_size <= cfg.llama.layers:
+        raise ValueError(f"--full-size {args.full_size}: expected 1 to {cfg.llama.layers} blocks")
     for text in full_size(args.full_size, cfg) if args.full_size else compare(args.bundles, cfg):
         print(text, flush=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 import sentencepiece
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
@@ -180,3 +180,15 @@ def _learn_llama(texts: list[str], pieces: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+@torch.no_grad()
+def fill(network: nn.Module, generator: torch.Generator) -> None:
+    """Values that neither vanish nor grow on their way: matrices and kernels Gaussian with variance
+    1 / inputs, norms and λ 1, biases 0. generator: on the CPU."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+        else:
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values.div_(values[0].numel() ** 0.5))

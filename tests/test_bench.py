@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_equation_3_is_the_same() -> None:
     ratio = bench.equation_3(SMALL, CPU, torch.float32)
-    assert ratio.error < 1e-5 and ratio.slow > 0 and ratio.fast > 0
+    assert ratio.error < 1e-5
 
 
 @torch.no_grad()
@@ -51,6 +51,11 @@ def test_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture
     assert bench.run(options) != 0
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_the_table_says_what_is_missed() -> None:
+    found = bench.table([bench.Ratio("a", "fp32", 2.0, 3.0, 1.0), bench.Ratio("b", "fp32", 2.0, 3.0, 2.0)])
+    assert "| 3.00 | at least 2.00: met |" in found and "| 1.50 | at least 2.00: **missed** |" in found
 
 
 def test_in_turn_counts_each_side() -> None:

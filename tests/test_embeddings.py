@@ -82,7 +82,8 @@ def test_only_what_is_missing_is_computed(folders: list[Path], tmp_path: Path) -
 
 
 def test_any_change_misses(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Picture, mask, words, weights, template, layers, dtype, processor: each makes a file of its own."""
+    """Picture, mask, words, weights, template, layers, dtype, settings of a network, tokenizer, processor,
+    library: each makes a file of its own."""
     question = QUESTIONS[0]
     cache = cache_of(tmp_path, folders[0])
     paths = [
@@ -95,6 +96,16 @@ def test_any_change_misses(folders: list[Path], tmp_path: Path, monkeypatch: pyt
         cache_of(tmp_path, folders[0], replace(DEFAULT, mllm_layers=1)).path(question),
         cache_of(tmp_path, folders[0], dtype=torch.float32).path(question),
     ]  # fmt: skip
+    bundle = Bundle.open(folders[0])
+    llava = dict(bundle.networks["llava"], config={"changed": True})
+    other = replace(bundle, networks={**bundle.networks, "llava": llava})
+    paths.append(EmbeddingCache.of(tmp_path, other, DEFAULT, CPU, torch.bfloat16).path(question))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: b"another tokenizer")
+        paths.append(cache_of(tmp_path, folders[0]).path(question))
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.__version__", "another")
+        paths.append(cache_of(tmp_path, folders[0]).path(question))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     paths.append(cache_of(tmp_path, folders[0]).path(question))
     assert len(set(paths)) == len(paths)

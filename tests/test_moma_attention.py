@@ -166,6 +166,20 @@ def test_gradients_agree() -> None:
         torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
 
 
+def test_dtype_does_not_depend_on_the_mask() -> None:
+    """Under autocast λ is float32: what comes out is of q's dtype, whichever queries are asked."""
+    ref = reference([3, 24, 1, 9])
+    low = drop_background(ReferenceLayer(ref.k.bfloat16(), ref.v.bfloat16(), ref.keep))
+    q, k, v = (rand(R, H, 4 * N, D, seed=s).bfloat16() for s in (3, 4, 5))
+    found = []
+    for share in (0.0, 0.3, 1.0):
+        m_gen = gate([share] * R)
+        inside = queries_inside(m_gen)
+        z = subject_self_attention(q, k, v, low, m_gen, torch.ones(1), 1.0, "fused", inside)
+        found.append((z.dtype, inside is None or len(inside[0])))
+    assert found == [(torch.bfloat16, 0), (torch.bfloat16, 64), (torch.bfloat16, True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_near(dtype: torch.dtype) -> None:
     ref = reference([3, 24, 0, 9])

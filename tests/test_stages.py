@@ -545,6 +545,7 @@ def test_grid(two: Callable[..., Stage2Task]) -> None:
         ({"subject_weight": 0.0}, "subject_weight"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
         ({"reference_shift": -1}, "reference_shift"),
+        ({"reference_shift": 100}, "reference_shift 100: expected below half"),
         ({"validation_samples": 10}, "keeps back"),
     ],
 )

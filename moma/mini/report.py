@@ -46,6 +46,8 @@ MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns
 # Names of settings. The last of MASKS samples as the release does, where the bundle does otherwise.
 TEXT, BASELINE, MAIN, NONE = "text only", "IP-Adapter", "MoMA, β = 1", "MoMA, β = 0"
 MASKS = ("half", "off", "full, release's settings")
+MASKING = """Background: against β = 0, same noise. Release's settings: M_gen soft, above 0.2, of all layers;
+Eq. 3 below t = 950."""
 RELEASED = ("m_gen_layers", "m_gen_threshold", "m_gen_inside", "subject_below_t")
 REAL, OTHER, DECODED = "real renders", "another subject", "real renders, autoencoded"
 
@@ -381,7 +383,7 @@ def tables(
             ("material", *FIDELITY),
             compared,
         ),
-        Table("Masking (Table 3, Fig. 9)", "Background: against β = 0, same noise.", spilled, masks),
+        Table("Masking (Table 3, Fig. 9)", MASKING, spilled, masks),
         Table("Strength in new scenes (Table 4)", "", all_, sweep),
         Table("Strength for new textures (Fig. 8)", "", ("material", "class", "scene"), made),
         Table("Adapters trained otherwise", "All at β = 1.", all_, others),

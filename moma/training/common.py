@@ -117,7 +117,8 @@ def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 def refuse_quantised(bundle: Bundle) -> None:
     """ValueError for a LLaVA in few bits: training moves weights by less than their steps."""
-    if quant := bundle.config("llava").llama.quant:
+    llava = bundle.configs.get("llava")
+    if llava is not None and (quant := llava.llama.quant):
         raise ValueError(
             f"{bundle.folder}: its LLaVA is stored in {quant.bits} bits, which cannot be trained; start from "
             "the bundle that it was made of"

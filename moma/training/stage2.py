@@ -220,7 +220,7 @@ class Stage2Task:
         return list(self._validation(self.model.cfg.validation_samples, self.model.cfg.validation_batch))
 
     def _validation(self, count: int, size: int) -> Iterator[Batch]:
-        """The first `count` held-out samples, with the same draws in every run and nothing dropped."""
+        """The first `count` held-out samples, with the same draws in every run and no context dropped."""
         data = self.held_out or self.data
         for start in range(0, min(count, len(data)), size):
             index = torch.arange(start, min(start + size, count, len(data)))
@@ -240,6 +240,7 @@ class Stage2Task:
         if not names:
             return None
         (batch,) = self._validation(len(names), len(names))
+        batch["shift"] = torch.zeros_like(batch["shift"])  # the sheet shows the reference where it is
         batch = {name: value.to(weight.device) for name, value in batch.items()}
         # The adapter's weights are float32, the frozen networks' may not be.
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
@@ -299,6 +300,9 @@ def build(
         check_method(method, bundle)
     if config.init == "base" and method.context_init == "ip_adapter":
         bundle.config("ip_adapter")
+    side = bundle.image_size // bundle.config("vae").factor
+    if config.reference_shift >= side // 2:
+        raise ValueError(f"reference_shift {config.reference_shift}: expected below half of {side} latents")
     held_out = None
     if config.validation is not None:
         place = open_source(config.validation)
