@@ -268,6 +268,7 @@ def test_reference_noise(pipe: MoMA) -> None:
         {"context_masked": False},
         {"m_gen_norm": "none"},
         {"m_gen_threshold": 0.5},
+        {"m_gen_inside": "one"},
         {"m_gen_layers": (2,)},
         {"subject_below_t": 400},
         {"geometry": "squash"},
@@ -379,6 +380,13 @@ def test_method_must_fit(pipe: MoMA) -> None:
 def test_the_weights_own_size(pipe: MoMA, cat: Subject) -> None:
     (image,) = pipe.sample(cat, "a cat", config=SampleConfig(steps=1))
     assert image.size == (pipe.image_size, pipe.image_size)
+
+
+def test_without_a_decoder(folder: str, cat: Subject) -> None:
+    pipe = MoMA.load(folder, device="cpu", dtype="fp32", decoder=False)
+    for call in (lambda: pipe.embed(cat, "a cat"), lambda: list(pipe.run([Job(cat, "a cat", 0)], QUICK))):
+        with pytest.raises(ValueError, match="every job must bring its embedding"):
+            call()
 
 
 def test_nothing_to_draw(pipe: MoMA) -> None:

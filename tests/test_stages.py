@@ -523,6 +523,7 @@ def test_grid(two: Callable[..., Stage2Task]) -> None:
     grid = task.sample_grid()
     assert grid.width > grid.height * 1.2  # two rows of three
     assert task.sample_grid().tobytes() == grid.tobytes()
+    assert two(MOVED, reference_shift=2).sample_grid().tobytes() == grid.tobytes()  # shown where it is
     before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
     task.sample_grid()
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
