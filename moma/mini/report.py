@@ -419,7 +419,9 @@ def targets(
 def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
     lines = ["| MoMA, β = 1 | wanted | found | |", "|---|---|---|---|"]
     for text, (least, e) in found.items():
-        met = "met" if (e.mean >= least if least else e.mean > 0) else "**missed**"
+        met = "met" if (e.mean >= least if least else e.low > 0) else "**missed**"
+        if not least and e.low <= 0 < e.high:
+            met = "undecided"
         asked = f"at least {least:g}" if least else "above 0"
         lines.append(f"| {text} | {asked} | {e.mean:.3f} ({e.low:.3f} to {e.high:.3f}) | {met} |")
     return "\n".join(lines) + "\n"
