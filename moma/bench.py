@@ -260,6 +260,13 @@ def steps(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: 
         yield Ratio(what, kind, cfg.wanted[name + half], *in_turn(theirs, ours, cfg.repeats), error)
 
 
+def measured(cfg: BenchConfig, device: torch.device, dtypes: Sequence[str], baseline: Any) -> Iterator[Ratio]:
+    """Every line of the table, as soon as it is there."""
+    for name in dtypes:
+        yield equation_3(cfg, device, DTYPES[name])
+        yield from steps(cfg, device, DTYPES[name], baseline)
+
+
 # --- the command -------------------------------------------------------------------------------------
 
 
@@ -320,9 +327,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = replace(BenchConfig(), size=args.size, share=args.share, repeats=args.repeats)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     ratios = []
-    for name in args.dtype:
-        ratios.append(equation_3(cfg, device, DTYPES[name]))
-        ratios += steps(cfg, device, DTYPES[name], baseline)
+    for ratio in measured(cfg, device, args.dtype, baseline):
+        ratios.append(ratio)
+        print(f"{ratio.what}, {ratio.dtype}: {ratio.times:.2f}", file=sys.stderr)
     where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
