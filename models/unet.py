@@ -239,7 +239,9 @@ class TransformerBlock(nn.Module):
 
 def on_tokens(projection: nn.Module, x: Tensor) -> Tensor:
     """A Linear, or a 1x1 convolution, which is one, of tokens x (B, N, C): (B, N, C)."""
-    return F.linear(x, projection.weight.flatten(1), projection.bias)
+    if isinstance(projection, nn.Conv2d):
+        return F.linear(x, projection.weight.flatten(1), projection.bias)
+    return projection(x)
 
 
 class Transformer(nn.Module):

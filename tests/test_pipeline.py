@@ -214,8 +214,9 @@ def test_beta_zero_is_base_and_context(pipe: MoMA, cat: Subject, dog: Subject, i
 
 
 @torch.no_grad()
-def test_fresh_adapter(pipe: MoMA) -> None:
+def test_fresh_adapter(folder: str) -> None:
     """The start of stage 2: λ = 0, K', V' and context K, V the base's own; PAPER: zeros and an IP-Adapter."""
+    pipe = MoMA.load(folder, "cpu", "fp32", pack=False)
     adapter = Adapter(pipe.adapter.cfg, pipe.unet.cfg)
     adapter.init_from_base(pipe.unet, DEFAULT)
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
