@@ -82,7 +82,7 @@ def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None 
         networks = with_vocabularies(cfg.networks, Path(drafts))
         for name, config in networks.items():
             shapes = expected_shapes(name, config, networks["unet"])
-            tensors = {key: _draw(key, shape, generator, cfg) for key, shape in shapes.items()}
+            tensors = {key: draw(key, shape, generator, cfg) for key, shape in shapes.items()}
             lazy = {key: in_memory(value, writer.part) for key, value in tensors.items()}
             writer.add(name, config, lazy, SOURCE)
 
@@ -98,7 +98,7 @@ def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, A
     }
 
 
-def _draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:
+def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:
     """A parameter, float32, scaled so that activations keep their size: unit variance over the fan-in."""
     if key.endswith(".scale"):
         return torch.full(shape, cfg.subject_scale)

@@ -1,31 +1,36 @@
-"""What `moma.bench` compares with: a UNet step of diffusers, and one of the released MoMA on diffusers.
+"""What `moma.bench` compares with: diffusers' UNet, and the released MoMA on it, drawing and trained.
 
 The release's attention processors are restated here: softmax with materialised probabilities, every key and
 every query, masks and label maps at the size of the picture.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.attention import merge_heads
-from models.unet import UNet
+from models.attention import merge_heads, split_heads
+from models.unet import UNetConfig
+from moma.adapter import MoMAHook, ReferenceHook
 from moma.attention import ReferenceLayer
-from moma.bench import Step
+from moma.bench.step import Step
+from moma.bench.training import Training
+from moma.config import DEFAULT
+from moma.masks import m_ref_of_layer
+from moma.training.stage2 import Stage2
 
 FACTOR = 8  # pixels per latent: masks are kept at the picture's size
 THRESHOLD = 0.2  # of M_gen
+EXPLICIT = replace(DEFAULT, attention="explicit")  # every key stays
 
 
-def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
+def diffusers_unet(cfg: UNetConfig, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
     """diffusers' UNet with the weights of ours, not copied."""
-    cfg = unet.cfg
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)]
     with torch.device("meta"):
@@ -38,33 +43,27 @@ def diffusers_unet(unet: UNet) -> UNet2DConditionModel:
             cross_attention_dim=cfg.context_dim[0],
             norm_num_groups=cfg.norm_groups,
         )
-    other.load_state_dict(unet.state_dict(), assign=True)
+    other.load_state_dict(dict(weights), assign=True)
     return other.eval().requires_grad_(False)
 
 
 def plain(step: Step) -> Callable[[], Tensor]:
     """Stable Diffusion's step, with diffusers' default processors (SDPA)."""
-    unet = diffusers_unet(step.unet)
+    unet = diffusers_unet(step.networks.unet.cfg, step.networks.weights)
     return lambda: unet(step.x, step.t, step.text).sample
 
 
 def release(step: Step) -> Callable[[], Tensor]:
     """MoMA's step with the release's processors, and its mask for the next step."""
-    unet, size = diffusers_unet(step.unet), tuple(FACTOR * side for side in step.x.shape[-2:])
-    m_gen = F.interpolate(step.m_gen, size=size).to(step.x)  # (1, 1, H, W)
-    label = int(step.cond.label[0].nonzero()[0, 0])
-    state, processors = State(m_gen, label), {}
-    names = sorted((n for n in unet.attn_processors), key=execution_order)
-    for i, (own, cross) in enumerate(zip(names[::2], names[1::2], strict=True)):
-        k, v = (merge_heads(x) for x in step.cond.context[i])  # (R, C, ·) each
-        processors[own] = SubjectProcessor(state, step.layers[i], float(step.cond.lam[i]))
-        processors[cross] = ContextProcessor(state, k, v)
-    unet.set_attn_processor(processors)
+    unet = Released(diffusers_unet(step.networks.unet.cfg, step.networks.weights))
+    cond = replace(step.cond, reference=step.layers, method=EXPLICIT)
+    size = tuple(FACTOR * side for side in step.x.shape[-2:])
+    m_gen = F.interpolate(step.m_gen, size=size).to(step.x)  # (B, 1, H, W)
+    hook = MoMAHook(cond, True, torch.cat([m_gen, m_gen]))
 
     def run() -> Tensor:
-        state.maps.clear()
-        eps = unet(step.x, step.t, step.text).sample
-        mean = torch.stack(state.maps).mean(dim=0)  # (R, 1, H, W)
+        eps, maps = unet(step.x, step.t, step.text, hook)
+        mean = torch.stack(maps).mean(dim=0)  # (R, 1, H, W)
         mean = (mean - mean.min()) / (mean.max() - mean.min())
         mean.masked_fill(mean <= THRESHOLD, 0)
         return eps
@@ -72,53 +71,122 @@ def release(step: Step) -> Callable[[], Tensor]:
     return run
 
 
+def training(ours: Training) -> Training:
+    """The same step of stage 2, with the same parameters, through diffusers and the release's processors."""
+    model = ours.model
+    unet = Released(diffusers_unet(model.unet.cfg, model.unet.state_dict()))
+    other = Stage2(unet, model.adapter, model.scaling, model.image_size, EXPLICIT, model.cfg)
+    return replace(ours, model=other)
+
+
+class Released(nn.Module):
+    """diffusers' UNet in the place of ours: a hook becomes the release's processors."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        names = sorted(unet.attn_processors, key=execution_order)
+        self.layers = list(zip(names[::2], names[1::2], strict=True))  # self- and cross-attention
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, hook: ReferenceHook | MoMAHook
+    ) -> tuple[Tensor, Sequence[Any]]:
+        records: list[Any] = []
+        processors: dict[str, Any] = {}
+        for i, (own, cross) in enumerate(self.layers):
+            if isinstance(hook, ReferenceHook):
+                processors[own] = ReferenceProcessor(hook, i, records)
+                processors[cross] = PlainProcessor()
+            else:
+                cond = hook.cond
+                k, v = (merge_heads(y) for y in cond.context[i])  # (R, C, ·) each
+                label = int(cond.label[0].nonzero()[0, 0]) if cond.label.any() else None
+                processors[own] = SubjectProcessor(hook.m_gen, cond.reference[i], cond.lam[i])
+                processors[cross] = ContextProcessor(hook.m_gen, label, k, v, records)
+        self.unet.set_attn_processor(processors)
+        return self.unet(x, t, text).sample, records
+
+
 def execution_order(name: str) -> tuple[int, str]:
     """Of a processor's name: down, mid, up; the numbers in it have one digit."""
     return ("down", "mid", "up").index(name.split("_")[0]), name
 
 
-@dataclass(eq=False)
-class State:
-    """What the processors share."""
-
-    m_gen: Tensor  # (1, 1, H, W)
-    label: int  # position of the subject's token
-    maps: list[Tensor] = field(default_factory=list)  # of this step, each (R, 1, H, W)
-
-    def gate(self, tokens: int) -> Tensor:
-        """M_gen on a layer's grid (1, N, 1)."""
-        side = int(tokens**0.5)
-        return F.interpolate(self.m_gen, size=(side, side)).flatten(2).transpose(1, 2)
+def gate(m_gen: Tensor, tokens: int) -> Tensor:
+    """M_gen (R, 1, H, W) on a layer's grid (R, N, 1)."""
+    side = int(tokens**0.5)
+    return F.interpolate(m_gen, size=(side, side)).flatten(2).transpose(1, 2)
 
 
 @dataclass(eq=False)
-class SubjectProcessor:
+class PlainProcessor:
+    """Attention with materialised probabilities."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor:
+        x = hidden_states
+        text = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(x), attn.to_k(text), attn.to_v(text)  # (R, N or T, channels)
+        return attn.to_out[0](self.attend(attn, q, k, v))
+
+    def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (attn.head_to_batch_dim(y) for y in (q, k, v))  # (R*H, N or T, D)
+        return attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k, bias), v))  # (R, N, C)
+
+
+@dataclass(eq=False)
+class ReferenceProcessor(PlainProcessor):
+    """Records K', V' and M_ref (IPAttnProcessor_Self, mode "extract")."""
+
+    hook: ReferenceHook
+    layer: int
+    records: list[ReferenceLayer]
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        x, side = hidden_states, int(hidden_states.shape[1] ** 0.5)
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        new = self.hook.adapter.subject[self.layer]
+        k_ref, v_ref = (split_heads(y, attn.heads) for y in (new.to_k(k), new.to_v(v)))
+        keep = m_ref_of_layer(self.hook.m_ref, (side, side), keep_one_key=True)
+        self.records.append(ReferenceLayer(k_ref, v_ref, keep))
+        return attn.to_out[0](self.attend(attn, q, k, v))
+
+
+@dataclass(eq=False)
+class SubjectProcessor(PlainProcessor):
     """Eq. 3 (IPAttnProcessor_Self)."""
 
-    state: State
-    reference: ReferenceLayer  # one row
-    scale: float
+    m_gen: Tensor  # (R, 1, H, W)
+    reference: ReferenceLayer  # one row, or R
+    lam: Tensor
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, **options: Any) -> Tensor:
-        x, rows = hidden_states, len(hidden_states)
-        q, k, v = (attn.head_to_batch_dim(to(x)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        z = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k), v))  # (R, N, C)
-        ref = self.reference
-        k, v = (attn.head_to_batch_dim(merge_heads(y).expand(rows, -1, -1)) for y in (ref.k, ref.v))
-        outside = torch.finfo(x.dtype).min
-        bias = torch.ones_like(ref.keep, dtype=x.dtype).masked_fill(~ref.keep, outside)[:, None]  # (1, 1, N)
-        bias = bias.expand(len(q), q.shape[1], -1)  # (R*H, N, N)
-        z_ref = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k, bias), v))  # (R, N, C)
-        return attn.to_out[0](z + self.scale * self.state.gate(x.shape[1]) * z_ref)
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        x, rows, ref = hidden_states, len(hidden_states), self.reference
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        z = self.attend(attn, q, k, v)  # (R, N, C)
+        k, v = (merge_heads(y).expand(rows, -1, -1) for y in (ref.k, ref.v))
+        outside = torch.finfo(q.dtype).min
+        bias = torch.ones_like(ref.keep, dtype=q.dtype).masked_fill(~ref.keep, outside)  # (1 or R, N)
+        bias = bias.expand(rows, -1).repeat_interleave(attn.heads, dim=0)[:, None]  # (R*H, 1, N)
+        z_ref = self.attend(attn, q, k, v, bias.expand(-1, q.shape[1], -1))  # (R, N, C)
+        return attn.to_out[0](z + self.lam * gate(self.m_gen, x.shape[1]) * z_ref)
 
 
 @dataclass(eq=False)
-class ContextProcessor:
+class ContextProcessor(PlainProcessor):
     """Decoupled cross-attention (IPAttnProcessor)."""
 
-    state: State
+    m_gen: Tensor  # (R, 1, H, W)
+    label: int | None  # position of the subject's token; None: no map is recorded
     k: Tensor  # (R, C, channels)
     v: Tensor
+    records: list[Tensor]  # maps (R, 1, H, W)
 
     def __call__(
         self,
@@ -129,20 +197,21 @@ class ContextProcessor:
         **options: Any,
     ) -> Tensor:
         x, text = hidden_states, encoder_hidden_states
-        q, k, v = (
-            attn.head_to_batch_dim(y) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text))
+        q = attn.to_q(x)  # (R, N, C)
+        heads, k, v = (
+            attn.head_to_batch_dim(y) for y in (q, attn.to_k(text), attn.to_v(text))
         )  # (R*H, N or T, D)
-        probs = attn.get_attention_scores(q, k)  # (R*H, N, T)
+        probs = attn.get_attention_scores(heads, k)  # (R*H, N, T)
         z = attn.batch_to_head_dim(torch.bmm(probs, v))  # (R, N, C)
-        self.state.maps.append(self.label_map(probs, len(x)))
-        k, v = (attn.head_to_batch_dim(y) for y in (self.k, self.v))
-        z_context = attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k), v))
-        return attn.to_out[0](z + self.state.gate(x.shape[1]) * z_context)
+        if self.label is not None:
+            self.records.append(self.label_map(probs, len(x)))
+        z_context = self.attend(attn, q, self.k, self.v)
+        return attn.to_out[0](z + gate(self.m_gen, x.shape[1]) * z_context)
 
     def label_map(self, probs: Tensor, rows: int) -> Tensor:
         """The attention that the label gets, scaled, at the picture's size (R, 1, H, W)."""
         side = int(probs.shape[1] ** 0.5)
-        found = probs.unflatten(0, (rows, -1)).mean(dim=1)[..., self.state.label]  # (R, N)
+        found = probs.unflatten(0, (rows, -1)).mean(dim=1)[..., self.label]  # (R, N)
         low, high = found.amin(1, keepdim=True), found.amax(1, keepdim=True)
         found = ((found - low) / (high - low)).reshape(rows, 1, side, side)
-        return F.interpolate(found, size=self.state.m_gen.shape[-2:]).clamp(0, 1)
+        return F.interpolate(found, size=self.m_gen.shape[-2:]).clamp(0, 1)

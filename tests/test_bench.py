@@ -1,46 +1,146 @@
 """The benchmark on a small UNet: both sides of every ratio compute the same."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from models.packed import can_pack, pack_weights
 from models.unet import UNetConfig
-from moma import bench
+from moma.bench import __main__ as command
+from moma.bench import flow, measure, step, training
+from moma.bench.curves import curves, curves_picture
+from moma.bench.measure import BenchConfig, Part, Ratio
+from moma.bundle import Bundle
+from moma.tiny import TinyConfig, build_tiny_bundle
 
-SMALL = bench.BenchConfig(
+SMALL = BenchConfig(
     unet=UNetConfig(
         channels=(32, 64), depth=(1, 1), heads=(4, 4), context_dim=(16, 16), resnets=1, norm_groups=8
     ),
-    size=128, repeats=1, text_tokens=9, peak=64,
+    size=128, repeats=1, text_tokens=9, peak=64, pictures=2, sizes=(64, 128), batches=(1, 2),
+    shares=(0.2, 1.0),
 )  # fmt: skip
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def networks() -> step.Networks:
+    return step.make_networks(SMALL, CPU, torch.float32)
+
+
 def test_equation_3_is_the_same() -> None:
-    ratio = bench.equation_3(SMALL, CPU, torch.float32)
+    ratio = step.equation_3(SMALL, CPU, torch.float32)
     assert ratio.error < 1e-5
 
 
-@torch.no_grad()
-def test_the_baseline_is_the_same() -> None:
+def test_the_baseline_is_the_same(networks: step.Networks) -> None:
     """diffusers with the release's processors draws what our step draws; so it is the same work."""
     baseline = pytest.importorskip("tests.baseline")
-    found = list(bench.steps(SMALL, CPU, torch.float32, baseline))
-    assert len(found) == 3 and all(r.error < 1e-4 for r in found[1:])
-    step = bench.make_step(SMALL, CPU, torch.float32)
-    assert bench.relative_error(step.moma(), step.plain()) > 1e-2  # Eq. 3 does something here
+    found = list(step.steps(SMALL, networks, baseline))
+    ratios = [x for x in found if isinstance(x, Ratio)]
+    assert len(ratios) == 3 and all(r.error < 1e-4 for r in ratios[1:])
+    one = step.make_step(networks, SMALL)
+    with torch.no_grad():
+        assert measure.relative_error(one.moma(), one.plain()) > 1e-2  # Eq. 3 does something here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
+    baseline = pytest.importorskip("tests.baseline")
+    ours = training.make_training(SMALL, CPU, dtype, batch=2)
+    theirs = baseline.training(ours)
+    assert ours.loss().item() == pytest.approx(
+        theirs.loss().item(), rel=1e-4 if dtype == torch.float32 else 0.05
+    )
+    gradient = ours.gradient()
+    assert gradient.abs().max() > 0
+    if dtype == torch.float32:
+        assert measure.relative_error(gradient, theirs.gradient()) < 1e-4
+    found = list(training.training(SMALL, CPU, dtype, baseline))
+    assert [type(x) for x in found] == [Part, Ratio, Ratio] and found[2].times > 1
+
+
+def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
+    """The batch that the whole drawing is computed from has one row per picture and half."""
+    two = step.make_step(networks, SMALL, batch=2)
+    with torch.no_grad():
+        assert two.moma().shape[0] == 4 and two.m_gen.shape[0] == 2
+    (part,) = flow.batch_step(SMALL, networks)
+    assert part.what == "MoMA step, 2 pictures" and part.seconds > 0
+
+
+def test_flow_is_the_sum_of_its_parts() -> None:
+    seconds = {
+        "reference pass": 1.0, "VAE, encode": 2.0, "VAE, decode": 3.0, "MoMA step, 2 pictures": 4.0,
+        "decoder, resident": 5.0,
+    }  # fmt: skip
+    parts = [Part(what, "fp32", s) for what, s in seconds.items()]
+    found = [*parts, Ratio("MoMA step, release / ours", "fp32", 1.0, 10.0, 2.0)]
+    (ratio,) = flow.flow(found, replace(SMALL, steps=10), CPU, torch.float32)
+    assert ratio.fast == 5 + 2 + 1 + 10 * 4 + 2 * 3 and ratio.slow == 2 * (5 + 2 + 1 + 10 * 10 + 3)
+    assert not list(flow.flow(parts, SMALL, CPU, torch.float32))  # nothing to compare with
+
+
+def test_decoder_and_pipeline(tmp_path: Path) -> None:
+    build_tiny_bundle(tmp_path / "tiny")
+    cfg = replace(SMALL, size=64)
+    ratio, *rest = flow.decoder(tmp_path / "tiny", cfg, CPU, torch.bfloat16)
+    assert ratio.error == 0 and {p.what for p in rest} > {"decoder, resident", "decoder, streamed"}
+    if sys.platform == "linux":
+        (memory,) = flow.pipeline(tmp_path / "tiny", cfg, CPU, torch.bfloat16)
+        assert 0.05 < memory.fast < 4 and memory.unit == "GiB"
+
+
+def test_a_bundle_of_given_sizes(tmp_path: Path) -> None:
+    flow.build_bundle(tmp_path / "made", 128, TinyConfig().networks)
+    unet = Bundle.open(tmp_path / "made").build("unet")
+    assert unet.conv_in.weight.dtype == torch.bfloat16 and unet.conv_in.weight.float().std() > 0.01
+
+
+def test_curves(networks: step.Networks) -> None:
+    points = list(curves(SMALL, networks))
+    assert [(p.axis, p.x) for p in points] == [
+        ("size", 64), ("size", 128), ("batch", 1), ("batch", 2), ("share", 0.2), ("share", 1.0), ("steps", 1),
+        ("steps", 50),
+    ]  # fmt: skip
+    assert all(p.moma > 0 and p.plain > 0 for p in points)
+    picture = curves_picture(points)
+    colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert (30, 90, 170) in colours and (150, 180, 220) in colours
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_memory_is_what_a_call_takes() -> None:
+    nbytes = 2**26
+    found = measure.memory_of(lambda: [torch.ones(nbytes, dtype=torch.uint8) for _ in range(8)], CPU)
+    assert 7 * nbytes < found < 9 * nbytes
+
+
+def test_operations_of_packed_layers() -> None:
+    if not can_pack(CPU, torch.float32):
+        pytest.skip("this machine does not pack")
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Conv2d(8, 4, 1)).requires_grad_(False)
+    x = torch.zeros(2, 3, 8, 8)
+    plain = measure.operations(lambda: layers(x))
+    pack_weights(layers)
+    assert plain == measure.operations(lambda: layers(x)) == 2 * 2 * 16 * (8 * 27 + 4 * 8)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(bench, "BenchConfig", lambda: SMALL)
-    monkeypatch.setattr(bench, "steps", lambda *args: iter(()))
+    monkeypatch.setattr(command, "BenchConfig", lambda: SMALL)
     out = tmp_path / "new" / "bench.json"
-    assert bench.run(["--dtype", "fp32", "--size", "128", "--repeats", "1", "--out", str(out)]) == 0
-    assert "Eq. 3" in capsys.readouterr().out
-    assert json.loads(out.read_text())["ratios"][0]["dtype"] == "fp32"
+    options = ["--dtype", "fp32", "--size", "128", "--repeats", "1", "--out", str(out)]
+    assert command.run([*options, "--parts", "eq3", "step", "curves"]) == 0
+    printed = capsys.readouterr().out
+    assert "| Eq. 3" in printed and "| plain step | fp32" in printed and "| batch | 2 | fp32" in printed
+    found = json.loads(out.read_text())
+    assert found["ratios"][0]["dtype"] == "fp32" and len(found["points"]) == 8
+    assert out.with_suffix(".png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -48,21 +148,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     [(["--size", "500"], "--size 500"), (["--share", "2"], "--share 2"), (["--repeats", "0"], "--repeats 0")],
 )
 def test_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert bench.run(options) != 0
+    assert command.run(options) != 0
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
 
 def test_the_table_says_what_is_missed() -> None:
-    found = bench.table([bench.Ratio("a", "fp32", 2.0, 3.0, 1.0), bench.Ratio("b", "fp32", 2.0, 3.0, 2.0)])
+    found = command.ratio_table([Ratio("a", "fp32", 2.0, 3.0, 1.0), Ratio("b", "fp32", 2.0, 3.0, 2.0)])
     assert "| 3.00 | at least 2.00: met |" in found and "| 1.50 | at least 2.00: **missed** |" in found
 
 
 def test_in_turn_counts_each_side() -> None:
     calls: list[str] = []
-    bench.in_turn(lambda: calls.append("a"), lambda: calls.append("b"), 3)
+    measure.in_turn(lambda: calls.append("a"), lambda: calls.append("b"), 3)
     assert "".join(calls) == "abababab"
 
 
 def test_the_square_has_its_share() -> None:
-    assert bench.square(replace(SMALL, size=512)).mean().item() == pytest.approx(SMALL.share, abs=0.02)
+    assert step.square(replace(SMALL, size=512)).mean().item() == pytest.approx(SMALL.share, abs=0.02)

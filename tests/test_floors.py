@@ -17,14 +17,13 @@ FLOORS = [
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
     {"moma.masks", "moma.prompts", "moma.preprocess"},
-    {"moma.attention", "moma.output"},
+    {"moma.attention", "moma.output", "moma.chart"},
     {"moma.adapter"},
     {"moma.decoder", "moma.sampler", "moma.bundle"},
     {"moma.download", "moma.embeddings", "moma.tiny"},
     {"moma.sources"},
     {"moma.pipeline"},
     {"moma"},
-    {"moma.bench"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
     {"moma.data.tables", "moma.data.triplets"},
@@ -36,6 +35,11 @@ FLOORS = [
     {"moma.training.checkpoint", "moma.training.cache"},
     {"moma.training.loop", "moma.training.stage1", "moma.training.stage2"},
     {"moma.training.memory"},
+    # the benchmark
+    {"moma.bench", "moma.bench.measure"},
+    {"moma.bench.step"},
+    {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
+    {"moma.bench.__main__"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},

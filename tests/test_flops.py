@@ -8,7 +8,7 @@ from models.attention import attention
 from models.unet import UNet, UNetConfig, attention_grids, attention_layers
 from moma.adapter import Adapter, AdapterConfig, condition, reference_features
 from moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
-from moma.bench import operations
+from moma.bench.measure import operations
 from moma.config import MethodConfig
 
 SIDE, TEXT, TOKENS, ROWS = 32, 12, 4, 2

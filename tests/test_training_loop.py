@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.loading import read_checkpoint
+from moma.chart import ticks
 from moma.training import checkpoint
 from moma.training.checkpoint import best, check_same, checkpoints, load_weights, read_state
 from moma.training.config import TrainConfig, learning_rate
-from moma.training.log import cut_log, loss_curve, read_log, smoothed, ticks, write_log
+from moma.training.log import cut_log, loss_curve, read_log, smoothed, write_log
 from moma.training.loop import fit
 from moma.training.parallel import Ranks
 from moma.training.task import Batch, Delivery, Position

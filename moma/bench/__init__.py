@@ -1,0 +1,1 @@
+"""How fast and how small this is here: `python -m moma.bench`."""

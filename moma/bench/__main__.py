@@ -1,0 +1,191 @@
+"""How fast and how small this is here: `python -m moma.bench`, and beside diffusers with `--baseline`.
+
+Every claim is a ratio of two things that were measured in turn in one run, on Stable Diffusion 1.5's sizes
+with pseudo-random weights: times do not depend on what the weights are.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moma.bench.curves import curves, curves_picture
+from moma.bench.flow import FlowConfig, autoencoder, batch_step, build_bundle, decoder, flow, pipeline
+from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
+from moma.bench.step import equation_3, make_networks, steps
+from moma.bench.training import training
+from moma.bundle import DTYPES
+from moma.output import exit_status, save_png, write_text
+from moma.pipeline import choose_device
+
+BASELINE = "tests.baseline"  # the same on diffusers: not a part of what runs
+PARTS = ("eq3", "step", "flow", "decoder", "training", "curves")
+
+
+def measured(args: argparse.Namespace, cfg: BenchConfig, device: torch.device) -> Iterator[Found]:
+    """Every line, as soon as it is there."""
+    baseline = load_baseline() if args.baseline else None
+    for dtype in (DTYPES[name] for name in args.dtype):
+        found: list[Found] = []
+        for line in of_dtype(args, cfg, device, dtype, baseline):
+            found.append(line)
+            yield line
+        yield from flow(found, cfg, device, dtype)
+
+
+def of_dtype(
+    args: argparse.Namespace, cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: Any
+) -> Iterator[Found]:
+    wanted = set(args.parts)
+    if "eq3" in wanted:
+        yield equation_3(cfg, device, dtype)
+    if wanted & {"step", "flow", "curves"}:
+        networks = make_networks(cfg, device, dtype)
+        if "step" in wanted:
+            yield from steps(cfg, networks, baseline)
+        if "flow" in wanted:
+            yield from batch_step(cfg, networks)
+        if "curves" in wanted:
+            yield from curves(cfg, networks)
+        del networks  # 5 GB in fp32
+    if "flow" in wanted:
+        yield from autoencoder(cfg, device, dtype)
+    if "training" in wanted:
+        yield from training(cfg, device, dtype, baseline)
+    if "decoder" in wanted and args.bundle and dtype != torch.float32:  # a 7B model in fp32 takes 27 GB
+        yield from decoder(args.bundle, cfg, device, dtype)
+        yield from pipeline(args.bundle, cfg, device, dtype)
+
+
+# --- the tables ----------------------------------------------------------------------------------------
+
+
+def told(line: Found) -> str:
+    if isinstance(line, Ratio):
+        return f"{line.what}, {line.dtype}: {line.times:.2f}"
+    if isinstance(line, Point):
+        return f"{line.axis} {line.x:g}, {line.dtype}: {line.plain:.2f} s plain, {line.moma:.2f} s MoMA"
+    return f"{line.what}, {line.dtype}: {line.seconds:.2f} s"
+
+
+def ratio_table(ratios: Sequence[Ratio]) -> str:
+    rows = []
+    for r in ratios:
+        verdict = f"at least {r.wanted:.2f}: {'met' if r.times >= r.wanted else '**missed**'}"
+        error = "" if r.error is None else f"{r.error:.1e}"
+        sides = f"{r.slow:.3g} {r.unit}", f"{r.fast:.3g} {r.unit}"
+        rows.append((r.what, r.dtype, *sides, f"{r.times:.2f}", verdict, error))
+    return table(("what", "dtype", "first", "second", "ratio", "wanted", "difference"), rows)
+
+
+def part_table(parts: Sequence[Part]) -> str:
+    rows = []
+    for p in parts:
+        flops = "" if p.flops is None else f"{p.flops / 1e12:.2f}"
+        share = "" if p.of_peak is None else f"{p.of_peak:.0%}"
+        rows.append((p.what, p.dtype, f"{p.seconds:.2f}", flops, share, gigabytes(p.memory)))
+    return table(("part", "dtype", "seconds", "Tflop", "of the peak", "memory"), rows)
+
+
+def point_table(points: Sequence[Point]) -> str:
+    rows = []
+    for p in points:
+        seconds = f"{p.plain:.2f} s", f"{p.moma:.2f} s", f"{p.moma / p.plain:.2f}"
+        rows.append((p.axis, f"{p.x:g}", p.dtype, *seconds, gigabytes(p.memory)))
+    return table(("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"), rows)
+
+
+def gigabytes(memory: int | None) -> str:
+    return "" if memory is None else f"{memory / 1e9:.2f} GB"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cfg = BenchConfig()
+    parser = argparse.ArgumentParser("python -m moma.bench", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--size", type=int, default=cfg.size, help=f"pixels a side, default {cfg.size}")
+    parser.add_argument("--share", type=float, default=cfg.share, help=f"of the subject, default {cfg.share}")
+    parser.add_argument("--repeats", type=int, default=cfg.repeats, help=f"default {cfg.repeats}")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all")
+    parser.add_argument("--baseline", action="store_true", help="also diffusers (tests/requirements.txt)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="full-size weights for the decoder's and the pipeline's lines, which are left out without it; "
+        "made here, pseudo-random and 16 GB large, if it does not exist",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="the numbers as JSON")
+    args = parser.parse_args(argv)
+    step = cfg.factor * 2 ** (cfg.unet.levels - 1)
+    if args.size < step or args.size % step:
+        raise ValueError(f"--size {args.size}: expected a multiple of {step}")
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share {args.share}: expected above 0, at most 1")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
+    return args
+
+
+def load_baseline() -> Any:
+    """The module that needs diffusers; ValueError if that is not there."""
+    try:
+        return importlib.import_module(BASELINE)
+    except ImportError as error:
+        raise ValueError(
+            f"--baseline: {error}; run it in the repository, after pip install -r tests/requirements.txt"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """ValueError for a user's mistake."""
+    args = parse(argv)
+    if args.baseline:
+        load_baseline()
+    device = choose_device(args.device)
+    cfg = replace(BenchConfig(), size=args.size, share=args.share, repeats=args.repeats)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.bundle and not args.bundle.exists():
+        build_bundle(args.bundle, cfg.size, FlowConfig().networks)
+    found: list[Found] = []
+    for line in measured(args, cfg, device):
+        found.append(line)
+        print(told(line), file=sys.stderr)
+    ratios, parts, points = ([x for x in found if isinstance(x, kind)] for kind in (Ratio, Part, Point))
+    where = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    print(ratio_table(ratios), part_table(parts), point_table(points), sep="\n")
+    numbers = {"where": where, "config": asdict(cfg)} | {
+        name: [asdict(x) for x in lines]
+        for name, lines in (("ratios", ratios), ("parts", parts), ("points", points))
+    }
+    write_text(args.out, json.dumps(numbers, indent=1))
+    if points:
+        save_png(args.out.with_suffix(".png"), curves_picture(points))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main` with an exit status."""
+    return exit_status("bench", lambda: main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,71 @@
+"""How a step's time grows with what is drawn, as points and as a picture."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+
+from moma.bench.measure import BenchConfig, Point, memory_of, name_of, seconds_of
+from moma.bench.step import Networks, make_step
+from moma.chart import ChartConfig, Colour, Line, chart
+
+
+@dataclass(frozen=True)
+class LooksConfig:
+    """Of the picture."""
+
+    chart: ChartConfig = field(default_factory=lambda: ChartConfig(size=(720, 420)))
+    plain: tuple[Colour, ...] = ((150, 180, 220), (230, 180, 140))  # a tint for each dtype
+    moma: tuple[Colour, ...] = ((30, 90, 170), (200, 80, 30))
+    labels: tuple[tuple[str, str], ...] = (
+        ("size", "side of the picture in pixels, one picture, seconds per step"),
+        ("batch", "pictures at once, seconds per step"),
+        ("share", "subject's share of reference and picture, seconds per step"),
+        ("steps", "steps, one picture, seconds for all of them (one step's, multiplied)"),
+    )
+
+
+@torch.no_grad()
+def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
+    """Each point is one call of each kind after one that does not count."""
+    for axis, values, name in (
+        ("size", cfg.sizes, "size"), ("batch", cfg.batches, None), ("share", cfg.shares, "share"),
+    ):  # fmt: skip
+        for value in values:
+            changed = replace(cfg, **{name: value}) if name else cfg
+            yield point(axis, value, changed, networks, int(value) if name is None else 1)
+    one = point("steps", 1, cfg, networks, 1)
+    yield one
+    last = cfg.steps
+    yield replace(one, x=last, plain=one.plain * last, moma=one.moma * last)
+
+
+def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: int) -> Point:
+    step = make_step(networks, cfg, batch)
+    weight = networks.adapter.projector.proj.weight
+    memory = memory_of(step.moma, weight.device)  # the call that does not count
+    step.plain()
+    plain, moma = seconds_of(step.plain), seconds_of(step.moma)
+    return Point(axis, value, name_of(weight.dtype), plain, moma, memory)
+
+
+def curves_picture(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:
+    """A chart for each axis, two beside each other."""
+    cfg = cfg or LooksConfig()
+    dtypes = list(dict.fromkeys(p.dtype for p in points))
+    w, h = cfg.chart.size
+    charts = []
+    for axis, label in cfg.labels:
+        lines = []
+        for i, dtype in enumerate(dtypes):
+            here = [p for p in points if (p.axis, p.dtype) == (axis, dtype)]
+            tint = i % len(cfg.moma)
+            lines.append(Line(f"plain, {dtype}", [(p.x, p.plain) for p in here], cfg.plain[tint], marks=True))
+            lines.append(Line(f"MoMA, {dtype}", [(p.x, p.moma) for p in here], cfg.moma[tint], marks=True))
+        longest = max((y for line in lines for _, y in line.points), default=1.0)
+        charts.append(chart(lines, label, (0, longest), cfg.chart))
+    image = Image.new("RGB", (2 * w, h * -(-len(charts) // 2)), cfg.chart.background)
+    for i, drawn in enumerate(charts):
+        image.paste(drawn, (i % 2 * w, i // 2 * h))
+    return image

@@ -1,0 +1,200 @@
+"""What surrounds the steps: the decoder, the VAE, a whole drawing, and the memory of all of it.
+
+Letters: B pictures, S side of the pictures.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from models.clip import CLIPTextConfig, CLIPVisionConfig
+from models.llama import LlamaConfig
+from models.llava import LlavaConfig
+from models.loading import LazyTensor
+from models.packed import can_pack, pack_weights
+from models.unet import SD15
+from models.vae import SD15 as VAE_SD15
+from models.vae import VAE
+from moma.adapter import AdapterConfig
+from moma.bench.measure import (
+    GIB,
+    BenchConfig,
+    Found,
+    Part,
+    Ratio,
+    in_turn,
+    matmul_peak,
+    memory_of,
+    name_of,
+    operations,
+    relative_error,
+    seconds_of,
+    watched,
+)
+from moma.bench.step import Networks, make_step, pseudo_random
+from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
+from moma.decoder import Question
+from moma.pipeline import load_decoder
+from moma.tiny import SOURCE, TinyConfig, build_tokenizers, draw
+
+SCRIPT = Path(__file__).parents[2] / "sample.py"
+PEAK_MEMORY = re.compile(r"peak memory ([\d.]+) GB")  # in the last line of sample.py
+WORD, PROMPT = "cat", "a cat on the beach at sunset"
+
+
+def full_size() -> dict[str, Any]:
+    """Every network's sizes in the public set."""
+    llama, vision = LlamaConfig(lm_head=False), CLIPVisionConfig()
+    return {
+        "unet": SD15,
+        "vae": VAE_SD15,
+        "text": CLIPTextConfig(),
+        "vision": vision,
+        "llava": LlavaConfig(llama=llama, vision=vision),
+        "adapter": AdapterConfig(),
+    }
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Of what is measured here."""
+
+    networks: Mapping[str, Any] = field(default_factory=full_size)
+    # A pass of a 7B model takes half a minute on a CPU.
+    repeats: int = 2
+    # Steps of the drawing whose memory is measured: the second one has masks, all later ones are like it.
+    steps: int = 2
+
+
+def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int = 0) -> None:
+    """A bundle with pseudo-random weights in bf16, tensors of one shape alike; tokenizers know few words.
+
+    size: S. ValueError if the disk has no room for it: 16 GB for the public sizes.
+    """
+    kind = torch.bfloat16
+
+    @lru_cache(maxsize=4)  # weights of the next block have the same shapes; the largest of them takes 0.3 GB
+    def values(ending: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return draw(ending, shape, torch.Generator().manual_seed(seed), TinyConfig()).to(kind)
+
+    def lazy(key: str, shape: tuple[int, ...], file: Path) -> LazyTensor:
+        return LazyTensor(shape, kind, file, lambda: values(f".{key.rpartition('.')[2]}", shape))
+
+    with BundleWriter(folder, size) as writer, tempfile.TemporaryDirectory() as drafts:
+        shapes = {name: expected_shapes(name, cfg, networks["unet"]) for name, cfg in networks.items()}
+        writer.check_space(sum(prod(s) for group in shapes.values() for s in group.values()) * kind.itemsize)
+        build_tokenizers(drafts)
+        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
+            writer.add_tokenizer(name, Path(drafts, name))
+        for name, config in networks.items():
+            tensors = {key: lazy(key, shape, writer.part) for key, shape in shapes[name].items()}
+            writer.add(name, config, tensors, SOURCE)
+
+
+def picture(size: int) -> Image.Image:
+    """A disc on white: RGB (S, S)."""
+    image = Image.new("RGB", (size, size), "white")
+    ImageDraw.Draw(image).ellipse([size // 4, size // 4, 3 * size // 4, 3 * size // 4], (150, 90, 40))
+    return image
+
+
+# --- the decoder -------------------------------------------------------------------------------------
+
+
+def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
+    """One question to the MLLM, its weights in memory or read from the file block by block."""
+    kind, repeats = name_of(dtype), min(cfg.repeats, FlowConfig().repeats)
+    question = [Question(picture(cfg.size), WORD, PROMPT)]
+    streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
+    error = relative_error(streamed(question)[0], resident(question)[0])
+    slow, fast = in_turn(lambda: resident(question), lambda: streamed(question), repeats)
+    yield Ratio("decoder, resident / streamed", kind, cfg.wanted["streamed"], slow, fast, error)
+    memory = memory_of(lambda: streamed(question), device)
+    yield Part("decoder, resident", kind, slow)
+    yield Part("decoder, streamed", kind, fast, memory=memory)
+    if memory is not None:
+        most = cfg.most["streamed"]
+        yield Ratio("decoder's memory, limit / streamed", kind, 1.0, most, memory / GIB, unit="GiB")
+
+
+# --- the VAE -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
+    """One picture to latents and one back."""
+    vae = pseudo_random(lambda: VAE(VAE_SD15), cfg.seed, device, dtype)
+    if can_pack(device, dtype):
+        pack_weights(vae)
+    generator, peak = torch.Generator().manual_seed(cfg.seed), matmul_peak(cfg, device, dtype)
+    x = torch.randn(1, VAE_SD15.in_channels, cfg.size, cfg.size, generator=generator).to(device, dtype)
+    z = torch.randn(1, VAE_SD15.latent_channels, *cfg.grid, generator=generator).to(device, dtype)
+    calls = {"VAE, encode": lambda: vae.encode(x), "VAE, decode": lambda: vae.decode(z)}
+    for what, call in calls.items():
+        seconds, _ = in_turn(call, lambda: None, cfg.repeats)
+        flops = operations(call)
+        yield Part(what, name_of(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
+
+
+# --- a whole drawing -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
+    """A step of all pictures of the flow at once."""
+    step, dtype = make_step(networks, cfg, cfg.pictures), networks.adapter.projector.proj.weight.dtype
+    step.moma()
+    yield Part(f"MoMA step, {cfg.pictures} pictures", name_of(dtype), seconds_of(step.moma))
+
+
+def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
+    """Several pictures of one subject, out of the parts that were measured; weights are loaded already.
+
+    Ours: the decoder and the reference pass once, all pictures in one batch. The release's: all of it anew
+    for each picture, with its own step; what else it does is taken to be as fast as ours.
+    """
+    kind, n, steps = name_of(dtype), cfg.pictures, cfg.steps
+    part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
+    release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
+    wanted = {"reference pass", "VAE, encode", "VAE, decode", f"MoMA step, {n} pictures"}
+    if not release or not wanted <= set(part):
+        return
+    read = next((p.seconds for p in found if isinstance(p, Part) and p.what == "decoder, resident"), 0.0)
+    once = read + part["VAE, encode"] + part["reference pass"]
+    fast = once + steps * part[f"MoMA step, {n} pictures"] + n * part["VAE, decode"]
+    slow = n * (once + steps * release[-1] + part["VAE, decode"])
+    least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
+    yield Ratio(f"{n} pictures, {steps} steps, release / ours (from parts)", kind, least, slow, fast)
+
+
+def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
+    """Most memory of `sample.py` from its start to its end."""
+    kind, least = name_of(dtype), f"pipeline {device.type}"
+    with tempfile.TemporaryDirectory() as out:
+        picture(cfg.size).save(Path(out, "ref.png"))
+        options = {
+            "--ref": Path(out, "ref.png"), "--subject": WORD, "--prompt": PROMPT, "--weights": folder,
+            "--out": out, "--cache": "off", "--stream": "on", "--steps": FlowConfig().steps, "--num": 1,
+            "--dtype": kind, "--device": device,
+        }  # fmt: skip
+        command = [sys.executable, str(SCRIPT), *(str(x) for pair in options.items() for x in pair)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with watched(Path(f"/proc/{process.pid}/status")) as seen:
+            text, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{SCRIPT.name} failed: {text.strip().splitlines()[-1]}")
+    told = PEAK_MEMORY.search(text)
+    memory = float(told[1]) * 1e9 if device.type == "cuda" and told else max(seen)
+    if memory and least in cfg.most and dtype != torch.float32:
+        what = "memory of the whole pipeline, limit / ours"
+        yield Ratio(what, kind, 1.0, cfg.most[least], memory / GIB, unit="GiB")

@@ -1,0 +1,230 @@
+"""Seconds, operations and memory, and the lines that they become.
+
+Letters: h w latents.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+
+from models.unet import SD15, UNetConfig
+from moma.bundle import DTYPES
+from moma.masks import Grid
+
+GIB = 2**30
+POLL = 0.005  # seconds between two looks at a process's memory: a buffer of a UNet step lives longer
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured."""
+
+    unet: UNetConfig = SD15
+    size: int = 512  # pixels
+    share: float = 0.35  # of the subject in the reference and in the picture
+    repeats: int = 3  # of each side, in turn; the median counts
+    factor: int = 8  # pixels per latent
+    text_tokens: int = 77
+    timestep: int = 500  # where Eq. 3 acts
+    peak: int = 2048  # side of the matrices whose product is taken for this machine's peak
+    seed: int = 0
+    pictures: int = 4  # of the whole flow
+    steps: int = 50
+    # Of the curves. Each point varies one thing and leaves the others.
+    sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    shares: tuple[float, ...] = (0.05, 0.2, 0.35, 0.5, 0.75, 1.0)
+    # Least ratios; "half": where 16-bit types have another one.
+    wanted: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "eq3": 4.0, "moma": 1 / 1.1, "plain": 1.0, "plain half": 1 / 0.9, "release": 2.8,
+            "release half": 4.0, "flow": 4.0, "flow cuda": 5.0, "streamed": 1 / 1.3, "training": 2.0,
+            "batch": 2.0,
+        }
+    )  # fmt: skip
+    # Most memory in GiB: of the streamed decoder, and of the whole pipeline in 16 bits.
+    most: Mapping[str, float] = field(
+        default_factory=lambda: {"streamed": 1.2, "pipeline cpu": 6.0, "pipeline cuda": 4.0}
+    )
+
+    @property
+    def grid(self) -> Grid:
+        """Latents."""
+        return self.size // self.factor, self.size // self.factor
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the table of ratios."""
+
+    what: str
+    dtype: str
+    wanted: float  # least ratio
+    slow: float  # what is compared with
+    fast: float  # ours
+    error: float | None = None  # largest difference over the largest value, where both give the same
+    unit: str = "s"
+
+    @property
+    def times(self) -> float:
+        return self.slow / self.fast
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table of parts."""
+
+    what: str
+    dtype: str
+    seconds: float
+    flops: int | None = None
+    of_peak: float | None = None  # operations per second over those of a matrix product
+    memory: int | None = None  # bytes beyond what was there before
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a curve."""
+
+    axis: str
+    x: float
+    dtype: str
+    plain: float  # seconds of a plain step
+    moma: float  # seconds of a MoMA step
+    memory: int | None  # bytes beyond the weights, of a MoMA step
+
+
+Found = Ratio | Part | Point
+
+
+def half(key: str, dtype: torch.dtype) -> str:
+    """The key of `BenchConfig.wanted` for a dtype."""
+    return key if dtype == torch.float32 else f"{key} half"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
+
+
+# --- seconds -----------------------------------------------------------------------------------------
+
+
+def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median seconds of both, called in turn after one call each that does not count."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(repeats + 1):
+        for call, kept in zip((first, second), seconds, strict=True):
+            taken = seconds_of(call)
+            if round_:
+                kept.append(taken)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+# --- operations --------------------------------------------------------------------------------------
+
+
+def operations(run: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products, convolutions and attention."""
+
+    def sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **options: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def linear(x: torch.Size, weight: torch.Size, *args: Any, **options: Any) -> int:
+        return 2 * prod(x) * weight[0]
+
+    def conv(x: torch.Size, weight: torch.Size, *args: Any, out_shape: torch.Size, **options: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    ops = torch.ops
+    known = {ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}  # these are not in torch's own list
+    if torch.backends.mkldnn.is_available():
+        known |= {ops.mkldnn._linear_pointwise: linear, ops.mkldnn._convolution_pointwise: conv}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def matmul_peak(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a square matrix product."""
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    a = torch.randn(cfg.peak, cfg.peak, generator=generator, device=device).to(dtype)
+    seconds, _ = in_turn(lambda: a @ a, lambda: None, max(cfg.repeats, 3))
+    return 2 * cfg.peak**3 / seconds
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def memory_of(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes that a call takes beyond what was there before; None = the system does not tell.
+
+    On CUDA what torch has allocated; on CPUs this process's own pages, without the files that it has mapped.
+    """
+    if device.type == "cuda":
+        wait()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if (before := own_pages(STATUS)) is None:
+        call()
+        return None
+    with watched(STATUS) as seen:
+        call()
+    return max(seen) - before
+
+
+def own_pages(status: Path) -> int | None:
+    """Bytes of a process's pages that come from no file; status: its file of that name in /proc."""
+    try:
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    except (OSError, StopIteration):
+        return None
+
+
+@contextmanager
+def watched(status: Path) -> Iterator[list[int]]:
+    """`own_pages` again and again while the context is open, in a list."""
+    seen, over = [own_pages(status) or 0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(POLL):
+            seen.append(own_pages(status) or 0)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()

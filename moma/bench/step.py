@@ -1,0 +1,197 @@
+"""One denoising step: Eq. 3 by itself, MoMA's step and the plain one, diffusers' and the release's.
+
+Pseudo-random weights: times do not depend on what the weights are.
+
+Letters: B pictures, R = 2B rows of a UNet call (both of guidance), H heads, N tokens of a layer, D channels
+per head, T text tokens, h w latents.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import split_heads
+from models.packed import can_pack, pack_weights
+from models.unet import UNet, attention_grids, attention_layers
+from moma.adapter import Adapter, AdapterConfig, Conditioning, condition, reference_features
+from moma.attention import ReferenceLayer, drop_background, queries_inside, subject_self_attention
+from moma.bench.measure import (
+    BenchConfig,
+    Found,
+    Part,
+    Ratio,
+    half,
+    in_turn,
+    matmul_peak,
+    memory_of,
+    name_of,
+    operations,
+    relative_error,
+)
+from moma.config import DEFAULT
+from moma.masks import m_gen_of_layer, m_ref_of_layer
+from moma.tiny import fill
+
+# --- Eq. 3 -------------------------------------------------------------------------------------------
+
+
+def square(cfg: BenchConfig) -> Tensor:
+    """A subject of `share` of the picture in its middle: (1, 1, h, w) in {0, 1}."""
+    h, w = cfg.grid
+    side = cfg.share**0.5
+    tall, wide = round(h * side), round(w * side)
+    mask = torch.zeros(1, 1, h, w)
+    mask[..., (h - tall) // 2 :, (w - wide) // 2 :][..., :tall, :wide] = 1
+    return mask
+
+
+def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ratio:
+    """All self-attentions of a step without their projections: the formula against the fused path."""
+    generator, mask, layers, rows = torch.Generator().manual_seed(cfg.seed), square(cfg), [], 2
+    for layer, grid in zip(attention_layers(cfg.unet), attention_grids(cfg.unet, cfg.grid), strict=True):
+        shape = (rows, grid[0] * grid[1], layer.channels)
+        q, k, v, k_ref, v_ref = (
+            split_heads(torch.randn(shape, generator=generator).to(device, dtype), layer.heads)
+            for _ in range(5)
+        )  # each (R, H, N, D)
+        keep = m_ref_of_layer(mask, grid, keep_one_key=True).expand(rows, -1).to(device)  # (R, N)
+        m_gen = m_gen_of_layer(mask, grid).expand(rows, -1, -1, -1).to(device, dtype)  # (R, 1, N, 1)
+        layers.append((q, k, v, ReferenceLayer(k_ref, v_ref, keep), m_gen))
+    lam = torch.ones(1, device=device, dtype=dtype)
+    dropped = [drop_background(layer[3]) for layer in layers]  # once per subject
+
+    def explicit() -> list[Tensor]:
+        return [
+            subject_self_attention(q, k, v, ref, m_gen, lam, 1.0, "explicit")
+            for q, k, v, ref, m_gen in layers
+        ]
+
+    def fused() -> list[Tensor]:
+        inside = {m_gen.shape: queries_inside(m_gen) for *_, m_gen in layers}  # one for each grid
+        return [
+            subject_self_attention(q, k, v, ref, m_gen, lam, 1.0, "fused", inside[m_gen.shape])
+            for (q, k, v, _, m_gen), ref in zip(layers, dropped, strict=True)
+        ]
+
+    error = max(relative_error(a, b) for a, b in zip(fused(), explicit(), strict=True))
+    seconds = in_turn(explicit, fused, cfg.repeats)
+    return Ratio("Eq. 3, explicit / fused", name_of(dtype), cfg.wanted["eq3"], *seconds, error)
+
+
+# --- whole steps -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """Our UNet as the pipeline runs it, its weights as they are stored, and an adapter for it."""
+
+    unet: UNet
+    weights: dict[str, Tensor]
+    adapter: Adapter
+
+
+def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Networks:
+    unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
+    adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
+    weights = unet.state_dict()
+    if can_pack(device, dtype):
+        pack_weights(unet)
+    return Networks(unet, weights, adapter)
+
+
+def pseudo_random(
+    make: Callable[[], nn.Module], seed: int, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A network with weights from a seed."""
+    with torch.device("meta"):
+        network = make().to(dtype)
+    network = network.to_empty(device=device).requires_grad_(False).eval()
+    fill(network, torch.Generator().manual_seed(seed))
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One denoising step of B pictures: networks and inputs."""
+
+    networks: Networks
+    x: Tensor  # (R, Z, h, w)
+    t: Tensor  # (R,)
+    text: Tensor  # (R, T, context_dim)
+    layers: list[ReferenceLayer]  # L x K', V', M_ref of the reference, one row, with all keys
+    mask: Tensor  # (1, 1, h, w), of the reference
+    cond: Conditioning
+    m_gen: Tensor  # (B, 1, h, w)
+
+    def plain(self) -> Tensor:
+        return self.networks.unet(self.x, self.t, self.text)[0]
+
+    def reference(self) -> list[ReferenceLayer]:
+        """The reference pass, without the VAE."""
+        latent, label = self.x[:1], self.text[:1]
+        return reference_features(
+            self.networks.unet, self.networks.adapter, latent, label, self.mask, DEFAULT
+        )
+
+    def moma(self) -> Tensor:
+        """With all that a step of MoMA does besides: masks, and the mask of the next step."""
+        hook = self.cond.hook(int(self.t[0]), self.m_gen)
+        eps, records = self.networks.unet(self.x, self.t, self.text, hook)
+        self.cond.next_m_gen(records, self.x.shape[-2:])
+        return eps
+
+
+@torch.no_grad()
+def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
+    """batch: B."""
+    weight, generator = networks.adapter.projector.proj.weight, torch.Generator().manual_seed(cfg.seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+    mask = square(cfg).to(weight.device)
+    x = rand(2 * batch, cfg.unet.in_channels, *cfg.grid)
+    text = rand(2 * batch, cfg.text_tokens, cfg.unet.context_dim[0])
+    label = torch.zeros(batch, cfg.text_tokens, device=weight.device)
+    label[:, 1] = 1
+    adapter = networks.adapter
+    layers = reference_features(networks.unet, adapter, x[:1], text[:1], mask, DEFAULT)
+    cond = condition(
+        adapter, rand(batch, adapter.cfg.embed_dim), text[batch:], text[:batch], label, [layers] * batch,
+        torch.ones(batch, device=weight.device), DEFAULT,
+    )  # fmt: skip
+    t = torch.full((2 * batch,), cfg.timestep, device=weight.device)
+    return Step(networks, x, t, text, layers, mask, cond, mask.expand(batch, -1, -1, -1))
+
+
+@torch.no_grad()
+def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found]:
+    """Whole UNet calls; baseline: the module tests.baseline, or None."""
+    weight = networks.adapter.projector.proj.weight
+    device, dtype, kind = weight.device, weight.dtype, name_of(weight.dtype)
+    step = make_step(networks, cfg)
+    plain, moma = in_turn(step.plain, step.moma, cfg.repeats)
+    reference, _ = in_turn(step.reference, lambda: None, cfg.repeats)
+    peak = matmul_peak(cfg, device, dtype)
+    print(f"{kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
+    for what, seconds, call in (
+        ("plain step", plain, step.plain),
+        ("MoMA step", moma, step.moma),
+        ("reference pass", reference, step.reference),
+    ):
+        flops = operations(call)
+        yield Part(what, kind, seconds, flops, flops / seconds / peak, memory_of(call, device))
+    yield Ratio("step, plain / MoMA", kind, cfg.wanted["moma"], plain, moma)
+    if baseline is None:
+        return
+    for what, name, theirs, ours in (
+        ("plain step, diffusers / ours", "plain", baseline.plain(step), step.plain),
+        ("MoMA step, release / ours", "release", baseline.release(step), step.moma),
+    ):
+        error = relative_error(ours(), theirs())
+        seconds = in_turn(theirs, ours, cfg.repeats)
+        yield Ratio(what, kind, cfg.wanted[half(name, dtype)], *seconds, error)

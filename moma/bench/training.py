@@ -1,0 +1,92 @@
+"""A training step of stage 2: forward, loss and backward of the full-size UNet.
+
+Letters: B samples, Z latent channels, h w latents, S side of the pictures, T text tokens, E embedding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.unet import UNet
+from models.vae import SD15 as VAE_SD15
+from moma.adapter import Adapter, AdapterConfig
+from moma.bench.measure import BenchConfig, Found, Part, Ratio, in_turn, memory_of, name_of, relative_error
+from moma.bench.step import pseudo_random, square
+from moma.config import DEFAULT
+from moma.training.common import pack, train_only
+from moma.training.memory import kept_for_backward
+from moma.training.stage2 import PARTS, Stage2, Stage2Config, draw
+from moma.training.task import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """One step: the model with frozen weights in `dtype` and trained ones in float32, and a batch."""
+
+    model: Stage2
+    batch: Batch
+    dtype: torch.dtype
+
+    def loss(self) -> Tensor:
+        device = self.batch["mean"].device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(self.batch).mean()
+
+    def __call__(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+    def gradient(self) -> Tensor:
+        """Of every trained parameter, in one row."""
+        self()
+        trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
+        return torch.cat([p.grad.flatten() for p in trained])
+
+
+def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, batch: int = 1) -> Training:
+    """batch: B samples."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
+    adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, torch.float32)
+    options = Stage2Config()
+    model = Stage2(unet, adapter, VAE_SD15.scaling, cfg.size, DEFAULT, options).to(device)
+    train_only(adapter, PARTS[options.parts])
+    latents = (batch, VAE_SD15.latent_channels, *cfg.grid)
+    mask = F.interpolate(square(cfg), size=cfg.size)  # (1, 1, S, S)
+    masks = torch.stack([pack(mask[0, 0])] * batch).to(device)  # (B, S * S / 8)
+    states = (batch, cfg.text_tokens, cfg.unet.context_dim[0])
+    samples = {
+        "embedding": rand(batch, adapter.cfg.embed_dim), "mean": rand(*latents), "std": rand(*latents).abs(),
+        "ref_mean": rand(*latents), "ref_std": rand(*latents).abs(), "m_gen": masks, "m_ref": masks,
+        "text": rand(*states).to(dtype), "label": rand(*states).to(dtype),
+    }  # fmt: skip
+    drawn = draw(torch.arange(batch), cfg.seed, latents[1:], options, model.schedule.train_steps)
+    return Training(model, samples | {name: value.to(device) for name, value in drawn.items()}, dtype)
+
+
+def training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: Any) -> Iterator[Found]:
+    """baseline: the module tests.baseline, or None."""
+    kind = name_of(dtype)
+    ours = make_training(cfg, device, dtype)
+    if baseline is None:
+        seconds, _ = in_turn(ours, lambda: None, cfg.repeats)
+        yield Part("stage-2 step, batch 1", kind, seconds, memory=memory_of(ours, device))
+        return
+    theirs = baseline.training(ours)
+    error = relative_error(ours.gradient(), theirs.gradient())
+    slow, fast = in_turn(theirs, ours, cfg.repeats)
+    yield Part("stage-2 step, batch 1", kind, fast, memory=memory_of(ours, device))
+    what = "stage-2 step, diffusers with explicit processors / ours"
+    yield Ratio(what, kind, cfg.wanted["training"], slow, fast, error)
+    # The largest batch grows as what a sample keeps shrinks.
+    slow, fast = (kept_for_backward(side.loss) / 1e9 for side in (theirs, ours))
+    what = "stage 2, kept for the backward by a sample, diffusers with explicit processors / ours"
+    yield Ratio(what, kind, cfg.wanted["batch"], slow, fast, unit="GB")
