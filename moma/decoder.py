@@ -60,42 +60,26 @@ class Decoder:
         return found
 
     def _row(self, question: Question, features: Tensor) -> tuple[Tensor, Tensor]:
-        text = instruction(question.word, question.prompt, self.method.template)
-        return spliced(self.llava, self.adapter, self.tokenizer, features, [text], self.method)
+        return self._spliced(features, [instruction(question.word, question.prompt, self.method.template)])
 
+    def embed(self, features: Tensor, instructions: Sequence[str]) -> Tensor:
+        """features (B, N, C) of `Llava.encode_images`, B texts of `moma.prompts.instruction` -> (B, E).
 
-def decode_embedding(
-    llava: Llava,
-    adapter: Adapter,
-    tokenizer: LlamaTokenizer,
-    image_features: Tensor,
-    instructions: Sequence[str],
-    method: MethodConfig,
-) -> Tensor:
-    """image_features (B, N, C) of `Llava.encode_images`, B texts of `moma.prompts.instruction` -> (B, E).
+        One forward pass, no generation: the state after the final norm at the last token, through the
+        mapping; with gradients. Official: MoMA_main_modal.forward_MLLM.
+        """
+        embeds, lengths = self._spliced(features, instructions)
+        state = self.llava.last_hidden(embeds, lengths, self.method.mllm_layers)  # (B, C)
+        return self.adapter.mapping(state)  # (B, E)
 
-    One forward pass, no generation: the state after the final norm at the last token, through the mapping.
-    Official: MoMA_main_modal.forward_MLLM.
-    """
-    embeds, lengths = spliced(llava, adapter, tokenizer, image_features, instructions, method)
-    return adapter.mapping(llava.last_hidden(embeds, lengths, method.mllm_layers))  # (B, E)
+    def _spliced(self, features: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The MLLM's input for arguments as in `embed`: embeddings (B, T, C), lengths (B,).
 
-
-def spliced(
-    llava: Llava,
-    adapter: Adapter,
-    tokenizer: LlamaTokenizer,
-    image_features: Tensor,
-    instructions: Sequence[str],
-    method: MethodConfig,
-) -> tuple[Tensor, Tensor]:
-    """The MLLM's input for arguments as in `decode_embedding`: embeddings (B, T, C), lengths (B,).
-
-    The last token is the text's own `*` (template "release") or the adapter's learnable one ("paper").
-    """
-    device = image_features.device
-    ids = [torch.tensor(tokenizer.encode_with_image(text), device=device) for text in instructions]
-    extra = None
-    if method.template == "paper":
-        extra = adapter.token.expand(len(ids), 1, -1)  # (B, 1, C)
-    return llava.splice(ids, image_features, extra)  # (B, T, C), (B,)
+        The last token is the text's own `*` (template "release") or the adapter's learnable one ("paper").
+        """
+        device = features.device
+        ids = [torch.tensor(self.tokenizer.encode_with_image(text), device=device) for text in instructions]
+        extra = None
+        if self.method.template == "paper":
+            extra = self.adapter.token.expand(len(ids), 1, -1)  # (B, 1, C)
+        return self.llava.splice(ids, features, extra)  # (B, T, C), (B,)

@@ -39,7 +39,6 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 # the same seed. Any pattern of 32 bits serves; torch's CPU generator ignores higher ones.
 REFERENCE_STREAM = 0x9E3779B9
 DRAWING = ("unet", "vae", "text", "adapter")  # the networks beside the MLLM
-PACKED = ("unet", "vae")  # of those, where the time goes
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +121,18 @@ class MoMA:
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32"; stream: whether
         the MLLM stays on the disk and is read block by block, for many jobs of a `run` at once ("auto": if
         memory is short); decoder False: no MLLM, jobs bring the embeddings of `load_decoder`; pack: on CPUs
-        the UNet's and the VAE's weights are laid out for speed (models/packed.py), False = plain layers,
-        with weights that can be looked at and trained. ValueError for a folder that is no complete bundle,
+        the UNet's weights are laid out for speed (models/packed.py), False = plain layers, with weights that
+        can be looked at and trained. ValueError for a folder that is no complete bundle,
         or a device that is not there. A preset for these weights:
         `method_config("release", **Bundle.open(folder).method)`.
         """
         bundle, method, place, kind, reason = _choices(folder, device, dtype, method)
         llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
         networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
+        # Not the VAE's: it would gain a sixth, and torch's GroupNorm is less exact on pictures with flat parts
+        # when channels come last.
         if pack and can_pack(place, kind):
-            for name in PACKED:
-                pack_weights(networks[name])
+            pack_weights(networks["unet"])
         return cls(
             **networks,
             llava=llava,

@@ -28,7 +28,7 @@ class LooksConfig:
 
 @torch.no_grad()
 def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
-    """Each point is one call of each kind after one that does not count."""
+    """Each point is one call of each kind after one of MoMA's that does not count."""
     for axis, values, name in (
         ("size", cfg.sizes, "size"), ("batch", cfg.batches, None), ("share", cfg.shares, "share"),
     ):  # fmt: skip
@@ -45,7 +45,6 @@ def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: 
     step = make_step(networks, cfg, batch)
     weight = networks.adapter.projector.proj.weight
     memory = memory_of(step.moma, weight.device)  # the call that does not count
-    step.plain()
     plain, moma = seconds_of(step.plain), seconds_of(step.moma)
     return Point(axis, value, name_of(weight.dtype), plain, moma, memory)
 

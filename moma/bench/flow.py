@@ -21,7 +21,6 @@ from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.loading import LazyTensor
-from models.packed import can_pack, pack_weights
 from models.unet import SD15
 from models.vae import SD15 as VAE_SD15
 from models.vae import VAE
@@ -134,8 +133,6 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
 def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """One picture to latents and one back."""
     vae = pseudo_random(lambda: VAE(VAE_SD15), cfg.seed, device, dtype)
-    if can_pack(device, dtype):
-        pack_weights(vae)
     generator, peak = torch.Generator().manual_seed(cfg.seed), matmul_peak(cfg, device, dtype)
     x = torch.randn(1, VAE_SD15.in_channels, cfg.size, cfg.size, generator=generator).to(device, dtype)
     z = torch.randn(1, VAE_SD15.latent_channels, *cfg.grid, generator=generator).to(device, dtype)

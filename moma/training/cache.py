@@ -29,7 +29,7 @@ from models.loading import read_checkpoint, save_tensors
 from moma.bundle import Bundle
 from moma.config import MethodConfig
 from moma.data.triplets import Source, load
-from moma.decoder import decode_embedding
+from moma.decoder import Decoder
 from moma.output import write_text
 from moma.prompts import instruction, sd_prompt
 from moma.training.common import Prepare, Sample, to_pixels
@@ -75,8 +75,7 @@ class Encoder:
         if embedding == "clip":
             self.vision = build("vision")
         else:
-            self.llava, self.adapter = build("llava"), build("adapter")
-            self.llama_tokenizer = bundle.llama_tokenizer()
+            self.decoder = Decoder(build("llava"), build("adapter"), bundle.llama_tokenizer(), method)
         self.embed = self._clip if embedding == "clip" else self._decode
 
     def _clip(self, samples: Sequence[Sample]) -> Tensor:
@@ -84,11 +83,9 @@ class Encoder:
 
     def _decode(self, samples: Sequence[Sample]) -> Tensor:
         """The decoder's embeddings (Sec. 3.2), (B, E)."""
-        features = self.llava.encode_images(self._stack([sample.white for sample in samples]))  # (B, N, C)
+        pixels = self._stack([sample.white for sample in samples])  # (B, 3, s, s)
         texts = [instruction(s.label, s.caption, self.method.template) for s in samples]
-        return decode_embedding(
-            self.llava, self.adapter, self.llama_tokenizer, features, texts, self.method
-        )  # (B, E)
+        return self.decoder.embed(self.decoder.llava.encode_images(pixels), texts)  # (B, E)
 
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""

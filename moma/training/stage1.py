@@ -24,7 +24,7 @@ from moma.bundle import Bundle
 from moma.config import MethodConfig, check_types
 from moma.data.stream import Item, StreamConfig, batches, once, stream
 from moma.data.triplets import SkipLog, Source, Triplet, open_source
-from moma.decoder import decode_embedding
+from moma.decoder import Decoder
 from moma.prompts import instruction
 from moma.training.cache import clip_embedding
 from moma.training.common import (
@@ -84,7 +84,7 @@ class Stage1(nn.Module):
     ) -> None:
         super().__init__()
         self.llava, self.adapter = llava, adapter
-        self.tokenizer, self.method = tokenizer, method
+        self.decoder = Decoder(llava, adapter, tokenizer, method)
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 4: the mean of (embedding - CLIP(picture))², float32 (B,).
@@ -93,10 +93,7 @@ class Stage1(nn.Module):
         """
         dtype = self.llava.tower.embeddings.class_embedding.dtype
         features = self.llava.encode_images(batch["white"].to(dtype))  # (B, N, C)
-        texts = batch["instruction"]
-        embedding = decode_embedding(
-            self.llava, self.adapter, self.tokenizer, features, texts, self.method
-        )  # (B, E)
+        embedding = self.decoder.embed(features, batch["instruction"])  # (B, E)
         target = clip_embedding(self.llava.tower, batch["full"].to(dtype))  # (B, E), no gradient: frozen
         return (embedding.float() - target.float()).square().mean(dim=1)  # (B,)
 
@@ -170,7 +167,7 @@ class Stage1Task:
             cfg = replace(cfg, llama=replace(cfg.llama, gradient_checkpointing=False))
             own = {name: p for name, p in tensors.items() if not name.startswith("tower.")}
             networks["llava"] = (cfg, own)
-        export_networks(folder, networks, model.method)
+        export_networks(folder, networks, model.decoder.method)
 
 
 def build(
