@@ -129,8 +129,8 @@ class MoMA:
         bundle, method, place, kind, reason = _choices(folder, device, dtype, method)
         llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
         networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
-        # Not the VAE's: it would gain a sixth, and torch's GroupNorm is less exact on pictures with flat parts
-        # when channels come last.
+        # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on
+        # pictures with flat parts.
         if pack and can_pack(place, kind):
             pack_weights(networks["unet"])
         return cls(
