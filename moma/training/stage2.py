@@ -155,10 +155,12 @@ class Stage2(nn.Module):
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
         noises = (batch["ref_posterior_noise"], batch["ref_noise"])
         noises = None if self.method.reference_noise == "none" else noises
-        mean, std = (moved(batch[name], batch["shift"]) for name in ("ref_mean", "ref_std"))  # (B, Z, h, w)
-        latent = reference_latent(mean, std, noises, self.scaling, self.schedule)
+        mean, std = batch["ref_mean"], batch["ref_std"]  # (B, Z, h, w)
         label, m_ref = batch["label"], unpack(batch["m_ref"], self.image_size)  # (B, T, ·), (B, 1, S, S)
-        m_ref = moved(m_ref, batch["shift"] * (self.image_size // mean.shape[-1]))
+        if self.cfg.reference_shift:
+            mean, std = (moved(x, batch["shift"]) for x in (mean, std))  # (B, Z, h, w)
+            m_ref = moved(m_ref, batch["shift"] * (self.image_size // mean.shape[-1]))
+        latent = reference_latent(mean, std, noises, self.scaling, self.schedule)
         return reference_features(self.unet, self.adapter, latent.to(label.dtype), label, m_ref, self.method)
 
 
