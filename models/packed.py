@@ -1,15 +1,18 @@
 """Weights laid out as oneDNN multiplies them, for networks that only compute, on CPUs.
 
 torch keeps a weight row by row. In every call oneDNN then rearranges it, or torch hands float32 matrices to a
-library that is slower on some processors. `pack_weights` rearranges each weight once. Outputs are the same
-up to rounding (tests/test_packed.py); there are no gradients, and no way back.
+library that is slower on some processors (seen on an AMD one). `pack_weights` rearranges each weight once.
+Outputs are the same up to rounding (tests/test_packed.py); there are no gradients, and no way back.
 
 Letters: I inputs, O outputs, B batch, h w grid.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
+PROBE = 0.05  # largest difference over the largest value that a probe may have: 16-bit types round to 0.01
 PLAIN = ("none", [], "")  # the operators' last arguments: no activation follows the product
 
 
@@ -23,7 +26,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", _detached(layer.bias), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *PLAIN)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *PLAIN)  # (..., O)
 
 
 class PackedPointwise(PackedLinear):
@@ -48,7 +51,7 @@ class PackedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         weight, bias = self.weight, self.bias
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self.where, *PLAIN)
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self.where, *PLAIN)  # (B, O, h', w')
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:
@@ -59,26 +62,38 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch and this processor have what `pack_weights` needs."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    known = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in known and known[dtype]()
+    return torch.backends.mkldnn.enabled and _agrees(dtype)
+
+
+@cache
+@torch.no_grad()
+def _agrees(dtype: torch.dtype) -> bool:
+    """Whether two small layers give the same packed. torch does not promise the operators that pack."""
+    generator = torch.Generator().manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)).requires_grad_(False)
+    for parameter in layers.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(1, 16, 4, 4, generator=generator)
+    expected = layers(x)
+    try:
+        found = pack_weights(layers.to(dtype))(x.to(dtype)).float()
+    except (AttributeError, RuntimeError):  # not this build, or not this processor
+        return False
+    return bool((found - expected).abs().max() < PROBE * expected.abs().max())
 
 
 def pack_weights(network: nn.Module) -> nn.Module:
-    """The network with every Linear and Conv2d replaced, in place; no weight is kept twice.
+    """The network with the Linear and Conv2d layers below it replaced, in place, one after another.
 
-    Where `can_pack` says so.
+    For where `can_pack` says so. `state_dict` no longer has their weights.
     """
     for name, layer in list(network.named_children()):
         match layer:
             case nn.Linear():
                 packed = PackedLinear(layer)
-            case nn.Conv2d(kernel_size=(1, 1), stride=(1, 1), padding=(0, 0)):
+            case nn.Conv2d(kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1):
                 packed = PackedPointwise(layer)
-            case nn.Conv2d():
+            case nn.Conv2d(padding_mode="zeros"):
                 packed = PackedConv(layer)
             case _:
                 packed = pack_weights(layer)

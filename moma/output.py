@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -89,10 +90,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def exit_status(command: str, main: Callable[[], object]) -> int:
-    """Run a command: 0, or 2 and one line for a user's mistake."""
+    """Run a command: 0, or 2 and one line for a user's mistake or too little memory."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

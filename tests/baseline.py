@@ -1,4 +1,4 @@
-"""What `moma.bench` compares with: diffusers' UNet, and the released MoMA on it, drawing and trained.
+"""What `moma.bench` compares with: diffusers' UNet, the released MoMA on it, and the same way trained.
 
 The release's attention processors are restated here: softmax with materialised probabilities, every key and
 every query, masks and label maps at the size of the picture.
@@ -25,7 +25,6 @@ from moma.masks import m_ref_of_layer
 from moma.training.stage2 import Stage2
 
 FACTOR = 8  # pixels per latent: masks are kept at the picture's size
-THRESHOLD = 0.2  # of M_gen
 EXPLICIT = replace(DEFAULT, attention="explicit")  # every key stays
 
 
@@ -61,11 +60,14 @@ def release(step: Step) -> Callable[[], Tensor]:
     m_gen = F.interpolate(step.m_gen, size=size).to(step.x)  # (B, 1, H, W)
     hook = MoMAHook(cond, True, torch.cat([m_gen, m_gen]))
 
+    maps = unet.install(hook)  # once: nothing of it changes over the steps
+
     def run() -> Tensor:
-        eps, maps = unet(step.x, step.t, step.text, hook)
+        maps.clear()
+        eps = unet.unet(step.x, step.t, step.text).sample
         mean = torch.stack(maps).mean(dim=0)  # (R, 1, H, W)
         mean = (mean - mean.min()) / (mean.max() - mean.min())
-        mean.masked_fill(mean <= THRESHOLD, 0)
+        mean.masked_fill(mean <= DEFAULT.m_gen_threshold, 0)
         return eps
 
     return run
@@ -76,7 +78,7 @@ def training(ours: Training) -> Training:
     model = ours.model
     unet = Released(diffusers_unet(model.unet.cfg, model.unet.state_dict()))
     other = Stage2(unet, model.adapter, model.scaling, model.image_size, EXPLICIT, model.cfg)
-    return replace(ours, model=other)
+    return replace(ours, model=other.to(ours.batch["mean"].device))
 
 
 class Released(nn.Module):
@@ -91,7 +93,14 @@ class Released(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, hook: ReferenceHook | MoMAHook
     ) -> tuple[Tensor, Sequence[Any]]:
+        records = self.install(hook)
+        return self.unet(x, t, text).sample, records
+
+    def install(self, hook: ReferenceHook | MoMAHook) -> list[Any]:
+        """Sets the processors that do what the hook does; the list that they fill."""
         records: list[Any] = []
+        drawing = isinstance(hook, MoMAHook) and hook.cond.label.any()
+        label = int(hook.cond.label[0].argmax()) if drawing else None
         processors: dict[str, Any] = {}
         for i, (own, cross) in enumerate(self.layers):
             if isinstance(hook, ReferenceHook):
@@ -100,11 +109,10 @@ class Released(nn.Module):
             else:
                 cond = hook.cond
                 k, v = (merge_heads(y) for y in cond.context[i])  # (R, C, ·) each
-                label = int(cond.label[0].nonzero()[0, 0]) if cond.label.any() else None
                 processors[own] = SubjectProcessor(hook.m_gen, cond.reference[i], cond.lam[i])
                 processors[cross] = ContextProcessor(hook.m_gen, label, k, v, records)
         self.unet.set_attn_processor(processors)
-        return self.unet(x, t, text).sample, records
+        return records
 
 
 def execution_order(name: str) -> tuple[int, str]:
@@ -133,10 +141,11 @@ class PlainProcessor:
         x = hidden_states
         text = x if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(x), attn.to_k(text), attn.to_v(text)  # (R, N or T, channels)
-        return attn.to_out[0](self.attend(attn, q, k, v))
+        return attn.to_out[0](self.attend(attn, attn.head_to_batch_dim(q), k, v))
 
     def attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = (attn.head_to_batch_dim(y) for y in (q, k, v))  # (R*H, N or T, D)
+        """q (R*H, N, D), k and v (R, N or T, channels) -> (R, N, channels)."""
+        k, v = (attn.head_to_batch_dim(y) for y in (k, v))  # (R*H, N or T, D)
         return attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(q, k, bias), v))  # (R, N, C)
 
 
@@ -155,7 +164,7 @@ class ReferenceProcessor(PlainProcessor):
         k_ref, v_ref = (split_heads(y, attn.heads) for y in (new.to_k(k), new.to_v(v)))
         keep = m_ref_of_layer(self.hook.m_ref, (side, side), keep_one_key=True)
         self.records.append(ReferenceLayer(k_ref, v_ref, keep))
-        return attn.to_out[0](self.attend(attn, q, k, v))
+        return attn.to_out[0](self.attend(attn, attn.head_to_batch_dim(q), k, v))
 
 
 @dataclass(eq=False)
@@ -168,13 +177,13 @@ class SubjectProcessor(PlainProcessor):
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
         x, rows, ref = hidden_states, len(hidden_states), self.reference
-        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        q, k, v = attn.head_to_batch_dim(attn.to_q(x)), attn.to_k(x), attn.to_v(x)
         z = self.attend(attn, q, k, v)  # (R, N, C)
         k, v = (merge_heads(y).expand(rows, -1, -1) for y in (ref.k, ref.v))
         outside = torch.finfo(q.dtype).min
         bias = torch.ones_like(ref.keep, dtype=q.dtype).masked_fill(~ref.keep, outside)  # (1 or R, N)
         bias = bias.expand(rows, -1).repeat_interleave(attn.heads, dim=0)[:, None]  # (R*H, 1, N)
-        z_ref = self.attend(attn, q, k, v, bias.expand(-1, q.shape[1], -1))  # (R, N, C)
+        z_ref = self.attend(attn, q, k, v, bias.expand(-1, x.shape[1], -1))  # (R, N, C)
         return attn.to_out[0](z + self.lam * gate(self.m_gen, x.shape[1]) * z_ref)
 
 
@@ -197,11 +206,10 @@ class ContextProcessor(PlainProcessor):
         **options: Any,
     ) -> Tensor:
         x, text = hidden_states, encoder_hidden_states
-        q = attn.to_q(x)  # (R, N, C)
-        heads, k, v = (
-            attn.head_to_batch_dim(y) for y in (q, attn.to_k(text), attn.to_v(text))
+        q, k, v = (
+            attn.head_to_batch_dim(y) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text))
         )  # (R*H, N or T, D)
-        probs = attn.get_attention_scores(heads, k)  # (R*H, N, T)
+        probs = attn.get_attention_scores(q, k)  # (R*H, N, T)
         z = attn.batch_to_head_dim(torch.bmm(probs, v))  # (R, N, C)
         if self.label is not None:
             self.records.append(self.label_map(probs, len(x)))

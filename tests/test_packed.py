@@ -9,6 +9,7 @@ from torch import nn
 from models.packed import can_pack, pack_weights
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from moma.bench.measure import relative_error
 from moma.tiny import fill
 
 CPU = torch.device("cpu")
@@ -29,8 +30,7 @@ def rand(*shape: int) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    error = (a.float() - b.float()).abs().max() / b.float().abs().max()
-    assert a.shape == b.shape and error < TOLERANCE[a.dtype]
+    assert a.shape == b.shape and relative_error(a, b) < TOLERANCE[a.dtype]
 
 
 @pytest.fixture(params=list(TOLERANCE), ids=str)

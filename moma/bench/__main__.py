@@ -1,7 +1,8 @@
 """How fast and how small this is here: `python -m moma.bench`, and beside diffusers with `--baseline`.
 
-Every claim is a ratio of two things that were measured in turn in one run, on Stable Diffusion 1.5's sizes
-with pseudo-random weights: times do not depend on what the weights are.
+Times are ratios of two things that were measured in turn in one run, on Stable Diffusion 1.5's sizes with
+pseudo-random weights: times do not depend on what the weights are. Lines of memory are shares of a limit; a
+whole drawing is summed from its parts, as its line says.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from moma.bench.flow import FlowConfig, autoencoder, batch_step, build_bundle, d
 from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
 from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
-from moma.bundle import DTYPES
+from moma.bundle import DTYPES, Bundle
 from moma.output import exit_status, save_png, write_text
 from moma.pipeline import choose_device
 
@@ -37,6 +38,8 @@ def measured(args: argparse.Namespace, cfg: BenchConfig, device: torch.device) -
         for line in of_dtype(args, cfg, device, dtype, baseline):
             found.append(line)
             yield line
+            if device.type != "cpu":
+                torch.accelerator.empty_cache()
         yield from flow(found, cfg, device, dtype)
 
 
@@ -47,21 +50,26 @@ def of_dtype(
     if "eq3" in wanted:
         yield equation_3(cfg, device, dtype)
     if wanted & {"step", "flow", "curves"}:
-        networks = make_networks(cfg, device, dtype)
+        networks = make_networks(cfg, device, dtype, keep=baseline is not None)
         if "step" in wanted:
             yield from steps(cfg, networks, baseline)
         if "flow" in wanted:
             yield from batch_step(cfg, networks)
         if "curves" in wanted:
             yield from curves(cfg, networks)
-        del networks  # 5 GB in fp32
+        del networks  # 4 GB in fp32, twice that with what the baseline needs
     if "flow" in wanted:
         yield from autoencoder(cfg, device, dtype)
     if "training" in wanted:
         yield from training(cfg, device, dtype, baseline)
-    if "decoder" in wanted and args.bundle and dtype != torch.float32:  # a 7B model in fp32 takes 27 GB
+    if args.bundle and reads_bundle(args, dtype):
         yield from decoder(args.bundle, cfg, device, dtype)
         yield from pipeline(args.bundle, cfg, device, dtype)
+
+
+def reads_bundle(args: argparse.Namespace, dtype: torch.dtype) -> bool:
+    """A 7B model in fp32 would take 27 GB."""
+    return "decoder" in args.parts and dtype != torch.float32
 
 
 # --- the tables ----------------------------------------------------------------------------------------
@@ -140,6 +148,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--share {args.share}: expected above 0, at most 1")
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
+    if args.out.suffix != ".json" or args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected the name of a .json file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.out, "{}\n")  # that it cannot be written is known now, not after an hour
     return args
 
 
@@ -160,26 +172,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_baseline()
     device = choose_device(args.device)
     cfg = replace(BenchConfig(), size=args.size, share=args.share, repeats=args.repeats)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.bundle and not args.bundle.exists():
-        build_bundle(args.bundle, cfg.size, FlowConfig().networks)
+    if device.index:
+        torch.accelerator.set_device_index(device.index)  # the one that `wait` waits for
+    prepare_bundle(args, cfg)
     found: list[Found] = []
     for line in measured(args, cfg, device):
         found.append(line)
         print(told(line), file=sys.stderr)
+        write_numbers(args.out, found, cfg, device)
+    ratios, parts, points = sorted_out(found)
+    print(ratio_table(ratios), part_table(parts), point_table(points), sep="\n")
+    if points:
+        save_png(args.out.with_suffix(".png"), curves_picture(points))
+
+
+def prepare_bundle(args: argparse.Namespace, cfg: BenchConfig) -> None:
+    """The folder of --bundle, made if it is not there; ValueError if it is no complete bundle."""
+    if not any(reads_bundle(args, DTYPES[name]) for name in args.dtype):
+        return
+    if not args.bundle:
+        print("no --bundle: the decoder's and the pipeline's lines are left out", file=sys.stderr)
+        return
+    if not args.bundle.exists():
+        build_bundle(args.bundle, cfg.size, FlowConfig().networks)
+    bundle = Bundle.open(args.bundle)
+    for name in FlowConfig().networks:
+        bundle.config(name)
+
+
+def sorted_out(found: Sequence[Found]) -> tuple[list[Ratio], list[Part], list[Point]]:
     ratios, parts, points = ([x for x in found if isinstance(x, kind)] for kind in (Ratio, Part, Point))
+    return ratios, parts, points
+
+
+def write_numbers(path: Path, found: Sequence[Found], cfg: BenchConfig, device: torch.device) -> None:
+    """What has been measured so far."""
     where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    print(ratio_table(ratios), part_table(parts), point_table(points), sep="\n")
-    numbers = {"where": where, "config": asdict(cfg)} | {
-        name: [asdict(x) for x in lines]
-        for name, lines in (("ratios", ratios), ("parts", parts), ("points", points))
-    }
-    write_text(args.out, json.dumps(numbers, indent=1))
-    if points:
-        save_png(args.out.with_suffix(".png"), curves_picture(points))
+    lines = zip(("ratios", "parts", "points"), sorted_out(found), strict=True)
+    numbers = {name: [asdict(line) for line in group] for name, group in lines}
+    write_text(path, json.dumps({"where": where, "config": asdict(cfg)} | numbers, indent=1))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -9,20 +9,24 @@ from PIL import Image
 from moma.bench.measure import BenchConfig, Point, memory_of, name_of, seconds_of
 from moma.bench.step import Networks, make_step
 from moma.chart import ChartConfig, Colour, Line, chart
+from moma.diffusion import ScheduleConfig, intervals
+from moma.sampler import TextOnly, denoise
+
+GUIDANCE = 7.5  # the sampler's default; times do not depend on it
 
 
 @dataclass(frozen=True)
 class LooksConfig:
     """Of the picture."""
 
-    chart: ChartConfig = field(default_factory=lambda: ChartConfig(size=(720, 420)))
+    chart: ChartConfig = field(default_factory=lambda: ChartConfig(size=(860, 480)))
     plain: tuple[Colour, ...] = ((150, 180, 220), (230, 180, 140))  # a tint for each dtype
     moma: tuple[Colour, ...] = ((30, 90, 170), (200, 80, 30))
     labels: tuple[tuple[str, str], ...] = (
         ("size", "side of the picture in pixels, one picture, seconds per step"),
         ("batch", "pictures at once, seconds per step"),
         ("share", "subject's share of reference and picture, seconds per step"),
-        ("steps", "steps, one picture, seconds for all of them (one step's, multiplied)"),
+        ("steps", "steps of the whole loop, one picture, seconds for all of them"),
     )
 
 
@@ -35,18 +39,27 @@ def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
         for value in values:
             changed = replace(cfg, **{name: value}) if name else cfg
             yield point(axis, value, changed, networks, int(value) if name is None else 1)
-    one = point("steps", 1, cfg, networks, 1)
-    yield one
-    last = cfg.steps
-    yield replace(one, x=last, plain=one.plain * last, moma=one.moma * last)
+    yield from lengths(cfg, networks)
 
 
 def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: int) -> Point:
     step = make_step(networks, cfg, batch)
-    weight = networks.adapter.projector.proj.weight
-    memory = memory_of(step.moma, weight.device)  # the call that does not count
+    memory = memory_of(step.moma, networks.device)  # the call that does not count
     plain, moma = seconds_of(step.plain), seconds_of(step.moma)
-    return Point(axis, value, name_of(weight.dtype), plain, moma, memory)
+    return Point(axis, value, name_of(networks.dtype), plain, moma, memory)
+
+
+def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
+    """Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before."""
+    step = make_step(networks, cfg)
+    start = step.x[:1].float()  # (1, Z, h, w)
+    for steps in cfg.lengths:
+        path = intervals(ScheduleConfig(), steps, "ddim")
+        plain, moma = (
+            seconds_of(lambda: list(denoise(networks.unet, guide, path, start, GUIDANCE, "ddim")))  # noqa: B023
+            for guide in (TextOnly(step.text), step.cond)
+        )
+        yield Point("steps", steps, name_of(networks.dtype), plain, moma, None)
 
 
 def curves_picture(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:

@@ -27,17 +27,18 @@ from models.vae import VAE
 from moma.adapter import AdapterConfig
 from moma.bench.measure import (
     GIB,
+    OWN,
     BenchConfig,
     Found,
     Part,
     Ratio,
     in_turn,
     matmul_peak,
+    median_of,
     memory_of,
     name_of,
-    operations,
+    part_of,
     relative_error,
-    seconds_of,
     watched,
 )
 from moma.bench.step import Networks, make_step, pseudo_random
@@ -117,13 +118,27 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
     streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
     error = relative_error(streamed(question)[0], resident(question)[0])
     slow, fast = in_turn(lambda: resident(question), lambda: streamed(question), repeats)
-    yield Ratio("decoder, resident / streamed", kind, cfg.wanted["streamed"], slow, fast, error)
-    memory = memory_of(lambda: streamed(question), device)
+    yield Ratio(
+        "decoder, resident / streamed, file in the page cache",
+        kind,
+        cfg.wanted["streamed"],
+        slow,
+        fast,
+        error,
+    )
+    memory = memory_of(lambda: streamed(question), device, mapped=True)
     yield Part("decoder, resident", kind, slow)
     yield Part("decoder, streamed", kind, fast, memory=memory)
     if memory is not None:
         most = cfg.most["streamed"]
-        yield Ratio("decoder's memory, limit / streamed", kind, 1.0, most, memory / GIB, unit="GiB")
+        yield Ratio(
+            "streamed decoder's memory, limit / with its mapped weights",
+            kind,
+            1.0,
+            most,
+            memory / GIB,
+            unit="GiB",
+        )
 
 
 # --- the VAE -----------------------------------------------------------------------------------------
@@ -138,9 +153,7 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
     z = torch.randn(1, VAE_SD15.latent_channels, *cfg.grid, generator=generator).to(device, dtype)
     calls = {"VAE, encode": lambda: vae.encode(x), "VAE, decode": lambda: vae.decode(z)}
     for what, call in calls.items():
-        seconds, _ = in_turn(call, lambda: None, cfg.repeats)
-        flops = operations(call)
-        yield Part(what, name_of(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
+        yield part_of(what, dtype, call, median_of(call, cfg.repeats), peak, device)
 
 
 # --- a whole drawing -----------------------------------------------------------------------------------
@@ -149,16 +162,17 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 @torch.no_grad()
 def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
     """A step of all pictures of the flow at once."""
-    step, dtype = make_step(networks, cfg, cfg.pictures), networks.adapter.projector.proj.weight.dtype
-    step.moma()
-    yield Part(f"MoMA step, {cfg.pictures} pictures", name_of(dtype), seconds_of(step.moma))
+    step = make_step(networks, cfg, cfg.pictures)
+    seconds = median_of(step.moma, cfg.repeats)
+    yield Part(f"MoMA step, {cfg.pictures} pictures", name_of(networks.dtype), seconds)
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Several pictures of one subject, out of the parts that were measured; weights are loaded already.
+    """Several pictures of one subject for one prompt, the sum of the parts that were measured.
 
     Ours: the decoder and the reference pass once, all pictures in one batch. The release's: all of it anew
-    for each picture, with its own step; what else it does is taken to be as fast as ours.
+    for each picture, with its own step; what else it does is taken to be as fast as ours. Loading and text
+    encoding are in neither.
     """
     kind, n, steps = name_of(dtype), cfg.pictures, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
@@ -166,30 +180,35 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     wanted = {"reference pass", "VAE, encode", "VAE, decode", f"MoMA step, {n} pictures"}
     if not release or not wanted <= set(part):
         return
-    read = next((p.seconds for p in found if isinstance(p, Part) and p.what == "decoder, resident"), 0.0)
+    read = part.get("decoder, resident", 0.0)
     once = read + part["VAE, encode"] + part["reference pass"]
     fast = once + steps * part[f"MoMA step, {n} pictures"] + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
-    yield Ratio(f"{n} pictures, {steps} steps, release / ours (from parts)", kind, least, slow, fast)
+    decoded = "with" if read else "without"
+    what = (
+        f"{n} pictures of one prompt, {steps} steps, {decoded} the decoder, summed from parts, release / ours"
+    )
+    yield Ratio(what, kind, least, slow, fast)
 
 
 def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Most memory of `sample.py` from its start to its end."""
+    """Most memory of `sample.py` from its start to its end; on CPUs without the files that are mapped."""
     kind, least = name_of(dtype), f"pipeline {device.type}"
     with tempfile.TemporaryDirectory() as out:
         picture(cfg.size).save(Path(out, "ref.png"))
         options = {
             "--ref": Path(out, "ref.png"), "--subject": WORD, "--prompt": PROMPT, "--weights": folder,
             "--out": out, "--cache": "off", "--stream": "on", "--steps": FlowConfig().steps, "--num": 1,
-            "--dtype": kind, "--device": device,
+            "--dtype": kind, "--device": device, "--size": cfg.size,
         }  # fmt: skip
         command = [sys.executable, str(SCRIPT), *(str(x) for pair in options.items() for x in pair)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        with watched(Path(f"/proc/{process.pid}/status")) as seen:
+        with watched(Path(f"/proc/{process.pid}/status"), (OWN,)) as seen:
             text, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{SCRIPT.name} failed: {text.strip().splitlines()[-1]}")
+        last = text.strip().rpartition("\n")[2] or f"exit status {process.returncode}"
+        raise ValueError(f"{SCRIPT.name} failed with {folder}: {last}")
     told = PEAK_MEMORY.search(text)
     memory = float(told[1]) * 1e9 if device.type == "cuda" and told else max(seen)
     if memory and least in cfg.most and dtype != torch.float32:

@@ -25,6 +25,7 @@ from moma.masks import Grid
 GIB = 2**30
 POLL = 0.005  # seconds between two looks at a process's memory: a buffer of a UNet step lives longer
 STATUS = Path("/proc/self/status")
+OWN, MAPPED = "RssAnon:", "RssFile:"  # pages of no file, and of files, in it
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class BenchConfig:
     factor: int = 8  # pixels per latent
     text_tokens: int = 77
     timestep: int = 500  # where Eq. 3 acts
-    peak: int = 2048  # side of the matrices whose product is taken for this machine's peak
+    peak: int = 4096  # side of the matrices whose product is taken for this machine's peak
     seed: int = 0
     pictures: int = 4  # of the whole flow
     steps: int = 50
     # Of the curves. Each point varies one thing and leaves the others.
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
     batches: tuple[int, ...] = (1, 4, 16)
+    lengths: tuple[int, ...] = (2, 5, 10)  # steps
     shares: tuple[float, ...] = (0.05, 0.35, 0.7, 1.0)
     # Least ratios; "half": where 16-bit types have another one.
     wanted: Mapping[str, float] = field(
@@ -91,7 +93,7 @@ class Part:
     seconds: float
     flops: int | None = None
     of_peak: float | None = None  # operations per second over those of a matrix product
-    memory: int | None = None  # bytes beyond what was there before
+    memory: int | None = None  # bytes beyond what was there before, on a call that is not the first
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Point:
     axis: str
     x: float
     dtype: str
-    plain: float  # seconds of a plain step
-    moma: float  # seconds of a MoMA step
-    memory: int | None  # bytes beyond the weights, of a MoMA step
+    plain: float  # seconds of a plain step, or of several
+    moma: float  # seconds of as many MoMA steps
+    memory: int | None  # bytes beyond weights and inputs, of a first MoMA step
 
 
 Found = Ratio | Part | Point
@@ -130,6 +132,11 @@ def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -
             if round_:
                 kept.append(taken)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def median_of(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of a call, after one that does not count."""
+    return in_turn(call, lambda: None, repeats)[0]
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -174,8 +181,15 @@ def matmul_peak(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> f
     """Operations per second of a square matrix product."""
     generator = torch.Generator(device).manual_seed(cfg.seed)
     a = torch.randn(cfg.peak, cfg.peak, generator=generator, device=device).to(dtype)
-    seconds, _ = in_turn(lambda: a @ a, lambda: None, max(cfg.repeats, 3))
-    return 2 * cfg.peak**3 / seconds
+    return 2 * cfg.peak**3 / median_of(lambda: a @ a, cfg.repeats)
+
+
+def part_of(
+    what: str, dtype: torch.dtype, call: Callable[[], Any], seconds: float, peak: float, device: torch.device
+) -> Part:
+    """A call's line; peak: of `matmul_peak`."""
+    flops = operations(call)
+    return Part(what, name_of(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -185,10 +199,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 # --- memory ------------------------------------------------------------------------------------------
 
 
-def memory_of(call: Callable[[], Any], device: torch.device) -> int | None:
+def memory_of(call: Callable[[], Any], device: torch.device, mapped: bool = False) -> int | None:
     """Most bytes that a call takes beyond what was there before; None = the system does not tell.
 
-    On CUDA what torch has allocated; on CPUs this process's own pages, without the files that it has mapped.
+    On CUDA what torch has allocated; on CPUs this process's own pages and, with `mapped`, those of files that
+    are mapped into it and were touched.
     """
     if device.type == "cuda":
         wait()
@@ -197,10 +212,11 @@ def memory_of(call: Callable[[], Any], device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     give_back()
-    if (before := own_pages(STATUS)) is None:
+    kinds = (OWN, MAPPED) if mapped else (OWN,)
+    if (before := pages(STATUS, kinds)) is None:
         call()
         return None
-    with watched(STATUS) as seen:
+    with watched(STATUS, kinds) as seen:
         call()
     return max(seen) - before
 
@@ -212,23 +228,24 @@ def give_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def own_pages(status: Path) -> int | None:
-    """Bytes of a process's pages that come from no file; status: its file of that name in /proc."""
+def pages(status: Path, kinds: tuple[str, ...]) -> int | None:
+    """Bytes of a process's pages of these kinds; status: its file of that name in /proc."""
     try:
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
+        lines = [line.split() for line in status.read_text().splitlines()]
+    except OSError:
         return None
+    found = [int(words[1]) * 1024 for words in lines if words and words[0] in kinds]
+    return sum(found) if found else None
 
 
 @contextmanager
-def watched(status: Path) -> Iterator[list[int]]:
-    """`own_pages` again and again while the context is open, in a list."""
-    seen, over = [own_pages(status) or 0], threading.Event()
+def watched(status: Path, kinds: tuple[str, ...]) -> Iterator[list[int]]:
+    """`pages` again and again while the context is open, in a list."""
+    seen, over = [pages(status, kinds) or 0], threading.Event()
 
     def look() -> None:
         while not over.wait(POLL):
-            seen.append(own_pages(status) or 0)
+            seen.append(pages(status, kinds) or 0)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

@@ -22,14 +22,13 @@ from moma.attention import ReferenceLayer, drop_background, queries_inside, subj
 from moma.bench.measure import (
     BenchConfig,
     Found,
-    Part,
     Ratio,
     half,
     in_turn,
     matmul_peak,
-    memory_of,
+    median_of,
     name_of,
-    operations,
+    part_of,
     relative_error,
 )
 from moma.config import DEFAULT
@@ -79,7 +78,9 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
 
     error = max(relative_error(a, b) for a, b in zip(fused(), explicit(), strict=True))
     seconds = in_turn(explicit, fused, cfg.repeats)
-    return Ratio("Eq. 3, explicit / fused", name_of(dtype), cfg.wanted["eq3"], *seconds, error)
+    return Ratio(
+        "Eq. 3, explicit (probabilities in fp32) / fused", name_of(dtype), cfg.wanted["eq3"], *seconds, error
+    )
 
 
 # --- whole steps -------------------------------------------------------------------------------------
@@ -90,14 +91,23 @@ class Networks:
     """Our UNet as the pipeline runs it, its weights as they are stored, and an adapter for it."""
 
     unet: UNet
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # empty if no baseline needs them
     adapter: Adapter
 
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.projector.proj.weight.device
 
-def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Networks:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.adapter.projector.proj.weight.dtype
+
+
+def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, keep: bool = True) -> Networks:
+    """keep: `weights`, beside the UNet's own."""
     unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
     adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
-    weights = unet.state_dict()
+    weights = unet.state_dict() if keep else {}
     if can_pack(device, dtype):
         pack_weights(unet)
     return Networks(unet, weights, adapter)
@@ -148,34 +158,33 @@ class Step:
 @torch.no_grad()
 def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
     """batch: B."""
-    weight, generator = networks.adapter.projector.proj.weight, torch.Generator().manual_seed(cfg.seed)
+    device, generator = networks.device, torch.Generator().manual_seed(cfg.seed)
 
     def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(shape, generator=generator).to(device, networks.dtype)
 
-    mask = square(cfg).to(weight.device)
+    mask = square(cfg).to(device)
     x = rand(2 * batch, cfg.unet.in_channels, *cfg.grid)
     text = rand(2 * batch, cfg.text_tokens, cfg.unet.context_dim[0])
-    label = torch.zeros(batch, cfg.text_tokens, device=weight.device)
+    label = torch.zeros(batch, cfg.text_tokens, device=device)
     label[:, 1] = 1
     adapter = networks.adapter
     layers = reference_features(networks.unet, adapter, x[:1], text[:1], mask, DEFAULT)
     cond = condition(
         adapter, rand(batch, adapter.cfg.embed_dim), text[batch:], text[:batch], label, [layers] * batch,
-        torch.ones(batch, device=weight.device), DEFAULT,
+        torch.ones(batch, device=device), DEFAULT,
     )  # fmt: skip
-    t = torch.full((2 * batch,), cfg.timestep, device=weight.device)
+    t = torch.full((2 * batch,), cfg.timestep, device=device)
     return Step(networks, x, t, text, layers, mask, cond, mask.expand(batch, -1, -1, -1))
 
 
 @torch.no_grad()
 def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found]:
     """Whole UNet calls; baseline: the module tests.baseline, or None."""
-    weight = networks.adapter.projector.proj.weight
-    device, dtype, kind = weight.device, weight.dtype, name_of(weight.dtype)
+    device, dtype, kind = networks.device, networks.dtype, name_of(networks.dtype)
     step = make_step(networks, cfg)
     plain, moma = in_turn(step.plain, step.moma, cfg.repeats)
-    reference, _ = in_turn(step.reference, lambda: None, cfg.repeats)
+    reference = median_of(step.reference, cfg.repeats)
     peak = matmul_peak(cfg, device, dtype)
     print(f"{kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
     for what, seconds, call in (
@@ -183,8 +192,7 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
         ("MoMA step", moma, step.moma),
         ("reference pass", reference, step.reference),
     ):
-        flops = operations(call)
-        yield Part(what, kind, seconds, flops, flops / seconds / peak, memory_of(call, device))
+        yield part_of(what, dtype, call, seconds, peak, device)
     yield Ratio("step, plain / MoMA", kind, cfg.wanted["moma"], plain, moma)
     if baseline is None:
         return
