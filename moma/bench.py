@@ -31,7 +31,7 @@ from moma.bundle import DTYPES
 from moma.config import DEFAULT
 from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
 from moma.output import exit_status, write_text
-from moma.pipeline import choose_device
+from moma.pipeline import choose_device, set_precision
 from moma.tiny import fill
 
 ROWS = 2
@@ -321,6 +321,7 @@ def load_baseline() -> Any:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     """ValueError for a user's mistake."""
+    set_precision()
     args = parse(argv)
     baseline = load_baseline() if args.baseline else None
     device = choose_device(args.device)
