@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a UNet call recorded once and started again by one call from Python.
 
-A step of Stable Diffusion starts far over a thousand kernels, and for a few small pictures a GPU waits for
+A step of Stable Diffusion starts many hundreds of kernels, and for a few small pictures a GPU waits for
 Python between them. A recording (torch.cuda.graphs) always computes on the same memory, so whatever changes
 from step to step is copied there first, and whatever else decides which kernels run is part of its key.
 `GraphedUNet` is the bookkeeping and runs on every device; all that needs a GPU is `CudaRecorder`.
@@ -32,9 +32,9 @@ Run = Callable[[], Output]
 class RecordableHook(AttentionHook, Protocol):
     """An attention hook whose UNet calls can be recorded: what changes from step to step lies in tensors.
 
-    `prepare` comes first. Then two hooks of one `key`, and of `inputs` of the same shapes, start the same
-    kernels, which differ in the values of `inputs` alone; no such kernel is waited for. Records are tensors
-    of floats. `GraphedUNet` runs hooks that do not have these methods eagerly.
+    `prepare` comes first. After it nothing waits for the device, and two hooks of one `key`, with `inputs` of
+    the same shapes, start the same kernels on other values of `inputs` alone. Records are tensors of floats.
+    `GraphedUNet` runs hooks that do not have these methods eagerly.
     """
 
     def prepare(self, grids: Sequence[Grid]) -> None:
@@ -105,6 +105,7 @@ class Recording:
     """A recorded UNet call."""
 
     inputs: list[Tensor]  # read by the replay
+    hook: AttentionHook | None  # holds what the replay reads besides, so that its memory is not given away
     outputs: Output  # written by the replay
     replay: Callable[[], None]
 
@@ -139,7 +140,7 @@ class GraphedUNet:
     def __call__(
         self, x: Tensor, t: Tensor, text: Tensor, hook: AttentionHook | None = None
     ) -> tuple[Tensor, list[Any]]:
-        """x (R, Z, h, w), t (R,), text (R, T, context_dim): see `UNet.forward`."""
+        """eps (R, Z, h, w) and the hook's records; x (R, Z, h, w), t (R,), text (R, T, context_dim)."""
         if self.recorder is None or not isinstance(hook, RecordableHook | None):
             return self.unet(x, t, text, hook)
         inputs, key = [x, t, text], None
@@ -164,7 +165,7 @@ class GraphedUNet:
 
         expected = self.recorder.warm_up(run)
         try:
-            recording = Recording(own, *self.recorder.record(run))
+            recording = Recording(own, hook, *self.recorder.record(run))
             if agree(recording(inputs), expected):
                 self.recordings[kind] = recording
                 return expected

@@ -132,10 +132,12 @@ def test_every_step_is_the_eager_one(pipe: MoMA, jobs: list[Job], solver: str, i
     """Two subjects, several kinds of steps; no result is overwritten by a later replay."""
     pipe, recorder = pipe.with_method(replace(DEFAULT, attention=impl)), Rerun()
     eager = steps(pipe, pipe.unet, jobs, solver)
-    graphed = steps(pipe, GraphedUNet(pipe.unet, lambda: recorder), jobs, solver)
+    unet = GraphedUNet(pipe.unet, lambda: recorder)
+    graphed = steps(pipe, unet, jobs, solver)
     for a, b in zip(graphed, eager, strict=True):
         for name in ("latents", "noise_pred", "m_gen"):
             same(getattr(a, name), getattr(b, name), 1e-5)
+    assert all(isinstance(one.hook, MoMAHook) for one in unet.recordings.values())  # their memory is held
     # 11 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
     assert recorder.replayed == ([0] * 3 + [1] * 6 if impl == "fused" else [0] * 10)
 
