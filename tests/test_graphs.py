@@ -20,7 +20,7 @@ from moma.tiny import build_tiny_bundle
 from tests.test_pipeline import mask, picture, same
 
 SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
-CONFIG = SampleConfig(steps=12, height=SIZE, width=SIZE)
+CONFIG = SampleConfig(steps=8, height=SIZE, width=SIZE)
 SHORT = replace(CONFIG, steps=4)  # none of M_gen, then one of each: eager, recorded, replayed
 
 
@@ -138,8 +138,8 @@ def test_every_step_is_the_eager_one(pipe: MoMA, jobs: list[Job], solver: str, i
         for name in ("latents", "noise_pred", "m_gen"):
             same(getattr(a, name), getattr(b, name), 1e-5)
     assert all(isinstance(one.hook, MoMAHook) for one in unet.recordings.values())  # their memory is held
-    # 11 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
-    assert recorder.replayed == ([0] * 3 + [1] * 6 if impl == "fused" else [0] * 10)
+    # 7 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
+    assert recorder.replayed == ([0] * 2 + [1] * 3 if impl == "fused" else [0] * 6)
 
 
 def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
