@@ -37,10 +37,11 @@ from moma.bundle import DTYPES, SAMPLING, Bundle
 from moma.config import PRESETS, parse_field
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.embeddings import EmbeddingCache, embeddings
-from moma.memory import Stream
+from moma.graphs import choose_recorder
+from moma.memory import Choice
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.output import Cell, InputFile, Record, contact_sheet, mask_picture, read_record, save_png
-from moma.pipeline import check_method, choose_device, choose_dtype
+from moma.pipeline import check_method, choose_device, choose_dtype, set_precision
 from moma.preprocess import FoundMask, find_mask, make_reference, open_image
 from moma.prompts import check_prompt, sd_prompt
 from moma.tiny import SOURCE as TINY_SOURCE
@@ -65,6 +66,7 @@ REPLAYED = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_precision()
     args = parse_args(argv)
     record = read_record(args.replay) if args.replay else None
     bundle = Bundle.open(find_weights(args, record))
@@ -74,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     embedding = decode(request, inputs, args, bundle)
     start = time.perf_counter()
-    pipe = MoMA.load(bundle.folder, args.device, request.dtype, request.method, decoder=False)
+    pipe = MoMA.load(
+        bundle.folder, args.device, request.dtype, request.method,
+        decoder=False, cuda_graph=args.cuda_graph, tiles=args.tiles,
+    )  # fmt: skip
     loaded = time.perf_counter()
     print(
         f"loaded {bundle.folder} in {loaded - start:.1f} s, {pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
@@ -208,9 +213,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--stream",
         default="auto",
-        choices=get_args(Stream),
+        choices=get_args(Choice),
         help="read the language model block by block instead of loading it: on, off, or auto, when memory is"
         " short (default: auto)",
+    )
+    add(
+        "--cuda-graph",
+        default="auto",
+        choices=get_args(Choice),
+        help="start the work of a step on a CUDA device at once: on, off, or auto, wherever it can be"
+        " (default: auto)",
+    )
+    add(
+        "--tiles",
+        default="auto",
+        choices=get_args(Choice),
+        help="decode pictures in tiles, which may change their tone a little: on, off, or auto, when memory"
+        " is short (default: auto)",
     )
     add(
         "--cache",
@@ -403,7 +422,9 @@ def check(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bu
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
     request.sample.check(configs["vae"].factor)
     intervals(ScheduleConfig(), request.sample.steps, request.sample.solver)
-    choose_dtype(request.dtype, choose_device(args.device))
+    device = choose_device(args.device)
+    choose_dtype(request.dtype, device)
+    choose_recorder(args.cuda_graph, device)
     check_writable("--out", args.out)
     if args.cache is not None and str(args.cache) != NO_CACHE:
         check_writable("--cache", args.cache)

@@ -19,6 +19,7 @@ import torch
 from moma.bundle import DTYPES, Bundle
 from moma.config import PRESETS, MethodConfig, method_config, parse_field
 from moma.data.triplets import open_source
+from moma.pipeline import set_precision
 from moma.training import stage1, stage2
 from moma.training.checkpoint import Saved, best, check_same, checkpoints, load_weights
 from moma.training.config import TrainConfig
@@ -43,6 +44,7 @@ FREE = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_precision()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
     if args.command == "export":

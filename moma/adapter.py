@@ -5,8 +5,8 @@ layers in execution order (down, mid, up), H heads, N tokens of a layer, M refer
 T text tokens, D channels per head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,8 @@ class MoMAHook:
     """Eq. 3 in every self-attention, decoupled cross-attention with the label's map recorded.
 
     m_gen (R, 1, h, w) or None; subject_on: whether the subject term of Eq. 3 acts at this timestep; gates:
-    M_gen of the grids met so far in this call, and the queries inside it.
+    M_gen of the grids met so far in this call, and the queries inside it. Calls can be recorded
+    (`moma.graphs.RecordableHook`): the gates are all that changes between steps of one kind.
     """
 
     cond: Conditioning
@@ -214,6 +215,25 @@ class MoMAHook:
             q, k, v, k_context, v_context, m_gen, cond.label, cond.method.attention
         )
         return z, label_map.unflatten(-1, (1, *grid))  # (R, H, N, D), (R, 1, h, w)
+
+    def prepare(self, grids: Sequence[Grid]) -> None:
+        for grid in grids:
+            self._gate(grid)
+
+    def key(self) -> Hashable:
+        picked = tuple((grid, inside is not None) for grid, (_, inside) in self.gates.items())
+        return id(self.cond), self.subject_on, picked
+
+    def inputs(self) -> list[Tensor]:
+        return [tensor for gate in self.gates.values() for tensor in gate if tensor is not None]
+
+    def on(self, inputs: Sequence[Tensor]) -> "MoMAHook":
+        rest = iter(inputs)
+        gates = {
+            grid: (next(rest), None if inside is None else next(rest))
+            for grid, (_, inside) in self.gates.items()
+        }
+        return replace(self, gates=gates)
 
     def _gate(self, grid: Grid) -> tuple[Tensor | float, Tensor | None]:
         """M_gen on a grid (R, 1, N, 1), or 1.0, and the queries (R, Q) inside it, None = all."""

@@ -18,9 +18,12 @@ from models.attention import attention, attention_probs
 
 # Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
 HEAD_ALIGNMENT = 8
-# Queries inside M_gen are taken in multiples of this, so that few shapes occur, and not at all if they are
-# nearly all: moving them costs more than it saves.
+# Queries inside M_gen are taken in multiples of a bucket, so that few shapes occur: each one is a CUDA graph
+# of its own (moma/graphs.py), and M_gen moves a little with every step. A bucket is so many queries, which
+# fill a kernel's tile, or 1 / QUERY_BUCKETS of the layer's (256 of 4096), which costs at most that part of
+# the subject's term. They are not picked at all if they are nearly all: moving them costs more than it saves.
 QUERY_BUCKET = 64
+QUERY_BUCKETS = 16
 QUERY_SHARE = 0.9
 
 
@@ -82,7 +85,8 @@ def queries_inside(m_gen: Tensor) -> Tensor | None:
 
 def queries_asked(inside: int, of: int) -> int | None:
     """Q for so many queries inside M_gen out of `of`; None = all are asked."""
-    count = -(-inside // QUERY_BUCKET) * QUERY_BUCKET
+    bucket = max(QUERY_BUCKET, of // QUERY_BUCKETS)
+    count = -(-inside // bucket) * bucket
     return None if count > QUERY_SHARE * of else count
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-Stream = Literal["auto", "on", "off"]
+Choice = Literal["auto", "on", "off"]  # of a way to compute; "auto": where it helps
 # Room beside the weights, as a share of them, for what computing needs: hidden states, buffers of operators,
 # rounding of the allocator. Both grow with the networks' widths. For the public set it is 4 GB.
 MARGIN = 0.25
@@ -23,13 +23,18 @@ CGROUPS = {
 }
 
 
-def choose_stream(choice: str, needed: int, free: int | None) -> tuple[bool, str]:
+def check_choice(name: str, choice: str) -> None:
+    """ValueError for what is no `Choice`; name: of the way."""
+    if choice not in get_args(Choice):
+        raise ValueError(f"{name} {choice!r}: expected {', '.join(get_args(Choice))}")
+
+
+def choose_stream(choice: Choice, needed: int, free: int | None) -> tuple[bool, str]:
     """Whether to stream LLaVA, and why. "auto": if the resident weights and MARGIN do not fit into memory.
 
     needed: bytes of the resident weights; free: bytes, None = not known. ValueError for another choice.
     """
-    if choice not in get_args(Stream):
-        raise ValueError(f"stream {choice!r}: expected {', '.join(get_args(Stream))}")
+    check_choice("stream", choice)
     if choice != "auto":
         return choice == "on", "asked for"
     if free is None:
@@ -39,8 +44,14 @@ def choose_stream(choice: str, needed: int, free: int | None) -> tuple[bool, str
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device now; None = not known. MPS shares the machine's memory."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
+    """Bytes that can be allocated on a device now; None = not known. MPS shares the machine's memory.
+
+    What torch's allocator keeps of a GPU's memory without using it counts as free: the next tensors get it.
+    """
+    if device.type != "cuda":
+        return available_ram()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def available_ram(root: Path = Path("/")) -> int | None:

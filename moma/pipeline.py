@@ -29,10 +29,12 @@ from moma.bundle import DTYPES, Bundle
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.decoder import Decoder, Question
 from moma.diffusion import Interval, ScheduleConfig, add_noise, alphas_cumprod, intervals
-from moma.memory import Stream, choose_stream, free_memory
+from moma.graphs import GraphedUNet, Recorder, choose_recorder
+from moma.memory import Choice, check_choice, choose_stream, free_memory
 from moma.preprocess import Reference, make_reference
 from moma.prompts import check_prompt, label_positions, sd_prompt
 from moma.sampler import Step, denoise
+from moma.tiles import decode
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 # Turns a seed into another one for the reference's noise, so that it is not the start noise of a picture with
@@ -89,17 +91,20 @@ class MoMA:
         image_size: int,
         method: MethodConfig,
         dtype_reason: str = "given",
+        make_recorder: Callable[[], Recorder] | None = None,
+        tiles: Choice = "auto",
     ) -> None:
         """image_size: side S of the reference in pixels. All networks on one device, in one dtype.
 
-        llava and its tokenizer may be None where every job brings its embedding.
+        llava and its tokenizer may be None where every job brings its embedding; make_recorder: of
+        `moma.graphs.choose_recorder`; tiles: of `moma.tiles.decode`.
         """
         self.unet, self.vae, self.text, self.llava, self.adapter = unet, vae, text, llava, adapter
         self.clip_tokenizer, self.llama_tokenizer = clip_tokenizer, llama_tokenizer
         self.decoder = None if llava is None else Decoder(llava, adapter, llama_tokenizer, method)
         self.image_size, self.method, self.schedule = image_size, method, ScheduleConfig()
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
-        self.dtype_reason = dtype_reason
+        self.dtype_reason, self.make_recorder, self.tiles = dtype_reason, make_recorder, tiles
         if llava is not None:
             method.check(
                 len(adapter.layers), llava.cfg.llama.layers, text.cfg.positions, adapter.token is not None
@@ -112,9 +117,11 @@ class MoMA:
         device: str = "auto",
         dtype: str = "auto",
         method: MethodConfig | None = None,
-        stream: Stream = "auto",
+        stream: Choice = "auto",
         decoder: bool = True,
         pack: bool = True,
+        cuda_graph: Choice = "auto",
+        tiles: Choice = "auto",
     ) -> Self:
         """The bundle in `folder`, in evaluation mode; method None = the default with the bundle's overrides.
 
@@ -122,11 +129,15 @@ class MoMA:
         the MLLM stays on the disk and is read block by block, for many jobs of a `run` at once ("auto": if
         memory is short); decoder False: no MLLM, jobs bring the embeddings of `load_decoder`; pack: on CPUs
         the UNet's weights are laid out for speed (models/packed.py), False = plain layers, with weights that
-        can be looked at and trained. ValueError for a folder that is no complete bundle,
-        or a device that is not there. A preset for these weights:
+        can be looked at and trained; cuda_graph: whether denoising steps are recorded and replayed
+        (moma/graphs.py; "auto": on CUDA devices); tiles: whether pictures are decoded in tiles
+        (moma/tiles.py; "auto": if memory is short). ValueError for a folder that is no complete bundle, or a
+        device that is not there. A preset for these weights:
         `method_config("release", **Bundle.open(folder).method)`.
         """
         bundle, method, place, kind, reason = _choices(folder, device, dtype, method)
+        make_recorder = choose_recorder(cuda_graph, place)
+        check_choice("tiles", tiles)
         llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
         networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
         # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on
@@ -141,6 +152,8 @@ class MoMA:
             image_size=bundle.image_size,
             method=method,
             dtype_reason=reason,
+            make_recorder=make_recorder,
+            tiles=tiles,
         )
 
     def with_method(self, method: MethodConfig) -> Self:
@@ -156,6 +169,8 @@ class MoMA:
             image_size=self.image_size,
             method=method,
             dtype_reason=self.dtype_reason,
+            make_recorder=self.make_recorder,
+            tiles=self.tiles,
         )
 
     @torch.no_grad()
@@ -283,13 +298,15 @@ class MoMA:
     ) -> Iterator[Result]:
         embeddings = self._embed_once(jobs)
         starts = range(0, len(jobs), config.batch_size)
+        unet = GraphedUNet(self.unet, self.make_recorder)
         for n, start in enumerate(starts):
             batch = slice(start, start + config.batch_size)
             guide = self.guide(jobs[batch], embeddings[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
-            for step in denoise(self.unet, guide, path, latents, config.guidance, config.solver):
+            for step in denoise(unet, guide, path, latents, config.guidance, config.solver):
                 if on_step:
                     on_step(n * len(path) + step.index + 1, len(starts) * len(path))
+            unet.forget()  # the VAE's decoder needs the memory
             yield from self._finish(step)
 
     def _embed_once(self, jobs: Sequence[Job]) -> list[Tensor]:
@@ -344,14 +361,15 @@ class MoMA:
             raise ValueError(f"start latents {tuple(job.latents.shape)}: expected {shape}")
         return job.latents.float().cpu()
 
-    def _finish(self, step: Step) -> list[Result]:
-        """The last step's latents -> pictures."""
+    def _finish(self, step: Step) -> Iterator[Result]:
+        """The last step's latents -> pictures, one by one."""
         if not step.latents.isfinite().all():
             raise ValueError(
                 "the picture is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
             )
-        x = self.vae.decode((step.latents / self.vae.cfg.scaling).to(self.dtype))  # (B, 3, H, W)
-        return [Result(image, step.latents[i : i + 1], step.m_gen[i]) for i, image in enumerate(to_images(x))]
+        for latents, m_gen in zip(step.latents.split(1), step.m_gen, strict=True):  # (1, Z, h, w), (1, h, w)
+            x = decode(self.vae, (latents / self.vae.cfg.scaling).to(self.dtype), self.tiles)  # (1, 3, H, W)
+            yield Result(to_images(x)[0], latents, m_gen)
 
 
 def reference_latent(
@@ -383,7 +401,7 @@ def load_decoder(
     device: str = "auto",
     dtype: str = "auto",
     method: MethodConfig | None = None,
-    stream: Stream = "auto",
+    stream: Choice = "auto",
 ) -> Decoder:
     """The decoder by itself, arguments as `MoMA.load`: it can be gone before the drawing networks are loaded.
 
@@ -408,7 +426,7 @@ def _choices(
 
 
 def _load_llava(
-    bundle: Bundle, device: torch.device, dtype: torch.dtype, stream: Stream, beside: Sequence[str]
+    bundle: Bundle, device: torch.device, dtype: torch.dtype, stream: Choice, beside: Sequence[str]
 ) -> tuple[Llava, str]:
     """LLaVA, streamed or resident, and why; beside: the networks that will be in memory together with it."""
     needed = bundle.nbytes(("llava", *beside), dtype)
@@ -459,3 +477,23 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "this GPU has no bf16"
     return torch.bfloat16, f"the default on {device.type}"
+
+
+def set_precision() -> None:
+    """How products of matrices and convolutions are computed; each command that computes sets it first.
+
+    | dtype | products | sums |
+    |---|---|---|
+    | fp32 | IEEE float32 | float32 |
+    | bf16, fp16 | exact | float32, partial sums too |
+
+    torch's defaults differ on CUDA devices: convolutions of float32 read 10 of its 23 bits (TF32), and a
+    product of 16 bits that is split may be added up in 16 bits. On CPUs they are the table's. This is a
+    setting of the process, so nothing changes it at import: programs that use the Python API call this
+    function, or choose for themselves. There is no TF32 here: who gives up fp32's digits has bf16.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False

@@ -26,7 +26,7 @@ from moma.decoder import Question
 from moma.mini.report import Pair, ReportConfig, make_pairs
 from moma.mini.world import draw
 from moma.output import exit_status
-from moma.pipeline import load_decoder
+from moma.pipeline import load_decoder, set_precision
 from moma.preprocess import make_reference
 from moma.tiny import fill
 
@@ -117,6 +117,7 @@ def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_precision()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

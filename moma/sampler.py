@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.unet import AttentionHook, UNet
 from moma.diffusion import SOLVERS, Interval
+from moma.graphs import GraphedUNet
 
 
 class Guide(Protocol):
@@ -48,7 +49,12 @@ class Step(NamedTuple):
 
 
 def denoise(
-    unet: UNet, guide: Guide, path: Sequence[Interval], latents: Tensor, guidance: float, solver: str
+    unet: UNet | GraphedUNet,
+    guide: Guide,
+    path: Sequence[Interval],
+    latents: Tensor,
+    guidance: float,
+    solver: str,
 ) -> Iterator[Step]:
     """Yields the state after each step of `path` (moma.diffusion.intervals), from noise to clean latents.
 

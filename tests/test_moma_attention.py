@@ -10,6 +10,7 @@ from moma.attention import (
     ReferenceLayer,
     context_cross_attention,
     drop_background,
+    queries_asked,
     queries_inside,
     subject_self_attention,
 )
@@ -97,6 +98,15 @@ def test_queries_inside_suffice(
         found.append([z, *torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True)])
     for explicit, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1024, 4096, 16384])
+def test_few_numbers_of_queries_occur(n: int) -> None:
+    """Enough for those inside, less than a sixteenth of the layer's too many."""
+    asked = {inside: queries_asked(inside, n) for inside in range(n + 1)}
+    assert len(set(asked.values())) <= 16 and asked[0] == 0 and asked[n] is None
+    for inside, count in asked.items():
+        assert inside > 0.8 * n if count is None else 0 <= count - inside < n / 16
 
 
 def test_nan_stays() -> None:

@@ -1,6 +1,8 @@
 """The pipeline on the tiny bundle: batches, seeds, switched-off parts, presets, and what it refuses."""
 
+import importlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -395,6 +397,10 @@ def test_nothing_to_draw(pipe: MoMA) -> None:
 
 
 def test_load_refuses_what_cannot_be(folder: str) -> None:
+    with pytest.raises(ValueError, match="need a CUDA device"):
+        MoMA.load(folder, "cpu", cuda_graph="on")
+    with pytest.raises(ValueError, match="tiles 'maybe'"):
+        MoMA.load(folder, "cpu", tiles="maybe")
     with pytest.raises(ValueError, match="device 'tpu9'"):
         choose_device("tpu9")
     with pytest.raises(ValueError, match="dtype 'int8'"):
@@ -402,6 +408,32 @@ def test_load_refuses_what_cannot_be(folder: str) -> None:
     if not torch.accelerator.is_available():
         with pytest.raises(ValueError, match="not available"):
             MoMA.load(folder, device="cuda")
+
+
+COMMANDS = (
+    "sample",
+    "train",
+    "moma.bench.__main__",
+    "moma.rounding",
+    "moma.data.openimages",
+    "moma.mini.pretrain",
+)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "moma.mini.report"])
+def test_every_command_sets_its_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 is IEEE float32 on GPUs too, and 16-bit products are added up in float32."""
+    settings = [
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    ]
+    for place, setting in settings:
+        monkeypatch.setattr(place, setting, True)
+    with suppress(ValueError, SystemExit):
+        importlib.import_module(name).main(["--no-such-option"])
+    assert [getattr(place, setting) for place, setting in settings] == [False] * 4
 
 
 def test_bf16_is_near_fp32(folder: str, pipe: MoMA) -> None:

@@ -189,6 +189,19 @@ def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, cap
         assert np.array_equal(first, other)
 
 
+def test_tiles_on_request(tmp_path, weights, cat):
+    """Near the whole picture, but not the same; the small one has no tiles."""
+    results = {}
+    for size in ("136x64", "128"):
+        for choice in ("on", "off"):
+            out = tmp_path / size / choice
+            args = ["--ref", cat, "--weights", weights, "--out", out, "--size", size, *QUICK]
+            assert run(*args, "--tiles", choice, "--cuda-graph", "off") == 0
+            results[size, choice] = pixels(only(out, "*-seed0.png"))
+    assert not np.array_equal(results["136x64", "on"], results["136x64", "off"])
+    assert np.array_equal(results["128", "on"], results["128", "off"])
+
+
 def test_tiny_bundle_stands_in_when_there_are_no_weights(tmp_path, cat, monkeypatch, capsys):
     monkeypatch.setattr(sample, "WEIGHTS", [tmp_path / "none"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -275,6 +288,7 @@ MISTAKES = {  # {} = the folder of `files`
     "--ref {}/photo.png": "--subject",
     f"{CAT_ALONE} --subject ' '": "the subject is empty",
     f"{CAT_ALONE} --prompt ''": "the prompt is empty",
+    f"{CAT_ALONE} --device cpu --cuda-graph on": "need a CUDA device",
     f"{CAT_ALONE} --prompt 'a dog'": "does not name the subject 'cat'",
     f"{CAT_ALONE} --prompt '{'7 ' * 80} cat'": "beyond the text encoder's limit",
     f"{CAT_ALONE} --prompts no.txt": "not a readable UTF-8",

@@ -24,7 +24,7 @@ from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
 from moma.bundle import DTYPES, Bundle
 from moma.output import exit_status, save_png, write_text
-from moma.pipeline import choose_device
+from moma.pipeline import choose_device, set_precision
 
 BASELINE = "tests.baseline"  # the same on diffusers: not a part of what runs
 PARTS = ("eq3", "step", "flow", "decoder", "training", "curves")
@@ -167,6 +167,7 @@ def load_baseline() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """ValueError for a user's mistake."""
+    set_precision()
     args = parse(argv)
     if args.baseline:
         load_baseline()

@@ -44,6 +44,7 @@ from moma.data.shards import ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
 from moma.data.triplets import HALF
 from moma.data.words import WORN_CLASSES
+from moma.pipeline import set_precision
 from moma.preprocess import INPUT, find_mask, open_image
 
 # Where a file may lie in its folder: {s} split, {h} first character of the picture's id, as in the archives.
@@ -452,6 +453,7 @@ def _field(text: str) -> tuple[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 2 and one line for a user's mistake."""
+    set_precision()
     try:
         stats = convert(parse(argv))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

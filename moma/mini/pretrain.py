@@ -48,6 +48,7 @@ from moma.mini.tasks import (
 from moma.mini.words import Words, words_of_renders
 from moma.mini.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
 from moma.output import Cell, contact_sheet, exit_status, save_png, write_text
+from moma.pipeline import set_precision
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.tiny import learn_tokenizers, with_vocabularies
@@ -460,6 +461,7 @@ def check_shares(shop: Shop) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    set_precision()
     parser = argparse.ArgumentParser(description="Train MoMA-mini from nothing.")
     parser.add_argument("--work", type=Path, default=Path("out/mini"), help="keeps every stage's result")
     parser.add_argument("--out", type=Path, default=Path("out/weights-mini"), help="the finished bundle")

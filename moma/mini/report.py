@@ -36,7 +36,7 @@ from moma.mini.measures import Estimate, estimate, iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
 from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png
-from moma.pipeline import Job, MoMA, Subject, to_images
+from moma.pipeline import Job, MoMA, Subject, set_precision, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
@@ -505,6 +505,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """ValueError for a user's mistake. Under torchrun the ranks share the drawing."""
+    set_precision()
     args = parse(argv)
     with start_ranks(args.device) as ranks:
         report(args, ranks)

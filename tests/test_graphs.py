@@ -1,0 +1,273 @@
+"""CUDA graphs on the CPU: what stands for a graph computes the recorded call again, on the same memory."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import attention
+from moma import DEFAULT, Job, MoMA, SampleConfig, Subject
+from moma.adapter import Conditioning, MoMAHook
+from moma.diffusion import intervals
+from moma.graphs import CudaRecorder, GraphedUNet, Output, RecordableHook, Recording, Run, choose_recorder
+from moma.sampler import Step, TextOnly, denoise
+from moma.tiles import decode
+from moma.tiny import build_tiny_bundle
+from tests.test_pipeline import mask, picture, same
+
+SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
+CONFIG = SampleConfig(steps=8, height=SIZE, width=SIZE)
+SHORT = replace(CONFIG, steps=4)  # none of M_gen, then one of each: eager, recorded, replayed
+
+
+@dataclass
+class Rerun:
+    """As CUDA does it: recording computes nothing, a replay runs the same code and overwrites its outputs."""
+
+    recorded: int = 0
+    replayed: list[int] = field(default_factory=list)  # which recording, one entry per replay
+
+    def warm_up(self, run: Run) -> Output:
+        return run()
+
+    def record(self, run: Run) -> tuple[Output, Callable[[], None]]:
+        eps, records = run()
+        outputs = torch.full_like(eps, torch.nan), [torch.full_like(r, torch.nan) for r in records]
+        number, self.recorded = self.recorded, self.recorded + 1
+
+        def replay() -> None:
+            self.replayed.append(number)
+            new_eps, new_records = run()
+            for old, new in zip((outputs[0], *outputs[1]), (new_eps, *new_records), strict=True):
+                old.copy_(new)
+
+        return outputs, replay
+
+
+class Refusing(Rerun):
+    def record(self, run: Run) -> tuple[Output, Callable[[], None]]:
+        self.recorded += 1
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+class Wrong(Rerun):
+    """Its replays are off by a tenth of the largest value."""
+
+    def record(self, run: Run) -> tuple[Output, Callable[[], None]]:
+        outputs, replay = super().record(run)
+
+        def spoiled() -> None:
+            replay()
+            outputs[0].mul_(1.1)
+
+        return outputs, spoiled
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    build_tiny_bundle(path)
+    yield str(path)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: str) -> MoMA:
+    return MoMA.load(folder, "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def jobs(pipe: MoMA) -> list[Job]:
+    """Two subjects of different size."""
+    cat = pipe.encode_subject(picture(0), mask(30), "cat")
+    dog = pipe.encode_subject(picture(1), mask(12), "dog")
+    return [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1, strength=0.4)]
+
+
+def with_recorder(pipe: MoMA, make: Callable[[], Rerun]) -> MoMA:
+    """The pipeline on another device's way to record."""
+    other = pipe.with_method(pipe.method)
+    other.make_recorder = make
+    return other
+
+
+def latents(pipe: MoMA, jobs: list[Job], config: SampleConfig = SHORT) -> Tensor:
+    return torch.cat([result.latents for result in pipe.run(jobs, config)])
+
+
+@dataclass
+class Shrinking:
+    """A guide whose subject takes three quarters of the picture's rows at first, then half of them."""
+
+    cond: Conditioning
+
+    @property
+    def text(self) -> Tensor:
+        return self.cond.text
+
+    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
+        if m_gen is not None:
+            m_gen = m_gen.clone()
+            m_gen[:, :, 12 if t > 500 else 8 :] = 0
+        return self.cond.hook(t, m_gen)
+
+    def next_m_gen(self, records: list[Tensor], size: tuple[int, int]) -> Tensor:
+        return self.cond.next_m_gen(records, size)
+
+
+@torch.no_grad()
+def steps(pipe: MoMA, unet: object, jobs: list[Job], solver: str) -> list[Step]:
+    """All steps of one batch, kept until the last one is done."""
+    guide = Shrinking(pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG))
+    start = torch.randn(len(jobs), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    path = intervals(pipe.schedule, CONFIG.steps, solver)
+    return list(denoise(unet, guide, path, start, 7.5, solver))
+
+
+@pytest.mark.parametrize(("solver", "impl"), [("ddim", "fused"), ("dpm", "explicit")])
+def test_every_step_is_the_eager_one(pipe: MoMA, jobs: list[Job], solver: str, impl: str) -> None:
+    """Two subjects, several kinds of steps; no result is overwritten by a later replay."""
+    pipe, recorder = pipe.with_method(replace(DEFAULT, attention=impl)), Rerun()
+    eager = steps(pipe, pipe.unet, jobs, solver)
+    unet = GraphedUNet(pipe.unet, lambda: recorder)
+    graphed = steps(pipe, unet, jobs, solver)
+    for a, b in zip(graphed, eager, strict=True):
+        for name in ("latents", "noise_pred", "m_gen"):
+            same(getattr(a, name), getattr(b, name), 1e-5)
+    assert all(isinstance(one.hook, MoMAHook) for one in unet.recordings.values())  # their memory is held
+    # 7 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
+    assert recorder.replayed == ([0] * 2 + [1] * 3 if impl == "fused" else [0] * 6)
+
+
+def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of two and two of one: each batch has recordings of its own, gone before its decoding."""
+    made: list[Rerun] = []
+
+    def make() -> Rerun:
+        made.append(Rerun())
+        return made[-1]
+
+    def recordings() -> int:
+        return sum(type(one) is Recording for one in gc.get_objects())
+
+    gc.collect()
+    before = recordings()
+
+    def watched(*args: Any) -> Tensor:
+        assert recordings() <= before
+        return decode(*args)
+
+    monkeypatch.setattr("moma.pipeline.decode", watched)
+    eager, graphed = latents(pipe, jobs), with_recorder(pipe, make)
+    same(latents(graphed, jobs), eager, 1e-5)
+    same(latents(graphed, jobs, replace(SHORT, batch_size=1)), eager)
+    # The last of each drawing is for a batch that does not come.
+    assert [recorder.replayed for recorder in made] == [[0, 0], [], [0, 0], [0, 0], []]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Refusing, "cannot be recorded .operation not permitted when"), (Wrong, "differs from the eager")],
+)
+def test_fallback(pipe: MoMA, jobs: list[Job], kind: type[Rerun], message: str) -> None:
+    """One warning, then everything is eager, in the next batch too; the pictures are the same."""
+    made: list[Rerun] = []
+
+    def make() -> Rerun:
+        made.append(kind())
+        return made[-1]
+
+    config = replace(SHORT, batch_size=1)
+    with pytest.warns(UserWarning, match=message) as warned:
+        found = latents(with_recorder(pipe, make), jobs, config)
+    same(found, latents(pipe, jobs, config), 1e-5)
+    assert len(warned) == 1 and len(made) == 1 and made[0].recorded == 1 and len(made[0].replayed) <= 1
+
+
+@torch.no_grad()
+def test_kinds_of_calls(pipe: MoMA, jobs: list[Job]) -> None:
+    """Another Q, no subject term or no M_gen is another key; other values of a mask are the same key."""
+    guide = pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG)
+
+    def key(t: int, filled: int | None) -> tuple:
+        """filled: rows of 16 cells of both pictures that are inside M_gen."""
+        m_gen = None if filled is None else torch.zeros(2, 1, 16, 16)
+        if filled:
+            m_gen[:, :, :filled] = torch.rand(2, 1, filled, 16) / 2 + 0.5
+        hook = guide.hook(t, m_gen)
+        assert isinstance(hook, RecordableHook)
+        hook.prepare([(16, 16), (8, 8), (16, 16)])
+        return hook.key(), tuple(tensor.shape for tensor in hook.inputs())
+
+    assert key(500, 3) == key(400, 3) == key(500, 4)  # 48 and 64 cells: one bucket
+    others = [
+        key(500, 3),
+        key(500, 5),
+        key(500, 0),
+        key(500, 16),
+        key(960, 3),
+        key(500, None),
+        key(960, None),
+    ]
+    assert len(set(others)) == len(others)
+    again = pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG)
+    assert again.hook(960, None).key() != guide.hook(960, None).key()  # other conditioning: other memory
+
+
+class PlainHook:
+    """A hook without what recording needs."""
+
+    def self_attn(self, layer, q, k, v, grid):
+        return attention(q, k, v), None
+
+    cross_attn = self_attn
+
+
+@torch.no_grad()
+def test_without_a_hook_and_with_a_foreign_one(pipe: MoMA) -> None:
+    """Plain Stable Diffusion is recorded; a hook without the contract always runs eagerly."""
+    recorder = Rerun()
+    unet = GraphedUNet(pipe.unet, lambda: recorder)
+    text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = intervals(pipe.schedule, 4, "ddim")
+    *_, eager = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim")
+    *_, graphed = denoise(unet, TextOnly(text), path, x, 7.5, "ddim")
+    same(graphed.latents, eager.latents, 1e-5)
+    assert recorder.replayed == [0, 0, 0]  # to compare, and for the two steps after that
+    rows = torch.cat([x, x])
+    early, late = (torch.full((2,), t) for t in (900, 10))
+    kept = [unet(rows, t, text)[0] for t in (early, late)]  # the second one spares the first
+    for found, t in zip(kept, (early, late), strict=True):
+        same(found, pipe.unet(rows, t, text)[0], 1e-5)
+    for t in (early, late, early):
+        assert torch.equal(unet(rows, t, text, PlainHook())[0], pipe.unet(rows, t, text, PlainHook())[0])
+    assert recorder.recorded == 1
+
+
+def test_choice() -> None:
+    """Nothing of CUDA is touched by choosing."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 3)
+    assert choose_recorder("auto", cpu) is choose_recorder("off", cpu) is choose_recorder("off", gpu) is None
+    assert choose_recorder("auto", gpu).func is choose_recorder("on", gpu).func is CudaRecorder
+    with pytest.raises(ValueError, match="need a CUDA device, this is cpu"):
+        choose_recorder("on", cpu)
+    with pytest.raises(ValueError, match="expected auto, on, off"):
+        choose_recorder("yes", gpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_a_gpu(folder: str, dtype: str, recwarn: pytest.WarningsRecorder) -> None:
+    """The recorder itself: whole drawings with and without graphs."""
+    found = []
+    for choice in ("on", "off"):
+        pipe = MoMA.load(folder, "cuda", dtype, cuda_graph=choice)
+        subject: Subject = pipe.encode_subject(picture(0), mask(30), "cat")
+        found.append(latents(pipe, [Job(subject, "a cat in the snow", 0), Job(subject, "a cat", 1)]))
+    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    error = (found[0] - found[1]).abs().max() / found[1].abs().max()
+    assert error < {"fp32": 1e-3, "bf16": 0.1}[dtype]
