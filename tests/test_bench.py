@@ -20,6 +20,7 @@ from moma.bench.curves import curves, curves_picture
 from moma.bench.measure import BenchConfig, Part, Ratio
 from moma.bundle import Bundle
 from moma.tiny import TinyConfig, build_tiny_bundle
+from tests.test_graphs import Rerun
 
 SMALL = BenchConfig(
     unet=UNetConfig(
@@ -79,6 +80,11 @@ def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
         assert measure.relative_error(two.moma()[::2], first.moma()) < 1e-4
     (part,) = flow.batch_step(SMALL, networks)
     assert part.what == "MoMA step, 2 pictures" and part.seconds > 0
+
+
+def test_a_recorded_step_is_the_same(networks: step.Networks) -> None:
+    ratio = step.graphed(SMALL, step.make_step(networks, SMALL), Rerun)
+    assert ratio.error < 1e-5 and ratio.fast > 0
 
 
 def test_flow_is_the_sum_of_its_parts() -> None:

@@ -53,7 +53,7 @@ class BenchConfig:
         default_factory=lambda: {
             "eq3": 4.0, "moma": 1 / 1.1, "plain": 1.0, "plain half": 1 / 0.9, "release": 2.8,
             "release half": 4.0, "flow": 4.0, "flow cuda": 5.0, "streamed": 1 / 1.3, "training": 2.0,
-            "batch": 2.0,
+            "batch": 2.0, "graph": 1.0,
         }
     )  # fmt: skip
     # Most memory in GiB: of the streamed decoder, and of the whole pipeline in 16 bits.

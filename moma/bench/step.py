@@ -32,6 +32,7 @@ from moma.bench.measure import (
     relative_error,
 )
 from moma.config import DEFAULT
+from moma.graphs import GraphedUNet, Recorder, choose_recorder
 from moma.masks import m_gen_of_layer, m_ref_of_layer
 from moma.tiny import fill
 
@@ -147,10 +148,10 @@ class Step:
             self.networks.unet, self.networks.adapter, latent, label, self.mask, DEFAULT
         )
 
-    def moma(self) -> Tensor:
+    def moma(self, unet: UNet | GraphedUNet | None = None) -> Tensor:
         """With all that a step of MoMA does besides: masks, and the mask of the next step."""
         hook = self.cond.hook(int(self.t[0]), self.m_gen)
-        eps, records = self.networks.unet(self.x, self.t, self.text, hook)
+        eps, records = (unet or self.networks.unet)(self.x, self.t, self.text, hook)
         self.cond.next_m_gen(records, self.x.shape[-2:])
         return eps
 
@@ -194,6 +195,8 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
     ):
         yield part_of(what, dtype, call, seconds, peak, device)
     yield Ratio("step, plain / MoMA", kind, cfg.wanted["moma"], plain, moma)
+    if (make_recorder := choose_recorder("auto", device)) is not None:
+        yield graphed(cfg, step, make_recorder)
     if baseline is None:
         return
     for what, name, theirs, ours in (
@@ -203,3 +206,15 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
         error = relative_error(ours(), theirs())
         seconds = in_turn(theirs, ours, cfg.repeats)
         yield Ratio(what, kind, cfg.wanted[half(name, dtype)], *seconds, error)
+
+
+@torch.no_grad()
+def graphed(cfg: BenchConfig, step: Step, make_recorder: Callable[[], Recorder]) -> Ratio:
+    """A step as Python starts it, against its recording."""
+    unet = GraphedUNet(step.networks.unet, make_recorder)
+    for _ in range(2):  # after which it is recorded
+        step.moma(unet)
+    error = relative_error(step.moma(unet), step.moma())
+    seconds = in_turn(step.moma, lambda: step.moma(unet), cfg.repeats)
+    kind = name_of(step.networks.dtype)
+    return Ratio("MoMA step, eager / CUDA graph", kind, cfg.wanted["graph"], *seconds, error)
