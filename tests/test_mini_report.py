@@ -272,10 +272,14 @@ def test_approximations_less_the_baseline():
         (["--probes", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--pairs", "0"], "expected 1 or more"),
         (["--steps", "4"], "expected 5 or more"),
+        (["--steps", "1000"], "expected 1 to 999"),
+        (["--page", "{}/tiny/config.json"], "expected the lines"),
     ],
 )
-def test_mistakes_in_approximations_take_one_line(place, capsys, more, words):
-    assert approximate(place, *more) == 2
+def test_mistakes_in_approximations_take_one_line(place, capsys, monkeypatch, more, words):
+    """Before anything is drawn."""
+    monkeypatch.delattr(approximations, "draw_batch")
+    assert approximate(place, *(text.replace("{}", str(place)) for text in more)) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("approximations: error: ") and words in error[0]
 

@@ -35,7 +35,7 @@ from moma.mini.drawing import stream
 from moma.mini.measures import Estimate, estimate, iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
-from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png
+from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png, write_text
 from moma.pipeline import Job, MoMA, Result, Subject, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
@@ -484,13 +484,18 @@ def figures(
     return "\n".join(f"![{name}]({folder.name}/{name}.png)\n" for name in sheets)
 
 
-def rewrite(page: Path, text: str) -> None:
-    """Put the text between the marks of a page, which is begun if it is not there."""
-    old = page.read_text(encoding="utf-8") if page.exists() else f"# MoMA-mini\n\n{MARKS[0]}\n{MARKS[1]}\n"
+def around(page: Path, title: str = "MoMA-mini") -> tuple[str, str]:
+    """What stands before and after the marks of a page, which is begun with a title if it is not there."""
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{MARKS[0]}\n{MARKS[1]}\n"
     if not all(old.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each")
-    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+    return old.split(MARKS[0])[0], old.split(MARKS[1])[1]
+
+
+def rewrite(page: Path, text: str, title: str = "MoMA-mini") -> None:
+    """Put the text between the marks of a page."""
+    before, after = around(page, title)
+    write_text(page, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 # --- the command -------------------------------------------------------------------------------------
