@@ -54,10 +54,10 @@ MEASURES = (*FIDELITY, "mask")
 INTRO = """`{command}`, {day}: torch {torch} on {device}, {dtype}, CPU threads: {threads}.
 
 {pairs} subjects that nothing was trained on, β = {strength:g}, guidance {guidance:g}, the same noise in every
-row but the second. UNet rows and seconds are shares of the baseline's, which took {seconds:.2f} s per
-picture, drawing alone (neither language model nor reference pass); brackets after seconds: least and largest
-of a batch. Difference: mean absolute one to the baseline's pictures, 0..255. The other measures, their judges
-and the brackets after them, 95% intervals: [mini.md](mini.md).
+row but the second. UNet rows and seconds (of the processor, on CPUs) are shares of the baseline's, which took
+{seconds:.2f} s per picture, drawing alone (neither language model nor reference pass); after seconds, the
+least and the largest share of a batch. Difference: mean absolute one to the baseline's pictures, 0..255. The
+other measures, their judges and 95% intervals: [mini.md](mini.md).
 """
 
 
@@ -103,12 +103,16 @@ class Shot(NamedTuple):
 def draw_batch(
     pipe: Steered, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
 ) -> tuple[Drawn, float]:
-    """Pictures and seconds. The settings' fields of MethodConfig leave what jobs bring along as it is."""
+    """Pictures and seconds: on a CPU its own, so that other work on the machine does not count.
+
+    The settings' fields of MethodConfig leave what jobs bring along as it is.
+    """
+    now = time.process_time if pipe.device.type == "cpu" else time.perf_counter
     pipe = pipe.with_method(replace(pipe.method, **setting.method))
     jobs = [replace(job, seed=job.seed + setting.seeds) for job in jobs]
-    start = time.perf_counter()
+    start = now()
     found = drawn(pipe.run(jobs, replace(sample, **setting.sample)))
-    return found, time.perf_counter() - start
+    return found, now() - start
 
 
 @torch.no_grad()
@@ -195,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """ValueError for a user's mistake."""
-    args, cfg = parse(argv), ReportConfig()
+    args, cfg, day = parse(argv), ReportConfig(), date.today()
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
     unet_rows(cfg.sample)  # the steps, and next the page: refused now, not after the drawing
     args.page.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     intro = INTRO.format(
         command=" ".join(["python -m moma.mini.approximations", *given]),
-        day=date.today().isoformat(),
+        day=day.isoformat(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         device=pipe.device,
