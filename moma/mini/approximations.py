@@ -42,7 +42,7 @@ from moma.pipeline import Job
 from moma.sampler import is_guided
 
 TITLE = "Approximate speed-ups"  # of the page
-PAIRS = 64  # as many as a core draws in half an hour; a share is then known to about 12 points
+PAIRS = 64  # a quarter of an hour on one core; a share is then known to about 12 points
 STRENGTH = 1.0  # β of all settings
 OTHER_SEEDS = 1_000_000  # added to the pairs' seeds for other noise: beyond all of them
 FEWER, FEWEST = 2 / 5, 1 / 5  # of the baseline's steps: 20 and 10 of 50
