@@ -34,7 +34,7 @@ from moma import (
     method_config,
 )
 from moma.bundle import DTYPES, SAMPLING, Bundle
-from moma.config import PRESETS, parse_field
+from moma.config import PRESETS, TIMESTEPS, parse_field
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.embeddings import EmbeddingCache, embeddings
 from moma.graphs import choose_recorder
@@ -60,8 +60,8 @@ NO_CACHE = "off"  # in the place of a folder
 SLUG = 48  # characters of a prompt in a file name
 # Options whose values a replayed picture brings along.
 REPLAYED = (
-    "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength", "guidance", "steps",
-    "solver", "preset", "set", "batch_size",
+    "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength", "guidance",
+    "guidance_interval", "steps", "solver", "preset", "set", "batch_size",
 )  # fmt: skip
 
 
@@ -180,6 +180,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of the subject: about 1 for a new scene, 0.4 for a new texture (default: {base.strength})",
     )
     add("--guidance", type=float, metavar="G", help=f"weight of the prompt (default: {base.guidance})")
+    add(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"timesteps, of {TIMESTEPS}, at which guidance acts; others take half the time, but the picture"
+        " changes: docs/approximations.md (default: all)",
+    )
     add("--steps", type=int, metavar="N", help=f"denoising steps (default: {base.steps})")
     add("--solver", choices=tuple(SOLVERS), help=f"dpm needs about half the steps (default: {base.solver})")
     add(
@@ -265,7 +273,8 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     method = method_config(args.preset or "default", **{**bundle.method, **dict(args.set or [])})
     width, height = args.size or (None, None)
-    given = {name: getattr(args, name) for name in ("steps", "solver", "guidance", "strength", "batch_size")}
+    names = ("steps", "solver", "guidance", "guidance_interval", "strength", "batch_size")
+    given = {name: getattr(args, name) for name in names}
     sample = replace(
         SampleConfig(width=width, height=height),
         # Pictures of a batch change each other under the release's normalisation of M_gen.

@@ -174,15 +174,30 @@ class Conditioning:
     lam: list[Tensor]  # L x (1,)
     beta: Tensor  # (R, 1, 1, 1), the strength
     method: MethodConfig
+    rows_per_image: int = 2  # both of guidance, or 1, the conditional one
+
+    def conditional(self) -> "Conditioning":
+        """The conditional half of both rows of guidance, R = B: where guidance is left out."""
+        half = slice(len(self.text) // 2, None)
+        return replace(
+            self,
+            text=self.text[half],
+            label=self.label[half],
+            context=[(k[half], v[half]) for k, v in self.context],
+            reference=[layer.rows(half) for layer in self.reference],
+            beta=self.beta[half],
+            rows_per_image=1,
+        )
 
     def hook(self, t: int, m_gen: Tensor | None) -> "MoMAHook":
         """The attention of the UNet call at timestep t; m_gen (B, 1, h, w) of the step before, or None."""
-        rows = None if m_gen is None else torch.cat([m_gen, m_gen]).to(self.text.dtype)  # (R, 1, h, w)
-        return MoMAHook(self, t < self.method.subject_below_t, rows)
+        if m_gen is not None:
+            m_gen = torch.cat([m_gen] * self.rows_per_image).to(self.text.dtype)  # (R, 1, h, w)
+        return MoMAHook(self, t < self.method.subject_below_t, m_gen)
 
     def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
         """The mask for the next step out of this call's records, float32 (B, 1, *size)."""
-        return next_m_gen(records, size, self.method)
+        return next_m_gen(records, size, self.method, self.rows_per_image)
 
 
 @dataclass(frozen=True)

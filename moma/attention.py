@@ -40,6 +40,10 @@ class ReferenceLayer:
         """M_ref as an attention mask, bool (R, 1, 1, M)."""
         return None if self.keep is None else self.keep[:, None, None, :]
 
+    def rows(self, some: slice) -> "ReferenceLayer":
+        """Some of the R rows."""
+        return ReferenceLayer(self.k[some], self.v[some], None if self.keep is None else self.keep[some])
+
 
 def subject_self_attention(
     q: Tensor,

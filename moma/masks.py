@@ -32,11 +32,13 @@ def m_gen_of_layer(m_gen: Tensor, grid: Grid) -> Tensor:
     return F.interpolate(m_gen, size=grid, mode="nearest").flatten(2)[..., None]
 
 
-def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig) -> Tensor:
+def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_image: int = 2) -> Tensor:
     """M_gen for the next step from this step's label maps (release: get_mask_from_cross).
 
     maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, any float dtype.
-    Returns float32 (B, 1, h, w) in [0, 1] of the conditional rows.
+    Returns float32 (B, 1, h, w) in [0, 1] of the conditional rows. Where those are the only ones
+    (rows_per_image 1, R = B), the last scaling has no unconditional row to look at: the same M_gen for
+    `m_gen_norm` "none", another range for "image" and "batch".
     """
     if method.m_gen_layers is not None:
         maps = [maps[i] for i in method.m_gen_layers]
@@ -47,12 +49,12 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig) -> Tensor:
     mean = torch.stack([F.interpolate(m, size=size, mode="nearest") for m in scaled]).mean(
         dim=0
     )  # (R, 1, h, w)
-    rows = mean.unflatten(0, (2, -1))  # (2, B, 1, h, w)
+    rows = mean.unflatten(0, (rows_per_image, -1))  # (2 | 1, B, 1, h, w)
     if method.m_gen_norm == "image":
         rows = min_max(rows, dims=(0, 2, 3, 4), eps=eps)
     elif method.m_gen_norm == "batch":
         rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
-    conditional = rows[1]  # (B, 1, h, w)
+    conditional = rows[-1]  # (B, 1, h, w)
     inside = conditional if method.m_gen_inside == "soft" else 1 + 0 * conditional  # (B, 1, h, w), NaN stays
     return inside.masked_fill(conditional <= method.m_gen_threshold, 0.0)
 

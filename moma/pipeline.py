@@ -303,7 +303,8 @@ class MoMA:
             batch = slice(start, start + config.batch_size)
             guide = self.guide(jobs[batch], embeddings[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
-            for step in denoise(unet, guide, path, latents, config.guidance, config.solver):
+            settings = config.guidance, config.solver, config.guidance_interval
+            for step in denoise(unet, guide, path, latents, *settings):
                 if on_step:
                     on_step(n * len(path) + step.index + 1, len(starts) * len(path))
             unet.forget()  # the VAE's decoder needs the memory

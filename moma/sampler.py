@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.unet import AttentionHook, UNet
+from moma.config import TIMESTEPS
 from moma.diffusion import SOLVERS, Interval
 from moma.graphs import GraphedUNet
 
@@ -19,6 +20,8 @@ class Guide(Protocol):
     """What steers the UNet: `moma.adapter.Conditioning`, or `TextOnly` for plain Stable Diffusion."""
 
     text: Tensor  # (2B, T, context_dim): B unconditional rows, then B conditional ones
+
+    def conditional(self) -> "Guide": ...  # the same of the conditional rows alone, text (B, T, context_dim)
 
     def hook(self, t: int, m_gen: Tensor | None) -> AttentionHook | None: ...
 
@@ -30,6 +33,9 @@ class TextOnly:
     """Plain text-to-image: no hook, no mask."""
 
     text: Tensor
+
+    def conditional(self) -> "TextOnly":
+        return TextOnly(self.text.chunk(2)[1])
 
     def hook(self, t: int, m_gen: Tensor | None) -> None:
         return None
@@ -48,6 +54,12 @@ class Step(NamedTuple):
     m_gen: Tensor | None  # float32 (B, 1, h, w), made in this step and used in the next
 
 
+def is_guided(t: int, interval: tuple[int, int]) -> bool:
+    """Whether guidance acts at timestep t (`SampleConfig.guidance_interval`)."""
+    low, high = interval
+    return low <= t < high
+
+
 def denoise(
     unet: UNet | GraphedUNet,
     guide: Guide,
@@ -55,18 +67,28 @@ def denoise(
     latents: Tensor,
     guidance: float,
     solver: str,
+    interval: tuple[int, int] = (0, TIMESTEPS),
 ) -> Iterator[Step]:
     """Yields the state after each step of `path` (moma.diffusion.intervals), from noise to clean latents.
 
-    latents: float32 (B, Z, h, w), standard normal noise; guidance: 1 = the conditional prediction alone.
+    latents: float32 (B, Z, h, w), standard normal noise; guidance: 1 = the conditional prediction alone;
+    interval: timesteps at which guidance acts (`is_guided`), the others take half the work.
     """
+    both, alone = guide, guide.conditional()
     x, m_gen, history = latents, None, None
     for index, step in enumerate(path):
-        rows = torch.cat([x, x]).to(guide.text.dtype)  # (2B, Z, h, w)
-        t = torch.full((rows.shape[0],), step.t, device=x.device)  # (2B,)
-        eps, records = unet(rows, t, guide.text, guide.hook(step.t, m_gen))  # (2B, Z, h, w)
-        unconditional, conditional = eps.float().chunk(2)  # 2 x (B, Z, h, w)
-        noise_pred = unconditional + guidance * (conditional - unconditional)
+        guided = is_guided(step.t, interval)
+        guide = both if guided else alone
+        rows = (torch.cat([x, x]) if guided else x).to(guide.text.dtype)  # (2B | B, Z, h, w)
+        t = torch.full((rows.shape[0],), step.t, device=x.device)  # (2B | B,)
+        eps, records = unet(rows, t, guide.text, guide.hook(step.t, m_gen))  # (2B | B, Z, h, w)
+        noise_pred = guide_noise(eps.float(), guidance) if guided else eps.float()  # (B, Z, h, w)
         x, history = SOLVERS[solver](x, noise_pred, step, history)
         m_gen = guide.next_m_gen(records, (x.shape[-2], x.shape[-1]))
         yield Step(index, step.t, x, noise_pred, m_gen)
+
+
+def guide_noise(eps: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): both rows' predictions (2B, Z, h, w) -> (B, Z, h, w)."""
+    unconditional, conditional = eps.chunk(2)  # 2 x (B, Z, h, w)
+    return unconditional + guidance * (conditional - unconditional)

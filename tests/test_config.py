@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moma.config import PRESETS, MethodConfig, SampleConfig, method_config
+from moma.config import PRESETS, TIMESTEPS, MethodConfig, SampleConfig, method_config
+from moma.diffusion import ScheduleConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,6 +90,10 @@ def test_what_the_networks_cannot_follow(change: dict) -> None:
     MethodConfig().check(**sizes)
     with pytest.raises(ValueError, match=next(iter(change))):
         MethodConfig(**change).check(**sizes)
+
+
+def test_guidance_is_everywhere_by_default() -> None:
+    assert SampleConfig().guidance_interval == (0, TIMESTEPS) and ScheduleConfig().train_steps == TIMESTEPS
 
 
 def test_sizes_follow_the_autoencoder() -> None:

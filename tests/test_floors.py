@@ -47,7 +47,7 @@ FLOORS = [
     {"moma.mini.words", "moma.mini.base"},
     {"moma.mini.probes"},
     {"moma.mini.config", "moma.mini.report"},
-    {"moma.mini.tasks"},
+    {"moma.mini.tasks", "moma.mini.approximations"},
     {"sample", "convert_weights", "train"},
     {"moma.mini.pretrain", "moma.rounding"},
 ]

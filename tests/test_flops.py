@@ -25,8 +25,9 @@ def square(share: float) -> Tensor:
     return mask
 
 
-def step(share: float, impl: str) -> tuple[int, int]:
-    """Operations of a MoMA step with a subject of that share in both pictures, and of a plain step."""
+def step(share: float, impl: str) -> tuple[int, int, int]:
+    """Operations of a MoMA step with a subject of that share in both pictures, of a plain step, and of the
+    former without guidance."""
     g = torch.Generator().manual_seed(0)
     unet = UNet(CONFIG)
     adapter = Adapter(AdapterConfig(mllm_dim=8, embed_dim=8, tokens=TOKENS), CONFIG)
@@ -40,8 +41,12 @@ def step(share: float, impl: str) -> tuple[int, int]:
             torch.ones(1), method,
         )  # fmt: skip
     t = torch.full((ROWS,), 500)
-    moma = operations(lambda: unet(x, t, text, cond.hook(500, m)))
-    return moma, operations(lambda: unet(x, t, text))
+    alone = cond.conditional()
+    return (
+        operations(lambda: unet(x, t, text, cond.hook(500, m))),
+        operations(lambda: unet(x, t, text)),
+        operations(lambda: unet(x[:1], t[:1], alone.text, alone.hook(500, m))),
+    )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.7])
@@ -55,13 +60,13 @@ def test_a_moma_step_adds_the_subject_and_nothing_else(share: float) -> None:
         subject = queries * keys * layer.channels
         label = n * TEXT * HEAD_ALIGNMENT * layer.heads
         extra += 4 * ROWS * (subject + n * TOKENS * layer.channels + label)
-    moma, plain = step(share, "fused")
-    assert moma - plain == extra
+    moma, plain, alone = step(share, "fused")
+    assert moma - plain == extra and alone * 2 == moma
 
 
 def test_small_subjects_are_cheap() -> None:
-    moma, plain = step(0.1, "fused")
-    explicit, _ = step(0.1, "explicit")
+    moma, plain, _ = step(0.1, "fused")
+    explicit, _, _ = step(0.1, "explicit")
     q = torch.zeros(1, 2, SIDE**2, 16)
     assert operations(lambda: attention(q, q, q)) == 4 * SIDE**4 * 32  # attention itself is counted
     assert moma < 1.05 * plain < explicit / 1.05

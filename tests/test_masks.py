@@ -59,6 +59,20 @@ def test_images_do_not_change_each_other() -> None:
     torch.testing.assert_close(mended[1], leaking[1], rtol=0, atol=1e-6)  # equal for a single image
 
 
+def test_conditional_rows_alone() -> None:
+    """Without unconditional rows: the same M_gen if it is not scaled, else another range."""
+    both = maps(1.0, rows=6)  # 3 images
+    alone = [m[3:] for m in both]
+    same = next_m_gen(both, (16, 16), PAPER), next_m_gen(alone, (16, 16), PAPER, rows_per_image=1)
+    assert torch.equal(*same)
+    mean = sum(F.interpolate(min_max(m, (1, 2, 3), 0), size=(16, 16)) for m in alone) / 3
+    for norm, dims in (("image", (1, 2, 3)), ("batch", (0, 1, 2, 3))):
+        method = replace(DEFAULT, m_gen_norm=norm)
+        scaled = min_max(mean, dims, 0)
+        expected = scaled.masked_fill(scaled <= DEFAULT.m_gen_threshold, 0)
+        torch.testing.assert_close(next_m_gen(alone, (16, 16), method, rows_per_image=1), expected)
+
+
 def test_constant_maps() -> None:
     """A label without tokens has maps of zeros: NaN in the release, an empty mask by default."""
     zeros = [m * 0 for m in maps(1.0)]

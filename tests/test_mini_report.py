@@ -1,4 +1,4 @@
-"""The judges of MoMA-mini, the report's arithmetic, and the whole report on networks that draw noise."""
+"""The judges of MoMA-mini, the report's arithmetic, and whole reports on networks that draw noise."""
 
 import json
 import os
@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.mini import probes, report, world
+from moma.diffusion import ScheduleConfig, intervals
+from moma.mini import approximations, probes, report, world
 from moma.mini.measures import estimate, iou, retrieved
+from moma.sampler import TextOnly, denoise
 from moma.tiny import build_tiny_bundle
 from tests.test_training_loop import ROOT
 
@@ -193,6 +195,93 @@ def test_settings_differ_where_they_should(place):
     assert report.MASKS[-1] not in ways, "the bundle makes M_gen as the release does"
     plain = report.partial(report.generate, strength=1.0, change=report.text_alone)(pipe, pairs, cfg)
     assert torch.equal(plain.images, drawn[report.TEXT].images), "text alone knows no strength"
+    jobs = report.make_jobs(pipe, pairs, cfg, strength=1.0)
+    half = report.Blended(pipe.guide(jobs, [jobs[0].embedding], cfg.sample), keep=0.5)
+    for guide, rows in ((half, 2), (half.conditional(), 1)):
+        assert torch.equal(guide.hook(1, torch.zeros(1, 1, 4, 4)).m_gen, torch.full((rows, 1, 4, 4), 0.5))
+
+
+# --- moma.mini.approximations --------------------------------------------------------------------------
+
+
+def approximate(place, *more):
+    paths = {"--bundle": "tiny", "--probes": "probes.safetensors", "--page": "approximations.md"}
+    given = [text for name, path in paths.items() for text in (name, str(place / path))]
+    sizes = ["--pairs", "1", "--steps", "5", "--device", "cpu", "--dtype", "fp32"]
+    return approximations.run([*given, *sizes, *more])
+
+
+def test_approximations_are_measured(place, capsys):
+    page = place / "approximations.md"
+    page.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    assert approximate(place) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "--steps 5" in text and "1 subjects" in text and capsys.readouterr().out.strip() in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    named = approximations.settings(5)
+    settings, less = rows[2 : 2 + len(named)], rows[-len(named) + 1 :]
+    assert [row[0].removeprefix("| ") for row in settings] == [*named]
+    assert [row[0].removeprefix("| ") for row in less] == [*named][1:]
+    assert [row[1] for row in settings[:4]] == ["1", "1", "0.4", "0.4"] and settings[0][2] == "1"
+    differences = {name: row[3].partition(" ")[0] for name, row in zip(named, settings, strict=True)}
+    assert differences.pop("DDIM, 5 steps: the baseline") == ""
+    assert differences.pop("subject term at t < 950") == "0"  # these weights' own
+    assert all(float(value) > 0 for value in differences.values())
+
+
+def test_unet_rows_are_those_of_the_sampler():
+    rows = []
+
+    def unet(x, t, text, hook):
+        rows.append(len(x))
+        return x, []
+
+    for setting in approximations.settings(50).values():
+        rows.clear()
+        sample = report.replace(report.ReportConfig().sample, **setting.sample)
+        path = intervals(ScheduleConfig(), sample.steps, sample.solver)
+        guide, x = TextOnly(torch.zeros(6, 1, 1)), torch.zeros(3, 1, 1, 1)
+        steps = list(denoise(unet, guide, path, x, 7.5, sample.solver, sample.guidance_interval))
+        assert len(steps) == sample.steps and sum(rows) == 3 * approximations.unet_rows(sample)
+
+
+def test_approximations_less_the_baseline():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    shots = {
+        name: approximations.Shot(report.Drawn(images + brighter, torch.zeros(2, 1, 1)), seconds)
+        for name, brighter, seconds in (("base", 10, [2.0, 4.0, 1.0]), ("fast", 4, [1.0, 1.0, 0.9]))
+    }
+    hits = {"base": [True, False], "fast": [False, False]}
+    values = {name: dict.fromkeys(approximations.MEASURES, torch.tensor(hit)) for name, hit in hits.items()}
+    shown, less = approximations.judged(values, shots)
+    assert "difference" not in shown["base"] and shown["fast"]["difference"].tolist() == [6, 6]
+    assert list(less) == ["fast"] and less["fast"]["mask"].tolist() == [-1, 0]
+    named = {"base": approximations.Setting(), "fast": approximations.Setting({"steps": 10})}
+    costs = approximations.costs(shots, named, report.ReportConfig().sample)
+    assert costs == {
+        "UNet rows": {"base": "1", "fast": "0.2"},
+        "seconds": {"base": "1", "fast": "0.50 (0.25 to 0.90)"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--bundle", "nowhere"], "no config.json there"),
+        (["--probes", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--pairs", "0"], "expected 1 or more"),
+        (["--steps", "4"], "expected 5 or more"),
+        (["--steps", "1000"], "expected 1 to 999"),
+        (["--page", "{}/tiny/config.json"], "expected the lines"),
+    ],
+)
+def test_mistakes_in_approximations_take_one_line(place, capsys, monkeypatch, more, words):
+    """Before anything is drawn."""
+    monkeypatch.delattr(approximations, "draw_batch")
+    assert approximate(place, *(text.replace("{}", str(place)) for text in more)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("approximations: error: ") and words in error[0]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def a_record() -> Record:
         seed=2**60,
         batch=(("a dog", 4), ('a "猫" in the snow\nλ', 2**60)),
         subject_seed=3,
-        sample=SampleConfig(steps=7, strength=0.1 + 0.2),
+        sample=SampleConfig(steps=7, strength=0.1 + 0.2, guidance_interval=(200, 800)),
         method=replace(RELEASE, m_gen_layers=(1, 4)),
         reference=InputFile("cat.png", "0" * 64),
         mask=None,
@@ -53,6 +53,11 @@ def test_record_survives_the_file(tmp_path, mask):
     save_png(tmp_path / "x.png", PICTURE, record)
     assert read_record(tmp_path / "x.png") == record
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(PICTURE))
+
+
+def test_records_from_before_an_option_have_its_default():
+    text = a_record().to_json().replace(', "guidance_interval": [200, 800]', "")
+    assert Record.from_json(text).sample.guidance_interval == SampleConfig().guidance_interval
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from moma.sampler import TextOnly, denoise
 from moma.tiny import build_tiny_bundle
 
 QUICK = SampleConfig(steps=3, height=64, width=64)
+SOME = (300, 600)  # of QUICK's timesteps, 667, 334 and 1, the middle one
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,12 @@ def same(a: Tensor, b: Tensor, atol: float = 2e-4) -> None:
 # --- batches, seeds -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("interval", [(0, 1000), SOME])
 @pytest.mark.parametrize("impl", ["fused", "explicit"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: str, impl: str) -> None:
+def test_batch_equals_singles(
+    pipe: MoMA, cat: Subject, dog: Subject, solver: str, impl: str, interval: tuple[int, int]
+) -> None:
     """Any mix of subjects (of different size), prompts, seeds, strengths and negative prompts."""
     pipe = pipe.with_method(replace(DEFAULT, attention=impl))
     jobs = [
@@ -84,7 +88,7 @@ def test_batch_equals_singles(pipe: MoMA, cat: Subject, dog: Subject, solver: st
         Job(dog, "a dog", 3, strength=0.0),
         Job(cat, "a cat in the snow", 1),
     ]
-    config = replace(QUICK, solver=solver, height=72, width=40)
+    config = replace(QUICK, solver=solver, height=72, width=40, guidance_interval=interval)
     batched = list(pipe.run(jobs, config))
     for job, result in zip(jobs, batched, strict=True):
         (alone,) = pipe.run([job], config)
@@ -173,21 +177,48 @@ def texts(pipe: MoMA, *prompts: str) -> Tensor:
 
 
 @torch.no_grad()
-def test_adapter_off_is_plain_stable_diffusion(pipe: MoMA) -> None:
-    """Bit-equal to the textbook loop, written here without any of the sampler."""
+@pytest.mark.parametrize("interval", [(), ((251, 751),), ((0, 0),)])
+def test_adapter_off_is_plain_stable_diffusion(pipe: MoMA, interval: tuple[tuple[int, int], ...]) -> None:
+    """Bit-equal to the textbook loop, written here without any of the sampler; guidance everywhere, at two
+    timesteps, nowhere."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text = texts(pipe, "", "a cat in the snow")
     path = intervals(pipe.schedule, 4, "ddim")
-    *_, last = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim")
+    *_, last = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim", *interval)
+    guided = {(): (751, 501, 251, 1), ((251, 751),): (501, 251), ((0, 0),): ()}[interval]
     assert last.m_gen is None
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, dim=0)
     for t in (751, 501, 251, 1):
-        eps = pipe.unet(torch.cat([x, x]), torch.tensor([t, t]), text)[0]
-        eps = eps[:1] + 7.5 * (eps[1:] - eps[:1])
+        if t in guided:
+            eps = pipe.unet(torch.cat([x, x]), torch.tensor([t, t]), text)[0]
+            eps = eps[:1] + 7.5 * (eps[1:] - eps[:1])
+        else:
+            eps = pipe.unet(x, torch.tensor([t]), text[1:])[0]
         a, b = alphas[t], alphas[max(t - 250, 0)]
         x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
         x = b.sqrt() * x0 + (1 - b).sqrt() * eps
     assert torch.equal(last.latents, x)
+
+
+@pytest.mark.parametrize("impl", ["fused", "explicit"])
+def test_left_out_guidance_is_guidance_one(pipe: MoMA, cat: Subject, dog: Subject, impl: str) -> None:
+    """The conditional rows alone compute what they do beside the others: pictures and masks."""
+    pipe = pipe.with_method(replace(DEFAULT, attention=impl, m_gen_norm="none"))
+    jobs = [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1, strength=0.4, negative="snow")]
+    one = replace(QUICK, guidance=1.0)
+    for solver in SOLVERS:
+        config = replace(one, solver=solver)
+        for interval in ((0, 0), SOME):
+            found = zip(
+                pipe.run(jobs, config),
+                pipe.run(jobs, replace(config, guidance_interval=interval)),
+                strict=True,
+            )
+            for both, alone in found:
+                same(both.latents, alone.latents)
+                same(both.m_gen, alone.m_gen)
+    default, part = (latents(pipe, jobs, replace(QUICK, guidance_interval=i)) for i in ((1, 668), SOME))
+    assert torch.equal(default, latents(pipe, jobs)) and far(default, part)
 
 
 @torch.no_grad()
@@ -354,6 +385,8 @@ def test_empty_mask(pipe: MoMA) -> None:
         ({}, {"guidance": float("nan")}, "guidance"),
         ({}, {"strength": -1.0}, "strength"),
         ({}, {"batch_size": 0}, "batch size"),
+        ({}, {"guidance_interval": (600, 300)}, "guidance interval 600 300: expected two timesteps"),
+        ({}, {"guidance_interval": (0, 1001)}, "guidance interval"),
         ({"prompt": "a dog"}, {}, "does not name the subject"),
         ({"prompt": ""}, {}, "empty"),
         ({"latents": torch.zeros(1, 4, 5, 5)}, {}, "start latents"),
@@ -369,7 +402,16 @@ def test_refusals(pipe: MoMA, cat: Subject, job: dict, config: dict, message: st
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [("solver", "euler"), ("steps", "3"), ("height", 64.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("solver", "euler"),
+        ("steps", "3"),
+        ("height", 64.0),
+        ("guidance_interval", (0.5, 1)),
+        ("guidance_interval", (1,)),
+    ],
+)
 def test_wrong_types(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         SampleConfig(**{field: value})
@@ -417,6 +459,7 @@ COMMANDS = (
     "moma.rounding",
     "moma.data.openimages",
     "moma.mini.pretrain",
+    "moma.mini.approximations",
 )
 
 

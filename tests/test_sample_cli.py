@@ -142,7 +142,7 @@ def test_seeds_do_not_depend_on_the_run(tmp_path, weights, cat):
 
 def test_options_reach_the_picture(tmp_path, weights, cat):
     variants = [[], ["--guidance", 2], ["--strength", 0], ["--solver", "dpm"], ["--negative", "a dog"],
-                ["--steps", 4], ["--set", "m_gen_threshold=0.6"],
+                ["--steps", 4], ["--set", "m_gen_threshold=0.6"], ["--guidance-interval", 300, 600],
                 ["--subject", "ginger cat", "--prompt", "a ginger cat"]]  # fmt: skip
     results = []
     for i, options in enumerate(variants):
@@ -152,6 +152,15 @@ def test_options_reach_the_picture(tmp_path, weights, cat):
         results.append(pixels(only(out, "*-seed0.png")))
     for other in results[1:]:
         assert not np.array_equal(results[0], other)
+
+
+def test_guidance_interval_is_recorded_and_replayed(tmp_path, weights, cat):
+    options = ["--ref", cat, "--weights", weights, "--guidance-interval", 300, 600, *QUICK]
+    assert run(*options, "--out", tmp_path / "a") == 0
+    first = only(tmp_path / "a", "*-seed0.png")
+    assert read_record(first).sample.guidance_interval == (300, 600)
+    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*-seed0.png")))
 
 
 def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, capsys):
@@ -308,6 +317,9 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --strength nan": "strength nan",
     f"{CAT_ALONE} --guidance inf": "guidance inf",
     f"{CAT_ALONE} --batch-size 0": "batch size 0",
+    f"{CAT_ALONE} --guidance-interval 600 300": "guidance interval 600 300",
+    f"{CAT_ALONE} --guidance-interval 0 5000": "of 0 to 1000",
+    f"{CAT_ALONE} --guidance-interval 300": "expected 2 arguments",
     f"{CAT_ALONE} --solver euler": "invalid choice",
     f"{CAT_ALONE} --preset best": "invalid choice",
     f"{CAT_ALONE} --set geometry": "expected FIELD=VALUE",

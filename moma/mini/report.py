@@ -11,8 +11,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import count
@@ -35,8 +35,8 @@ from moma.mini.drawing import stream
 from moma.mini.measures import Estimate, estimate, iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
-from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png
-from moma.pipeline import Job, MoMA, Subject, set_precision, to_images
+from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png, write_text
+from moma.pipeline import Job, MoMA, Result, Subject, set_precision, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
@@ -142,6 +142,9 @@ class Blended:
     def text(self) -> Tensor:
         return self.cond.text
 
+    def conditional(self) -> "Blended":
+        return Blended(self.cond.conditional(), self.keep)
+
     def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
         return self.cond.hook(t, None if m_gen is None else 1 - self.keep * (1 - m_gen))
 
@@ -167,15 +170,31 @@ def generate(
     **method: Any,
 ) -> Drawn:
     """Pictures of the pairs in a setting; method: fields of MethodConfig."""
-    pipe, jobs = pipe.with_method(replace(pipe.method, **method)), []
+    pipe = pipe.with_method(replace(pipe.method, **method))
     pipe.change = change
+    return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength, embed), cfg.sample))
+
+
+def make_jobs(
+    pipe: MoMA,
+    pairs: Sequence[Pair],
+    cfg: ReportConfig,
+    strength: float,
+    embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
+) -> list[Job]:
+    """A picture of each pair, with all that precedes the drawing done."""
+    jobs = []
     for pair in pairs:
         seen = draw(pair.shown, cfg.world)
         image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
         subject = pipe.encode_subject(image, mask, pair.shown.label, seed=pair.seed)
         embedding = embed(pipe, subject, pair.prompt)
         jobs.append(Job(subject, pair.prompt, pair.seed, strength=strength, embedding=embedding))
-    results = list(pipe.run(jobs, cfg.sample))
+    return jobs
+
+
+def drawn(results: Iterable[Result]) -> Drawn:
+    results = list(results)
     return Drawn(stacked([r.image for r in results]), torch.cat([r.m_gen for r in results]).float().cpu())
 
 
@@ -259,8 +278,7 @@ class Studio:
         if shot.file.exists():
             return
         folder, way = shot.setting
-        drawn = way(self.load(folder), shot.pairs, self.cfg)._asdict()
-        save_tensors(self.work, shot.file.stem, drawn)
+        save_tensors(self.work, shot.file.stem, way(self.load(folder), shot.pairs, self.cfg)._asdict())
         print(f"{folder}, {shot.name}: {len(shot.pairs)} pictures", file=sys.stderr)
 
     def read(self, shots: Sequence[Shot]) -> Drawn:
@@ -274,7 +292,7 @@ Values = dict[str, Tensor]  # name of a measure -> one value for each picture (N
 HEADINGS = {
     "class": "class %", "scene": "scene %", "material": "material %", "identity": "identity %",
     "pattern": "pattern %", "colour": "colour error", "mask": "M_gen IoU", "change": "background change",
-    "tint": "background tint",
+    "tint": "background tint", "difference": "difference",
 }  # fmt: skip
 FIDELITY = ("class", "scene", "identity", "pattern", "colour")
 INTRO = """{pairs} subjects that nothing was trained on, each in another scene than its reference's, and
@@ -334,6 +352,7 @@ class Table:
     note: str
     columns: Sequence[str]
     rows: Mapping[str, Values]
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading -> row -> text, first
 
     def numbers(self) -> dict[str, dict[str, Estimate]]:
         return {
@@ -342,9 +361,12 @@ class Table:
         }
 
     def markdown(self) -> str:
-        lines = [["", *(HEADINGS[name] for name in self.columns)], ["---"] * (len(self.columns) + 1)]
+        heads = ["", *self.facts, *(HEADINGS[name] for name in self.columns)]
+        lines = [heads, ["---"] * len(heads)]
         for row, found in self.numbers().items():
-            lines.append([row, *(_cell(name, found[name]) if name in found else "" for name in self.columns)])
+            said = [of.get(row, "") for of in self.facts.values()]
+            cells = (_cell(name, found[name]) if name in found else "" for name in self.columns)
+            lines.append([row, *said, *cells])
         rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return "\n\n".join(filter(None, [f"### {self.title}", self.note, rows])) + "\n"
 
@@ -462,13 +484,18 @@ def figures(
     return "\n".join(f"![{name}]({folder.name}/{name}.png)\n" for name in sheets)
 
 
-def rewrite(page: Path, text: str) -> None:
-    """Put the text between the marks of a page, which is begun if it is not there."""
-    old = page.read_text(encoding="utf-8") if page.exists() else f"# MoMA-mini\n\n{MARKS[0]}\n{MARKS[1]}\n"
+def around(page: Path, title: str = "MoMA-mini") -> tuple[str, str]:
+    """What stands before and after the marks of a page, which is begun with a title if it is not there."""
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{MARKS[0]}\n{MARKS[1]}\n"
     if not all(old.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each")
-    before, after = old.split(MARKS[0])[0], old.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+    return old.split(MARKS[0])[0], old.split(MARKS[1])[1]
+
+
+def rewrite(page: Path, text: str, title: str = "MoMA-mini") -> None:
+    """Put the text between the marks of a page."""
+    before, after = around(page, title)
+    write_text(page, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 # --- the command -------------------------------------------------------------------------------------

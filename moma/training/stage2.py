@@ -178,7 +178,8 @@ def moved(x: Tensor, shift: Tensor) -> Tensor:
     rows = (torch.arange(h, device=x.device) - down[:, None]).clamp(0, h - 1)  # (B, h)
     columns = (torch.arange(w, device=x.device) - right[:, None]).clamp(0, w - 1)  # (B, w)
     place = torch.arange(b, device=x.device)[:, None, None]  # (B, 1, 1)
-    return x.movedim(1, -1)[place, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (B, C, h, w)
+    found = x.movedim(1, -1)[place, rows[:, :, None], columns[:, None, :]]  # (B, h, w, C)
+    return found.movedim(-1, 1).contiguous()  # (B, C, h, w)
 
 
 def draw(numbers: Tensor, seed: int, shape: torch.Size, cfg: Stage2Config, train_steps: int) -> Batch:

@@ -1,0 +1,241 @@
+"""What approximate speed-ups change: `python -m moma.mini.approximations --bundle weights/mini --pairs 64`.
+
+Draws held-out subjects in every setting, has the report's judges look at them, and rewrites the tables of
+docs/approximations.md. Each batch is drawn in all settings in turn, so that their times can be compared.
+
+Letters: N pairs, S picture side.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moma.config import TIMESTEPS, SampleConfig
+from moma.diffusion import ScheduleConfig, intervals
+from moma.mini.probes import load_probes
+from moma.mini.report import (
+    FIDELITY,
+    Drawn,
+    Pair,
+    ReportConfig,
+    Steered,
+    Table,
+    Values,
+    around,
+    drawn,
+    load_pipe,
+    make_jobs,
+    make_pairs,
+    measure,
+    rewrite,
+)
+from moma.output import exit_status
+from moma.pipeline import Job, set_precision
+from moma.sampler import is_guided
+
+TITLE = "Approximate speed-ups"  # of the page
+PAIRS = 64  # a quarter of an hour on one core; a share is then known to about 12 points
+STRENGTH = 1.0  # β of all settings
+OTHER_SEEDS = 1_000_000  # added to the pairs' seeds for other noise: beyond all of them
+FEWER, FEWEST = 2 / 5, 1 / 5  # of the baseline's steps: 20 and 10 of 50
+MIN_STEPS = 5  # of the baseline: FEWEST of them is one
+SUBJECT_BELOW = (950, 800)  # the release's gate; a fifth of the steps without Eq. 3
+# Where guidance acts: the first 60% of the steps, the middle 60%, the first 80%.
+INTERVALS = {"t ≥ 400": (400, TIMESTEPS), "200 ≤ t < 800": (200, 800), "t ≥ 200": (200, TIMESTEPS)}
+MEASURES = (*FIDELITY, "mask")
+INTRO = """`{command}`, {day}: torch {torch} on {device}, {dtype}, CPU threads: {threads}.
+
+{pairs} subjects that nothing was trained on, β = {strength:g}, guidance {guidance:g}, the same noise in every
+row but the second. UNet rows and seconds (of the processor, on CPUs) are shares of the baseline's, which took
+{seconds:.2f} s per picture, drawing alone (neither language model nor reference pass); after seconds, the
+least and the largest share of a batch. Difference: mean absolute one to the baseline's pictures, 0..255. The
+other measures, their judges and 95% intervals: [mini.md](mini.md).
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is done otherwise than in the baseline."""
+
+    sample: Mapping[str, Any] = field(default_factory=dict)  # fields of SampleConfig
+    method: Mapping[str, Any] = field(default_factory=dict)  # fields of MethodConfig
+    seeds: int = 0  # added to those of the pictures
+
+
+def settings(steps: int) -> dict[str, Setting]:
+    """Name -> setting, the baseline of DDIM with so many steps first."""
+    fewer, fewest = round(steps * FEWER), round(steps * FEWEST)
+    dpm = {"solver": "dpm", "steps": fewer}
+    some = {f"guidance at {at}": {"guidance_interval": interval} for at, interval in INTERVALS.items()}
+    return {
+        f"DDIM, {steps} steps: the baseline": Setting(),
+        "the same, other noise": Setting(seeds=OTHER_SEEDS),
+        f"DPM-Solver++, {fewer} steps": Setting(dpm),
+        f"DDIM, {fewer} steps": Setting({"steps": fewer}),
+        f"DPM-Solver++, {fewest} steps": Setting(dpm | {"steps": fewest}),
+        **{f"subject term at t < {t}": Setting(method={"subject_below_t": t}) for t in SUBJECT_BELOW},
+        **{name: Setting(change) for name, change in some.items()},
+        **{f"DPM-Solver++, {fewer} steps, {name}": Setting(dpm | change) for name, change in some.items()},
+    }
+
+
+def unet_rows(sample: SampleConfig) -> int:
+    """Rows of UNet calls that one picture takes: two where guidance acts, else one."""
+    path = intervals(ScheduleConfig(), sample.steps, sample.solver)
+    return sum(1 + is_guided(step.t, sample.guidance_interval) for step in path)
+
+
+class Shot(NamedTuple):
+    """All pairs in one setting."""
+
+    drawn: Drawn
+    seconds: list[float]  # of each batch
+
+
+def draw_batch(
+    pipe: Steered, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
+) -> tuple[Drawn, float]:
+    """Pictures and seconds: on a CPU its own, so that other work on the machine does not count.
+
+    The settings' fields of MethodConfig leave what jobs bring along as it is.
+    """
+    now = time.process_time if pipe.device.type == "cpu" else time.perf_counter
+    pipe = pipe.with_method(replace(pipe.method, **setting.method))
+    jobs = [replace(job, seed=job.seed + setting.seeds) for job in jobs]
+    start = now()
+    found = drawn(pipe.run(jobs, replace(sample, **setting.sample)))
+    return found, now() - start
+
+
+@torch.no_grad()
+def draw_in_turn(
+    pipe: Steered, pairs: Sequence[Pair], named: Mapping[str, Setting], cfg: ReportConfig
+) -> dict[str, Shot]:
+    """All pairs in all settings, batch by batch."""
+    found: dict[str, list[tuple[Drawn, float]]] = {name: [] for name in named}
+    size = cfg.sample.batch_size
+    for start in range(0, len(pairs), size):
+        jobs = make_jobs(pipe, pairs[start : start + size], cfg, STRENGTH)
+        if start == 0:  # the first call of all is slower, and does not count
+            draw_batch(pipe, jobs, Setting({"steps": 1}), cfg.sample)
+        for name, setting in named.items():
+            found[name].append(draw_batch(pipe, jobs, setting, cfg.sample))
+        print(f"{start + len(jobs)} of {len(pairs)} pairs", file=sys.stderr)
+    shots = {}
+    for name, batches in found.items():
+        parts, seconds = zip(*batches, strict=True)
+        shots[name] = Shot(Drawn(*(torch.cat(x) for x in zip(*parts, strict=True))), list(seconds))
+    return shots
+
+
+def judged(values: Mapping[str, Values], shots: Mapping[str, Shot]) -> tuple[dict[str, Values], ...]:
+    """Setting -> measures with the difference to the first setting's pictures; and less its measures."""
+    base, *others = values
+    then = shots[base].drawn.images.float()  # (N, 3, S, S)
+    shown, less = {base: values[base]}, {}
+    for name in others:
+        difference = (shots[name].drawn.images.float() - then).abs().mean(dim=(1, 2, 3))  # (N,)
+        shown[name] = values[name] | {"difference": difference}
+        less[name] = {key: values[name][key].float() - values[base][key].float() for key in MEASURES}
+    return shown, less
+
+
+def costs(
+    shots: Mapping[str, Shot], named: Mapping[str, Setting], sample: SampleConfig
+) -> dict[str, dict[str, str]]:
+    """Heading -> setting -> share of the first setting's UNet rows and seconds."""
+    base = next(iter(named))
+    rows, seconds = {}, {}
+    for name, setting in named.items():
+        share = unet_rows(replace(sample, **setting.sample)) / unet_rows(sample)
+        rows[name] = f"{share:.3g}"
+        shares = [own / its for own, its in zip(shots[name].seconds, shots[base].seconds, strict=True)]
+        middle = statistics.median(shares)
+        seconds[name] = "1" if name == base else f"{middle:.2f} ({min(shares):.2f} to {max(shares):.2f})"
+    return {"UNet rows": rows, "seconds": seconds}
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    cfg = ReportConfig()
+    parser = argparse.ArgumentParser(
+        "python -m moma.mini.approximations", description=__doc__.split("\n\n")[1]
+    )
+    add = parser.add_argument
+    add("--bundle", type=Path, default=Path("weights/mini"), help="MoMA-mini (default: weights/mini)")
+    add(
+        "--probes",
+        type=Path,
+        default=Path("weights/mini/probes.safetensors"),
+        help="the judges (default: weights/mini/probes.safetensors)",
+    )
+    add(
+        "--page",
+        type=Path,
+        default=Path("docs/approximations.md"),
+        help="rewritten between its marks (default: docs/approximations.md)",
+    )
+    add("--pairs", type=int, default=PAIRS, help=f"subjects (default: {PAIRS})")
+    add("--steps", type=int, default=cfg.sample.steps, help=f"of the baseline (default: {cfg.sample.steps})")
+    add("--device", default="auto")
+    add("--dtype", default="auto")
+    args = parser.parse_args(argv)
+    if args.pairs < 1:
+        raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
+    if args.steps < MIN_STEPS:
+        raise ValueError(f"--steps {args.steps}: expected {MIN_STEPS} or more")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """ValueError for a user's mistake."""
+    set_precision()
+    args, cfg, day = parse(argv), ReportConfig(), date.today()
+    cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
+    unet_rows(cfg.sample)  # the steps, and next the page: refused now, not after the drawing
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    around(args.page, TITLE)
+    probes, pipe = load_probes(args.probes), load_pipe(args.bundle, args.device, args.dtype)
+    pairs, named = make_pairs(args.pairs, [None], cfg), settings(args.steps)
+    shots = draw_in_turn(pipe, pairs, named, cfg)
+    values = measure({name: shot.drawn for name, shot in shots.items()}, pairs, probes, cfg)
+    shown, less = judged(values, shots)
+    tables = (
+        Table("Settings", "", ("difference", *MEASURES), shown, costs(shots, named, cfg.sample)),
+        Table("Less the baseline, pair by pair", "", MEASURES, less),
+    )
+    given = sys.argv[1:] if argv is None else argv
+    intro = INTRO.format(
+        command=" ".join(["python -m moma.mini.approximations", *given]),
+        day=day.isoformat(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        device=pipe.device,
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        pairs=len(pairs),
+        strength=STRENGTH,
+        guidance=cfg.sample.guidance,
+        seconds=sum(next(iter(shots.values())).seconds) / len(pairs),
+    )
+    text = "\n".join([intro, *(table.markdown() for table in tables)])
+    rewrite(args.page, text, TITLE)
+    print(text)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main` with an exit status."""
+    return exit_status("approximations", lambda: main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
