@@ -12,6 +12,7 @@ from torch import Tensor
 from models.attention import attention
 from moma import DEFAULT, Job, MoMA, SampleConfig, Subject
 from moma.adapter import Conditioning, MoMAHook
+from moma.config import TIMESTEPS
 from moma.diffusion import intervals
 from moma.graphs import CudaRecorder, GraphedUNet, Output, RecordableHook, Recording, Run, choose_recorder
 from moma.sampler import Step, TextOnly, denoise
@@ -117,14 +118,19 @@ class Shrinking:
     def next_m_gen(self, records: list[Tensor], size: tuple[int, int]) -> Tensor:
         return self.cond.next_m_gen(records, size)
 
+    def conditional(self) -> "Shrinking":
+        return Shrinking(self.cond.conditional())
+
 
 @torch.no_grad()
-def steps(pipe: MoMA, unet: object, jobs: list[Job], solver: str) -> list[Step]:
+def steps(
+    pipe: MoMA, unet: object, jobs: list[Job], solver: str, interval: tuple[int, int] = (0, TIMESTEPS)
+) -> list[Step]:
     """All steps of one batch, kept until the last one is done."""
     guide = Shrinking(pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG))
     start = torch.randn(len(jobs), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
     path = intervals(pipe.schedule, CONFIG.steps, solver)
-    return list(denoise(unet, guide, path, start, 7.5, solver))
+    return list(denoise(unet, guide, path, start, 7.5, solver, interval))
 
 
 @pytest.mark.parametrize(("solver", "impl"), [("ddim", "fused"), ("dpm", "explicit")])
@@ -140,6 +146,16 @@ def test_every_step_is_the_eager_one(pipe: MoMA, jobs: list[Job], solver: str, i
     assert all(isinstance(one.hook, MoMAHook) for one in unet.recordings.values())  # their memory is held
     # 7 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
     assert recorder.replayed == ([0] * 2 + [1] * 3 if impl == "fused" else [0] * 6)
+
+
+def test_guidance_at_some_steps(pipe: MoMA, jobs: list[Job]) -> None:
+    """Steps with both rows of guidance and with one are recorded apart."""
+    recorder, interval = Rerun(), (500, TIMESTEPS)
+    eager = steps(pipe, pipe.unet, jobs, "ddim", interval)
+    graphed = steps(pipe, GraphedUNet(pipe.unet, lambda: recorder), jobs, "ddim", interval)
+    for a, b in zip(graphed, eager, strict=True):
+        same(a.latents, b.latents, 1e-5)
+    assert len(recorder.replayed) > 1 and recorder.recorded >= 2
 
 
 def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class BenchConfig:
     # Of the curves. Each point varies one thing and leaves the others.
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
     batches: tuple[int, ...] = (1, 4, 16)
-    lengths: tuple[int, ...] = (2, 5, 10)  # steps
+    lengths: tuple[int, ...] = (1, 2, 5)  # steps
     shares: tuple[float, ...] = (0.05, 0.35, 0.7, 1.0)
     # Least ratios; "half": where 16-bit types have another one.
     wanted: Mapping[str, float] = field(
