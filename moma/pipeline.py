@@ -30,7 +30,7 @@ from moma.config import MethodConfig, SampleConfig, method_config
 from moma.decoder import Decoder, Question
 from moma.diffusion import Interval, ScheduleConfig, add_noise, alphas_cumprod, intervals
 from moma.graphs import GraphedUNet, Recorder, choose_recorder
-from moma.memory import Choice, check_choice, choose_stream, free_memory
+from moma.memory import Choice, check_choice, choose_stream, free_memory, pictures_at_once
 from moma.preprocess import Reference, make_reference
 from moma.prompts import check_prompt, label_positions, sd_prompt
 from moma.sampler import Step, denoise
@@ -297,10 +297,13 @@ class MoMA:
         on_step: OnStep | None,
     ) -> Iterator[Result]:
         embeddings = self._embed_once(jobs)
-        starts = range(0, len(jobs), config.batch_size)
+        size = config.batch_size
+        if self.method.m_gen_norm != "batch":  # there the batch decides what its pictures are
+            size = pictures_at_once(size, noise[0][0, 0].numel() if noise else 1, self.device)
+        starts = range(0, len(jobs), size)
         unet = GraphedUNet(self.unet, self.make_recorder)
         for n, start in enumerate(starts):
-            batch = slice(start, start + config.batch_size)
+            batch = slice(start, start + size)
             guide = self.guide(jobs[batch], embeddings[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
             settings = config.guidance, config.solver, config.guidance_interval

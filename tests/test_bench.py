@@ -79,7 +79,7 @@ def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
     with torch.no_grad():
         assert measure.relative_error(two.moma()[::2], first.moma()) < 1e-4
     (part,) = flow.batch_step(SMALL, networks)
-    assert part.what == "MoMA step, 2 pictures" and part.seconds > 0
+    assert part.what == "MoMA step, 2 at once" and part.seconds > 0
 
 
 def test_a_recorded_step_is_the_same(networks: step.Networks) -> None:
@@ -89,7 +89,7 @@ def test_a_recorded_step_is_the_same(networks: step.Networks) -> None:
 
 def test_flow_is_the_sum_of_its_parts() -> None:
     seconds = {
-        "reference pass": 1.0, "VAE, encode": 2.0, "VAE, decode": 3.0, "MoMA step, 2 pictures": 4.0,
+        "reference pass": 1.0, "VAE, encode": 2.0, "VAE, decode": 3.0, "MoMA step, 2 at once": 4.0,
         "decoder, resident": 5.0,
     }  # fmt: skip
     parts = [Part(what, "fp32", s) for what, s in seconds.items()]

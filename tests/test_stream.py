@@ -18,7 +18,7 @@ from models.tokenizers import IMAGE_TOKEN
 from moma import Job, MethodConfig, MoMA, SampleConfig
 from moma.bundle import Bundle
 from moma.decoder import QUESTIONS_AT_ONCE, Question
-from moma.memory import MARGIN, available_ram, choose_stream
+from moma.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, pictures_at_once
 from moma.pipeline import load_decoder
 from moma.tiny import TinyConfig, build_tiny_bundle
 
@@ -280,3 +280,14 @@ def test_available_ram(tmp_path: Path, cgroup: str | None, files: dict, expected
 
 def test_unknown_system(tmp_path: Path) -> None:
     assert available_ram(tmp_path) is None
+
+
+def test_pictures_at_once() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [pictures_at_once(4, n, cpu) for n in (16, CPU_LATENTS // 2, CPU_LATENTS, 9 * CPU_LATENTS)] == [
+        4,
+        2,
+        1,
+        1,
+    ]
+    assert pictures_at_once(4, 9 * CPU_LATENTS, gpu) == 4

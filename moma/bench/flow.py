@@ -44,6 +44,7 @@ from moma.bench.measure import (
 from moma.bench.step import Networks, make_step, pseudo_random
 from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
 from moma.decoder import Question
+from moma.memory import pictures_at_once
 from moma.pipeline import load_decoder
 from moma.tiny import SOURCE, TinyConfig, build_tokenizers, draw
 
@@ -161,28 +162,38 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 
 @torch.no_grad()
 def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
-    """A step of all pictures of the flow at once."""
-    step = make_step(networks, cfg, cfg.pictures)
+    """A step of as many pictures of the flow as the pipeline draws at once."""
+    together = at_once(cfg, networks.device)
+    step = make_step(networks, cfg, together)
     seconds = median_of(step.moma, cfg.repeats)
-    yield Part(f"MoMA step, {cfg.pictures} pictures", name_of(networks.dtype), seconds)
+    yield Part(step_name(together), name_of(networks.dtype), seconds)
+
+
+def at_once(cfg: BenchConfig, device: torch.device) -> int:
+    return pictures_at_once(cfg.pictures, prod(cfg.grid), device)
+
+
+def step_name(together: int) -> str:
+    return f"MoMA step, {together} at once"
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """Several pictures of one subject for one prompt, the sum of the parts that were measured.
 
-    Ours: the decoder and the reference pass once, all pictures in one batch. The release's: all of it anew
-    for each picture, with its own step; what else it does is taken to be as fast as ours. Loading and text
-    encoding are in neither.
+    Ours: the decoder and the reference pass once, pictures in the pipeline's batches. The release's: all of
+    it anew for each picture, with its own step; what else it does is taken to be as fast as ours. Loading
+    and text encoding are in neither.
     """
     kind, n, steps = name_of(dtype), cfg.pictures, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
-    wanted = {"reference pass", "VAE, encode", "VAE, decode", f"MoMA step, {n} pictures"}
+    together = at_once(cfg, device)
+    wanted = {"reference pass", "VAE, encode", "VAE, decode", step_name(together)}
     if not release or not wanted <= set(part):
         return
     read = part.get("decoder, resident", 0.0)
     once = read + part["VAE, encode"] + part["reference pass"]
-    fast = once + steps * part[f"MoMA step, {n} pictures"] + n * part["VAE, decode"]
+    fast = once + steps * -(-n // together) * part[step_name(together)] + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
     decoded = "with" if read else "without"
