@@ -84,7 +84,7 @@ def queries_inside(m_gen: Tensor) -> Tensor | None:
     count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1])
     if count is None:
         return None
-    return nonzero.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (R, Q)
+    return _true_first(nonzero, count)  # (R, Q)
 
 
 def queries_asked(inside: int, of: int) -> int | None:
@@ -92,6 +92,11 @@ def queries_asked(inside: int, of: int) -> int | None:
     bucket = max(QUERY_BUCKET, of // QUERY_BUCKETS)
     count = -(-inside // bucket) * bucket
     return None if count > QUERY_SHARE * of else count
+
+
+def _true_first(x: Tensor, count: int) -> Tensor:
+    """x bool (R, N) -> int64 (R, count): places where it is True, in order, then those where it is not."""
+    return x.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def _take(x: Tensor, place: Tensor) -> Tensor:
@@ -118,8 +123,7 @@ def drop_background(reference: ReferenceLayer) -> ReferenceLayer:
     empty = ~reference.keep.any(dim=1)  # (R,)
     k = reference.k.masked_fill(empty[:, None, None, None], 0.0)
     v, keep = reference.v, reference.keep | empty[:, None]
-    order = keep.int().argsort(dim=1, descending=True, stable=True)  # (R, M), kept keys first
-    order = order[:, : int(keep.sum(dim=1).max())]  # (R, M')
+    order = _true_first(keep, int(keep.sum(dim=1).max()))  # (R, M')
     index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (R, H, M', D)
     kept = keep.gather(1, order)  # (R, M')
     return ReferenceLayer(k.gather(2, index), v.gather(2, index), None if kept.all() else kept)

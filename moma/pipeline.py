@@ -299,7 +299,8 @@ class MoMA:
         embeddings = self._embed_once(jobs)
         size = config.batch_size
         if self.method.m_gen_norm != "batch":  # there the batch decides what its pictures are
-            size = pictures_at_once(size, noise[0][0, 0].numel() if noise else 1, self.device)
+            latents = config.height * config.width // self.vae.cfg.factor**2
+            size = pictures_at_once(size, latents, self.device)
         starts = range(0, len(jobs), size)
         unet = GraphedUNet(self.unet, self.make_recorder)
         for n, start in enumerate(starts):

@@ -5,8 +5,13 @@ Each test has a folder for caches of its own, so that none finds what another on
 """
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from moma import MoMA
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,3 +19,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tiny bundle."""
+    from moma.tiny import build_tiny_bundle  # torch reads the number of threads when it is imported
+
+    path = tmp_path_factory.mktemp("weights") / "tiny"
+    build_tiny_bundle(path)
+    yield str(path)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: str) -> "MoMA":
+    from moma import MoMA
+
+    return MoMA.load(folder, "cpu", "fp32")

@@ -1,7 +1,7 @@
 """CUDA graphs on the CPU: what stands for a graph computes the recorded call again, on the same memory."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from moma.diffusion import intervals
 from moma.graphs import CudaRecorder, GraphedUNet, Output, RecordableHook, Recording, Run, choose_recorder
 from moma.sampler import Step, TextOnly, denoise
 from moma.tiles import decode
-from moma.tiny import build_tiny_bundle
 from tests.test_pipeline import mask, picture, same
 
 SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
@@ -66,18 +65,6 @@ class Wrong(Rerun):
             outputs[0].mul_(1.1)
 
         return outputs, spoiled
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("weights") / "tiny"
-    build_tiny_bundle(path)
-    yield str(path)
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: str) -> MoMA:
-    return MoMA.load(folder, "cpu", "fp32")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The pipeline on the tiny bundle: batches, seeds, switched-off parts, presets, and what it refuses."""
 
 import importlib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,22 +20,9 @@ from moma.diffusion import SOLVERS, intervals
 from moma.pipeline import REFERENCE_STREAM, choose_device, choose_dtype
 from moma.preprocess import make_reference
 from moma.sampler import TextOnly, denoise
-from moma.tiny import build_tiny_bundle
 
 QUICK = SampleConfig(steps=3, height=64, width=64)
 SOME = (300, 600)  # of QUICK's timesteps, 667, 334 and 1, the middle one
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("weights") / "tiny"
-    build_tiny_bundle(path)
-    yield str(path)
-
-
-@pytest.fixture(scope="module")
-def pipe(folder: str) -> MoMA:
-    return MoMA.load(folder, "cpu", "fp32")
 
 
 def picture(seed: int) -> Image.Image:

@@ -23,16 +23,17 @@ from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
 from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
 from moma.bundle import DTYPES, Bundle
-from moma.output import exit_status, save_png, write_text
+from moma.output import exit_status, markdown_table, save_png, write_text
 from moma.pipeline import choose_device, set_precision
 
 BASELINE = "tests.baseline"  # the same on diffusers: not a part of what runs
 PARTS = ("eq3", "step", "flow", "decoder", "training", "curves")
 
 
-def measured(args: argparse.Namespace, cfg: BenchConfig, device: torch.device) -> Iterator[Found]:
-    """Every line, as soon as it is there."""
-    baseline = load_baseline() if args.baseline else None
+def measured(
+    args: argparse.Namespace, cfg: BenchConfig, device: torch.device, baseline: Any
+) -> Iterator[Found]:
+    """Every line, as soon as it is there; baseline: the module tests.baseline, or None."""
     for dtype in (DTYPES[name] for name in args.dtype):
         found: list[Found] = []
         for line in of_dtype(args, cfg, device, dtype, baseline):
@@ -90,7 +91,7 @@ def ratio_table(ratios: Sequence[Ratio]) -> str:
         error = "" if r.error is None else f"{r.error:.1e}"
         sides = f"{r.slow:.3g} {r.unit}", f"{r.fast:.3g} {r.unit}"
         rows.append((r.what, r.dtype, *sides, f"{r.times:.2f}", verdict, error))
-    return table(("what", "dtype", "first", "second", "ratio", "wanted", "difference"), rows)
+    return markdown_table(("what", "dtype", "first", "second", "ratio", "wanted", "difference"), rows)
 
 
 def part_table(parts: Sequence[Part]) -> str:
@@ -99,7 +100,7 @@ def part_table(parts: Sequence[Part]) -> str:
         flops = "" if p.flops is None else f"{p.flops / 1e12:.2f}"
         share = "" if p.of_peak is None else f"{p.of_peak:.0%}"
         rows.append((p.what, p.dtype, f"{p.seconds:.2f}", flops, share, gigabytes(p.memory)))
-    return table(("part", "dtype", "seconds", "Tflop", "of the peak", "memory"), rows)
+    return markdown_table(("part", "dtype", "seconds", "Tflop", "of the peak", "memory"), rows)
 
 
 def point_table(points: Sequence[Point]) -> str:
@@ -107,16 +108,11 @@ def point_table(points: Sequence[Point]) -> str:
     for p in points:
         seconds = f"{p.plain:.2f} s", f"{p.moma:.2f} s", f"{p.moma / p.plain:.2f}"
         rows.append((p.axis, f"{p.x:g}", p.dtype, *seconds, gigabytes(p.memory)))
-    return table(("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"), rows)
+    return markdown_table(("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"), rows)
 
 
 def gigabytes(memory: int | None) -> str:
     return "" if memory is None else f"{memory / 1e9:.2f} GB"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
 # --- the command ---------------------------------------------------------------------------------------
@@ -169,15 +165,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """ValueError for a user's mistake."""
     set_precision()
     args = parse(argv)
-    if args.baseline:
-        load_baseline()
+    baseline = load_baseline() if args.baseline else None
     device = choose_device(args.device)
     cfg = replace(BenchConfig(), size=args.size, share=args.share, repeats=args.repeats)
     if device.index:
         torch.accelerator.set_device_index(device.index)  # the one that `wait` waits for
     prepare_bundle(args, cfg)
     found: list[Found] = []
-    for line in measured(args, cfg, device):
+    for line in measured(args, cfg, device, baseline):
         found.append(line)
         print(told(line), file=sys.stderr)
         write_numbers(args.out, found, cfg, device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -9,10 +10,9 @@ from PIL import Image
 from moma.bench.measure import BenchConfig, Point, memory_of, name_of, seconds_of
 from moma.bench.step import Networks, make_step
 from moma.chart import ChartConfig, Colour, Line, chart
-from moma.diffusion import ScheduleConfig, intervals
-from moma.sampler import TextOnly, denoise
-
-GUIDANCE = 7.5  # the sampler's default; times do not depend on it
+from moma.config import SampleConfig
+from moma.diffusion import Interval, ScheduleConfig, intervals
+from moma.sampler import Guide, TextOnly, denoise
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: 
 def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
     """Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before."""
     step = make_step(networks, cfg)
-    start = step.x[:1].float()  # (1, Z, h, w)
+    start, guidance = step.x[:1].float(), SampleConfig().guidance  # (1, Z, h, w)
+
+    def loop(guide: Guide, path: Sequence[Interval]) -> None:
+        for _ in denoise(networks.unet, guide, path, start, guidance, "ddim"):
+            pass
+
     for steps in cfg.lengths:
         path = intervals(ScheduleConfig(), steps, "ddim")
-        plain, moma = (
-            seconds_of(lambda: list(denoise(networks.unet, guide, path, start, GUIDANCE, "ddim")))  # noqa: B023
-            for guide in (TextOnly(step.text), step.cond)
-        )
+        plain, moma = (seconds_of(partial(loop, guide, path)) for guide in (TextOnly(step.text), step.cond))
         yield Point("steps", steps, name_of(networks.dtype), plain, moma, None)
 
 

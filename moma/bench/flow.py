@@ -164,6 +164,8 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
     """A step of as many pictures of the flow as the pipeline draws at once."""
     together = at_once(cfg, networks.device)
+    if together == 1:
+        return  # `moma.bench.step.steps` has it
     step = make_step(networks, cfg, together)
     seconds = median_of(step.moma, cfg.repeats)
     yield Part(step_name(together), name_of(networks.dtype), seconds)
@@ -174,7 +176,7 @@ def at_once(cfg: BenchConfig, device: torch.device) -> int:
 
 
 def step_name(together: int) -> str:
-    return f"MoMA step, {together} at once"
+    return "MoMA step" if together == 1 else f"MoMA step, {together} at once"
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
@@ -222,6 +224,6 @@ def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.
         raise ValueError(f"{SCRIPT.name} failed with {folder}: {last}")
     told = PEAK_MEMORY.search(text)
     memory = float(told[1]) * 1e9 if device.type == "cuda" and told else max(seen)
-    if memory and least in cfg.most and dtype != torch.float32:
+    if memory and least in cfg.most:
         what = "memory of the whole pipeline, limit / ours"
         yield Ratio(what, kind, 1.0, cfg.most[least], memory / GIB, unit="GiB")

@@ -35,7 +35,16 @@ from moma.mini.drawing import stream
 from moma.mini.measures import Estimate, estimate, iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
-from moma.output import Cell, SheetConfig, contact_sheet, exit_status, mask_picture, save_png, write_text
+from moma.output import (
+    Cell,
+    SheetConfig,
+    contact_sheet,
+    exit_status,
+    markdown_table,
+    mask_picture,
+    save_png,
+    write_text,
+)  # fmt: skip
 from moma.pipeline import Job, MoMA, Result, Subject, set_precision, to_images
 from moma.sampler import Guide
 from moma.training.cache import clip_embedding
@@ -362,13 +371,13 @@ class Table:
 
     def markdown(self) -> str:
         heads = ["", *self.facts, *(HEADINGS[name] for name in self.columns)]
-        lines = [heads, ["---"] * len(heads)]
+        lines = []
         for row, found in self.numbers().items():
             said = [of.get(row, "") for of in self.facts.values()]
             cells = (_cell(name, found[name]) if name in found else "" for name in self.columns)
             lines.append([row, *said, *cells])
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return "\n\n".join(filter(None, [f"### {self.title}", self.note, rows])) + "\n"
+        rows = markdown_table(heads, lines)
+        return "\n\n".join(filter(None, [f"### {self.title}", self.note, rows]))
 
 
 def _cell(name: str, found: Estimate) -> str:
@@ -436,14 +445,14 @@ def targets(
 
 
 def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
-    lines = ["| MoMA, β = 1 | wanted | found | |", "|---|---|---|---|"]
+    rows = []
     for text, (least, e) in found.items():
         met = "met" if (e.mean >= least if least else e.low > 0) else "**missed**"
         if not least and e.low <= 0 < e.high:
             met = "undecided"
         asked = f"at least {least:g}" if least else "above 0"
-        lines.append(f"| {text} | {asked} | {e.mean:.3f} ({e.low:.3f} to {e.high:.3f}) | {met} |")
-    return "\n".join(lines) + "\n"
+        rows.append((text, asked, f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})", met))
+    return markdown_table(("MoMA, β = 1", "wanted", "found", ""), rows)
 
 
 # --- the page ----------------------------------------------------------------------------------------
