@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
     | {"models.quant", "models.packed"},
-    {"models.unet", "models.vae", "models.clip", "models.llama"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.dino", "models.dino_image"},
     {"models.llava"},
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
@@ -40,6 +40,9 @@ FLOORS = [
     {"moma.bench.step"},
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
+    # evaluation
+    {"moma.evaluate", "moma.evaluate.scores"},
+    {"moma.evaluate.scorers"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},
