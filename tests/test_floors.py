@@ -24,6 +24,9 @@ FLOORS = [
     {"moma.sources"},
     {"moma.pipeline"},
     {"moma"},
+    # the evaluation
+    {"moma.evaluate", "moma.evaluate.ip_adapter"},
+    {"moma.evaluate.methods"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
     {"moma.data.tables", "moma.data.triplets"},
