@@ -44,16 +44,19 @@ FLOORS = [
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate", "moma.evaluate.scores"},
-    {"moma.evaluate.scorers"},
+    {"moma.evaluate.scores", "moma.evaluate.protocol", "moma.evaluate.references"},
+    {"moma.evaluate.scorers", "moma.evaluate.draw", "moma.evaluate.options"},
+    {"moma.evaluate.rate"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},
     {"moma.mini.world"},
     {"moma.mini.words", "moma.mini.base"},
     {"moma.mini.probes"},
-    {"moma.mini.config", "moma.mini.report"},
+    {"moma.mini.config", "moma.mini.report", "moma.mini.evaluation"},
     {"moma.mini.tasks", "moma.mini.approximations"},
+    {"moma.evaluate.plan"},
+    {"moma.evaluate.__main__"},
     {"sample", "convert_weights", "train"},
     {"moma.mini.pretrain", "moma.rounding"},
 ]

@@ -139,8 +139,8 @@ def begun(folder: Path) -> list[tuple[str, ...]]:
 # --- what there is to do -----------------------------------------------------------------------------
 
 
-def missing(run: Run) -> list[Task]:
-    """The tasks without a whole picture. ValueError, one line, if the folder is another run's."""
+def check_settings(run: Run) -> None:
+    """ValueError, one line, if the folder is another run's."""
     path = run.folder / SETTINGS
     if path.exists():
         if listed := differences(json.loads(path.read_text(encoding="utf-8")), run.settings):
@@ -149,6 +149,11 @@ def missing(run: Run) -> list[Task]:
             )
     elif next(run.folder.glob("*/*.png"), None):
         raise ValueError(f"{run.folder}: has pictures, but no {SETTINGS}; choose another --out")
+
+
+def missing(run: Run) -> list[Task]:
+    """The tasks without a whole picture. ValueError for a picture of another run's."""
+    check_settings(run)
     absent = []
     for task, stamp in run.stamps().items():
         found = read_stamp(run.folder / task.file)
@@ -183,11 +188,12 @@ def draw(run: Run, ranks: Ranks) -> None:
     plan = None
     if ranks.main:
         plan = missing(run), begun(run.folder)
-        (run.folder / DRAFTS).mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / SETTINGS, json.dumps(run.settings, indent=1) + "\n")
     absent, drafts = ranks.share(plan)
     if not absent:
         return
+    (run.folder / DRAFTS).mkdir(exist_ok=True)
     method = run.loader(run.bundle.folder, str(ranks.device), run.dtype)
     todo = batches(run, absent, drafts, method.pipe.at_once(run.sample))
     own = todo[len(todo) * ranks.rank // ranks.world : len(todo) * (ranks.rank + 1) // ranks.world]

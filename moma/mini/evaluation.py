@@ -1,9 +1,9 @@
 """MoMA-mini's world as a dataset to evaluate on, and its own small scorers.
 
-The dataset is written as DreamBooth's is published, a folder of pictures for each subject, so that all else is
-done as for photos; the truth being known, each picture has its mask. The scorers are those of MoMA-mini's
-networks that judge: the judges' embedding of an identity stands where DINO stands, the bundle's CLIP, with the
-projections of its training, where CLIP stands. Their figures compare with one another only.
+The dataset is written as DreamBooth's is published, a folder of pictures for each subject, so that all else
+is done as for photos; the truth being known, each picture has its mask. The judges' embedding of an identity
+stands where DINO stands, and the bundle's CLIP, with the projections of its training, where CLIP stands.
+Their figures compare with one another only.
 
 Letters: N pictures or texts, S picture side, E embedding.
 """
@@ -44,14 +44,12 @@ class WorldEvaluation:
 
 
 def photos_of(index: int, cfg: WorldEvaluation, world: WorldConfig = DEFAULT) -> list[Spec]:
-    """Pictures of the index-th subject, an identity that nothing was trained on, each in a scene of its own."""
+    """Pictures of the index-th subject, which nothing was trained on, each in a scene of its own."""
     label, rng = CLASSES[index % len(CLASSES)], stream("evaluation", index)
     number = world.identities + world.unseen_identities + index // len(CLASSES)
     places = rng.permutation(len(SCENES))
     seeds = rng.integers(SEEDS, size=(cfg.photos, 2)).tolist()
-    return [
-        Spec(label, number, SCENES[places[i % len(SCENES)]], None, *seed) for i, seed in enumerate(seeds)
-    ]
+    return [Spec(label, number, SCENES[places[i % len(SCENES)]], None, *seed) for i, seed in enumerate(seeds)]
 
 
 def prompts_of(shown: Spec) -> tuple[Prompt, ...]:
@@ -116,7 +114,9 @@ class MiniCLIPScorer:
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size -> (N, E) of unit length."""
         pixels = torch.stack([clip_image(image, self.vision.cfg.image_size) for image in images])
-        rows = [self.heads["vision_head"](self.vision(some)[1]) for some in pixels.split(BATCH)]  # (n, E) each
+        rows = [
+            self.heads["vision_head"](self.vision(some)[1]) for some in pixels.split(BATCH)
+        ]  # (n, E) each
         return F.normalize(torch.cat(rows), dim=1)  # (N, E)
 
     @torch.no_grad()
