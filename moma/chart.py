@@ -135,12 +135,13 @@ class Series:
     name: str
     values: Mapping[str, float]
     colour: Colour
+    shape: int = 0  # disc, square, diamond, triangle: tell apart what colours alone may not
     hollow: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of the chart with an axis of its own. All panels have the same rows and kinds of series."""
+    """A part of the chart with an axis of its own."""
 
     title: str
     series: Sequence[Series]
@@ -151,16 +152,15 @@ def dots(rows: Sequence[str], panels: Sequence[Panel], caption: str, cfg: DotsCo
     font = ImageFont.load_default(cfg.font)
     names = int(max((min(font.getlength(_plain(row)), cfg.names) for row in rows), default=0))
     width = 2 * cfg.gap + names + len(panels) * (cfg.gap + cfg.panel)
-    shown = {series.name: (i, series) for panel in panels for i, series in enumerate(panel.series)}
+    shown = {series.name: series for panel in panels for series in panel.series if series.values}
     legend = list(_legend(list(shown), font, width - 2 * cfg.gap, cfg))
     top = cfg.gap + cfg.line * (legend[-1][1] + 2 if legend else 1)  # legend, then titles
     bottom = top + cfg.row * len(rows)
     image = Image.new("RGB", (width, bottom + 2 * cfg.line + cfg.gap), cfg.background)
     draw = ImageDraw.Draw(image)
     for x, line, name in legend:
-        i, series = shown[name]
         y = cfg.gap + cfg.line * (line + 0.5)
-        _mark(draw, x + cfg.mark, y, i, series, cfg)
+        _mark(draw, x + cfg.mark, y, shown[name], cfg)
         draw.text((x + 3 * cfg.mark, y), _plain(name), cfg.ink, font, anchor="lm")
     for n, row in enumerate(rows):
         y = top + n * cfg.row
@@ -201,7 +201,7 @@ def _panel(
         for i, series in enumerate(panel.series):
             if row in series.values:
                 y = top + (n + 0.5) * cfg.row + (i - (len(panel.series) - 1) / 2) * cfg.spread
-                _mark(draw, place(series.values[row]), y, i, series, cfg)
+                _mark(draw, place(series.values[row]), y, series, cfg)
 
 
 def _legend(
@@ -217,10 +217,7 @@ def _legend(
         x += needed + cfg.gap
 
 
-def _mark(
-    draw: ImageDraw.ImageDraw, x: float, y: float, number: int, series: Series, cfg: DotsConfig
-) -> None:
-    """A disc, a square, a diamond or a triangle, by number: shapes tell apart what colours alone may not."""
+def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, series: Series, cfg: DotsConfig) -> None:
     r = cfg.mark
     shapes = (
         None,
@@ -228,7 +225,7 @@ def _mark(
         [(0, -1.3 * r), (1.3 * r, 0), (0, 1.3 * r), (-1.3 * r, 0)],
         [(0, -1.2 * r), (1.2 * r, r), (-1.2 * r, r)],
     )
-    shape, inside = shapes[number % len(shapes)], cfg.background if series.hollow else series.colour
+    shape, inside = shapes[series.shape % len(shapes)], cfg.background if series.hollow else series.colour
     if shape is None:
         draw.ellipse([x - r, y - r, x + r, y + r], inside, series.colour, width=3)
     else:

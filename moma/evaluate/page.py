@@ -6,7 +6,7 @@ The page shows the pictures with their scores; it opens from the disk and needs 
 import base64
 import io
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,18 +86,18 @@ def subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
 
 def _kind_chart(results: Results, kind: str, cfg: PageConfig) -> Image.Image:
     """The best subject of the first method, by the first column, comes first."""
-    colours = method_colours(results, cfg)
     drawn = [score for score in results.scores if score.kind == kind]
-    found: dict[str, dict[str, Mapping[str, float]]] = {}  # method -> subject -> means
+    found: dict[str, dict[str, Mapping[str, float]]] = {method: {} for method in results.methods}
     for (method, subject), average in averages(drawn, "method", "subject").items():
-        found.setdefault(method, {})[subject] = average.values
+        found[method][subject] = average.values
+    colours = method_colours(results, cfg)
     panels: dict[str, list[Series]] = {}
     for column in results.columns:
+        real = Series(REAL, _column(results.real, column), cfg.grey, hollow=True)
         panels[column] = [
-            Series(method, _column(rows, column), colours[method]) for method, rows in found.items()
-        ]
-        if results.real:
-            panels[column].append(Series(REAL, _column(results.real, column), cfg.grey, hollow=True))
+            Series(method, _column(rows, column), colours[method], shape)
+            for shape, (method, rows) in enumerate(found.items())
+        ] + [real]
     panels = {column: series for column, series in panels.items() if any(one.values for one in series)}
     if not panels:
         return dots([], [], "No scores", cfg.chart)
@@ -123,18 +123,15 @@ def method_colours(results: Results, cfg: PageConfig) -> dict[str, Colour]:
 def write_page(
     path: Path, folder: Path, results: Results, photos: Mapping[str, Sequence[Path]], cfg: PageConfig
 ) -> None:
-    """Write the page of the pictures in `folder`; unless they are embedded, that is where it belongs."""
+    """Write the page of the pictures in `folder`; unless it embeds them, it belongs there, too."""
     link = partial(_embedded, folder, cfg) if cfg.embed else quote
-    chart, buffer = subjects_chart(results, cfg), io.BytesIO()
-    chart.save(buffer, "PNG")
-    subjects, groups = list(results.subjects)[: cfg.subjects], _groups(results, cfg)
-    shown = sum(len(group) for subject in subjects for group in groups.get(subject, {}).values())
-    across = _across(groups, cfg)
+    groups = _groups(results, cfg)
     sections = []
-    for number, subject in enumerate(subjects):
+    for number, (subject, prompts) in enumerate(groups.items()):
         files = photos.get(subject, ())[: cfg.real]
         links = [_photo(folder, f"{number:03d}-{i}.jpg", file, cfg) for i, file in enumerate(files)]
-        sections.append(_section(results, subject, links, groups.get(subject, {}), link, cfg))
+        sections.append(_section(results, subject, links, prompts, link, cfg))
+    shown = sum(len(group) for prompts in groups.values() for group in prompts.values())
     every = f"{shown} of {len(results.scores)} pictures are shown." if shown < len(results.scores) else ""
     orders = [
         (f"{i}{sign}", f"{column}, {way} first")
@@ -145,40 +142,41 @@ def write_page(
         title=escape(f"Scores of {', '.join(results.methods) or 'real images'}"),
         tables=tables_html(results),
         notes=escape(results.notes),
-        chart=_data_uri("png", buffer.getvalue()) if cfg.embed else CHART,
-        chart_width=chart.width // 2,
+        chart=_data_uri("png", _png(subjects_chart(results, cfg))) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
-        subjects=_options((name, name) for name in subjects),
+        subjects=_options((name, name) for name in groups),
         kinds=_options((kind, TITLES[kind]) for kind in results.kinds),
         methods=_options((name, name) for name in results.methods),
         orders=_options(orders),
         shown=every,
-        across=across,
+        across=_across(groups, cfg),
         sections="".join(sections),
     )
     write_text(path, page)
 
 
-Groups = dict[str, dict[tuple[str, str], list[Score]]]  # subject -> kind and prompt -> pictures
+Prompts = dict[tuple[str, str], list[Score]]  # kind and prompt -> pictures
 
 
-def _groups(results: Results, cfg: PageConfig) -> Groups:
-    """The pictures that are shown. Those of a prompt stand by method, then by number."""
-    groups: Groups = defaultdict(lambda: defaultdict(list))
+def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
+    """The subjects and pictures that are shown. Those of a prompt stand by method, then by number."""
+    groups: dict[str, Prompts] = {subject: {} for subject in list(results.subjects)[: cfg.subjects]}
+    for score in results.scores:
+        if score.subject in groups:
+            groups[score.subject].setdefault((score.kind, score.prompt), []).append(score)
     rank = {method: i for i, method in enumerate(results.methods)}
-    counts: Counter[tuple[str, str, str, str]] = Counter()
-    for score in sorted(results.scores, key=lambda s: (rank[s.method], s.number)):
-        key = (score.subject, score.kind, score.prompt, score.method)
-        counts[key] += 1
-        if cfg.numbers is None or counts[key] <= cfg.numbers:
-            groups[score.subject][score.kind, score.prompt].append(score)
+    for prompts in groups.values():
+        for key, scores in prompts.items():
+            scores.sort(key=lambda score: (rank[score.method], score.number))
+            some = [[s for s in scores if s.method == method][: cfg.numbers] for method in results.methods]
+            prompts[key] = [score for found in some for score in found]
     return groups
 
 
-def _across(groups: Groups, cfg: PageConfig) -> int:
+def _across(groups: Mapping[str, Prompts], cfg: PageConfig) -> int:
     """Pictures beside each other: the pictures of a method, or the methods where each has one."""
-    every = [group for prompts in groups.values() for group in prompts.values()]
-    most = max((max(Counter(s.method for s in group).values()) for group in every), default=1)
+    every = [Counter(s.method for s in scores) for prompts in groups.values() for scores in prompts.values()]
+    most = max((max(counts.values()) for counts in every), default=1)
     return min(cfg.across, most if most > 1 else max(map(len, every), default=1))
 
 
@@ -186,7 +184,7 @@ def _section(
     results: Results,
     subject: str,
     photos: Sequence[str],
-    prompts: Mapping[tuple[str, str], Sequence[Score]],
+    prompts: Prompts,
     link: Callable[[str], str],
     cfg: PageConfig,
 ) -> str:
@@ -256,6 +254,12 @@ def _small(file: Path, cfg: PageConfig) -> bytes:
     small.thumbnail((cfg.side, cfg.side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=cfg.quality)
+    return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
