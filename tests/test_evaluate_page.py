@@ -165,7 +165,7 @@ def test_published_rows_fill_no_column_of_another_variant():
     results = Results(scores, real, FACTS, DREAMBOOTH)
     (table,), (rows,) = tables(results), cells(results)
     columns = table.head[2:]
-    assert columns[:3] == list(COLUMNS) and set(columns[3:]) == set(UNSTATED)
+    assert columns == [*COLUMNS, *UNSTATED]
     found = {name: dict(zip(columns, row[1:], strict=True)) for name, row in rows.items()}
     shown = [row.cells[0] for row in table.rows if row.published]
     assert shown == [f"{row.name} (published)" for row in DREAMBOOTH]

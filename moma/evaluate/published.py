@@ -6,10 +6,10 @@ from dataclasses import dataclass
 SUBJECTS, PICTURES = 30, 3000  # of the protocol: 25 prompts, 4 pictures of each
 # Who does not say which network was used cannot stand in the column of one.
 UNSTATED = ("DINO, variant not stated", "CLIP-I, variant not stated", "CLIP-T, variant not stated")
-NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 pictures each, as the paper of
-DreamBooth (arXiv 2208.12242), that of BLIP-Diffusion (arXiv 2305.14720) or, for the others, later
-comparisons give them. Only the first names its DINO, ViT-S/16; nobody names the CLIP. Figures of other
-protocols, and MoMA's own (arXiv 2404.05674, Table 1), are not included."""
+NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 pictures of each: from the papers of
+DreamBooth (arXiv 2208.12242, Table 1) and BLIP-Diffusion (arXiv 2305.14720), the others as later comparisons
+give them. DreamBooth's DINO is ViT-S/16; where the network is not known, figures have columns of their own.
+Figures of other protocols, and MoMA's own (arXiv 2404.05674, Table 1), are not included."""
 
 
 @dataclass(frozen=True)

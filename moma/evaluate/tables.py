@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moma.estimates import Estimate, estimate
-from moma.evaluate.published import NOTE, PICTURES, SUBJECTS, Published
+from moma.evaluate.published import NOTE, PICTURES, SUBJECTS, UNSTATED, Published
 from moma.evaluate.scores import Score
 from moma.output import markdown_table
 
@@ -171,7 +171,7 @@ def tables(results: Results) -> list[Table]:
 def _table(results: Results, kind: str, published: Sequence[Published]) -> Table:
     measured = results.means(kind)
     used = {column for row in (*measured.values(), *(p.values for p in published)) for column in row}
-    every = [*results.columns, *(column for row in published for column in row.values)]
+    every = [*results.columns, *sorted(used - set(UNSTATED)), *UNSTATED]
     columns = [column for column in dict.fromkeys(every) if column in used]
     rows = []
     for name, means in measured.items():
