@@ -154,16 +154,25 @@ def test_json_and_csv_hold_every_score(folder):
 # --- tables beside papers ----------------------------------------------------------------------------
 
 
-def whole_protocol() -> tuple[list[Score], dict[str, dict[str, float]]]:
+def whole_protocol() -> tuple[list[Score], dict[str, dict[str, float]], set[str]]:
+    """30 subjects, 100 pictures of each: 80 of a context, 20 of a texture; and another texture of each."""
     subjects = [f"s{i}" for i in range(30)]
-    scores = [a_score("one", s, "context", i, 0.5, 0.6, 0.3) for s in subjects for i in range(100)]
-    return scores, {s: {DINO: 0.77, CLIP_I: 0.88} for s in subjects}
+    kinds = ["context"] * 80 + ["texture"] * 20
+    scores = [a_score("one", s, k, i, 0.5, 0.6, 0.3) for s in subjects for i, k in enumerate(kinds)]
+    prompts = {score.prompt for score in scores}
+    added = [replace(a_score("one", s, "texture", 0, 0.9, 0.9, 0.9), prompt="added") for s in subjects]
+    return scores + added, {s: {DINO: 0.77, CLIP_I: 0.88} for s in subjects}, prompts
 
 
 def test_published_rows_fill_no_column_of_another_variant():
-    scores, real = whole_protocol()
-    results = Results(scores, real, FACTS, DREAMBOOTH)
-    (table,), (rows,) = tables(results), cells(results)
+    scores, real, prompts = whole_protocol()
+    half = [replace(score, method="half") for score in scores[::2]]
+    results = Results(scores + half, real, FACTS, prompts)
+    *others, table = tables(results)
+    assert [other.title for other in others] == ["New contexts", "New textures"]
+    assert not any(row.published for other in others for row in other.rows)
+    rows = cells(results)[-1]
+    assert "half" not in rows and rows["one"][0] == "3000"
     columns = table.head[2:]
     assert columns == [*COLUMNS, *UNSTATED]
     found = {name: dict(zip(columns, row[1:], strict=True)) for name, row in rows.items()}
@@ -180,22 +189,24 @@ def test_published_rows_fill_no_column_of_another_variant():
     assert "MoMA's own" in results.notes
     # With another DINO there is a column for each.
     other = [replace(score, values={"DINO ViT-B/16": 0.5}) for score in scores]
-    (table,) = tables(Results(other, {}, FACTS, DREAMBOOTH))
+    table = tables(Results(other, {}, FACTS, prompts))[-1]
     assert table.head[2:4] == ["DINO ViT-B/16", DINO]
 
 
-@pytest.mark.parametrize("part", ["pictures", "subjects", "all but real"])
-def test_published_rows_only_beside_the_whole_protocol(part):
-    scores, real = whole_protocol()
-    if part == "pictures":
-        scores.pop()
-    elif part == "subjects":
+@pytest.mark.parametrize("case", ["a picture less", "a subject less", "other prompts", "real ones alone"])
+def test_published_rows_only_beside_the_whole_protocol(case):
+    scores, real, prompts = whole_protocol()
+    if case == "a picture less":
+        scores = scores[1:]
+    elif case == "a subject less":
         scores = [replace(s, subject="s0") if s.subject == "s1" else s for s in scores]
         del real["s1"]
+    elif case == "other prompts":
+        prompts = set()
     else:
         scores = []
-    results = Results(scores, real, FACTS, DREAMBOOTH)
-    assert bool(results.shown) == ("published" in tables_markdown(results)) == (part == "all but real")
+    text = tables_markdown(Results(scores, real, FACTS, prompts))
+    assert ("published" in text) == ("DreamBooth's 25 prompts" in text) == (case == "real ones alone")
 
 
 def test_markdown_keeps_hostile_names_in_their_cells():

@@ -7,7 +7,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -18,9 +18,8 @@ from urllib.parse import quote
 from PIL import Image, ImageOps
 
 from moma.chart import Colour, DotsConfig, Panel, Series, dots
-from moma.evaluate.published import Published
 from moma.evaluate.scores import Score, averages
-from moma.evaluate.tables import REAL, TITLES, Results, scores_csv, scores_json, tables_html, tables_markdown
+from moma.evaluate.tables import KINDS, REAL, Results, scores_csv, scores_json, tables_html, tables_markdown
 from moma.output import save_png, write_bytes, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -51,17 +50,17 @@ def write_outputs(
     real: Mapping[str, Mapping[str, float]],
     facts: Mapping[str, str],
     photos: Mapping[str, Sequence[Path]] | None = None,
-    published: Sequence[Published] = (),
+    dreambooth: Collection[str] = (),
     cfg: PageConfig | None = None,
 ) -> None:
     """Write scores.json, scores.csv, table.md, subjects.png and index.html into the folder of the pictures.
 
     real: subject -> column -> score of its own photos. photos: subject -> its photos, the reference first;
-    small copies go to `real/`. published: rows of papers, only for the dataset and prompts that they are of;
-    shown if all of the protocol was done. ValueError for a picture that is missing or a score that is no
-    number, before anything is written.
+    small copies go to `real/`. dreambooth: the texts of DreamBooth's own prompts, if the subjects are its
+    own, too: methods that did them all are compared with published averages. ValueError for a picture that
+    is missing or a score that is no number, before anything is written.
     """
-    cfg, results = cfg or PageConfig(), Results(scores, real, facts, published)
+    cfg, results = cfg or PageConfig(), Results(scores, real, facts, dreambooth)
     results.check(folder)
     write_text(folder / "scores.json", scores_json(results))
     write_text(folder / "scores.csv", scores_csv(results))
@@ -86,9 +85,8 @@ def subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
 
 def _kind_chart(results: Results, kind: str, cfg: PageConfig) -> Image.Image:
     """The best subject of the first method, by the first column, comes first."""
-    drawn = [score for score in results.scores if score.kind == kind]
     found: dict[str, dict[str, Mapping[str, float]]] = {method: {} for method in results.methods}
-    for (method, subject), average in averages(drawn, "method", "subject").items():
+    for (method, subject), average in averages(results.kinds[kind], "method", "subject").items():
         found[method][subject] = average.values
     colours = method_colours(results, cfg)
     panels: dict[str, list[Series]] = {}
@@ -105,7 +103,7 @@ def _kind_chart(results: Results, kind: str, cfg: PageConfig) -> Image.Image:
     first = next(one for one in panels[column] if one.values)
     seen = {subject for series in panels.values() for one in series for subject in one.values}
     rows = sorted(seen, key=lambda subject: (-first.values.get(subject, -math.inf), subject))
-    shown = [Panel(f"{TITLES[kind]}: {column}", series) for column, series in panels.items()]
+    shown = [Panel(f"{KINDS[kind]}: {column}", series) for column, series in panels.items()]
     return dots(rows, shown, f"Mean of each subject; sorted by {column} of {first.name}", cfg.chart)
 
 
@@ -145,7 +143,7 @@ def write_page(
         chart=_data_uri("png", _png(subjects_chart(results, cfg))) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
         subjects=_options((name, name) for name in groups),
-        kinds=_options((kind, TITLES[kind]) for kind in results.kinds),
+        kinds=_options((kind, KINDS[kind]) for kind in results.kinds),
         methods=_options((name, name) for name in results.methods),
         orders=_options(orders),
         shown=every,

@@ -14,7 +14,7 @@ Figures of other protocols, and MoMA's own (arXiv 2404.05674, Table 1), are not 
 
 @dataclass(frozen=True)
 class Published:
-    """A method's averages over all context pictures, or the real pictures' own."""
+    """A method's averages over all pictures, or the real pictures' own."""
 
     name: str
     values: Mapping[str, float]

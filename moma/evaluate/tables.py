@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -14,13 +15,15 @@ from typing import NamedTuple
 import torch
 
 from moma.estimates import Estimate, estimate
-from moma.evaluate.published import NOTE, PICTURES, SUBJECTS, UNSTATED, Published
+from moma.evaluate.published import DREAMBOOTH, NOTE, PICTURES, SUBJECTS, UNSTATED, Published
 from moma.evaluate.scores import Score
 from moma.output import markdown_table
 
 FORMAT, VERSION = "moma-scores", 1
 REAL = "Real images"
-TITLES = {"context": "New contexts", "texture": "New textures"}  # of each kind of prompt
+KINDS = {"context": "New contexts", "texture": "New textures"}  # of prompts, and their titles
+WHOLE = "dreambooth"  # name of the pictures that published averages are of, whatever their kind
+TITLES = KINDS | {WHOLE: "DreamBooth's 25 prompts"}
 FIELDS = ("method", "subject", "label", "kind", "prompt", "number", "file")  # of the CSV, then the columns
 NONE = "—"  # in a table, where there is no value
 INTERVAL = """Means over pictures; brackets hold 95% intervals, by bootstrap over subjects, where there are
@@ -36,7 +39,7 @@ class Results:
     scores: Sequence[Score]
     real: Mapping[str, Mapping[str, float]]  # subject -> column -> mean over pairs of its photos
     facts: Mapping[str, str]  # what the scores depend on: bundle, dataset, steps, hashes ...
-    published: Sequence[Published] = ()  # for a dataset and prompts that are the papers'
+    dreambooth: Collection[str] = ()  # its prompts, if the subjects are its own
 
     @cached_property
     def columns(self) -> list[str]:
@@ -48,23 +51,41 @@ class Results:
         return list(dict.fromkeys(score.method for score in self.scores))
 
     @cached_property
-    def kinds(self) -> list[str]:
-        """Those that there are pictures of; the first one where there are only real pictures."""
-        return [kind for kind in TITLES if any(s.kind == kind for s in self.scores)] or [next(iter(TITLES))]
+    def kinds(self) -> dict[str, list[Score]]:
+        """The pictures of each kind that there is; none of the first kind where there are only real ones."""
+        found = {kind: [score for score in self.scores if score.kind == kind] for kind in KINDS}
+        return {kind: scores for kind, scores in found.items() if scores} or {"context": []}
+
+    @cached_property
+    def whole(self) -> list[Score] | None:
+        """DreamBooth's protocol, of the methods that did all of it; None where there is no such method.
+
+        Only this can be compared with published averages, as can real pictures alone.
+        """
+        if not self.dreambooth or len(self.subjects) != SUBJECTS:
+            return None
+        own = [score for score in self.scores if score.prompt in self.dreambooth]
+        counts = Counter(score.method for score in own)
+        done = [score for score in own if counts[score.method] == PICTURES]
+        return done if done or not self.scores else None
 
     @cached_property
     def subjects(self) -> dict[str, str]:
         """Name -> class word, empty where it is not known."""
         return dict.fromkeys(self.real, "") | {score.subject: score.label for score in self.scores}
 
-    def means(self, kind: str) -> dict[str, Means]:
-        """The real pictures and each method that has pictures of the kind -> averages."""
+    @cached_property
+    def means(self) -> dict[str, dict[str, Means]]:
+        """Kind of prompts, or `WHOLE` -> the real pictures and each method that drew any -> averages."""
+        groups = self.kinds if self.whole is None else self.kinds | {WHOLE: self.whole}
+        return {name: self._rows(scores) for name, scores in groups.items()}
+
+    def _rows(self, scores: Sequence[Score]) -> dict[str, Means]:
         rows: dict[str, list[tuple[str, Mapping[str, float]]]] = {}
         if self.real:
             rows[REAL] = list(self.real.items())
-        for score in self.scores:
-            if score.kind == kind:
-                rows.setdefault(score.method, []).append((score.subject, score.values))
+        for score in scores:
+            rows.setdefault(score.method, []).append((score.subject, score.values))
         return {name: self._average(row) for name, row in rows.items()}
 
     def _average(self, rows: Sequence[tuple[str, Mapping[str, float]]]) -> Means:
@@ -77,21 +98,8 @@ class Results:
         return means
 
     @property
-    def whole_protocol(self) -> bool:
-        """Whether there are as many subjects and pictures as published averages are of."""
-        counts = dict.fromkeys(self.methods, 0)
-        for score in self.scores:
-            counts[score.method] += score.kind == "context"
-        return len(self.subjects) == SUBJECTS and all(count == PICTURES for count in counts.values())
-
-    @property
-    def shown(self) -> Sequence[Published]:
-        """Published rows that may stand beside these."""
-        return self.published if self.whole_protocol else ()
-
-    @property
     def notes(self) -> str:
-        return f"{INTERVAL}\n{NOTE}" if self.shown else INTERVAL
+        return INTERVAL if self.whole is None else f"{INTERVAL}\n{NOTE}"
 
     def check(self, folder: Path) -> None:
         """ValueError for what cannot be written, or shown from a page in the folder."""
@@ -101,9 +109,9 @@ class Results:
             place = PurePosixPath(score.file)
             if place.is_absolute() or not (folder / place).is_file():
                 raise ValueError(f"score of {score.file!r}: expected the path of a picture from {folder}")
-            if score.kind not in TITLES:
+            if score.kind not in KINDS:
                 raise ValueError(
-                    f"score of {score.file!r}: kind {score.kind!r}, expected {' or '.join(TITLES)}"
+                    f"score of {score.file!r}: kind {score.kind!r}, expected {' or '.join(KINDS)}"
                 )
         for name, values in [*((s.file, s.values) for s in self.scores), *self.real.items()]:
             if bad := [column for column, value in values.items() if not math.isfinite(value)]:
@@ -116,11 +124,10 @@ class Results:
 def scores_json(results: Results) -> str:
     """Everything that was measured. An interval's ends are null where there is one subject only."""
     averages = {
-        kind: {
-            row: {column: _numbers(found) for column, found in means.items()}
-            for row, means in results.means(kind).items()
+        name: {
+            row: {column: _numbers(found) for column, found in means.items()} for row, means in rows.items()
         }
-        for kind in results.kinds
+        for name, rows in results.means.items()
     }
     data = {
         "format": FORMAT,
@@ -164,25 +171,25 @@ class Table(NamedTuple):
 
 
 def tables(results: Results) -> list[Table]:
-    """One for each kind of prompt: what was measured, and beside it what papers say."""
-    return [_table(results, kind, results.shown if kind == "context" else ()) for kind in results.kinds]
+    """One for each kind of prompt, and one beside what papers say, where that can be compared."""
+    return [_table(results, name, DREAMBOOTH if name == WHOLE else ()) for name in results.means]
 
 
-def _table(results: Results, kind: str, published: Sequence[Published]) -> Table:
-    measured = results.means(kind)
+def _table(results: Results, name: str, published: Sequence[Published]) -> Table:
+    measured = results.means[name]
     used = {column for row in (*measured.values(), *(p.values for p in published)) for column in row}
     every = [*results.columns, *sorted(used - set(UNSTATED)), *UNSTATED]
     columns = [column for column in dict.fromkeys(every) if column in used]
     rows = []
-    for name, means in measured.items():
+    for row, means in measured.items():
         count = max((found.count for found in means.values()), default=0)
-        said = _subjects(len(results.real)) if name == REAL else str(count)
-        rows.append(Row([name, said, *(_cell(means.get(column)) for column in columns)]))
-    for row in published:
-        said = str(row.pictures) if row.pictures else _subjects(SUBJECTS)
-        cells = (f"{row.values[column]:.3f}" if column in row.values else NONE for column in columns)
-        rows.append(Row([f"{row.name} (published)", said, *cells], published=True))
-    return Table(TITLES[kind], ["method", "pictures", *columns], rows)
+        said = _subjects(len(results.real)) if row == REAL else str(count)
+        rows.append(Row([row, said, *(_cell(means.get(column)) for column in columns)]))
+    for paper in published:
+        said = str(paper.pictures) if paper.pictures else _subjects(SUBJECTS)
+        cells = (f"{paper.values[column]:.3f}" if column in paper.values else NONE for column in columns)
+        rows.append(Row([f"{paper.name} (published)", said, *cells], published=True))
+    return Table(TITLES[name], ["method", "pictures", *columns], rows)
 
 
 def _subjects(count: int) -> str:
@@ -217,7 +224,9 @@ def tables_html(results: Results) -> str:
     parts = []
     for table in tables(results):
         head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.head)
-        parts.append(f'<div class="scroll"><table>\n<caption>{table.title}</caption>\n<tr>{head}</tr>\n')
+        parts.append(
+            f'<div class="scroll"><table>\n<caption>{escape(table.title)}</caption>\n<tr>{head}</tr>\n'
+        )
         for row in table.rows:
             name, *cells = map(escape, row.cells)
             style = ' class="published"' if row.published else ""
