@@ -17,7 +17,8 @@ FLOORS = [
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
-    {"moma.attention", "moma.output", "moma.chart"},
+    {"moma.chart", "moma.estimates"},
+    {"moma.attention", "moma.output"},
     {"moma.adapter"},
     {"moma.decoder", "moma.sampler", "moma.bundle"},
     {"moma.download", "moma.embeddings", "moma.tiny"},
@@ -44,9 +45,9 @@ FLOORS = [
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate.scores", "moma.evaluate.protocol", "moma.evaluate.references"},
-    {"moma.evaluate.scorers", "moma.evaluate.draw", "moma.evaluate.options"},
-    {"moma.evaluate.rate"},
+    {"moma.evaluate.scores", "moma.evaluate.protocol", "moma.evaluate.published", "moma.evaluate.references"},
+    {"moma.evaluate.scorers", "moma.evaluate.draw", "moma.evaluate.options", "moma.evaluate.tables"},
+    {"moma.evaluate.rate", "moma.evaluate.page"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},
