@@ -44,7 +44,7 @@ def evaluate(options: Options, ranks: Ranks) -> None:
         print(f"{name}: scoring {len(pictures)} pictures", file=sys.stderr)
         scores += rate(name, pictures, real, scorers, options.out)
     photos = {subject.name: subject.photos for subject in plan.subjects}
-    write_outputs(options.out, scores, rate_real(real, scorers), plan.facts, photos, plan.published)
+    write_outputs(options.out, scores, rate_real(real, scorers), plan.facts, photos, plan.dreambooth)
     print((options.out / "table.md").read_text(encoding="utf-8"))
     print(options.out / "index.html")
 

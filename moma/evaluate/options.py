@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     bundle = args.bundle or (MINI if args.world else None)
     images = dict(_pair(text, "--images") for text in args.images)
     methods = {}
-    for text in args.method or ([] if images else ["moma"]):
+    for text in args.method or (["moma"] if bundle and not images else []):
         name, _, folder = text.partition("=")
         if name not in METHODS:
             raise ValueError(f"--method {text}: expected one of {', '.join(METHODS)}, maybe with =BUNDLE")
@@ -98,7 +98,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("the methods").add_argument
     add("--bundle", type=Path, metavar="DIR", help=f"weights (with --world: {MINI})")
     add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be repeated"
-        " (default: moma, or none where there are --images)")  # fmt: skip
+        " (default: moma if there is a --bundle and no --images)")  # fmt: skip
     add("--images", action="append", default=[], metavar="NAME=DIR", help="score the pictures of another"
         " method: DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
     add("--context-strength", type=float, default=protocol.context_strength, metavar="BETA")

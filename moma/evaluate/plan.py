@@ -14,8 +14,7 @@ from moma.diffusion import ScheduleConfig, intervals
 from moma.evaluate.draw import Run, check_settings
 from moma.evaluate.methods import BASELINE, METHODS, Loader
 from moma.evaluate.options import MASKS, WORLD, Options
-from moma.evaluate.protocol import OWN, Subject, Task, limited, open_dataset, tasks_of
-from moma.evaluate.published import DREAMBOOTH, Published
+from moma.evaluate.protocol import LIVE, OWN, Subject, Task, limited, open_dataset, prompts_for, tasks_of
 from moma.evaluate.rate import find_pictures
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
@@ -31,7 +30,7 @@ class Plan:
     runs: Sequence[Run]
     pictures: Mapping[str, Mapping[Task, Path]]  # of each method, those of others too
     facts: Mapping[str, str]
-    published: Sequence[Published]
+    dreambooth: frozenset[str]  # its prompts, where the subjects are its own, too
 
 
 def prepare(options: Options, device: torch.device) -> Plan:
@@ -40,14 +39,15 @@ def prepare(options: Options, device: torch.device) -> Plan:
     subjects, masks = open_data(options)
     tasks = tasks_of(subjects, options.protocol.per_prompt)
     pictures = {name: find_pictures(folder, tasks) for name, folder in options.images.items()}
-    drafts = [make_run(name, folder, options, tasks, device) for name, folder in options.methods.items()]
-    references = open_references(options, masks, tasks, drafts, str(device)) if drafts else {}
-    runs = [replace(run, references=references) for run in drafts]
+    runs = [make_run(name, folder, options, tasks, device) for name, folder in options.methods.items()]
     for run in runs:
         check_settings(run)
         pictures[run.name] = {task: run.folder / task.file for task in tasks}
-    whole = options.dataset is not None and not (options.dataset / OWN).exists()
-    return Plan(subjects, runs, pictures, facts(options, subjects, runs), DREAMBOOTH if whole else ())
+    references = open_references(options, masks, tasks, runs, str(device)) if runs else {}
+    runs = [replace(run, references=references) for run in runs]
+    own = options.world or (options.dataset / OWN).exists()
+    known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
+    return Plan(subjects, runs, pictures, facts(options, subjects, runs), frozenset(known))
 
 
 def open_data(options: Options) -> tuple[list[Subject], Path | None]:
@@ -78,7 +78,8 @@ def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], d
     if name == "moma":
         check_method(method, bundle)
     sample = options.sample.sized(bundle.image_size)
-    sample.check(bundle.config("vae").factor)
+    for strength in (options.protocol.context_strength, options.protocol.texture_strength):
+        replace(sample, strength=strength).check(bundle.config("vae").factor)
     intervals(ScheduleConfig(), sample.steps, sample.solver)
     tokenizer = bundle.clip_tokenizer()
     for word, prompt in dict.fromkeys((task.subject.word, task.prompt) for task in tasks):
@@ -118,12 +119,14 @@ def segmenter(bundle: Bundle, device: str) -> Callable[[Image.Image], Image.Imag
 
 def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
     """What the tables are of."""
-    prompts, protocol = max(len(subject.prompts) for subject in subjects), options.protocol
+    protocol, prompts = options.protocol, max(len(subject.prompts) for subject in subjects)
+    added = "" if options.world or not protocol.added else ", textures `made of` something not DreamBooth's"
     shown = {"first": "the first picture of each subject", "each": "picture n for the n-th of a prompt"}
     told = {
         "data": "MoMA-mini's world" if options.world else str(options.dataset),
         "subjects": str(len(subjects)),
-        "prompts": f"{prompts} for each subject, {protocol.per_prompt} pictures for each prompt",
+        "prompts": f"{prompts} of each subject{added}",
+        "pictures": f"{protocol.per_prompt} of each prompt",
         "reference": shown[protocol.reference],
         "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
         "scorers": str(options.scorers),
