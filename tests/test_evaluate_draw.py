@@ -209,11 +209,17 @@ def test_a_damaged_draft_is_drawn_anew(run: Run, unet: Counted, whole: dict[str,
     with pytest.raises(Killed):
         draw(run, ONE)
     (draft,) = (run.folder / DRAFTS).iterdir()
-    assert begun(run.folder) == [tuple(run.stamps()[task] for task in run.tasks[2:])]
+    state = draft.read_bytes()
+    assert begun(run, run.tasks[2:]) == [tuple(run.stamps()[task] for task in run.tasks[2:])]
     draft.write_bytes(draft.read_bytes()[:100])
     unet.left = float("inf")
     draw(run, ONE)
     assert files(run) == whole and not (run.folder / DRAFTS).exists()
+    draft.parent.mkdir()
+    draft.write_bytes(state)  # killed after the last picture: nothing is drawn, nothing stays
+    unet.left = 0
+    draw(run, ONE)
+    assert left_over(run) == [SETTINGS]
 
 
 def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
@@ -259,8 +265,7 @@ def test_batches_are_the_same_however_much_is_done(run: Run) -> None:
     half = [stamps[task] for task in every[2]]
     absent = [task for task in run.tasks if task not in every[2][:3]]  # killed while it wrote
     assert batches(run, absent, [half], 4) == [every[2], every[0], every[1], every[3]]
-    assert batches(run, run.tasks, [["of another reference"]], 4) == every
-    assert batches(run, [], [half], 4) == []
+    assert batches(run, run.tasks, [half], 3) == batches(run, run.tasks, [], 3), "too large for now"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from moma.bundle import Bundle
 from moma.evaluate.draw import draw
 from moma.evaluate.options import Options, parse
 from moma.evaluate.page import write_outputs
-from moma.evaluate.plan import Plan, prepare
+from moma.evaluate.plan import prepare
 from moma.evaluate.rate import embed_real, rate, rate_real
 from moma.evaluate.scorers import ImageScorer, load_scorers
 from moma.mini.evaluation import mini_scorers
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: Options, ranks: Ranks) -> None:
-    plan: Plan = ranks.share(prepare(options, ranks.device) if ranks.main else None)
+    plan = ranks.once(lambda: prepare(options, ranks.device))
     for run in plan.runs:
         draw(run, ranks)
     if not ranks.main:

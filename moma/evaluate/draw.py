@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         sample = {name: value for name, value in asdict(self.sample).items() if name not in PER_MACHINE}
+        if self.method.m_gen_norm == "batch":  # there the batch decides what its pictures are
+            sample["batch_size"] = self.sample.batch_size
         files = {path.name for name in self.loader.networks for path in self.bundle.files(name)}
         return {
             "name": self.name,
@@ -125,15 +128,9 @@ def _load(path: Path) -> dict[str, Any] | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except Exception:  # whatever torch raises for a file that a dying machine left behind
+    except (RuntimeError, EOFError, UnpicklingError):  # what a dying machine has left behind
         path.unlink()
         return None
-
-
-def begun(folder: Path) -> list[tuple[str, ...]]:
-    """The batches that were under way, as stamps of their pictures."""
-    states = [_load(path) for path in sorted((folder / DRAFTS).glob("*.pt"))]
-    return [tuple(state["stamps"]) for state in states if state is not None]
 
 
 # --- what there is to do -----------------------------------------------------------------------------
@@ -167,11 +164,24 @@ def missing(run: Run) -> list[Task]:
     return absent
 
 
+def begun(run: Run, absent: Sequence[Task]) -> list[tuple[str, ...]]:
+    """The batches that were under way, as stamps of their pictures; drafts of finished ones are removed."""
+    stamps = run.stamps()
+    known, wanted, found = set(stamps.values()), {stamps[task] for task in absent}, []
+    for path in sorted((run.folder / DRAFTS).glob("*.pt")):
+        state = _load(path)
+        if state is not None and known >= set(state["stamps"]):
+            if wanted & set(state["stamps"]):
+                found.append(tuple(state["stamps"]))
+            else:
+                path.unlink()
+    return found
+
+
 def batches(run: Run, absent: Sequence[Task], drafts: Sequence[Sequence[str]], size: int) -> list[list[Task]]:
     """What is drawn together: first the batches that were under way, then, of a subject, what is absent."""
-    wanted, tasks = set(absent), {stamp: task for task, stamp in run.stamps().items()}
-    first = [[tasks[stamp] for stamp in stamps] for stamps in drafts if set(stamps) <= set(tasks)]
-    first = [batch for batch in first if len(batch) <= size and wanted & set(batch)]
+    tasks = {stamp: task for task, stamp in run.stamps().items()}
+    first = [[tasks[stamp] for stamp in stamps] for stamps in drafts if len(stamps) <= size]
     taken = {task for batch in first for task in batch}
     rest = []
     for _, group in groupby((t for t in absent if t not in taken), key=lambda task: task.subject.name):
@@ -183,17 +193,27 @@ def batches(run: Run, absent: Sequence[Task], drafts: Sequence[Sequence[str]], s
 # --- drawing -----------------------------------------------------------------------------------------
 
 
+def begin(run: Run) -> tuple[list[Task], list[tuple[str, ...]]]:
+    """What is missing, and the batches that were under way. ValueError if the folder is another run's."""
+    absent = missing(run)
+    (run.folder / DRAFTS).mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / SETTINGS, json.dumps(run.settings, indent=1) + "\n")
+    drafts = begun(run, absent)
+    end(run)
+    return absent, drafts
+
+
+def end(run: Run) -> None:
+    """Nothing but pictures is left, unless batches are under way of tasks that this run was not asked for."""
+    with suppress(OSError):
+        (run.folder / DRAFTS).rmdir()
+
+
 def draw(run: Run, ranks: Ranks) -> None:
     """Draw all missing pictures; the ranks take equal, connected parts of the batches."""
-    plan = None
-    if ranks.main:
-        plan = missing(run), begun(run.folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(run.folder / SETTINGS, json.dumps(run.settings, indent=1) + "\n")
-    absent, drafts = ranks.share(plan)
+    absent, drafts = ranks.once(lambda: begin(run))
     if not absent:
         return
-    (run.folder / DRAFTS).mkdir(exist_ok=True)
     method = run.loader(run.bundle.folder, str(ranks.device), run.dtype)
     todo = batches(run, absent, drafts, method.pipe.at_once(run.sample))
     own = todo[len(todo) * ranks.rank // ranks.world : len(todo) * (ranks.rank + 1) // ranks.world]
@@ -205,8 +225,7 @@ def draw(run: Run, ranks: Ranks) -> None:
         print(f"{run.name}: {done} of {sum(map(len, own))} pictures", file=sys.stderr)
     ranks.gather(None)  # until all have drawn
     if ranks.main:
-        with suppress(OSError):  # batches of tasks that this run was not asked for
-            (run.folder / DRAFTS).rmdir()
+        end(run)
 
 
 def subject_of(method: Method, reference: Reference, word: str) -> moma.Subject:
@@ -232,6 +251,7 @@ def draw_batch(
         )
         for task in batch
     ]
+    (run.folder / DRAFTS).mkdir(exist_ok=True)
     draft = DraftFile(run.folder / DRAFTS / f"{_digest(stamps)[:NAME]}.pt", tuple(stamps), run.sample.steps)
     results = method.pipe.run(jobs, run.sample, draft=draft)
     for task, stamp, result in zip(batch, stamps, results, strict=True):

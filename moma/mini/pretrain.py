@@ -75,7 +75,7 @@ class Shop:
 
     def once(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, known to all; the others wait for it."""
-        return self.ranks.share(make() if self.ranks.main else None)
+        return self.ranks.once(make)
 
     def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
         """Named arrays in a file, made once; on all ranks."""
