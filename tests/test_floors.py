@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
     | {"models.quant", "models.packed"},
-    {"models.unet", "models.vae", "models.clip", "models.llama"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.dino", "models.dino_image"},
     {"models.llava"},
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
@@ -24,9 +24,6 @@ FLOORS = [
     {"moma.sources"},
     {"moma.pipeline"},
     {"moma"},
-    # the evaluation
-    {"moma.evaluate", "moma.evaluate.ip_adapter"},
-    {"moma.evaluate.methods"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
     {"moma.data.tables", "moma.data.triplets"},
@@ -43,6 +40,9 @@ FLOORS = [
     {"moma.bench.step"},
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
+    # evaluation
+    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.ip_adapter"},
+    {"moma.evaluate.scorers", "moma.evaluate.methods"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},
@@ -52,7 +52,7 @@ FLOORS = [
     {"moma.mini.config", "moma.mini.report"},
     {"moma.mini.tasks", "moma.mini.approximations"},
     {"sample", "convert_weights", "train"},
-    {"moma.mini.pretrain", "moma.rounding"},
+    {"moma.mini.pretrain", "moma.rounding", "moma.evaluate.figures"},
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()

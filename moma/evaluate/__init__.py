@@ -1,1 +1,1 @@
-"""How good a model is: methods drawn side by side, the paper's protocol, scores, figures."""
+"""Evaluation by the DreamBooth protocol (Ruiz et al., arXiv 2208.12242), as the paper's tables."""
