@@ -21,7 +21,7 @@ from models.clip_image import clip_image
 from models.unet import UNetConfig, attention_layers
 from moma.adapter import AdapterConfig, ContextProjection, Projector
 from moma.masks import Grid
-from moma.preprocess import Reference
+from moma.preprocess import Reference, on_white
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ImagePrompt:
     @torch.no_grad()
     def embed(self, image: Image.Image, reference: Reference) -> Tensor:
         """CLIP's embedding (1, E) of the picture as it came, or of the subject on white."""
-        seen = image if self.cfg.picture == "photo" else reference.white
+        seen = on_white(image) if self.cfg.picture == "photo" else reference.white
         weight = self.adapter.projector.proj.weight
         pixels = clip_image(seen, self.vision.cfg.image_size)[None].to(weight.device, weight.dtype)
         return self.vision(pixels)[1]  # (1, 3, S, S) -> (1, E)

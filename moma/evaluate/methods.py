@@ -175,9 +175,13 @@ class Loader:
         self.check(Bundle.open(folder))
         return self.load(folder, device, dtype, **options)
 
+    def missing(self, bundle: Bundle) -> list[str]:
+        """The networks that the bundle lacks."""
+        return [name for name in self.networks if name not in bundle.networks]
+
     def check(self, bundle: Bundle) -> None:
-        for name in self.networks:
-            bundle.config(name)
+        for name in self.missing(bundle):
+            bundle.config(name)  # says what to do
 
 
 def load_moma(folder: str | Path, device: str, dtype: str) -> Method:
