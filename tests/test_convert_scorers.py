@@ -35,7 +35,6 @@ from tests.make_checkpoints import (
 from tests.recipe import normal
 from tests.test_convert import run
 
-
 Change = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
