@@ -9,8 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from moma.bundle import Bundle
 from moma.evaluate import __main__ as evaluate
 from moma.evaluate import draw as drawing
+from moma.evaluate import plan as planning
+from moma.evaluate.options import parse
+from moma.evaluate.protocol import open_dataset, tasks_of
 from moma.mini import evaluation
 from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write_world
 from moma.mini.probes import draw_all
@@ -175,6 +179,34 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
     assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"
+
+
+def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first bundle that has one; the second time its masks are there."""
+    asked = []
+
+    def segmenter(bundle: Bundle, device: str) -> Any:
+        return lambda image: asked.append((bundle, device)) or mask(25)
+
+    monkeypatch.setattr(planning, "segmenter", segmenter)
+    subjects = open_dataset(place / "data")
+    options = parse(
+        ["--dataset", str(place / "data"), "--bundle", str(place / "tiny"), "--out", str(tmp_path)], ""
+    )
+    plain = Bundle.open(place / "tiny")
+    segmenting = replace(plain, networks={**plain.networks, "sam": {"sha256": {"sam.safetensors": "0"}}})
+    tasks = tasks_of(subjects, 1)
+    runs = [planning.make_run("moma", plain.folder, options, tasks, torch.device("cpu"))] * 2
+    runs[1] = replace(runs[1], bundle=segmenting)
+    for _ in range(2):
+        found = planning.open_references(options, None, tasks, runs, "cpu")
+        assert asked == [(segmenting, "cpu")] * 2
+    assert [str(one.mask.relative_to(tmp_path)) for one in found.values()] == [
+        "masks/hat/0.png", "masks/my_cat/0.png",
+    ]  # fmt: skip
+    assert Image.open(next(iter(found.values())).mask).tobytes() == mask(25).tobytes()
+    with pytest.raises(ValueError, match="2 of 2 pictures have no usable mask"):
+        planning.open_references(options, None, tasks, runs[:1], "cpu")
 
 
 def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
