@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Each floor may import the floors above it in this list, never those below it. One entry per module.
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
-    | {"models.quant", "models.packed", "models.sam_image"},
+    | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
     {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam"},
     {"models.llava"},
     {"models.stream"},
