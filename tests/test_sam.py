@@ -28,11 +28,14 @@ from models.sam import (
 )
 from models.sam_image import MEAN, STD, placement, preprocess, to_input, to_picture
 from tests.compare import assert_close_to_std
+from tests.make_checkpoints import TINY as SCALE
+from tests.make_checkpoints import sam_json
 from tests.recipe import normal, u8, uniform
 
 transformers = pytest.importorskip("transformers")
-from tests.sam_reference import TINY, fill_sam, public_json, reference, share_sam  # noqa: E402
+from tests.sam_reference import build_sam, reference, share_sam  # noqa: E402
 
+TINY = SCALE.sam
 SIDE = TINY.image_size
 POINTS = torch.from_numpy(uniform("sam/points", (2, 3, 2, 2))) * SIDE
 LABELS = torch.tensor([[[1, 1], [1, 0], [0, 1]], [[0, 0], [1, 1], [1, 0]]])
@@ -47,7 +50,7 @@ def pixels(batch: int = 2, side: int = SIDE) -> Tensor:
 @pytest.fixture(scope="module")
 def ours() -> SAM:
     with torch.no_grad():
-        return fill_sam(SAM(TINY)).requires_grad_(False)
+        return build_sam(TINY).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def features(ours: SAM) -> Tensor:
 
 def test_configs_from_json() -> None:
     for cfg in (TINY, *PRESETS.values()):
-        assert SAMConfig.from_public(public_json(cfg)) == cfg
+        assert SAMConfig.from_public(sam_json(cfg)) == cfg
     assert SAMConfig.from_public({"model_type": "sam"}) == PRESETS["b"]
     huge = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
     huge |= {"global_attn_indexes": [7, 15, 23, 31]}  # what facebook/sam-vit-huge adds to the defaults
