@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Each floor may import the floors above it in this list, never those below it. One entry per module.
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
-    | {"models.quant", "models.packed"},
-    {"models.unet", "models.vae", "models.clip", "models.llama"},
+    | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam"},
     {"models.llava"},
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
