@@ -4,6 +4,7 @@
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
     python convert_weights.py --download --out weights/moma
     python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
+    python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's

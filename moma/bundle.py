@@ -9,6 +9,7 @@ Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language mod
 and for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with).
 LLaVA's config says if its matrices are stored in 8 or 4 bits (models/quant.py); then its file holds codes and
 scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
+Network sam (masks without a click) may stand beside any others or alone.
 """
 
 import json
@@ -33,6 +34,7 @@ from models.loading import (
     stored_bytes,
     write_safetensors,
 )
+from models.sam import SAM, SAMConfig
 from models.stream import StreamedLlava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
@@ -53,6 +55,7 @@ CONFIGS: dict[str, type] = {
     "vision": CLIPVisionConfig,
     "llava": LlavaConfig,
     "adapter": AdapterConfig,
+    "sam": SAMConfig,
     "ip_adapter": AdapterConfig,
     "ip_vision": CLIPVisionConfig,
 }
@@ -73,6 +76,7 @@ def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.
         "vision": lambda: CLIPVision(config),
         "llava": lambda: Llava(config),
         "adapter": lambda: Adapter(config, unet),
+        "sam": lambda: SAM(config),
         "ip_adapter": lambda: Adapter(config, unet),
         "ip_vision": lambda: CLIPVision(config),
     }

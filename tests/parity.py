@@ -15,8 +15,9 @@ import time
 from tests.compare import TOLERANCE, relative_error
 from tests.parity_image import CASES as IMAGE
 from tests.parity_language import CASES as LANGUAGE
+from tests.parity_sam import CASES as SAM
 
-CASES = IMAGE + LANGUAGE
+CASES = IMAGE + LANGUAGE + SAM
 
 
 def run_case(index: int) -> bool:
