@@ -253,7 +253,8 @@ def _read_model(source: Source, path: Path, assumed: Assumed) -> None:
         _read_vit(source, path, assumed)
     else:
         what = layout or kind or "nothing known"
-        raise ValueError(f"{path}: config.json describes {what}, expected a VAE, UNet, CLIP, LLaVA, DINO or SAM")
+        known = "a VAE, UNet, CLIP, LLaVA, DINO or SAM"
+        raise ValueError(f"{path}: config.json describes {what}, expected {known}")
 
 
 def _read_unet(source: Source, path: Path) -> None:
