@@ -1148,6 +1148,15 @@ def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path,
     assert set(bundle.networks) == {*SAMPLING, "dino_s16", "clip_b32", "clip_l14"}
 
 
+def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
+    folder = make_sam_hf(tmp_path / "sam", TINY)
+    hub.files |= {f"facebook/sam-vit-base/{path.name}": path for path in folder.iterdir()}
+    only_sam = replace(CONFIG, released=False, extras=("sam",))
+    folders = download(only_sam, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    bundle, _ = run(folders, tmp_path / "b")
+    assert tuple(bundle.networks) == ("sam",)
+
+
 def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:
     del hub.files["o/base/unet/diffusion_pytorch_model.safetensors"]
     with pytest.raises(ValueError, match="o/base: no weights unet/diffusion_pytorch_model"):
