@@ -3,7 +3,9 @@
     python convert_weights.py SOURCE [SOURCE ...] --out weights/moma
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
     python convert_weights.py --download --out weights/moma
+    python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
     python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
+    python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
@@ -46,7 +48,7 @@ from moma.bundle import (
     check_target,
     expected_shapes,
 )
-from moma.download import DownloadConfig, download
+from moma.download import EXTRAS, DownloadConfig, download
 from moma.sources import Assumed, Network, Source, Tensors, from_public, read_json, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
@@ -347,10 +349,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--download", action="store_true", help="fetch the released weights first (~20 GB)")
     parser.add_argument(
+        "--with",
+        action="append",
+        choices=EXTRAS,
+        default=[],
+        dest="extras",
+        help="fetch this, too, with or without --download: scorers for evaluation (2.4 GB)",
+    )
+    parser.add_argument(
         "--base-id", default=DownloadConfig.base_id, help="with --download: the SD1.5 model on the hub"
     )
     parser.add_argument(
-        "--cache", type=Path, default=Path("weights/cache"), help="with --download: folder for it"
+        "--cache", type=Path, default=Path("weights/cache"), help="folder for what is fetched"
     )
     return parser.parse_args(arguments)
 
@@ -363,8 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--llm-bits is about LLaVA, which --no-llm leaves out; give one of them")
         base = Bundle.open(args.base_bundle) if args.base_bundle else None
         paths = list(args.sources)
-        if args.download:
-            paths = download(DownloadConfig(base_id=args.base_id), args.cache, llm=not args.no_llm) + paths
+        if args.download or args.extras:
+            wanted = DownloadConfig(args.base_id, released=args.download, extras=tuple(args.extras))
+            paths = download(wanted, args.cache, llm=not args.no_llm) + paths
         dtype, llm = CHOICES[args.dtype], not args.no_llm
         convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
     except (ValueError, OSError) as error:

@@ -11,13 +11,15 @@ ROOT = Path(__file__).parents[1]
 # Each floor may import the floors above it in this list, never those below it. One entry per module.
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
-    | {"models.quant", "models.packed"},
-    {"models.unet", "models.vae", "models.clip", "models.llama", "models.dino", "models.dino_image"},
+    | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam", "models.dino"}
+    | {"models.dino_image"},
     {"models.llava"},
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
-    {"moma.attention", "moma.output", "moma.chart"},
+    {"moma.chart", "moma.estimates"},
+    {"moma.attention", "moma.output"},
     {"moma.adapter"},
     {"moma.decoder", "moma.sampler", "moma.bundle"},
     {"moma.download", "moma.embeddings", "moma.tiny"},
@@ -41,8 +43,9 @@ FLOORS = [
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.ip_adapter"},
-    {"moma.evaluate.scorers", "moma.evaluate.methods"},
+    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.published", "moma.evaluate.ip_adapter"},
+    {"moma.evaluate.scorers", "moma.evaluate.tables", "moma.evaluate.methods"},
+    {"moma.evaluate.page"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},

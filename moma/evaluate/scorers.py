@@ -37,7 +37,10 @@ BATCH = 32  # pictures or texts at once: fills a GPU, and a CPU gains nothing fr
 class ImageScorer(Protocol):
     """Judges likeness to real pictures."""
 
-    columns: tuple[str, ...]  # the first: mean cosine with the real pictures of the subject
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it measures; the first is the mean cosine with the real pictures of the subject."""
+        ...
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """N pictures of any size and mode -> (N, E) float32 of unit length, on the CPU."""
