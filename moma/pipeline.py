@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import CLIPText
 from models.llava import Llava
@@ -72,7 +72,7 @@ class Result:
 
     image: Image.Image
     latents: Tensor  # float32 (1, Z, h, w), scaled as the UNet's
-    m_gen: Tensor  # float32 (1, h, w), the last mask
+    m_gen: Tensor | None  # float32 (1, h, w), the last mask; None where a method makes none
 
 
 class MoMA:
@@ -139,13 +139,8 @@ class MoMA:
         make_recorder = choose_recorder(cuda_graph, place)
         check_choice("tiles", tiles)
         llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
-        networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
-        # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on
-        # pictures with flat parts.
-        if pack and can_pack(place, kind):
-            pack_weights(networks["unet"])
         return cls(
-            **networks,
+            **load_drawing(bundle, place, kind, DRAWING, pack),
             llava=llava,
             clip_tokenizer=bundle.clip_tokenizer(),
             llama_tokenizer=bundle.llama_tokenizer(),
@@ -155,6 +150,11 @@ class MoMA:
             make_recorder=make_recorder,
             tiles=tiles,
         )
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the width of the embeddings that jobs bring."""
+        return self.adapter.cfg.embed_dim
 
     def with_method(self, method: MethodConfig) -> Self:
         """The same networks under other choices. Subjects have to be encoded again."""
@@ -279,7 +279,7 @@ class MoMA:
             check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.vae.cfg.factor)
-            expected = (1, self.adapter.cfg.embed_dim)
+            expected = (1, self.embed_dim)
             if job.embedding is None:
                 self._check_decoder(job.subject)
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
@@ -332,11 +332,10 @@ class MoMA:
 
         embeddings: one (1, E) per job, of `embed` or given.
         """
-        texts = [sd_prompt(job.subject.word, job.prompt) for job in jobs]
-        ids = self.clip_tokenizer.ids([*texts, *(job.negative for job in jobs)])  # (2B, T)
-        text, negative = self.text(ids.to(self.device))[0].chunk(2)  # 2 x (B, T, context_dim)
-        label = torch.zeros(len(jobs), ids.shape[1])  # (B, T)
-        for row, (job, full) in enumerate(zip(jobs, texts, strict=True)):
+        text, negative = self.read_texts(jobs)  # 2 x (B, T, context_dim)
+        label = torch.zeros(len(jobs), text.shape[1])  # (B, T)
+        for row, job in enumerate(jobs):
+            full = sd_prompt(job.subject.word, job.prompt)
             label[row, self._label_positions(full, job.subject.word)] = 1
         beta = [config.strength if job.strength is None else job.strength for job in jobs]
         return condition(
@@ -349,6 +348,12 @@ class MoMA:
             torch.tensor(beta, device=self.device),
             self.method,
         )
+
+    def read_texts(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """States of the prompts and of the negative prompts, each (B, T, context_dim)."""
+        texts = [sd_prompt(job.subject.word, job.prompt) for job in jobs]
+        ids = self.clip_tokenizer.ids([*texts, *(job.negative for job in jobs)])  # (2B, T)
+        return self.text(ids.to(self.device))[0].chunk(2)
 
     def _label_positions(self, text: str, word: str) -> list[int]:
         positions = label_positions(self.clip_tokenizer, text, word, self.method.label_tokens)
@@ -372,7 +377,8 @@ class MoMA:
             raise ValueError(
                 "the picture is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
             )
-        for latents, m_gen in zip(step.latents.split(1), step.m_gen, strict=True):  # (1, Z, h, w), (1, h, w)
+        m_gens = [None] * len(step.latents) if step.m_gen is None else step.m_gen
+        for latents, m_gen in zip(step.latents.split(1), m_gens, strict=True):  # (1, Z, h, w), (1, h, w)
             x = decode(self.vae, (latents / self.vae.cfg.scaling).to(self.dtype), self.tiles)  # (1, 3, H, W)
             yield Result(to_images(x)[0], latents, m_gen)
 
@@ -399,6 +405,22 @@ def to_images(x: Tensor) -> list[Image.Image]:
     """Pictures (B, 3, H, W) in [-1, 1] as PIL images, bytes truncated as in the release."""
     pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
     return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+
+
+def load_drawing(
+    bundle: Bundle,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Sequence[str] = DRAWING,
+    pack: bool = True,
+) -> dict[str, nn.Module]:
+    """Networks of a bundle, the UNet among them, ready to draw; pack: as in `MoMA.load`."""
+    networks = {name: bundle.build(name, device, dtype).eval().requires_grad_(False) for name in names}
+    # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on pictures
+    # with flat parts.
+    if pack and can_pack(device, dtype):
+        pack_weights(networks["unet"])
+    return networks
 
 
 def load_decoder(

@@ -126,7 +126,7 @@ def make_reference(
     ValueError: mask of another shape than the picture; without or with nothing but subject, unless
     `method.empty_mask` is "mean".
     """
-    image, mask = _on_white(image), mask.convert("L")
+    image, mask = on_white(image), mask.convert("L")
     _check_shapes(image.size, mask.size, limits)
     threshold = method.mask_binarise_above * 255
     if np.asarray(mask).min() > threshold and method.empty_mask == "error":
@@ -218,7 +218,8 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB of any picture; transparent parts become white."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -239,7 +240,7 @@ def _brightest(image: Image.Image) -> Image.Image:
 
 def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
     """255 where the picture is not its plain background; mode L, at most `border_side` pixels a side."""
-    image = _on_white(image)
+    image = on_white(image)
     image.thumbnail((limits.border_side, limits.border_side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).astype(np.int16)  # (H, W, 3)
     frame = np.ones(pixels.shape[:2], bool)

@@ -43,8 +43,8 @@ FLOORS = [
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.published"},
-    {"moma.evaluate.scorers", "moma.evaluate.tables"},
+    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.published", "moma.evaluate.ip_adapter"},
+    {"moma.evaluate.scorers", "moma.evaluate.tables", "moma.evaluate.methods"},
     {"moma.evaluate.page"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
@@ -55,7 +55,7 @@ FLOORS = [
     {"moma.mini.config", "moma.mini.report"},
     {"moma.mini.tasks", "moma.mini.approximations"},
     {"sample", "convert_weights", "train"},
-    {"moma.mini.pretrain", "moma.rounding"},
+    {"moma.mini.pretrain", "moma.rounding", "moma.evaluate.figures"},
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()
