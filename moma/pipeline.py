@@ -33,7 +33,7 @@ from moma.graphs import GraphedUNet, Recorder, choose_recorder
 from moma.memory import Choice, check_choice, choose_stream, free_memory, pictures_at_once
 from moma.preprocess import Reference, make_reference
 from moma.prompts import check_prompt, label_positions, sd_prompt
-from moma.sampler import Step, denoise
+from moma.sampler import Draft, Step, denoise
 from moma.tiles import decode
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
@@ -265,15 +265,22 @@ class MoMA:
         return [result.image for result in self.run(jobs, config, on_step)]
 
     def run(
-        self, jobs: Sequence[Job], config: SampleConfig | None = None, on_step: OnStep | None = None
+        self,
+        jobs: Sequence[Job],
+        config: SampleConfig | None = None,
+        on_step: OnStep | None = None,
+        draft: Draft | None = None,
     ) -> Iterator[Result]:
         """Draw any mix of subjects, prompts and seeds, in order; each result comes as soon as it is there.
 
-        Result i does not depend on the other jobs. ValueError, before anything is computed, for a prompt
-        without the subject's word, a size that does not fit, unknown settings.
+        Result i does not depend on the other jobs. draft: keeps the steps of jobs that are one batch
+        (`at_once`), and has the drawing go on from the latest. ValueError, before anything is computed, for a
+        prompt without the subject's word, a size that does not fit, unknown settings.
         """
         config = (config or SampleConfig()).sized(self.image_size)
         config.check(self.vae.cfg.factor)
+        if draft is not None and len(jobs) > self.at_once(config):
+            raise ValueError(f"{len(jobs)} pictures with a draft: expected a batch, {self.at_once(config)}")
         path = intervals(self.schedule, config.steps, config.solver)
         for job in jobs:
             check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
@@ -285,7 +292,14 @@ class MoMA:
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
                 raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]
-        return self._draw(jobs, noise, path, config, on_step)
+        return self._draw(jobs, noise, path, config, on_step, draft)
+
+    def at_once(self, config: SampleConfig) -> int:
+        """How many pictures are a batch; config: with its sizes (`SampleConfig.sized`)."""
+        if self.method.m_gen_norm == "batch":  # there the batch decides what its pictures are
+            return config.batch_size
+        latents = config.height * config.width // self.vae.cfg.factor**2
+        return pictures_at_once(config.batch_size, latents, self.device)
 
     @torch.no_grad()
     def _draw(
@@ -295,12 +309,10 @@ class MoMA:
         path: Sequence[Interval],
         config: SampleConfig,
         on_step: OnStep | None,
+        draft: Draft | None,
     ) -> Iterator[Result]:
         embeddings = self._embed_once(jobs)
-        size = config.batch_size
-        if self.method.m_gen_norm != "batch":  # there the batch decides what its pictures are
-            latents = config.height * config.width // self.vae.cfg.factor**2
-            size = pictures_at_once(size, latents, self.device)
+        size = self.at_once(config)
         starts = range(0, len(jobs), size)
         unet = GraphedUNet(self.unet, self.make_recorder)
         for n, start in enumerate(starts):
@@ -308,7 +320,11 @@ class MoMA:
             guide = self.guide(jobs[batch], embeddings[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
             settings = config.guidance, config.solver, config.guidance_interval
-            for step in denoise(unet, guide, path, latents, *settings):
+            kept = draft.read() if draft else None
+            step = after = kept and kept.to(self.device)
+            for step in denoise(unet, guide, path, latents, *settings, after=after):
+                if draft:
+                    draft.keep(step)
                 if on_step:
                     on_step(n * len(path) + step.index + 1, len(starts) * len(path))
             unet.forget()  # the VAE's decoder needs the memory

@@ -35,6 +35,7 @@ from moma.diffusion import ScheduleConfig, intervals
 from moma.mini import SOURCE, probes
 from moma.mini.config import MiniConfig
 from moma.mini.drawing import stream
+from moma.mini.evaluation import write_scorers
 from moma.mini.measures import iou
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
@@ -77,7 +78,7 @@ class Shop:
 
     def once(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, known to all; the others wait for it."""
-        return self.ranks.share(make() if self.ranks.main else None)
+        return self.ranks.once(make)
 
     def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
         """Named arrays in a file, made once; on all ranks."""
@@ -462,6 +463,11 @@ def put_in(export: Path, bundle: Path, target: Path) -> None:
         raise SystemExit(2)
 
 
+def add_scorers(shop: Shop, target: Path) -> None:
+    """What pictures are judged with, beside the finished bundle."""
+    write_scorers(target, shop.weights("judges", "probes"), shop.weights("clip", "heads"))
+
+
 def decibels(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of a mean squared error on pixels in [-1, 1]."""
     return 10 * torch.log10(4 / error)
@@ -509,6 +515,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe(shop, args.until)
         if args.until == "stage2":
             shop.once(lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out))
+            shop.once(lambda: add_scorers(shop, args.out))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
