@@ -15,7 +15,7 @@ FLOORS = [
     {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam"},
     {"models.llava"},
     {"models.stream"},
-    {"moma.config", "moma.diffusion", "moma.memory"},
+    {"moma.config", "moma.diffusion", "moma.memory", "moma.regions"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
     {"moma.attention", "moma.output", "moma.chart"},
     {"moma.adapter"},
@@ -23,6 +23,8 @@ FLOORS = [
     {"moma.download", "moma.embeddings", "moma.tiny"},
     {"moma.sources"},
     {"moma.pipeline"},
+    {"moma.segment"},
+    {"moma.cli"},
     {"moma"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
