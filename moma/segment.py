@@ -51,18 +51,21 @@ class SegmentConfig:
     min_stability: float = 0.6
     speck: float = 0.01  # of the mask's area: smaller parts are crumbs, smaller holes are highlights
     same: float = 0.7  # IoU from which two masks are one object; segment-anything's, there of boxes
+    inside: float = 0.9  # share of a region in a better one from which it is a part of that
     # The whole is more likely meant than its part: an object of this share counts half of one without end.
     half_share: float = 0.1
     full_share: tuple[float, float] = (0.8, 0.95)  # from here a region is the scene, from there surely
     # Share of the picture's border that a region takes: subjects take a whole side and more (portraits), the
     # background most of it.
     border: tuple[float, float] = (0.3, 0.7)
-    # Distance of the region's centre from the picture's, 1 = at the border, where it counts 1/e: subjects are
-    # within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer the centre.
+    # Distance of the region's centre from the picture's, 1 = at the border:
+    # subjects are within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer
+    # the centre; and an object in a corner is still one, to be listed.
     centre_reach: float = 0.7
     centre_power: int = 4
-    # Less is background, or too small to be drawn again: a thousandth of the picture in its middle, or a
-    # fiftieth in a corner.
+    corner: float = 0.2  # what is left of its likeness
+    # Less is background, or too small to be drawn again: a thousandth of the picture in its middle, or half a
+    # hundredth in a corner.
     min_score: float = 0.01
     objects: int = 12  # more numbers cannot be told apart in a picture
 
@@ -175,7 +178,8 @@ def likeness(masks: np.ndarray, cfg: SegmentConfig, centred: bool = True) -> np.
     found = shares / (shares + cfg.half_share) * _falling(shares, cfg.full_share)
     found *= _falling(masks[:, frame(masks.shape[1:])].mean(axis=1), cfg.border)
     if centred:
-        found *= np.exp(-((_distances(masks) / cfg.centre_reach) ** cfg.centre_power))
+        fall = np.exp(-((_distances(masks) / cfg.centre_reach) ** cfg.centre_power))  # (N,) 1 at the centre
+        found *= cfg.corner + (1 - cfg.corner) * fall
     return found
 
 
@@ -208,24 +212,27 @@ def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int
 
 
 def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]:
-    """The objects among candidates of one picture, the main one first, no two of the same region, tidied."""
+    """The objects among candidates of one picture, tidied, no two of the same region, at most `cfg.objects`:
+    the main one first, and parts of better ones after all others."""
     clear = [c for c in candidates if c.predicted_iou >= cfg.min_iou and c.stability >= cfg.min_stability]
     likely = [c for c in clear if c.score >= cfg.min_score]
     likely.sort(key=lambda c: -c.score)  # equals stay in the order of their prompts
-    return [tidy(likely[i], cfg) for i in distinct([c.mask for c in likely], cfg)]
+    objects, parts = [], []
+    for i in distinct([c.mask for c in likely], cfg):
+        mask, least = likely[i].mask, cfg.inside * likely[i].mask.sum()
+        part = any((mask & other.mask).sum() >= least for other in objects)
+        (parts if part else objects).append(likely[i])
+    return [tidy(c, cfg) for c in (objects + parts)[: cfg.objects]]
 
 
 def distinct(masks: Sequence[np.ndarray], cfg: SegmentConfig) -> list[int]:
-    """Non-maximum suppression: the masks, best first, that are not nearly a better one; at most
-    `cfg.objects`. bool (rows, columns) each."""
+    """Non-maximum suppression: which masks, best first, are not nearly a better one; bool (rows, columns)."""
     kept, bits, sizes = [], [], []
     for i, mask in enumerate(masks):
         packed, size = np.packbits(mask), mask.sum()
         both = [int(np.bitwise_count(packed & other).sum()) for other in bits]
         if all(b < cfg.same * (size + s - b) for b, s in zip(both, sizes, strict=True)):
             kept, bits, sizes = [*kept, i], [*bits, packed], [*sizes, size]
-        if len(kept) == cfg.objects:
-            break
     return kept
 
 

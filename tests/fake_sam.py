@@ -1,4 +1,4 @@
-"""A network with SAM's interface that knows the answers: regions of one colour."""
+"""A network with SAM's interface that knows the answers, regions of one colour; and sizes for a small SAM."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from models.sam import Prompts
 from models.sam_config import SAMConfig
 
+SMALL = SAMConfig(
+    width=16, layers=2, heads=2, mlp=32, global_blocks=(1,), window=2, image_size=64, out_channels=32,
+    decoder_mlp=32, iou_width=16,
+)  # fmt: skip
 ALIKE = 0.2  # of normalised pixels: two colours of a test picture are further apart
 # Of the four masks: the region, its left part, the region, the whole picture.
 IOUS = (0.9, 0.9, 0.95, 0.99)
