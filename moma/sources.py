@@ -70,7 +70,9 @@ class Assumed:
             return self
         known = {name: base.configs[name] for name in ("unet", "vae", "text") if name in base.configs}
         towers = [base.configs["vision"]] if "vision" in base.configs else []
-        return replace(self, **known, towers=(*towers, *self.towers), image_size=base.image_size)
+        sams = [base.configs["sam"]] if "sam" in base.configs else []
+        sizes = {"towers": (*towers, *self.towers), "sams": (*sams, *self.sams)}
+        return replace(self, **known, **sizes, image_size=base.image_size)
 
 
 @dataclass(frozen=True)

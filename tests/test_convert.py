@@ -473,6 +473,8 @@ def test_sam(complete: Bundle, tmp_path: Path, make: Callable[..., Path]) -> Non
     assert tuple(alone.networks) == ("sam",) and alone.config("sam") == TINY.sam
     assert_drawn(state(alone, "sam"), torch.float32)
     assert "unused" not in said
+    again, _ = run([source], tmp_path / "again", alone, assumed=Assumed())
+    assert again.config("sam") == TINY.sam, "the sizes of a file without any are the base's"
     beside, _ = run([source], tmp_path / "beside", complete, dtype=torch.float16)
     assert set(beside.networks) == {*complete.networks, "sam"}
     frequencies = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
