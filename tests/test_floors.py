@@ -16,7 +16,7 @@ FLOORS = [
     | {"models.dino_image"},
     {"models.llava"},
     {"models.stream"},
-    {"moma.config", "moma.diffusion", "moma.memory"},
+    {"moma.config", "moma.diffusion", "moma.memory", "moma.regions"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
     {"moma.chart", "moma.estimates"},
     {"moma.attention", "moma.output"},
@@ -25,6 +25,8 @@ FLOORS = [
     {"moma.download", "moma.embeddings", "moma.tiny"},
     {"moma.sources"},
     {"moma.pipeline"},
+    {"moma.segment"},
+    {"moma.cli"},
     {"moma"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
