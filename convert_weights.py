@@ -5,6 +5,7 @@
     python convert_weights.py --download --out weights/moma
     python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
     python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
+    python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
@@ -353,7 +354,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=EXTRAS,
         default=[],
         dest="extras",
-        help="fetch this, too, with or without --download: scorers for evaluation (2.4 GB)",
+        help="fetch this, too, with or without --download: sam, for masks (0.4 GB); scorers, for evaluation "
+        "(2.4 GB)",
     )
     parser.add_argument(
         "--base-id", default=DownloadConfig.base_id, help="with --download: the SD1.5 model on the hub"

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moma import MoMA  # noqa: E402 (the path comes first)
+from moma.cli import SCENES  # noqa: E402
 from moma.mini.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 from moma.output import Cell, SheetConfig, contact_sheet, save_png  # noqa: E402
 from moma.preprocess import find_mask, open_image  # noqa: E402
-from sample import SCENES  # noqa: E402
 
 WORLD = WorldConfig(size=512)  # pixels: the world draws at any size
 UNSEEN = DEFAULT.identities + DEFAULT.unseen_identities  # the first number of the test split

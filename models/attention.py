@@ -29,15 +29,16 @@ def attention(
     v: Tensor,
     mask: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     causal: bool = False,
     impl: str = "fused",
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v.
+    """softmax(q kᵀ · scale + bias) v.
 
     q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), any float dtype; mask: bool, broadcastable to
-    (B, H, N, M), True = attend; `causal` = query n sees keys 0..n (N == M); scale defaults to 1/√D.
-    Returns (B, H, N, E) in q's dtype.
+    (B, H, N, M), True = attend; bias: float, broadcastable likewise; `causal` = query n sees keys 0..n
+    (N == M); scale defaults to 1/√D. Returns (B, H, N, E) in q's dtype.
 
     A query whose mask is False everywhere attends to all keys alike (the mean of v): masked scores are
     the lowest finite number, not -inf, so there is no NaN (in float16 the fused form is only near that mean:
@@ -45,23 +46,34 @@ def attention(
     materialises the probabilities in float32.
     """
     if impl == "explicit":
-        return attention_probs(q, k, mask, causal=causal, scale=scale).to(v.dtype) @ v  # (B, H, N, E)
+        return attention_probs(q, k, mask, bias=bias, causal=causal, scale=scale).to(v.dtype) @ v
     if impl != "fused":
         raise ValueError(f"attention impl {impl!r}: expected 'fused' or 'explicit'")
-    if mask is None:
+    if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if causal:
-        mask = mask & causal_mask(q, k)
-    # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_bias(mask, q.dtype), scale=scale)
+        mask = causal_mask(q, k) if mask is None else mask & causal_mask(q, k)
+    if mask is not None:
+        # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
+        start = torch.zeros_like(mask, dtype=q.dtype) if bias is None else bias.to(q.dtype)
+        bias = start.masked_fill(~mask, torch.finfo(q.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
 
 def attention_probs(
-    q: Tensor, k: Tensor, mask: Tensor | None = None, *, causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) in float32, (B, H, N, M). Arguments as `attention`."""
+    """softmax(q kᵀ · scale + bias) in float32, (B, H, N, M). Arguments as `attention`."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
+    if bias is not None:
+        scores = scores + bias.float()
     if causal:
         mask = causal_mask(q, k) if mask is None else mask & causal_mask(q, k)
     if mask is not None:
@@ -72,7 +84,3 @@ def attention_probs(
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:
     """Query n sees keys 0..n: bool (N, M)."""
     return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

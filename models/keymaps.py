@@ -7,8 +7,9 @@ row that matches decides. A row without our name drops the key. Every table work
 first. Only names are handled here, so that full-size tables cost nothing.
 
 Sources of the public names: CompVis/stable-diffusion (ldm/modules/diffusionmodules), diffusers
-(UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration, ViTModel),
-haotian-liu/LLaVA (llava/model), tencent-ailab/IP-Adapter, bytedance/MoMA.
+(UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration, SamModel,
+ViTModel), haotian-liu/LLaVA (llava/model), facebookresearch/segment-anything, tencent-ailab/IP-Adapter,
+bytedance/MoMA.
 """
 
 import re
@@ -342,6 +343,47 @@ def llava_hf(new: bool, vocab: int, padded: int) -> Table:
         Row(f"{model}vision_tower.*", "tower.*"),  # transformers 5
     ]
 
+
+# --- Segment Anything ------------------------------------------------------------------------------------
+
+SAM_OFFICIAL: Table = [
+    Row("pixel_*", None),  # mean and std of the input, in files of some trainers
+    Row("*", "*"),
+]
+SAM_TRANSFORMERS: Table = [
+    Row(
+        "shared_image_embedding.positional_embedding",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ),
+    Row("prompt_encoder.shared_embedding.positional_embedding", None),  # the same again
+    Row("vision_encoder.pos_embed", "image_encoder.pos_embed"),
+    Row("vision_encoder.patch_embed.projection.*", "image_encoder.patch_embed.proj.*"),
+    Row("vision_encoder.layers.{}.layer_norm{}.*", "image_encoder.blocks.{}.norm{}.*"),
+    Row("vision_encoder.layers.*", "image_encoder.blocks.*"),
+    Row("vision_encoder.neck.conv1.*", "image_encoder.neck.0.*"),
+    Row("vision_encoder.neck.layer_norm1.*", "image_encoder.neck.1.*"),
+    Row("vision_encoder.neck.conv2.*", "image_encoder.neck.2.*"),
+    Row("vision_encoder.neck.layer_norm2.*", "image_encoder.neck.3.*"),
+    Row("prompt_encoder.point_embed.*", "prompt_encoder.point_embeddings.*"),
+    Row("prompt_encoder.mask_embed.conv1.*", "prompt_encoder.mask_downscaling.0.*"),
+    Row("prompt_encoder.mask_embed.layer_norm1.*", "prompt_encoder.mask_downscaling.1.*"),
+    Row("prompt_encoder.mask_embed.conv2.*", "prompt_encoder.mask_downscaling.3.*"),
+    Row("prompt_encoder.mask_embed.layer_norm2.*", "prompt_encoder.mask_downscaling.4.*"),
+    Row("prompt_encoder.mask_embed.conv3.*", "prompt_encoder.mask_downscaling.6.*"),
+    Row("prompt_encoder.*", "prompt_encoder.*"),
+    Row("mask_decoder.transformer.layers.{}.layer_norm{}.*", "mask_decoder.transformer.layers.{}.norm{}.*"),
+    Row("mask_decoder.transformer.layer_norm_final_attn.*", "mask_decoder.transformer.norm_final_attn.*"),
+    Row("mask_decoder.transformer.*", "mask_decoder.transformer.*"),
+    Row("mask_decoder.upscale_conv1.*", "mask_decoder.output_upscaling.0.*"),
+    Row("mask_decoder.upscale_layer_norm.*", "mask_decoder.output_upscaling.1.*"),
+    Row("mask_decoder.upscale_conv2.*", "mask_decoder.output_upscaling.3.*"),
+    *(
+        Row(f"mask_decoder.{head}.{there}.*", f"mask_decoder.{head}.layers.{here}.*")
+        for head in ("output_hypernetworks_mlps.{}", "iou_prediction_head")
+        for there, here in (("proj_in", 0), ("layers.0", 1), ("proj_out", 2))
+    ),
+    Row("mask_decoder.*", "mask_decoder.*"),
+]
 
 # --- adapters --------------------------------------------------------------------------------------------
 

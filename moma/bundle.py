@@ -10,6 +10,7 @@ for training ip_adapter (an adapter's projector and context) and ip_vision (the 
 and for evaluation dino_s16, dino_b16, clip_b32 and clip_l14 (whole CLIPs), each with or without the others.
 LLaVA's config says if its matrices are stored in 8 or 4 bits (models/quant.py); then its file holds codes and
 scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
+Network sam (masks without a click) may stand beside any others or alone.
 """
 
 import json
@@ -35,6 +36,7 @@ from models.loading import (
     stored_bytes,
     write_safetensors,
 )
+from models.sam import SAM, SAMConfig
 from models.stream import StreamedLlava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
@@ -55,6 +57,7 @@ CONFIGS: dict[str, type] = {
     "vision": CLIPVisionConfig,
     "llava": LlavaConfig,
     "adapter": AdapterConfig,
+    "sam": SAMConfig,
     "ip_adapter": AdapterConfig,
     "ip_vision": CLIPVisionConfig,
     "dino_s16": DINOConfig,
@@ -86,6 +89,7 @@ def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.
         "vision": lambda: CLIPVision(config),
         "llava": lambda: Llava(config),
         "adapter": lambda: Adapter(config, unet),
+        "sam": lambda: SAM(config),
         "ip_adapter": lambda: Adapter(config, unet),
         "ip_vision": lambda: CLIPVision(config),
         "dino_s16": lambda: DINO(config),

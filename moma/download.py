@@ -35,6 +35,7 @@ class Repo:
 
 
 EXTRAS = {  # what --with adds: name -> its repositories
+    "sam": (Repo("facebook/sam-vit-base", (("", TRANSFORMERS_STEMS),), ("config.json",)),),  # 0.4 GB
     "scorers": (  # 0.1 + 0.6 + 1.7 GB
         Repo("facebook/dino-vits16", (("", TRANSFORMERS_STEMS),), ("config.json",)),
         Repo("openai/clip-vit-base-patch32", (("", TRANSFORMERS_STEMS),), CLIP_FILES),

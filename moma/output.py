@@ -3,11 +3,14 @@
 A picture's settings are a `Record`, kept as JSON in an iTXt chunk of its PNG file.
 """
 
+import base64
 import hashlib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from moma.chart import fit
 from moma.config import MethodConfig, SampleConfig, method_config
+from moma.regions import middle, outline
 
 CHUNK = "moma"  # key of the PNG text chunk
 STAMP = "moma-stamp"  # another: a text by which a program knows what it has made
@@ -36,6 +40,29 @@ class InputFile:
     @classmethod
     def of(cls, path: str | Path) -> Self:
         return cls(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A mask that a network drew. It is kept itself, some kilobytes: another machine rounds otherwise, and
+    might draw another edge."""
+
+    how: str  # what the network was asked for
+    png: str  # base64, one bit per pixel
+
+    @classmethod
+    def of(cls, mask: Image.Image, how: str) -> Self:
+        """mask: mode L, 0 or 255."""
+        file = io.BytesIO()
+        mask.convert("1", dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        return cls(how, base64.b64encode(file.getvalue()).decode("ascii"))
+
+    def picture(self) -> Image.Image:
+        """The mask, mode L, 0 or 255; ValueError if it is damaged."""
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(self.png, validate=True))).convert("L")
+        except (ValueError, OSError, SyntaxError) as error:
+            raise ValueError(f"the mask in the picture's settings is damaged ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,7 @@ class Record:
     dtype: str  # bf16, fp16, fp32
     device: str
     versions: Mapping[str, str]  # package -> version
+    segmented: Segmented | None = None  # the mask if it was SAM's; pictures from before there was SAM lack it
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False)
@@ -74,6 +102,7 @@ class Record:
             data["method"] = method_config(**data["method"])
             data["reference"] = InputFile(**data["reference"])
             data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
+            data["segmented"] = Segmented(**data["segmented"]) if data.get("segmented") else None
             record = cls(**data)
             if not all(isinstance(value, str) for value in (record.subject, record.prompt, record.negative)):
                 raise ValueError("subject, prompt and negative prompt are not all texts")
@@ -196,6 +225,56 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None
                 place = (x, y + cfg.cell + 2 + n * cfg.caption // 2)
                 draw.text(place, fit(line, font, cfg.cell), cfg.ink, font)
     return sheet
+
+
+@dataclass(frozen=True)
+class NumberedConfig:
+    """Looks of a picture whose objects are numbered, in pixels."""
+
+    side: int = 1024  # the longer one: small pictures grow, so that outlines and numbers find room
+    line: int = 3
+    font: int = 44
+    halo: int = 4  # of the numbers, black: they must be seen on any picture
+    coarse: int = 8  # places for numbers are sought on a grid of such steps, for speed
+    hue: float = 0.381966  # of the next number, in turns: the golden angle keeps neighbours apart
+
+
+def numbered(
+    image: Image.Image, masks: Sequence[Image.Image], cfg: NumberedConfig | None = None
+) -> Image.Image:
+    """An RGB picture with an outline in its own colour and a number, from 1, for each object.
+
+    masks: mode L, 255 = object, the image's size. The first one lies on top.
+    """
+    cfg = cfg or NumberedConfig()
+    canvas = ImageOps.contain(image.convert("RGB"), (cfg.side, cfg.side))
+    scaled = (mask.resize(canvas.size, Image.Resampling.BILINEAR) for mask in masks)
+    inside = [np.asarray(mask) > 127 for mask in scaled]  # (H, W) each
+    colours = [tuple(int(255 * v) for v in hsv_to_rgb(i * cfg.hue % 1, 1, 1)) for i in range(len(masks))]
+    pixels = np.array(canvas)  # (H, W, 3)
+    for mask, colour in reversed(list(zip(inside, colours, strict=True))):
+        pixels[outline(mask, cfg.line)] = colour
+    picture, font = Image.fromarray(pixels), ImageFont.load_default(cfg.font)
+    draw = ImageDraw.Draw(picture)
+    for i, (mask, colour) in enumerate(zip(inside, colours, strict=True)):
+        # Not on smaller objects, which have numbers of their own.
+        others = [other for other in inside if other.sum() < mask.sum()]
+        alone = mask & ~np.any(others, axis=0)
+        place = _place(alone, cfg.coarse) or _place(mask, cfg.coarse) or _place(mask, 1)
+        if place is None:  # a mask that vanishes in this size
+            continue
+        halo = {"stroke_width": cfg.halo, "stroke_fill": "black"}
+        draw.text(place, str(i + 1), colour, font, anchor="mm", **halo)
+    return picture
+
+
+def _place(mask: np.ndarray, coarse: int) -> tuple[int, int] | None:
+    """(x, y) well inside a mask, on a grid of `coarse` pixels; None if no point of the grid is in it."""
+    grid = mask[coarse // 2 :: coarse, coarse // 2 :: coarse]
+    if not grid.any():
+        return None
+    x, y = middle(grid)
+    return x * coarse + coarse // 2, y * coarse + coarse // 2
 
 
 def mask_picture(mask: Tensor, size: tuple[int, int] | None = None) -> Image.Image:

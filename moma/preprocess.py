@@ -6,6 +6,7 @@ Letters: H, W pixels of the input; S side of the square reference.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from moma.config import DEFAULT, MethodConfig
+from moma.regions import components, frame
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class InputConfig:
 
 INPUT = InputConfig()
 GREY16 = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # PIL's modes for 16-bit grey
-MaskSource = Literal["file", "alpha", "border"]
+MaskSource = Literal["file", "alpha", "sam", "border"]
 
 
 class FoundMask(NamedTuple):
@@ -93,14 +95,19 @@ def _broken(path: Path, error: Exception) -> ValueError:
 
 
 def find_mask(
-    image: Image.Image, mask_path: str | Path | None = None, limits: InputConfig = INPUT
+    image: Image.Image,
+    mask_path: str | Path | None = None,
+    limits: InputConfig = INPUT,
+    segment: Callable[[Image.Image], Image.Image] | None = None,
 ) -> FoundMask:
-    """Where the subject is: a mask file, else the picture's transparency, else its plain background.
+    """Where the subject is: a mask file, else the picture's transparency, else what `segment` finds, else
+    its plain background.
 
     image: from `open_image`. A mask file may have any mode: its alpha channel counts if it varies, else
-    its brightest channel (for a grey mask the same as the release's first channel). A background counts as
-    plain when nearly the whole border has one colour; it is what hangs together with the border in that
-    colour, so that patches of it inside the subject stay subject. ValueError when nothing of this is there.
+    its brightest channel (for a grey mask the same as the release's first channel). segment: such as
+    `moma.segment.Segmenter(...).subject_mask`. A background counts as plain when nearly the whole border has
+    one colour; it is what hangs together with the border in that colour, so that patches of it inside the
+    subject stay subject. ValueError when nothing of this is there.
     """
     if mask_path is not None:
         mask = open_image(mask_path, limits)
@@ -108,6 +115,8 @@ def find_mask(
         return FoundMask(_brightest(mask) if alpha is None else alpha, "file")
     if (alpha := _alpha(image)) is not None:
         return FoundMask(alpha, "alpha")
+    if segment is not None:
+        return FoundMask(segment(image), "sam")
     return FoundMask(_border_mask(image, limits), "border")
 
 
@@ -243,34 +252,17 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
     image = on_white(image)
     image.thumbnail((limits.border_side, limits.border_side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).astype(np.int16)  # (H, W, 3)
-    frame = np.ones(pixels.shape[:2], bool)
-    frame[1:-1, 1:-1] = False
-    colour = np.median(pixels[frame], axis=0)  # (3,)
+    edge = frame(pixels.shape[:2])
+    colour = np.median(pixels[edge], axis=0)  # (3,)
     alike = np.abs(pixels - colour).max(axis=2) <= limits.border_tolerance  # (H, W)
-    if alike[frame].mean() < limits.border_share:
+    if alike[edge].mean() < limits.border_share:
         raise ValueError(
             "where is the subject? The picture has no transparency and no plain background: give a mask"
-            " (--mask FILE, white = subject)"
+            " (--mask FILE, white = subject), cut the subject out, or add SAM to the weights"
+            " (convert_weights.py)"
         )
     if alike.all():
         raise ValueError("the picture is one plain colour, without a subject: use another picture")
-    return Image.fromarray(np.where(_connected(frame & alike, alike), 0, 255).astype(np.uint8))
-
-
-def _connected(seed: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """The part of `free` that hangs together with `seed` by steps to the side, up or down; bool (H, W)."""
-    count = -1
-    while (now := int(seed.sum())) != count:
-        count = now
-        seed = _fill_runs(_fill_runs(seed, free).T, free.T).T  # along the rows, then along the columns
-    return seed
-
-
-def _fill_runs(seed: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Every unbroken run of `free` within a row that holds a cell of `seed`; bool (H, W)."""
-    # Runs are numbered by the closed cells before them; a closed last column keeps the rows apart.
-    closed = np.pad(~free, ((0, 0), (0, 1)), constant_values=True)  # (H, W+1)
-    runs = np.cumsum(closed).reshape(closed.shape)[:, :-1]  # (H, W)
-    reached = np.zeros(runs.max() + 1, bool)
-    reached[runs[seed]] = True
-    return reached[runs] & free
+    labels, _ = components(alike)  # (H, W)
+    background = np.isin(labels, labels[edge & alike])  # (H, W)
+    return Image.fromarray(np.where(background, 0, 255).astype(np.uint8))

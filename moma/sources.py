@@ -2,7 +2,7 @@
 
 Known are Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
 and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5,
-and for evaluation whole CLIPs and DINO (its own files or transformers').
+Segment Anything (its own files or transformers'), and for evaluation whole CLIPs and DINO (the same).
 Only headers are read here; whatever cannot be used is refused with the reason.
 """
 
@@ -21,6 +21,8 @@ from models.dino import DINOConfig
 from models.keymaps import Table
 from models.llava import LlavaConfig
 from models.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
+from models.sam import SAMConfig
+from models.sam_config import PRESETS as SAMS
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -42,6 +44,9 @@ EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # what a training's result
 SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # widths of their text states
 VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
 VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
+SAM_POSITIONS = "image_encoder.pos_embed"
+SAM_FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SAM_HQ = ("mask_decoder.hf_", "mask_decoder.compress_vit_feat", "mask_decoder.embedding_")
 DINO_PATCHES = "patch_embed.proj.weight"  # by which DINO's own files are known
 # Buffers and parts of the training that LDM files carry along.
 TRAINING_STATE = re.compile(
@@ -69,6 +74,7 @@ class Assumed:
     dinos: Mapping[str, DINOConfig] = field(default_factory=lambda: _named("dino", DINOS))
     clips: Mapping[str, CLIPConfig] = field(default_factory=lambda: _named("clip", CLIPS))
     image_size: int = 512  # pixels a side that SD1.5 was trained at; its config has latents
+    sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # told from each other by their widths
 
     def with_base(self, base: Bundle | None) -> "Assumed":
         """With the sizes of the networks in `base`."""
@@ -76,7 +82,9 @@ class Assumed:
             return self
         known = {name: base.configs[name] for name in ("unet", "vae", "text") if name in base.configs}
         towers = [base.configs["vision"]] if "vision" in base.configs else []
-        return replace(self, **known, towers=(*towers, *self.towers), image_size=base.image_size)
+        sams = [base.configs["sam"]] if "sam" in base.configs else []
+        sizes = {"towers": (*towers, *self.towers), "sams": (*sams, *self.sams)}
+        return replace(self, **known, **sizes, image_size=base.image_size)
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,9 @@ def _read_model(source: Source, path: Path, assumed: Assumed) -> None:
         _read_vae(source, path)
     elif layout == "UNet2DConditionModel" or (not layout and "cross_attention_dim" in config):
         _read_unet(source, path)
+    elif kind.startswith("sam"):
+        config = from_public(SAMConfig, path / "config.json")
+        _add_sam(source, config, keymaps.SAM_TRANSFORMERS, _weights_of(path, TRANSFORMERS_STEMS))
     elif "llava" in kind or "mm_projector_type" in config:
         _read_llava(source, path, config, assumed)
     elif kind == "clip_text_model":
@@ -244,7 +255,8 @@ def _read_model(source: Source, path: Path, assumed: Assumed) -> None:
         _read_vit(source, path, assumed)
     else:
         what = layout or kind or "nothing known"
-        raise ValueError(f"{path}: config.json describes {what}, expected a VAE, UNet, CLIP, LLaVA or DINO")
+        known = "a VAE, UNet, CLIP, LLaVA, DINO or SAM"
+        raise ValueError(f"{path}: config.json describes {what}, expected {known}")
 
 
 def _read_unet(source: Source, path: Path) -> None:
@@ -397,6 +409,8 @@ def _read_file(source: Source, path: Path, assumed: Assumed, ema: bool) -> None:
     elif has("ip_adapter.", "adapter_modules."):
         _refuse_ip_adapter(path, tensors)
         _read_adapter(source, path, "ip_adapter", tensors, assumed)
+    elif has("image_encoder.", "mask_decoder.", "sam_mask_decoder.", "model.sam_mask_decoder."):
+        _add_sam(source, _sam_config(path, tensors, assumed), keymaps.SAM_OFFICIAL, tensors)
     elif has("encoder.conv_in.", "first_stage_model.encoder."):
         _add_vae(source, assumed.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
     elif has("down_blocks."):
@@ -465,6 +479,29 @@ def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, assum
             f"{path}: the image projector or mapping is missing or misshapen ({error})"
         ) from error
     source.add(name, AdapterConfig(mllm_dim=mllm, embed_dim=embed, tokens=tokens), named)
+
+
+def _sam_config(path: Path, tensors: Tensors, assumed: Assumed) -> SAMConfig:
+    """Sizes of an official file by its shapes; ValueError for the networks that were made out of SAM."""
+    if any(key.startswith(SAM_HQ) for key in tensors):
+        raise ValueError(f"{path}: SAM-HQ, expected the plain sam_vit_b, l or h")
+    if SAM_POSITIONS not in tensors:
+        raise ValueError(
+            f"{path}: SAM 2, MobileSAM or the like (it has no {SAM_POSITIONS}), expected sam_vit_b, l or h"
+        )
+    width = tensors[SAM_POSITIONS].shape[-1]
+    for config in assumed.sams:
+        if config.width == width:
+            return config
+    known = ", ".join(str(config.width) for config in assumed.sams)
+    raise ValueError(f"{path}: a SAM whose image encoder is {width} wide, expected {known}")
+
+
+def _add_sam(source: Source, config: SAMConfig, table: Table, tensors: Tensors) -> None:
+    named = source.rename(table, tensors)
+    if SAM_FREQUENCIES in named:  # 2π times them is added up: half precision would move the points
+        named[SAM_FREQUENCIES] = replace(named[SAM_FREQUENCIES], castable=False)
+    source.add("sam", config, named)
 
 
 # --- refusals ----------------------------------------------------------------------------------------

@@ -30,11 +30,14 @@ from models.keymaps import Row, Table
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.loading import LazyTensor, ShardConfig, write_safetensors
+from models.sam import DECODER_EPS, SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
 from moma.bundle import expected_shapes
 from moma.tiny import build_tokenizers
+
+SHARED_FREQUENCIES = "prompt_encoder.shared_embedding.positional_embedding"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Scale:
     ip_vision: CLIPVisionConfig = field(default_factory=lambda: VISION_PRESETS["h14"])
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    sam: SAMConfig = field(default_factory=SAMConfig)
     dino_s16: DINOConfig = field(default_factory=lambda: DINOS["s16"])
     dino_b16: DINOConfig = field(default_factory=lambda: DINOS["b16"])
     clip_b32: CLIPConfig = field(default_factory=lambda: CLIPS["b32"])
@@ -69,6 +73,22 @@ TINY = Scale(
     ip_vision=CLIPVisionConfig(width=48, layers=2, heads=3, mlp=64, act="gelu", image_size=28, projection=40),
     llama=LlamaConfig(vocab=500, width=64, layers=3, heads=4, mlp=96),
     adapter=AdapterConfig(mllm_dim=64, embed_dim=40),
+    # 10 patches a side, which windows of 4 do not divide; no two widths alike where they may differ
+    sam=SAMConfig(
+        width=48,
+        layers=3,
+        heads=4,
+        mlp=80,
+        global_blocks=(1,),
+        window=4,
+        image_size=80,
+        patch=8,
+        out_channels=32,
+        mask_channels=8,
+        decoder_heads=4,
+        decoder_mlp=56,
+        iou_width=24,
+    ),
     dino_s16=DINOConfig(width=24, layers=2, heads=2, mlp=48, image_size=32),
     dino_b16=DINOConfig(width=32, layers=2, heads=2, mlp=48, image_size=32),
     clip_b32=CLIPConfig(
@@ -253,6 +273,40 @@ def llava_hf_json(scale: Scale) -> dict[str, Any]:
         "vision_feature_select_strategy": "default",
         "text_config": llama_json(scale.llama) | {"model_type": "llama", "vocab_size": scale.padded_vocab},
         "vision_config": clip_json(scale.tower),
+    }
+
+
+def sam_json(cfg: SAMConfig) -> dict[str, Any]:
+    """transformers' config.json, whose defaults are ViT-B's."""
+    sides = {"image_size": cfg.image_size, "patch_size": cfg.patch}
+    return {
+        "model_type": "sam",
+        "vision_config": {
+            **sides,
+            "hidden_size": cfg.width,
+            "output_channels": cfg.out_channels,
+            "num_hidden_layers": cfg.layers,
+            "num_attention_heads": cfg.heads,
+            "mlp_dim": cfg.mlp,
+            "window_size": cfg.window,
+            "global_attn_indexes": list(cfg.global_blocks),
+            "layer_norm_eps": cfg.eps,
+            "num_pos_feats": cfg.out_channels // 2,
+        },
+        "prompt_encoder_config": {
+            **sides,
+            "hidden_size": cfg.out_channels,
+            "mask_input_channels": cfg.mask_channels,
+        },
+        "mask_decoder_config": {
+            "hidden_size": cfg.out_channels,
+            "mlp_dim": cfg.decoder_mlp,
+            "num_hidden_layers": cfg.decoder_layers,
+            "num_attention_heads": cfg.decoder_heads,
+            "attention_downsample_rate": cfg.downsample,
+            "iou_head_hidden_dim": cfg.iou_width,
+            "layer_norm_eps": DECODER_EPS,  # segment-anything's, not transformers' default
+        },
     }
 
 
@@ -507,6 +561,21 @@ def make_ip_adapter(path: Path, scale: Scale) -> Path:
     return path
 
 
+def make_sam(path: Path, scale: Scale) -> Path:
+    """sam_vit_b_01ec64.pth and its kind."""
+    save(path, network("sam", scale.sam, scale, torch.float32))
+    return path
+
+
+def make_sam_hf(folder: Path, scale: Scale) -> Path:
+    """facebook/sam-vit-base, which has the random frequencies twice."""
+    named = outward(keymaps.SAM_TRANSFORMERS, network("sam", scale.sam, scale, torch.float32))
+    frequencies = named["shared_image_embedding.positional_embedding"]
+    write_json(folder / "config.json", sam_json(scale.sam))
+    save(folder / "model.safetensors", named | {SHARED_FREQUENCIES: frequencies})
+    return folder
+
+
 def make_all(out: Path, scale: Scale, tokenizers: Path, only: Iterable[str] = ()) -> None:
     """Everything that a full conversion needs, and one of each further format."""
     makers: dict[str, Callable[[], Path]] = {
@@ -520,6 +589,8 @@ def make_all(out: Path, scale: Scale, tokenizers: Path, only: Iterable[str] = ()
         "ip_vision": lambda: make_ip_vision(out / "image_encoder", scale),
         "ip_adapter": lambda: make_ip_adapter(out / "ip-adapter_sd15.bin", scale),
         "ip_adapter_flat": lambda: make_ip_adapter(out / "ip-adapter_sd15.safetensors", scale),
+        "sam": lambda: make_sam(out / "sam_vit_b_01ec64.pth", scale),
+        "sam_hf": lambda: make_sam_hf(out / "sam-vit-base", scale),
         "dino": lambda: make_dino(out / "dino_deitsmall16_pretrain.pth", scale),
         "dino_b16": lambda: make_dino(out / "dino_vitbase16_pretrain.pth", scale, "dino_b16"),
         "dino_hf": lambda: make_dino_hf(out / "dino-vits16", scale),

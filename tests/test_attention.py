@@ -5,6 +5,7 @@ import torch
 
 from models.attention import attention
 
+BIAS = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(5))
 CASES = {
     "plain": {},
     "some keys": {"mask": torch.rand(2, 1, 1, 10, generator=torch.Generator().manual_seed(3)) > 0.5},
@@ -13,6 +14,9 @@ CASES = {
     "causal": {"causal": True},
     "causal, some keys": {"causal": True, "mask": torch.arange(10).expand(2, 1, 1, 10) < 7},
     "scaled": {"scale": 0.1},
+    "biased": {"bias": BIAS},
+    "biased, causal": {"bias": BIAS[:1, :1], "causal": True},
+    "biased, some keys": {"bias": BIAS, "mask": torch.arange(10) < 7},
 }
 
 
@@ -34,6 +38,9 @@ def test_by_hand(impl: str) -> None:
     z = attention(q, k, v, causal=True, impl=impl)
     weights = (q[1, 2, 4] @ k[1, 2, :5].T / 8**0.5).softmax(-1)  # query 4 sees keys 0..4
     torch.testing.assert_close(z[1, 2, 4], weights @ v[1, 2, :5])
+    z = attention(q, k, v, bias=BIAS, impl=impl)
+    weights = (q[1, 2, 4] @ k[1, 2].T / 8**0.5 + BIAS[1, 2, 4]).softmax(-1)
+    torch.testing.assert_close(z[1, 2, 4], weights @ v[1, 2])
     mean = attention(q, k, v, CASES["no keys"]["mask"], impl=impl)
     torch.testing.assert_close(mean, v.mean(dim=2, keepdim=True).expand_as(v), rtol=0, atol=1e-6)
 

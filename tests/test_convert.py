@@ -17,14 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import SamConfig, SamModel
 
 from convert_weights import CHOICES, convert, main
 from models.clip import VISION_PRESETS
 from models.loading import LazyTensor, read_checkpoint
+from models.sam import Prompts
 from moma.bundle import SAMPLING, Bundle, BundleWriter, expected_shapes
 from moma.download import MOMA_FILE, DownloadConfig, by_hand, download
 from moma.sources import Assumed, guess_tower
 from moma.tiny import build_tokenizers
+from tests.compare import assert_close_to_std
 from tests.make_checkpoints import (
     TINY,
     draw,
@@ -38,10 +41,14 @@ from tests.make_checkpoints import (
     make_llava,
     make_llava_hf,
     make_moma,
+    make_sam,
+    make_sam_hf,
     make_sd15,
     make_vae,
+    sam_json,
     write_json,
 )
+from tests.recipe import normal, uniform
 
 ASSUMED = Assumed(
     unet=TINY.unet,
@@ -49,6 +56,7 @@ ASSUMED = Assumed(
     text=TINY.text,
     dinos={"dino_s16": TINY.dino_s16, "dino_b16": TINY.dino_b16},
     clips={"clip_b32": TINY.clip_b32, "clip_l14": TINY.clip_l14},
+    sams=(TINY.sam,),
 )
 
 
@@ -463,6 +471,66 @@ def test_a_description_that_mentions_v_prediction_is_no_refusal(complete: Bundle
     run([source], tmp_path / "b", complete)
 
 
+# --- Segment Anything ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_sam, make_sam_hf])
+def test_sam(complete: Bundle, tmp_path: Path, make: Callable[..., Path]) -> None:
+    """Alone, and beside what a bundle has; its random frequencies keep their precision."""
+    source = make(tmp_path / "sam.pth", TINY)
+    alone, said = run([source], tmp_path / "alone")
+    assert tuple(alone.networks) == ("sam",) and alone.config("sam") == TINY.sam
+    assert_drawn(state(alone, "sam"), torch.float32)
+    assert "unused" not in said
+    again, _ = run([source], tmp_path / "again", alone, assumed=Assumed())
+    assert again.config("sam") == TINY.sam, "the sizes of a file without any are the base's"
+    beside, _ = run([source], tmp_path / "beside", complete, dtype=torch.float16)
+    assert set(beside.networks) == {*complete.networks, "sam"}
+    frequencies = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    values = state(beside, "sam")
+    exact = {frequencies: values.pop(frequencies)}
+    assert_drawn(exact, torch.float32)
+    assert_drawn(values, torch.float32, cast=torch.float16)
+
+
+def test_sam_as_transformers_saves_it(tmp_path: Path) -> None:
+    """Converted, it makes the masks that transformers' own network makes."""
+    torch.manual_seed(0)
+    theirs = SamModel(SamConfig(**sam_json(TINY.sam))).eval()
+    for parameter in theirs.parameters():  # of transformers' own initialisation most are zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "sam")
+    bundle, said = run([tmp_path / "sam"], tmp_path / "b")
+    assert "unused" not in said
+    ours = bundle.build("sam")
+    side = TINY.sam.image_size
+    pixels = torch.from_numpy(normal("convert/sam", (1, 3, side, side)))
+    points = torch.from_numpy(uniform("convert/points", (1, 2, 1, 2))) * side
+    labels = torch.ones(1, 2, 1, dtype=torch.int64)
+    with torch.no_grad():
+        logits, iou = ours.decode(ours.encode(pixels), Prompts(points, labels))
+        reference = theirs(pixels, input_points=points, input_labels=labels)
+    assert_close_to_std(logits[:, :, 1:], reference.pred_masks)
+    assert_close_to_std(iou[:, :, 1:], reference.iou_scores)
+
+
+def test_official_sam_with_its_buffers_and_wrappers(tmp_path: Path) -> None:
+    tensors = {name: t.read() for name, t in read_checkpoint(make_sam(tmp_path / "s.pth", TINY)).items()}
+    tensors |= {"pixel_mean": torch.ones(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "w.pth")
+    bundle, said = run([tmp_path / "w.pth"], tmp_path / "b")
+    assert_drawn(state(bundle, "sam"), torch.float32)
+    assert "unused" not in said
+
+
+def test_sam_that_is_incomplete(tmp_path: Path) -> None:
+    tensors = {name: t.read() for name, t in read_checkpoint(make_sam(tmp_path / "s.pth", TINY)).items()}
+    del tensors["mask_decoder.iou_token.weight"]
+    torch.save(tensors, tmp_path / "s.pth")
+    with pytest.raises(ValueError, match=r"s\.pth.*sam.*mask_decoder\.iou_token\.weight"):
+        run([tmp_path / "s.pth"], tmp_path / "b")
+
+
 # --- refusals -----------------------------------------------------------------------------------------
 
 
@@ -584,6 +652,12 @@ REFUSALS = {
         "IP-Adapter for SDXL",
     ),
     "tower of another model": (llava_for_another_tower, "mm_hidden_size 1280, but the CLIP model .*32"),
+    "sam-hq": (only(image_encoder__pos_embed=W, mask_decoder__hf_token__weight=W), "SAM-HQ, expected"),
+    "mobile sam": (only(image_encoder__layers__0__norm__weight=W), "MobileSAM or the like"),
+    "sam 2": (only(model__sam_mask_decoder__iou_token__weight=W), "SAM 2, MobileSAM or the like"),
+    "sam of another width": (only(image_encoder__pos_embed=W), "image encoder is 2 wide, expected 48"),
+    "sam 2 folder": (folder_with(config__json='{"model_type": "sam2"}'), "'sam2', expected 'sam'"),
+    "sam-hq folder": (folder_with(config__json='{"model_type": "sam_hq"}'), "'sam_hq', expected 'sam'"),
     "lfs": (lfs_folder, "git-lfs pointer"),
     "empty folder": (folder_with(), "empty folder"),
     "other folder": (folder_with(readme__txt="hello"), "neither unet/ nor config.json"),
@@ -828,7 +902,7 @@ def test_bundle_errors(copy: Path, tmp_path: Path) -> None:
     expect("not a bundle", format="other")
     expect("version 2, expected 1", version=2)
     expect("names no networks", networks={})
-    expect("network 'sam', expected one of", networks=networks | {"sam": unet})
+    expect("network 'other', expected one of", networks=networks | {"other": unet})
     bare = {key: value for key, value in unet.items() if key != "sha256"}
     expect("lacks its files", networks=networks | {"unet": bare})
     expect("lacks its files", networks=networks | {"unet": {"config": {}, "files": []}})
@@ -1072,6 +1146,15 @@ def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path,
     folders = download(both, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
     bundle, _ = run(folders, tmp_path / "both")
     assert set(bundle.networks) == {*SAMPLING, "dino_s16", "clip_b32", "clip_l14"}
+
+
+def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
+    folder = make_sam_hf(tmp_path / "sam", TINY)
+    hub.files |= {f"facebook/sam-vit-base/{path.name}": path for path in folder.iterdir()}
+    only_sam = replace(CONFIG, released=False, extras=("sam",))
+    folders = download(only_sam, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    bundle, _ = run(folders, tmp_path / "b")
+    assert tuple(bundle.networks) == ("sam",)
 
 
 def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from moma.bundle import SAMPLING, Bundle
-from moma.evaluate import figures
+from moma.evaluate import figures, methods
 from moma.evaluate.methods import METHODS, Blended
 from moma.evaluate.scorers import load_scorers
 from moma.output import mask_picture
 from moma.preprocess import find_mask, on_white, open_image
+from moma.sampler import TextOnly
 from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.ip_adapter_case import build_ip_bundle
 
@@ -171,6 +172,23 @@ def test_methods_side_by_side(folder, whole, judges, capsys):
     some = columns_of("methods", folder, "--method", "text", "--baseline", judges, "--method", "ip-adapter")
     assert [column.name for column in some] == ["text only", "IP-Adapter"]
     assert some[0].images[0].tobytes() == columns[0].images[0].tobytes()
+
+
+def test_a_new_method_is_a_class_and_an_entry(folder, monkeypatch):
+    """README's way: here, Stable Diffusion that is told the prompt's opposite."""
+
+    class Opposite(methods.BaseModel):
+        @torch.no_grad()
+        def guide(self, jobs, embeddings, config):
+            text, negative = self.read_texts(jobs)
+            return TextOnly(torch.cat([text, negative]))
+
+    def load_opposite(folder, device, dtype):
+        return methods.Method("opposite", methods.load_without_mllm(Opposite, folder, device, dtype))
+
+    monkeypatch.setitem(METHODS, "opposite", methods.Loader(load_opposite, methods.BASE))
+    text, opposite, *_ = columns_of("methods", folder, "--method", "text", "--method", "opposite")
+    assert opposite.name == "opposite" and far(text.images[0], opposite.images[0]) > 1
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 # Each floor may import the floors above it in this list, never those below it. One entry per module.
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
-    | {"models.quant", "models.packed"},
-    {"models.unet", "models.vae", "models.clip", "models.llama", "models.dino", "models.dino_image"},
+    | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam", "models.dino"}
+    | {"models.dino_image"},
     {"models.llava"},
     {"models.stream"},
-    {"moma.config", "moma.diffusion", "moma.memory"},
+    {"moma.config", "moma.diffusion", "moma.memory", "moma.regions"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
     {"moma.chart", "moma.estimates"},
     {"moma.attention", "moma.output"},
@@ -24,6 +25,8 @@ FLOORS = [
     {"moma.download", "moma.embeddings", "moma.tiny"},
     {"moma.sources"},
     {"moma.pipeline"},
+    {"moma.segment"},
+    {"moma.cli"},
     {"moma"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
@@ -54,6 +57,7 @@ FLOORS = [
     {"moma.mini.probes"},
     {"moma.mini.config", "moma.mini.report", "moma.mini.evaluation"},
     {"moma.mini.tasks", "moma.mini.approximations"},
+    {"moma.mini.segmenting"},
     {"moma.evaluate.plan"},
     {"moma.evaluate.__main__"},
     {"sample", "convert_weights", "train"},

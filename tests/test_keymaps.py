@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, ViTModel
+from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SamConfig, SamModel, ViTModel
 from transformers import LlavaConfig as PublicLlavaConfig
 
 from models import keymaps
@@ -19,11 +19,12 @@ from models.clip import VISION_PRESETS, CLIPTextConfig
 from models.dino import PRESETS as DINOS
 from models.keymaps import CONV, COPY, Row, Table, convert
 from models.llava import LlavaConfig
+from models.sam import PRESETS as SAM_PRESETS
 from models.unet import UNetConfig, attention_layers
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
 from moma.bundle import expected_shapes
-from tests.make_checkpoints import FULL, TINY, clip_json, llava_hf_json, unet_json, vae_json
+from tests.make_checkpoints import FULL, TINY, clip_json, llava_hf_json, sam_json, unet_json, vae_json
 from tests.parity_scorers import public_clip, public_dino
 
 Shapes = dict[str, tuple[int, ...]]
@@ -59,6 +60,7 @@ LLAVA = expected_shapes("llava", LlavaConfig()) | {
 }
 ADAPTER = expected_shapes("adapter", AdapterConfig(), UNetConfig())
 IP_ADAPTER = expected_shapes("ip_adapter", AdapterConfig(), UNetConfig())
+SAM_H = expected_shapes("sam", SAM_PRESETS["h"])
 LDM_UNET = keymaps.ldm_unet((True, True, True, False), 2)
 LDM_VAE = keymaps.ldm_vae(4)
 
@@ -79,6 +81,8 @@ ROUND_TRIPS = {
     "llava-hf, new names": (keymaps.llava_hf(True, 32000, 32064), LLAVA),
     "moma": (keymaps.moma_th(*SD15_LAYERS), ADAPTER),
     "ip-adapter": (keymaps.ip_adapter(*SD15_LAYERS), IP_ADAPTER),
+    "sam": (keymaps.SAM_OFFICIAL, SAM_H),
+    "sam of transformers": (keymaps.SAM_TRANSFORMERS, SAM_H),
 }
 
 
@@ -249,6 +253,13 @@ def test_llava_names(new: bool) -> None:
         state = renamed
     state = {name: tensor for name, tensor in state.items() if "position_ids" not in name}
     assert shapes_of(run(keymaps.llava_hf(new, 32000, 32064), state)) == LLAVA
+
+
+def test_sam_names() -> None:
+    with torch.device("meta"):
+        state = SamModel(SamConfig(**sam_json(SAM_PRESETS["h"]))).state_dict()
+    assert shapes_of(run(keymaps.SAM_TRANSFORMERS, state)) == SAM_H
+    assert keymaps.convert(keymaps.SAM_OFFICIAL, ["pixel_mean", "pixel_std"]).dropped
 
 
 def test_llava_original_sizes() -> None:

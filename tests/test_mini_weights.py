@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import sample
-from moma import MoMA
+from moma import MoMA, cli
 from moma.bundle import SAMPLING, Bundle
 from moma.config import SampleConfig
 from moma.mini import SOURCE, probes
@@ -34,7 +34,7 @@ def test_is_used_by_default_and_draws_what_is_asked(
     given = ["--ref", str(ROOT / "examples" / "cat.png"), "--steps", "15", "--out", str(tmp_path)]
     assert sample.run(given) == 0
     assert "MoMA-mini" in capsys.readouterr().out
-    names = {scene: f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in sample.SCENES}
+    names = {scene: f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in cli.SCENES}
     images = [np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in names.values()]
     seen = probes.judge(probes.load_probes(MINI / "probes.safetensors"), probes.stacked(images)).truth
     assert [CLASSES[i] for i in seen.label] == ["cat"] * len(names)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from moma.config import RELEASE, SampleConfig
@@ -15,10 +15,13 @@ from moma.output import (
     CHUNK,
     Cell,
     InputFile,
+    NumberedConfig,
     Record,
+    Segmented,
     SheetConfig,
     contact_sheet,
     mask_picture,
+    numbered,
     read_record,
     save_png,
 )
@@ -58,6 +61,43 @@ def test_record_survives_the_file(tmp_path, mask):
 def test_records_from_before_an_option_have_its_default():
     text = a_record().to_json().replace(', "guidance_interval": [200, 800]', "")
     assert Record.from_json(text).sample.guidance_interval == SampleConfig().guidance_interval
+
+
+def test_segmented_masks_come_back_to_the_pixel(tmp_path):
+    """Also from pictures made before there were any, as none."""
+    mask = Image.new("L", (301, 77))
+    ImageDraw.Draw(mask).ellipse((20, 5, 130, 60), fill=255)
+    record = replace(a_record(), segmented=Segmented.of(mask, "point 30,40"))
+    save_png(tmp_path / "x.png", PICTURE, record)
+    found = read_record(tmp_path / "x.png")
+    assert found == record and len(found.segmented.png) < 1000
+    assert found.segmented.picture().mode == "L"
+    assert np.array_equal(np.asarray(found.segmented.picture()), np.asarray(mask))
+    old = a_record().to_json().replace(', "segmented": null', "")
+    assert "segmented" not in old and Record.from_json(old) == a_record()
+    for png in ("no base64!", "AAAA", found.segmented.png[:80]):
+        with pytest.raises(ValueError, match="mask in the picture's settings is damaged"):
+            Segmented("point 30,40", png).picture()
+
+
+def test_numbers_and_outlines():
+    """The picture grows; each object has its outline, and its number where no smaller object is."""
+    image, large, small = (
+        Image.new("RGB", (64, 48), "grey"),
+        Image.new("L", (64, 48)),
+        Image.new("L", (64, 48)),
+    )
+    ImageDraw.Draw(large).rectangle((4, 4, 59, 43), fill=255)
+    ImageDraw.Draw(small).rectangle((8, 8, 39, 39), fill=255)
+    found = np.asarray(numbered(image, [large, small], NumberedConfig(side=640))).astype(int)
+    assert found.shape == (480, 640, 3)
+    red = (found == (255, 0, 0)).all(axis=2)  # the first colour, on lines that are 3 pixels wide
+    assert red[42, 300] and red[300, 42] and not red[46, 300] and not red[300, 300]
+    black = np.argwhere((found == 0).all(axis=2))  # halos of the numbers
+    right = black[:, 1] > 400  # beside the small rectangle
+    assert right.any() and (~right).any()
+    assert np.abs(black[~right].mean(axis=0) - (240, 240)).max() < 25
+    assert numbered(image, []).size == (1024, 768)
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

@@ -15,9 +15,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import sample
+from moma.cli import SCENES
 from moma.output import read_record
-from moma.tiny import build_tiny_bundle
+from moma.segment import Segmenter
+from moma.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
+from tests.fake_sam import SMALL, FlatSAM
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.png"
@@ -95,6 +98,7 @@ def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
     assert run("--replay", first, "--out", tmp_path / "again") == 0
     assert sorted(os.listdir(tmp_path / "again")) == [
         "a-cat-on-the-beach-at-sunset-seed1.png",
+        "cat-mask.png",
         "cat-sheet.png",
     ]
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "again", "*-seed1.png")))
@@ -104,7 +108,7 @@ def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
 def test_several_scenes_when_none_is_asked_for(tmp_path, weights, cat):
     assert run("--ref", cat, "--weights", weights, "--out", tmp_path, *FAST) == 0
     names = {path.name for path in tmp_path.glob("a-cat-*-seed0.png")}
-    assert names == {f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in sample.SCENES}
+    assert names == {f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in SCENES}
 
 
 def test_prompts_seeds_and_names(tmp_path, weights, cat):
@@ -115,7 +119,8 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     args += ["--num", 2, "--seed", 5, "--size", "136x72", "--out", out, "--debug", *FAST]
     assert run(*args) == 0
     prompts = {"a-cat-in-the-snow", "a-cat-made-of-glass", "two-cats"}
-    names = {f"{prompt}-seed{seed}.png" for prompt in prompts for seed in (5, 6)} | {"cat-sheet.png"}
+    names = {f"{prompt}-seed{seed}.png" for prompt in prompts for seed in (5, 6)}
+    names |= {"cat-sheet.png", "cat-mask.png"}
     assert set(os.listdir(out)) == names
     assert Image.open(out / "two-cats-seed6.png").size == (136, 72)
     record = read_record(out / "two-cats-seed6.png")
@@ -247,6 +252,139 @@ def test_mask_file_is_used_and_replayed(tmp_path, weights):
     assert run("--replay", first, "--out", tmp_path / "c", "--mask", tmp_path / "n.png") == 0
 
 
+# --- masks -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights_with_sam(tmp_path_factory) -> Path:
+    """The same weights, and a small SAM that was never trained."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny-sam"
+    build_tiny_bundle(folder, cfg=TinyConfig(networks=TinyConfig().networks | {"sam": SMALL}))
+    return folder
+
+
+@pytest.fixture
+def sams(monkeypatch) -> list[weakref.ref]:
+    """A SAM that knows the answers takes the place of the untrained one; those that were loaded."""
+    loaded = []
+
+    def load(*args: object) -> Segmenter:
+        loaded.append(weakref.ref(sam := FlatSAM()))
+        return Segmenter(sam)
+
+    monkeypatch.setattr(sample.Segmenter, "load", load)
+    return loaded
+
+
+@pytest.fixture
+def street(tmp_path) -> Path:
+    """A red disc in the middle of a wall and a floor, a blue one beside it. No alpha, no plain border."""
+    image = Image.new("RGB", (160, 120), (90, 90, 90))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 80, 159, 119), fill=(150, 160, 150))
+    draw.ellipse((56, 30, 115, 89), fill=(200, 30, 30))
+    draw.ellipse((6, 10, 35, 39), fill=(20, 40, 200))
+    image.save(tmp_path / "street.png")
+    return tmp_path / "street.png"
+
+
+def colour(path: Path, channel: int) -> np.ndarray:
+    """Where red (0) or blue (2) is."""
+    seen = pixels(path)
+    return seen[..., channel] > 180
+
+
+def alike(mask: Path, expected: np.ndarray) -> bool:
+    found = pixels(mask) > 0
+    return (found & expected).sum() / (found | expected).sum() > 0.85
+
+
+SHOT = ["--subject", "toy", "--prompt", "a toy in the snow", "--dtype", "fp32", "--steps", "3"]
+
+
+def test_sam_finds_the_subject_and_replay_needs_no_sam(
+    tmp_path, weights, weights_with_sam, sams, street, monkeypatch, capsys
+):
+    """It is gone before other networks come. The picture itself keeps the mask, for any other machine."""
+
+    def gone(load):
+        def watched(*args: object, **options: object) -> object:
+            assert [ref() for ref in sams] == [None]
+            return load(*args, **options)
+
+        return watched
+
+    for owner, name in ((sample, "load_decoder"), (sample.MoMA, "load")):
+        monkeypatch.setattr(owner, name, gone(getattr(owner, name)))
+    assert run("--ref", street, "--weights", weights_with_sam, "--out", tmp_path / "a", *SHOT) == 0
+    mask = tmp_path / "a" / "toy-mask.png"
+    assert f"mask from SAM (its main object), kept in {mask}" in capsys.readouterr().out
+    assert Image.open(mask).size == (160, 120) and alike(mask, colour(street, 0))
+    first = only(tmp_path / "a", "*seed0.png")
+    kept = read_record(first).segmented
+    assert np.array_equal(np.asarray(kept.picture()), pixels(mask)) and kept.how == "its main object"
+
+    mask.unlink()
+    assert run("--replay", first, "--weights", weights, "--out", tmp_path / "b") == 0
+    assert len(sams) == 1
+    second = only(tmp_path / "b", "*seed0.png")
+    assert np.array_equal(pixels(first), pixels(second))
+    assert read_record(second).segmented == kept
+    assert np.array_equal(np.asarray(kept.picture()), pixels(tmp_path / "b" / "toy-mask.png"))
+
+
+def test_objects_points_and_boxes(tmp_path, weights_with_sam, sams, street, monkeypatch, capsys):
+    """The list stops before anything else is loaded; what it numbers, --object takes."""
+    given = ["--ref", street, "--weights", weights_with_sam, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "load_decoder", None)
+        assert run(*given, "--list-objects") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(n + 1) for n in range(len(lines))]
+    assert "--object N" in last and os.listdir(tmp_path / "out") == ["street-objects.png"]
+    assert pixels(tmp_path / "out" / "street-objects.png").shape == (768, 1024, 3)
+    boxes = [np.array(line.split()[2].rstrip(",").split(","), int) for line in lines]
+    (blue,) = (i for i, box in enumerate(boxes, 1) if np.abs(box - (6, 10, 36, 40)).max() <= 2)
+    shots = {
+        "object": (["--object", blue], colour(street, 2)),
+        "point": (["--point", "20,20"], colour(street, 2)),
+        "points": (["--point", "20,20", "--point", "80,60"], colour(street, 0) | colour(street, 2)),
+        "box": (["--box", "4,8,38,42"], colour(street, 2)),
+    }
+    for name, (options, expected) in shots.items():
+        assert run(*given[:-1], tmp_path / name, *SHOT, *options) == 0
+        assert alike(tmp_path / name / "toy-mask.png", expected)
+        how = read_record(only(tmp_path / name, "*seed0.png")).segmented.how
+        assert f"mask from SAM ({how})" in capsys.readouterr().out
+        assert how == ", ".join(f"{options[i][2:]} {options[i + 1]}" for i in range(0, len(options), 2))
+
+
+def test_which_mask_comes_first(tmp_path, weights_with_sam, sams, street, cat):
+    """A file, what is pointed at, transparency, SAM."""
+    photo = Image.open(street)
+    blue = Image.fromarray(np.where(colour(street, 2), 255, 0).astype(np.uint8))
+    photo.putalpha(blue)
+    photo.save(tmp_path / "cut.png")
+    blue.save(tmp_path / "m.png")
+    cases = {
+        "file": (["--ref", street, "--mask", tmp_path / "m.png"], 2, 0),
+        "alpha": (["--ref", tmp_path / "cut.png"], 2, 0),
+        "point": (["--ref", tmp_path / "cut.png", "--point", "5,5"], None, 1),
+        "sam": (["--ref", street], 0, 1),
+    }
+    for name, (options, channel, loaded) in cases.items():
+        sams.clear()
+        args = ["--weights", weights_with_sam, "--out", tmp_path / name, *SHOT]
+        assert run(*options, *args) == 0 and len(sams) == loaded
+        if channel is not None:
+            assert alike(tmp_path / name / "toy-mask.png", colour(street, channel))
+
+
+def test_sam_of_the_bundle_is_loaded(weights_with_sam):
+    segmenter = Segmenter.load(weights_with_sam, "cpu")
+    assert len(segmenter.candidates(Image.new("RGB", (50, 40)), [(3, 4)], [(2, 2, 30, 30)])) == 7
+
+
 def test_long_prompt_is_noted(tmp_path, weights, cat, capsys):
     prompt = "a cat " + "and a zebra " * 30
     assert run("--ref", cat, "--weights", weights, "--prompt", prompt, "--out", tmp_path, *QUICK) == 0
@@ -300,6 +438,15 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --device cpu --cuda-graph on": "need a CUDA device",
     f"{CAT_ALONE} --prompt 'a dog'": "does not name the subject 'cat'",
     f"{CAT_ALONE} --prompt '{'7 ' * 80} cat'": "beyond the text encoder's limit",
+    f"{CAT_ALONE} --point 3,4": "need SAM, which",
+    f"{CAT_ALONE} --object 1": "need SAM, which",
+    f"{CAT_ALONE} --list-objects": "--list-objects needs SAM",
+    f"{CAT_ALONE} --point 3": "expected x and y in pixels",
+    f"{CAT_ALONE} --box 1,2,3": "expected left, top, right, bottom",
+    f"{CAT_ALONE} --mask {{}}/black.png --point 3,4": "--mask contradicts --point",
+    f"{CAT_ALONE} --mask {{}}/black.png --object 2": "--mask contradicts --object",
+    f"{CAT_ALONE} --object 2 --point 3,4": "--object contradicts --point",
+    f"{CAT_ALONE} --list-objects --object 2": "--list-objects contradicts --object",
     f"{CAT_ALONE} --prompts no.txt": "not a readable UTF-8",
     f"{CAT_ALONE} --prompts {{}}/binary.txt": "not a readable UTF-8",
     f"{CAT_ALONE} --prompts {{}}/empty.txt": "is empty",
@@ -337,6 +484,8 @@ MISTAKES = {  # {} = the folder of `files`
     "--replay no.png": "no such file",
     "--replay {}/cat.png": "no settings in it",
     "--replay {}/cat.png --batch-size 2": "--batch-size contradicts --replay",
+    "--replay {}/cat.png --point 3,4": "--point contradicts --replay",
+    "--replay {}/cat.png --list-objects": "--list-objects contradicts --replay",
 }
 
 
@@ -363,6 +512,25 @@ def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_load
     printed = capsys.readouterr().err
     assert printed.startswith("sample.py: ") and printed.count("\n") == 1 and MISTAKES[line] in printed
     assert set(files.rglob("*")) - before <= {files / "out"}
+
+
+SAM_MISTAKES = {
+    "--point 160,5": "point 160,5 is outside the picture",
+    "--box 0,0,200,10": "within the picture's 160x120",
+    "--object 0": "expected 1 or more",
+    "--object 99": "object 99: expected 1 to",
+}
+
+
+@pytest.mark.parametrize("line", SAM_MISTAKES)
+def test_mistakes_with_sam(tmp_path, street, weights_with_sam, sams, no_loading, capsys, line):
+    """SAM is not loaded for those that can be seen without it, other networks for none."""
+    out = tmp_path / "out"
+    args = ["--ref", street, "--weights", weights_with_sam, "--out", out, *SHOT]
+    assert run(*args, *line.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("sample.py: ") and printed.count("\n") == 1 and SAM_MISTAKES[line] in printed
+    assert len(sams) == ("99" in line) and (not out.exists() or not os.listdir(out))
 
 
 def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeypatch):

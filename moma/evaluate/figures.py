@@ -21,6 +21,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from moma.bundle import DTYPES, SCORERS, Bundle
+from moma.cli import SCENES, Parser, parse_size, subject_of_file
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered
@@ -39,7 +40,7 @@ from moma.output import (
 from moma.pipeline import Job, Result, choose_device, choose_dtype, set_precision
 from moma.preprocess import find_mask, make_reference, on_white, open_image
 from moma.prompts import check_prompt
-from sample import SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
+from sample import WEIGHTS, check_writable
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
@@ -50,6 +51,7 @@ IN_SCENES = tuple(f"a {SUBJECT} {scene}" for scene in SCENES)
 OF_MATERIALS = tuple(
     f"{'an' if what[0] in 'aeiou' else 'a'} {what} {SUBJECT} {SCENES[0]}" for what in MATERIALS
 )
+
 CONTEXT, TEXTURE = 1.0, 0.4  # β for a new scene and for a new texture, the paper's
 NAMES = {"moma": "MoMA", "ip-adapter": "IP-Adapter", "text": "text only"}  # of methods, for people
 

@@ -184,12 +184,35 @@ class Loader:
             bundle.config(name)  # says what to do
 
 
+def load_without_mllm(
+    kind: type[BaseModel],
+    folder: str | Path,
+    device: str,
+    dtype: str,
+    adapter: Callable[[Bundle, torch.device, torch.dtype], Any] = lambda *_: None,
+) -> BaseModel:
+    """The pipe of a method that needs no MLLM; adapter: makes what `kind` has in the place of MoMA's."""
+    bundle, place = Bundle.open(folder), choose_device(device)
+    chosen, reason = choose_dtype(dtype, place)
+    return kind(
+        **load_drawing(bundle, place, chosen, BASE),
+        llava=None,
+        adapter=adapter(bundle, place, chosen),
+        clip_tokenizer=bundle.clip_tokenizer(),
+        llama_tokenizer=None,
+        image_size=bundle.image_size,
+        method=method_config(**bundle.method),
+        dtype_reason=reason,
+        make_recorder=choose_recorder("auto", place),
+    )
+
+
 def load_moma(folder: str | Path, device: str, dtype: str) -> Method:
     return Method("moma", Steered.load(folder, device, dtype))
 
 
 def load_text(folder: str | Path, device: str, dtype: str) -> Method:
-    return Method("text", _without_mllm(BaseModel, folder, device, dtype, lambda *_: None))
+    return Method("text", load_without_mllm(BaseModel, folder, device, dtype))
 
 
 def load_ip_adapter(
@@ -197,7 +220,7 @@ def load_ip_adapter(
 ) -> Method:
     """The public weights, converted: `convert_weights.py ip-adapter_sd15.safetensors image_encoder/ ...`."""
     prompt = partial(_image_prompt, ("ip_adapter", "ip_vision"), cfg or IPAdapterConfig())
-    return Method("ip-adapter", _without_mllm(ImagePrompting, folder, device, dtype, prompt))
+    return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
 
 
 def load_baseline(folder: str | Path, device: str, dtype: str) -> Method:
@@ -205,7 +228,7 @@ def load_baseline(folder: str | Path, device: str, dtype: str) -> Method:
     LLaVA's image tower before its projection, of subjects on white (`moma.training.cache`).
     """
     prompt = partial(_image_prompt, ("adapter", "vision"), IPAdapterConfig(picture="white"))
-    return Method("ip-adapter", _without_mllm(ImagePrompting, folder, device, dtype, prompt))
+    return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
 
 
 METHODS: dict[str, Loader] = {
@@ -224,26 +247,3 @@ def _image_prompt(
     adapter = load_into(lambda: IPAdapter(sizes, unet), bundle.files(names[0]), device, dtype, TRAINED)
     vision = bundle.build(names[1], device, dtype)
     return ImagePrompt(*(network.eval().requires_grad_(False) for network in (vision, adapter)), cfg)
-
-
-def _without_mllm(
-    kind: type[BaseModel],
-    folder: str | Path,
-    device: str,
-    dtype: str,
-    adapter: Callable[[Bundle, torch.device, torch.dtype], Any],
-) -> BaseModel:
-    """The pipe of a method that needs no MLLM; adapter: makes what `kind` has in the place of MoMA's."""
-    bundle, place = Bundle.open(folder), choose_device(device)
-    chosen, reason = choose_dtype(dtype, place)
-    return kind(
-        **load_drawing(bundle, place, chosen, BASE),
-        llava=None,
-        adapter=adapter(bundle, place, chosen),
-        clip_tokenizer=bundle.clip_tokenizer(),
-        llama_tokenizer=None,
-        image_size=bundle.image_size,
-        method=method_config(**bundle.method),
-        dtype_reason=reason,
-        make_recorder=choose_recorder("auto", place),
-    )

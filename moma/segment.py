@@ -1,0 +1,371 @@
+"""From a picture to the mask of its subject, without a click: SAM is asked about many places at once, and the
+region that looks most like the main object of a photo is taken.
+
+    segmenter = Segmenter.load("weights/moma")
+    mask = segmenter.subject_mask(image)  # or point=(x, y), box=(x0, y0, x1, y1), object=2
+
+What SAM answers are `Candidate`s; everything after that is functions of arrays.
+
+Letters: H, W pixels of the picture; S side of SAM's input, h w its logits, rows columns those of them that
+show the picture; N candidates, P prompts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.sam import SAM, Prompts
+from models.sam_image import Placement, preprocess, to_input, to_picture
+from moma.bundle import Bundle
+from moma.pipeline import choose_device
+from moma.preprocess import on_white
+from moma.regions import frame, tidied
+
+Point = tuple[float, float]  # x, y in pixels of the picture
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1, the same
+FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's labels of points
+SINGLE, SEVERAL = slice(0, 1), slice(1, 4)  # SAM's outputs: of a clear prompt, and of one that may mean much
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Where SAM is asked, and which of its answers is the subject. Shares are of the picture's area."""
+
+    # Points a side, half of segment-anything's 32: a subject worth the name is wider than a sixteenth.
+    grid: int = 16
+    # Boxes, by what they leave free at each border, as a share of the side: nearly the whole picture, for
+    # subjects that fill it, the usual frame, and the middle.
+    margins: tuple[float, ...] = (0.02, 0.1, 0.25)
+    prompts_at_once: int = 64  # segment-anything's; ViT-sized features take 0.3 GB per layer for them
+    threshold: float = 0.0  # of the logits, as SAM was trained
+    stability_offset: float = 1.0  # logits up and down from the threshold; segment-anything's
+    # Below these it is a guess, not a region. segment-anything's 0.88 and 0.95 are meant for data sets, where
+    # dropping a good mask costs nothing; here the score weighs both.
+    min_iou: float = 0.5
+    min_stability: float = 0.6
+    speck: float = 0.01  # of the mask's area: smaller parts are crumbs, smaller holes are highlights
+    same: float = 0.7  # IoU from which two masks are one object; segment-anything's, there of boxes
+    inside: float = 0.9  # share of a region in a better one from which it is a part of that
+    # The whole is more likely meant than its part: an object of this share counts half of one without end.
+    half_share: float = 0.1
+    full_share: tuple[float, float] = (0.8, 0.95)  # from here a region is the scene, from there surely
+    # Share of the picture's border that a region takes: subjects take a whole side and more (portraits), the
+    # background most of it.
+    border: tuple[float, float] = (0.3, 0.7)
+    # Distance of the region's centre from the picture's, 1 = at the border:
+    # subjects are within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer
+    # the centre; and an object in a corner is still one, to be listed.
+    centre_reach: float = 0.7
+    centre_power: int = 4
+    corner: float = 0.2  # what is left of its likeness
+    # Less is background, or too small to be drawn again: a thousandth of the picture in its middle, or half a
+    # hundredth in a corner.
+    min_score: float = 0.01
+    objects: int = 12  # more numbers cannot be told apart in a picture
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A region of a picture, as SAM drew it."""
+
+    logits: np.ndarray  # float16 (h, w), of SAM's whole input, positive = inside
+    place: Placement  # of the picture in that input
+    mask: np.ndarray  # bool (rows, columns), of the picture alone
+    predicted_iou: float  # by SAM, with what was meant
+    stability: float  # 0..1
+    likeness: float  # 0..1, to the main object of a photo
+    box: tuple[int, int, int, int]  # around the mask, in pixels of the picture: x0, y0, and beyond it x1, y1
+
+    @property
+    def quality(self) -> float:
+        """0..1, whether it is a region at all."""
+        return min(max(self.predicted_iou, 0.0), 1.0) * self.stability
+
+    @property
+    def score(self) -> float:
+        """0..1: how surely it is a region, and the main object."""
+        return self.quality * self.likeness
+
+    @property
+    def share(self) -> float:
+        """Of the picture's area, 0..1."""
+        return float(self.mask.mean())
+
+    def picture(self, cfg: SegmentConfig) -> Image.Image:
+        """Mode L, 255 = inside, of the picture's size."""
+        inside = to_picture(torch.from_numpy(self.logits), self.place) > cfg.threshold  # (H, W)
+        return Image.fromarray(inside.numpy().astype(np.uint8) * np.uint8(255))
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What is known about the subject: nothing, or places on it, or its number in `Segmenter.objects`."""
+
+    points: tuple[Point, ...] = ()
+    box: Box | None = None
+    object: int | None = None  # from 1
+
+    def __bool__(self) -> bool:
+        return self != Pick()
+
+    def __str__(self) -> str:
+        parts = [f"point {x:g},{y:g}" for x, y in self.points]
+        parts += [f"box {','.join(f'{v:g}' for v in self.box)}"] if self.box else []
+        parts += [f"object {self.object}"] if self.object is not None else []
+        return ", ".join(parts) or "its main object"
+
+    def check(self, size: tuple[int, int]) -> None:
+        """ValueError unless it fits a picture of this width and height."""
+        width, height = size
+        if self.object is not None and (self.points or self.box):
+            raise ValueError("object contradicts point and box: each says by itself what the subject is")
+        if self.object is not None and self.object < 1:
+            raise ValueError(f"object {self.object}: expected 1 or more, as numbered in the list of objects")
+        for x, y in self.points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise ValueError(
+                    f"point {x:g},{y:g} is outside the picture: expected x from 0 to {width - 1}, y from 0 to"
+                    f" {height - 1}"
+                )
+        if self.box:
+            x0, y0, x1, y1 = self.box
+            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                raise ValueError(
+                    f"box {x0:g},{y0:g},{x1:g},{y1:g}: expected left, top, right, bottom within the picture's"
+                    f" {width}x{height} pixels"
+                )
+
+
+# --- candidates --------------------------------------------------------------------------------------
+
+
+def candidates_of(
+    logits: np.ndarray, ious: np.ndarray, place: Placement, cfg: SegmentConfig
+) -> list[Candidate]:
+    """SAM's answers with their measures, in order: logits (N, h, w), ious (N,) as SAM predicts them."""
+    logits = logits.astype(np.float16)  # hundreds are kept, and the sign is what counts
+    grid = zip(place.inside, logits.shape[1:], strict=True)
+    rows, columns = (-(-inside * cells // place.side) for inside, cells in grid)  # the last may be cut
+    shown = logits[:, :rows, :columns]
+    masks = shown > cfg.threshold
+    measures = zip(ious.tolist(), stability(shown, cfg).tolist(), likeness(masks, cfg).tolist(), strict=True)
+    return [
+        Candidate(logits[i], place, masks[i], *values, box=_box(masks[i], logits[i].shape, place))
+        for i, values in enumerate(measures)
+    ]
+
+
+def stability(logits: np.ndarray, cfg: SegmentConfig) -> np.ndarray:
+    """How little a mask depends on the threshold: IoU of a strict and a lax one; (N, h, w) -> (N,), 0..1."""
+    strict = (logits > cfg.threshold + cfg.stability_offset).sum(axis=(1, 2))
+    lax = (logits > cfg.threshold - cfg.stability_offset).sum(axis=(1, 2))
+    return strict / np.maximum(lax, 1)
+
+
+def likeness(masks: np.ndarray, cfg: SegmentConfig, centred: bool = True) -> np.ndarray:
+    """How much regions look like the main object of a photo; bool (N, rows, columns) -> (N,), 0..1.
+
+    Large, but not the scene; not along the border, as the background is; around the centre, unless
+    `centred` is False.
+    """
+    shares = masks.mean(axis=(1, 2))  # (N,)
+    found = shares / (shares + cfg.half_share) * _falling(shares, cfg.full_share)
+    found *= _falling(masks[:, frame(masks.shape[1:])].mean(axis=1), cfg.border)
+    if centred:
+        fall = np.exp(-((_distances(masks) / cfg.centre_reach) ** cfg.centre_power))  # (N,) 1 at the centre
+        found *= cfg.corner + (1 - cfg.corner) * fall
+    return found
+
+
+def _falling(x: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
+    """1 up to the first end, 0 from the second, straight between."""
+    return np.clip((ends[1] - x) / (ends[1] - ends[0]), 0, 1)
+
+
+def _distances(masks: np.ndarray) -> np.ndarray:
+    """Of each mask's centroid from the centre, the borders at 1; (N, rows, columns) -> (N,)."""
+    pixels = np.maximum(masks.sum(axis=(1, 2)), 1)
+    total = np.zeros(len(masks))
+    for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
+        steps = (2 * np.arange(length) + 1) / length - 1  # -1..1
+        total += ((masks.sum(axis=axis) * steps).sum(axis=1) / pixels) ** 2
+    return np.sqrt(total)
+
+
+def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int, int, int, int]:
+    """Around a mask, in pixels of the picture; all 0 for an empty one."""
+    if not mask.any():
+        return 0, 0, 0, 0
+    ends = []
+    for axis in (0, 1):
+        hit = np.flatnonzero(mask.any(axis=1 - axis))
+        pixels = place.side / grid[axis] * place.picture[axis] / place.inside[axis]  # of a cell
+        ends.append((round(hit[0] * pixels), min(round((hit[-1] + 1) * pixels), place.picture[axis])))
+    (y0, y1), (x0, x1) = ends
+    return x0, y0, x1, y1
+
+
+def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]:
+    """The objects among candidates of one picture, tidied, no two of the same region, at most `cfg.objects`:
+    the main one first, and parts of better ones after all others."""
+    clear = [c for c in candidates if c.predicted_iou >= cfg.min_iou and c.stability >= cfg.min_stability]
+    likely = [c for c in clear if c.score >= cfg.min_score]
+    likely.sort(key=lambda c: -c.score)  # equals stay in the order of their prompts
+    objects, parts = [], []
+    for i in distinct([c.mask for c in likely], cfg):
+        mask, least = likely[i].mask, cfg.inside * likely[i].mask.sum()
+        part = any((mask & other.mask).sum() >= least for other in objects)
+        (parts if part else objects).append(likely[i])
+    return [tidy(c, cfg) for c in (objects + parts)[: cfg.objects]]
+
+
+def distinct(masks: Sequence[np.ndarray], cfg: SegmentConfig) -> list[int]:
+    """Non-maximum suppression: which masks, best first, are not nearly a better one; bool (rows, columns)."""
+    kept, bits, sizes = [], [], []
+    for i, mask in enumerate(masks):
+        packed, size = np.packbits(mask), mask.sum()
+        both = [int(np.bitwise_count(packed & other).sum()) for other in bits]
+        if all(b < cfg.same * (size + s - b) for b, s in zip(both, sizes, strict=True)):
+            kept, bits, sizes = [*kept, i], [*bits, packed], [*sizes, size]
+    return kept
+
+
+def tidy(candidate: Candidate, cfg: SegmentConfig) -> Candidate:
+    """Without specks and small holes; the logits are changed there, for the large mask."""
+    mask = tidied(candidate.mask, cfg.speck)
+    rows, columns = mask.shape
+    logits = candidate.logits.copy()
+    shown = logits[:rows, :columns]
+    shown[mask & ~candidate.mask] = cfg.threshold + cfg.stability_offset
+    shown[candidate.mask & ~mask] = cfg.threshold - cfg.stability_offset
+    return replace(candidate, logits=logits, mask=mask, box=_box(mask, logits.shape, candidate.place))
+
+
+def meant(candidates: Sequence[Candidate], cfg: SegmentConfig) -> Candidate | None:
+    """Of the answers to one prompt the one to take, tidied; None if all are empty.
+
+    Wherever it lies in the picture: the user has pointed there. A point on an ear means the cat: as in `rank`
+    the whole goes before its parts, and the background comes last.
+    """
+    found = [c for c in candidates if c.mask.any()]
+    if not found:
+        return None
+    like = likeness(np.stack([c.mask for c in found]), cfg, centred=False)
+    order = [(c.quality * value, c.quality) for c, value in zip(found, like.tolist(), strict=True)]
+    return tidy(found[order.index(max(order))], cfg)
+
+
+# --- SAM ---------------------------------------------------------------------------------------------
+
+
+class Segmenter:
+    """A SAM and what is done with its answers. The same picture gives the same masks."""
+
+    def __init__(self, sam: SAM, cfg: SegmentConfig | None = None) -> None:
+        self.sam, self.cfg = sam, cfg or SegmentConfig()
+
+    @classmethod
+    def load(
+        cls, weights: str | Path | Bundle, device: str = "auto", cfg: SegmentConfig | None = None
+    ) -> Self:
+        """The network "sam" of a bundle, in float32: ViT-H is 2.6 GB, and edges need the digits.
+
+        ValueError for a bundle without it, or a device that is not there.
+        """
+        bundle = weights if isinstance(weights, Bundle) else Bundle.open(weights)
+        sam = bundle.build("sam", choose_device(device), torch.float32)
+        return cls(sam.eval().requires_grad_(False), cfg)
+
+    def candidates(
+        self, image: Image.Image, points: Sequence[Point] = (), boxes: Sequence[Box] = ()
+    ) -> list[Candidate]:
+        """All that SAM answers to each point and each box by itself: three masks per point, four per box.
+
+        image: RGB, or RGBA (transparent parts become white).
+        """
+        features, place = self._encode(image)
+        prompts = [[((x, y), FOREGROUND)] for x, y in points]
+        found = self._decode(features, place, prompts, SEVERAL)
+        return found + self._decode(features, place, [_corners(box) for box in boxes], slice(None))
+
+    def objects(self, image: Image.Image) -> list[Candidate]:
+        """What is in a picture, the main object first, no two of one region; ValueError if nothing is."""
+        width, height = image.size
+        steps = (np.arange(self.cfg.grid) + 0.5) / self.cfg.grid
+        points = [(width * x, height * y) for y in steps.tolist() for x in steps.tolist()]
+        points.append((width / 2, height / 2))
+        boxes = [(width * m, height * m, width * (1 - m), height * (1 - m)) for m in self.cfg.margins]
+        if not (found := rank(self.candidates(image, points, boxes), self.cfg)):
+            raise ValueError(
+                "SAM finds no object in the picture: show it where (--point X,Y or --box X0,Y0,X1,Y1), or"
+                " give a mask (--mask FILE, white = subject)"
+            )
+        return found
+
+    def subject(self, image: Image.Image, pick: Pick | None = None) -> Candidate:
+        """The region of the subject; ValueError if there is none, or `pick` does not fit the picture."""
+        pick = pick or Pick()
+        pick.check(image.size)
+        if pick.points or pick.box:
+            features, place = self._encode(image)
+            prompt = [(point, FOREGROUND) for point in pick.points] + (_corners(pick.box) if pick.box else [])
+            outputs = SEVERAL if len(prompt) == 1 else SINGLE
+            found = meant(self._decode(features, place, [prompt], outputs), self.cfg)
+            if found is None:
+                raise ValueError(f"SAM sees nothing at {pick}: try another place, or give a mask")
+            return found
+        objects, number = self.objects(image), pick.object or 1
+        if number > len(objects):
+            raise ValueError(f"object {number}: expected 1 to {len(objects)}, so many are in the picture")
+        return objects[number - 1]
+
+    def subject_mask(
+        self,
+        image: Image.Image,
+        point: Point | Sequence[Point] | None = None,
+        box: Box | None = None,
+        object: int | None = None,
+    ) -> Image.Image:
+        """The subject's mask, mode L, 255 = subject, of the picture's size; ValueError as `subject`.
+
+        point: on the subject, x and y in pixels of the picture, or several of them; box: around it, x0, y0,
+        x1, y1; object: its number in `objects`, from 1. Without any, the main object.
+        """
+        points = () if point is None else tuple(map(tuple, np.reshape(point, (-1, 2)).tolist()))
+        return self.subject(image, Pick(points, box, object)).picture(self.cfg)
+
+    @torch.no_grad()
+    def _encode(self, image: Image.Image) -> tuple[Tensor, Placement]:
+        """(1, C, h/4, w/4)"""
+        pixels, place = preprocess(on_white(image), self.sam.cfg.image_size)  # (1, 3, S, S)
+        parameter = next(self.sam.parameters())
+        return self.sam.encode(pixels.to(parameter.device, parameter.dtype)), place
+
+    @torch.no_grad()
+    def _decode(
+        self, features: Tensor, place: Placement, prompts: list[list[tuple[Point, int]]], outputs: slice
+    ) -> list[Candidate]:
+        """prompts: lists of labelled points, all equally long; outputs: which of the four masks to take."""
+        found = []
+        for some in _chunks(prompts, self.cfg.prompts_at_once):
+            points = torch.tensor([[point for point, _ in prompt] for prompt in some])  # (P, n, 2)
+            labels = torch.tensor([[label for _, label in prompt] for prompt in some])  # (P, n)
+            points = to_input(points, place)[None].to(features.device)  # (1, P, n, 2)
+            asked = Prompts(points, labels[None].to(features.device))
+            logits, ious = (x[0, :, outputs].flatten(0, 1) for x in self.sam.decode(features, asked))
+            found += candidates_of(logits.float().cpu().numpy(), ious.float().cpu().numpy(), place, self.cfg)
+        return found
+
+
+def _corners(box: Box) -> list[tuple[Point, int]]:
+    return [((box[0], box[1]), TOP_LEFT), ((box[2], box[3]), BOTTOM_RIGHT)]
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,47 @@
+"""A network with SAM's interface that knows the answers, regions of one colour; and sizes for a small SAM."""
+
+import torch
+from torch import Tensor, nn
+
+from models.sam import Prompts
+from models.sam_config import SAMConfig
+
+SMALL = SAMConfig(
+    width=16, layers=2, heads=2, mlp=32, global_blocks=(1,), window=2, image_size=64, out_channels=32,
+    decoder_mlp=32, iou_width=16,
+)  # fmt: skip
+ALIKE = 0.2  # of normalised pixels: two colours of a test picture are further apart
+# Of the four masks: the region, its left part, the region, the whole picture.
+IOUS = (0.9, 0.9, 0.95, 0.99)
+
+
+class FlatSAM(nn.Module):
+    """To a point it answers with all that has the colour there, to a box with the colour of its middle.
+
+    Its logits have the size of its input. `asked` keeps how many prompts of how many points came at once.
+    """
+
+    def __init__(self, side: int = 128) -> None:
+        super().__init__()
+        self.cfg = SAMConfig(image_size=side)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.asked: list[tuple[int, ...]] = []
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def decode(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        self.asked.append(tuple(prompts.labels.shape))
+        answers = [
+            self._answer(features[0], *prompt) for prompt in zip(*(p[0] for p in prompts), strict=True)
+        ]
+        return torch.stack(answers)[None], torch.tensor(IOUS).expand(1, len(answers), 4)
+
+    def _answer(self, picture: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        """picture (3, S, S), points (N, 2), labels (N,) -> (4, S, S)"""
+        corners = points[labels >= 2]
+        where = (corners.mean(dim=0, keepdim=True) if len(corners) else points).long()
+        seen = [(picture - picture[:, y, x, None, None]).abs().amax(dim=0) < ALIKE for x, y in where.tolist()]
+        region = torch.stack(seen).any(dim=0)  # (S, S)
+        part = region if region.all() else region & (torch.arange(region.shape[1]) < where[0, 0] + 2)
+        return torch.stack([region, part, region, torch.ones_like(region)]) * 16.0 - 8

@@ -1,0 +1,341 @@
+"""From SAM's answers to the subject: scenes with drawn candidates whose right answer is known, and the way
+there and back with a network that knows the answers."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from models.sam import SAM
+from models.sam_image import Placement, placement
+from moma.segment import (
+    Candidate,
+    Pick,
+    SegmentConfig,
+    Segmenter,
+    candidates_of,
+    distinct,
+    likeness,
+    meant,
+    rank,
+    stability,
+)
+from tests.fake_sam import SMALL, FlatSAM
+
+CFG = SegmentConfig()
+GRID = 64  # of the drawn candidates: the picture has four times as many pixels, as with SAM
+SQUARE = placement(4 * GRID, 4 * GRID, 4 * GRID)
+
+
+def shape(kind: str, *box: int) -> np.ndarray:
+    """An ellipse or a rectangle within x0, y0, x1, y1 inclusive; bool (64, 64)."""
+    image = Image.new("1", (GRID, GRID))
+    getattr(ImageDraw.Draw(image), kind)(box, fill=1)
+    return np.array(image)
+
+
+def seen(
+    masks: list[np.ndarray], ious: list[float] | None = None, place: Placement = SQUARE
+) -> list[Candidate]:
+    """Candidates with sharp edges; predicted IoU 0.9 unless given."""
+    logits = np.where(np.stack(masks), np.float32(8), np.float32(-8))
+    return candidates_of(logits, np.array(ious or [0.9] * len(masks)), place, CFG)
+
+
+ALL = shape("rectangle", 0, 0, 63, 63)
+LEFT, TOP, MIDDLE = (shape("rectangle", 0, 0, *end) for end in ((31, 63), (63, 31), (63, 40)))
+
+
+def disc() -> list[np.ndarray]:
+    """A disc in the middle of a scene, its parts, the scene without it, all of it, a strip of its border."""
+    whole = shape("ellipse", 16, 16, 47, 47)
+    eye = shape("ellipse", 24, 24, 30, 30)
+    strip = ALL & ~shape("rectangle", 2, 2, 61, 61)
+    return [whole, whole & LEFT, whole & TOP, eye, ~whole, ALL, strip]
+
+
+def portrait() -> list[np.ndarray]:
+    """A bust on the whole lower border, its head, its shirt, what is behind it, sky alone."""
+    head, shirt = shape("ellipse", 20, 8, 43, 38), shape("ellipse", 0, 34, 63, 100)
+    bust = head | shirt
+    return [bust, head, shirt, ~bust, ~bust & TOP]
+
+
+def close_up() -> list[np.ndarray]:
+    """A subject on 70% of the picture that touches two borders; its half, the rest, corners of the rest."""
+    whole = shape("ellipse", 1, -2, 62, 68)
+    return [whole, whole & TOP, whole & LEFT, ~whole, ~whole & LEFT & TOP, ALL]
+
+
+def on_a_floor() -> list[np.ndarray]:
+    """A small car on a floor in front of a wall."""
+    car = shape("rectangle", 20, 38, 43, 50)
+    return [car, shape("ellipse", 21, 46, 28, 53), MIDDLE & ~car, ~MIDDLE & ~car, ~car, ALL, car | ~MIDDLE]
+
+
+def aside() -> list[np.ndarray]:
+    """A cat at the left of a dark picture, its half nearer the middle, its head, the dark, a spot of light in
+    the very middle."""
+    cat = shape("ellipse", 2, 10, 31, 60)
+    half = cat & ~shape("rectangle", 0, 0, 16, 63)
+    return [cat, half, cat & TOP, ~cat, shape("ellipse", 36, 28, 42, 34)]
+
+
+def unsure() -> list[np.ndarray]:
+    """A ball beside a larger blob in the middle that SAM does not believe in."""
+    return [shape("ellipse", 10, 20, 33, 43), shape("ellipse", 18, 18, 60, 60)]
+
+
+SCENES = {"disc": disc, "portrait": portrait, "close_up": close_up, "on_a_floor": on_a_floor, "aside": aside}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("turn", range(3))
+def test_the_main_object_comes_first(scene, turn):
+    """In whatever order SAM was asked."""
+    masks = SCENES[scene]()
+    shuffled = masks[turn:] + masks[:turn]
+    assert np.array_equal(rank(seen(shuffled), CFG)[0].mask, masks[0])
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_mirrored_scenes_have_the_same_subject(scene):
+    masks = [mask[:, ::-1] for mask in SCENES[scene]()]
+    assert np.array_equal(rank(seen(masks), CFG)[0].mask, masks[0])
+
+
+def test_shares_of_the_scenes():
+    """They are what their descriptions say."""
+    assert close_up()[0].mean() > 0.7 and portrait()[0][-1].all() and aside()[0].mean() > 0.25
+
+
+def test_background_is_not_listed():
+    whole, *_, rest, scene, strip = disc()
+    assert [c.mask.sum() for c in rank(seen([strip, scene, rest, whole]), CFG)] == [whole.sum()]
+    assert rank(seen([strip, scene, rest]), CFG) == []
+    assert rank([], CFG) == []
+
+
+def test_unsure_masks_lose():
+    ball, blob = unsure()
+    assert np.array_equal(rank(seen([ball, blob]), CFG)[0].mask, blob)
+    assert np.array_equal(rank(seen([ball, blob], [0.9, 0.55]), CFG)[0].mask, ball)
+    (only,) = rank(seen([ball, blob], [0.9, 0.3]), CFG)  # dropped
+    assert np.array_equal(only.mask, ball)
+    logits = np.where(np.stack([ball, blob]), 8.0, -8.0)
+    logits[1, blob & shape("rectangle", 0, 0, 40, 63)] = 0.5  # on at threshold 0, off at 1
+    (only,) = rank(candidates_of(logits, np.array([0.9, 0.9]), SQUARE, CFG), CFG)
+    assert np.array_equal(only.mask, ball)
+
+
+def test_two_objects_and_their_doubles():
+    """The larger one in the middle, then the one aside; masks that differ by their edge are one object."""
+    large, small = shape("ellipse", 22, 14, 55, 49), shape("rectangle", 2, 30, 16, 50)
+    doubles = [
+        shape("ellipse", 23, 15, 55, 49),
+        shape("rectangle", 2, 30, 16, 51),
+        shape("ellipse", 22, 13, 56, 49),
+    ]
+    found = rank(seen([small, *doubles, large], [0.9, 0.89, 0.88, 0.87, 0.95]), CFG)
+    assert len(found) == 2
+    assert np.array_equal(found[0].mask, large) and np.array_equal(found[1].mask, small)
+    assert found[0].score > found[1].score
+
+
+def test_parts_come_after_other_objects():
+    """Though their scores are higher. They stay: what looked like the whole may have been too much."""
+    bust, head, *_ = portrait()
+    ball = shape("ellipse", 48, 4, 61, 17)
+    found = rank(seen([ball, head, bust]), CFG)
+    assert [int(c.mask.sum()) for c in found] == [int(m.sum()) for m in (bust, ball, head)]
+    assert found[1].score < found[2].score
+
+
+def test_specks_go_and_holes_close():
+    whole = disc()[0]
+    rough = whole.copy()
+    rough[30, 30] = rough[20:22, 30] = False
+    rough[2, 2] = rough[60, 50:52] = True
+    candidate = seen([rough])[0]
+    (found,) = rank([candidate], CFG)
+    assert np.array_equal(found.mask, whole) and found.box == (64, 64, 192, 192)
+    assert candidate.box == (8, 8, 208, 244) and np.array_equal(candidate.mask, rough)  # as it was
+    picture = np.asarray(found.picture(CFG))  # the large mask, from the changed logits
+    clean = np.asarray(seen([whole])[0].picture(CFG))
+    assert picture.shape == (256, 256) and set(np.unique(picture)) == {0, 255}
+    assert (picture != clean).mean() < 0.001 and picture[122, 122] == 255 and not picture[242, 204]
+
+
+def test_handles_stay_open():
+    ring = disc()[0] & ~shape("ellipse", 28, 28, 35, 35)  # 6% of it
+    assert np.array_equal(rank(seen([ring]), CFG)[0].mask, ring)
+
+
+def test_a_list_has_an_end():
+    dots = [shape("rectangle", x, y, x + 9, y + 9) for x in range(8, 48, 10) for y in range(8, 48, 10)]
+    found = rank(seen(dots), CFG)
+    assert len(found) == CFG.objects < len(dots)
+    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
+
+
+def test_stability_counts_pixels():
+    logits = np.full((3, 4, 5), -8.0)
+    logits[0, 0], logits[0, 1, 0] = 8, 0.5  # 5 strict, 6 lax
+    logits[1, 0, 0], logits[1, 0, 1:4] = 1.5, -0.5  # 1 strict, 4 lax
+    assert np.allclose(stability(logits, CFG), [5 / 6, 1 / 4, 0])
+
+
+def test_likeness_by_hand():
+    """A fifth of the picture in its middle: 0.2 / (0.2 + 0.1), nothing taken off."""
+    mask = np.zeros((1, 40, 40), bool)
+    mask[0, 12:28, 10:30] = True
+    assert likeness(mask, CFG)[0] == pytest.approx(2 / 3)
+    moved = np.roll(mask, 10, axis=2)  # its centre half way to the border, still free of it
+    assert likeness(moved, CFG)[0] == pytest.approx(2 / 3 * (0.2 + 0.8 * np.exp(-((0.5 / 0.7) ** 4))))
+    assert likeness(moved, CFG, centred=False)[0] == pytest.approx(2 / 3)
+    assert likeness(np.ones((1, 40, 40), bool), CFG)[0] == 0
+
+
+def test_distinct_by_hand():
+    a, b = np.zeros((10, 10), bool), np.zeros((10, 10), bool)
+    a[:7], b[:10] = True, True  # IoU 0.7: the same
+    assert distinct([a, b], CFG) == [0]
+    a[6, 9] = False
+    assert distinct([a, b, a], CFG) == [0, 1]
+
+
+def test_padding_is_not_the_picture():
+    """A wide picture: the lower half of SAM's input is padding, whatever SAM says there."""
+    place = placement(100, 200, 256)
+    assert place.inside == (128, 256)
+    mask = shape("ellipse", 20, 4, 43, 27)
+    mask[40:] = True
+    (found,) = rank(seen([mask], place=place), CFG)
+    assert found.mask.shape == (32, 64) and found.share == pytest.approx(np.pi * 12**2 / 2048, rel=0.05)
+    assert found.box == (62, 12, 138, 88)  # 3.125 pixels per cell
+    assert found.picture(CFG).size == (200, 100)
+
+
+# --- prompts of the user -------------------------------------------------------------------------------
+
+
+def test_a_point_means_the_whole():
+    cat, half, head, dark, _ = aside()
+    found = meant(seen([head, cat, dark], [0.97, 0.93, 0.99]), CFG)
+    assert np.array_equal(found.mask, cat)
+    assert np.array_equal(meant(seen([half & TOP, half], [0.97, 0.3]), CFG).mask, half & TOP)
+
+
+def test_what_is_pointed_at_need_not_look_like_an_object():
+    empty = np.zeros_like(ALL)
+    *_, rest, scene, _ = disc()
+    assert np.array_equal(meant(seen([empty, ~MIDDLE], [0.99, 0.4]), CFG).mask, ~MIDDLE)
+    assert np.array_equal(meant(seen([scene, rest], [0.5, 0.6]), CFG).mask, rest)
+    assert meant(seen([empty]), CFG) is None
+
+
+# --- with a network ------------------------------------------------------------------------------------
+
+BLUE, RED, GREEN, GREY = (20, 60, 200), (200, 30, 30), (40, 160, 60), (120, 120, 120)
+
+
+def photo(size: tuple[int, int] = (240, 160)) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """A grey scene with a large red disc and a small green one; their masks."""
+    masks = []
+    image = Image.new("RGB", size, GREY)
+    for colour, box in ((RED, (80, 30, 179, 129)), (GREEN, (10, 100, 49, 139))):
+        ImageDraw.Draw(image).ellipse(box, fill=colour)
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).ellipse(box, fill=255)
+        masks.append(np.asarray(mask) > 0)
+    return image, *masks
+
+
+def iou(mask: Image.Image, expected: np.ndarray) -> float:
+    found = np.asarray(mask) > 0
+    return (found & expected).sum() / (found | expected).sum()
+
+
+def test_subjects_of_a_photo():
+    image, red, green = photo()
+    segmenter = Segmenter(FlatSAM())
+    mask = segmenter.subject_mask(image)
+    assert mask.mode == "L" and mask.size == image.size and set(np.unique(mask)) == {0, 255}
+    assert iou(mask, red) > 0.93
+    assert iou(segmenter.subject_mask(image, object=1), red) > 0.93
+    assert iou(segmenter.subject_mask(image, point=(30, 120)), green) > 0.88
+    assert iou(segmenter.subject_mask(image, point=[(30, 120), (130, 80)]), red | green) > 0.88
+    assert iou(segmenter.subject_mask(image, box=(5, 95, 55, 145)), green) > 0.88
+    first, *others = segmenter.objects(image)
+    assert np.allclose(first.box, (80, 30, 180, 130), atol=2) and first.share == pytest.approx(
+        red.mean(), abs=0.01
+    )
+    number = 2 + [iou(c.picture(CFG), green) > 0.88 for c in others].index(True)
+    assert iou(segmenter.subject_mask(image, object=number), green) > 0.88
+    assert np.array_equal(mask, segmenter.subject_mask(image))
+
+
+def test_prompts_as_sam_wants_them():
+    """A grid, the centre, boxes; in chunks; answers in the order of the prompts, whatever the chunks."""
+    sam, image = FlatSAM(), photo()[0]
+    objects = Segmenter(sam).objects(image)
+    asked = CFG.grid**2 + 1
+    assert sum(p for _, p, n in sam.asked if n == 1) == asked and (1, len(CFG.margins), 2) in sam.asked
+    assert max(p for _, p, _ in sam.asked) == CFG.prompts_at_once
+    sam.asked.clear()
+    again = Segmenter(sam, SegmentConfig(prompts_at_once=1)).objects(image)
+    assert len(sam.asked) == asked + len(CFG.margins)
+    for one, other in zip(objects, again, strict=True):
+        assert np.array_equal(one.mask, other.mask) and one.score == other.score
+    sam.asked.clear()
+    Segmenter(sam).subject(image, Pick(((30, 120), (130, 80)), (5, 5, 200, 150)))
+    assert sam.asked == [(1, 1, 4)]
+    found = Segmenter(sam).candidates(image, [(30, 120), (130, 80)], [(5, 95, 55, 145)])
+    assert len(found) == 3 + 3 + 4
+    red, green = (round(float(mask.mean()), 2) for mask in photo()[1:])
+    assert [round(found[i].share, 2) for i in (1, 4, 6)] == [green, red, green]
+
+
+def test_transparent_parts_are_white():
+    image, red, _ = photo()
+    image.putalpha(Image.fromarray(np.where(red, 255, 0).astype(np.uint8)))
+    assert iou(Segmenter(FlatSAM()).subject_mask(image), red) > 0.93
+
+
+def test_nothing_to_find():
+    with pytest.raises(ValueError, match="SAM finds no object"):
+        Segmenter(FlatSAM()).objects(Image.new("RGB", (64, 64), BLUE))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"point": (240, 5)},
+            "point 240,5 is outside the picture: expected x from 0 to 239, y from 0 to 159",
+        ),
+        ({"point": [(3, 4), (5, -1)]}, "point 5,-1 is outside"),
+        ({"box": (10, 10, 241, 20)}, "within the picture's 240x160"),
+        ({"box": (20, 10, 20, 30)}, "left, top, right, bottom"),
+        ({"object": 99}, "object 99: expected 1 to"),
+        ({"object": 0}, "expected 1 or more"),
+        ({"object": 1, "point": (3, 4)}, "contradicts"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(ValueError, match=message):
+        Segmenter(FlatSAM()).subject_mask(photo()[0], **options)
+
+
+def test_the_real_network_is_asked_in_the_same_way():
+    """Small and with pseudo-random weights: shapes, ranges, and chunks that change nothing but roundings."""
+    torch.manual_seed(0)
+    sam = SAM(SMALL).eval().requires_grad_(False)
+    image, points, boxes = photo()[0], [(30.0, 120.0), (130.0, 80.0), (5.0, 5.0)], [(5.0, 5.0, 200.0, 150.0)]
+    found = Segmenter(sam).candidates(image, points, boxes)
+    assert len(found) == 13 and found[0].mask.shape == (11, 16) and found[0].logits.shape == (16, 16)
+    single = Segmenter(sam, SegmentConfig(prompts_at_once=1)).candidates(image, points, boxes)
+    for one, other in zip(found, single, strict=True):
+        assert np.allclose(one.logits, other.logits, rtol=2e-3, atol=2e-3)
+        assert one.predicted_iou == pytest.approx(other.predicted_iou, abs=1e-4)
+    assert Segmenter(sam).subject(image, Pick(((30, 120),))).picture(CFG).size == image.size
