@@ -182,13 +182,18 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first bundle that has one; the second time its masks are there."""
+    """Of the first bundle that has one, loaded once; the second time its masks are there."""
     asked = []
 
-    def segmenter(bundle: Bundle, device: str) -> Any:
-        return lambda image: asked.append((bundle, device)) or mask(25)
+    class Fake:
+        def __init__(self, bundle: Bundle, device: str) -> None:
+            asked.append((bundle, device))
 
-    monkeypatch.setattr(planning, "segmenter", segmenter)
+        def subject_mask(self, image: Image.Image) -> Image.Image:
+            asked.append(image.size)
+            return mask(25)
+
+    monkeypatch.setattr(planning.Segmenter, "load", Fake)
     subjects = open_dataset(place / "data")
     options = parse(
         ["--dataset", str(place / "data"), "--bundle", str(place / "tiny"), "--out", str(tmp_path)], ""
@@ -200,7 +205,7 @@ def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch
     runs[1] = replace(runs[1], bundle=segmenting)
     for _ in range(2):
         found = planning.open_references(options, None, tasks, runs, "cpu")
-        assert asked == [(segmenting, "cpu")] * 2
+        assert asked == [(segmenting, "cpu"), (120, 90), (120, 90)]
     assert [str(one.mask.relative_to(tmp_path)) for one in found.values()] == [
         "masks/hat/0.png", "masks/my_cat/0.png",
     ]  # fmt: skip
