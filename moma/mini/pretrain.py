@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from moma.mini.config import MiniConfig
 from moma.mini.drawing import stream
 from moma.mini.evaluation import write_scorers
 from moma.mini.measures import iou
+from moma.mini.probes import BYTE
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
     CaptionTask,
@@ -297,12 +299,13 @@ def judges_numbers(shop: Shop) -> dict[str, float]:
 def sam_numbers(shop: Shop) -> dict[str, float]:
     """Mean IoU of the subjects that are found without a click."""
     segmenter, held = Segmenter(shop.trained("sam", "sam")), shop.pictures("val")
-    found = []
-    for image in held.images[: shop.cfg.segmenting.asked]:
-        mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        found.append(torch.from_numpy(np.asarray(mask) > 127))
-    true = held.masks[: len(found), 0] > 127  # (N, S, S)
-    return {"iou": iou(torch.stack(found), true).mean().item()}
+    true = held.masks[: shop.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
+    found = torch.zeros_like(true)
+    for i, image in enumerate(held.images[: len(true)]):
+        with suppress(ValueError):  # where no object is found
+            mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
+            found[i] = torch.from_numpy(np.asarray(mask) > 0)
+    return {"iou": iou(found, true).mean().item()}
 
 
 def unet_numbers(shop: Shop) -> dict[str, float]:
