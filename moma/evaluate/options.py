@@ -23,7 +23,6 @@ class Options:
     out: Path
     dataset: Path | None  # or the world
     world: bool
-    bundle: Path | None
     methods: Mapping[str, Path]  # name -> bundle
     images: Mapping[str, Path]  # name -> folder of pictures drawn by others
     scorers: Path
@@ -58,7 +57,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     if args.scorers is None and bundle is None:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
-        out=args.out, dataset=args.dataset, world=args.world, bundle=bundle, methods=methods, images=images,
+        out=args.out, dataset=args.dataset, world=args.world, methods=methods, images=images,
         scorers=args.scorers or bundle, masks=args.masks, subjects=args.subjects,
         prompts=args.prompts and tuple(args.prompts), device=args.device, dtype=args.dtype,
         protocol=ProtocolConfig(

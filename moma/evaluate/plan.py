@@ -14,7 +14,17 @@ from moma.diffusion import ScheduleConfig, intervals
 from moma.evaluate.draw import Run, check_settings
 from moma.evaluate.methods import BASELINE, METHODS, Loader
 from moma.evaluate.options import MASKS, WORLD, Options
-from moma.evaluate.protocol import LIVE, OWN, Subject, Task, limited, open_dataset, prompts_for, tasks_of
+from moma.evaluate.protocol import (
+    ADDED,
+    LIVE,
+    OWN,
+    Subject,
+    Task,
+    limited,
+    open_dataset,
+    prompts_for,
+    tasks_of,
+)  # fmt: skip
 from moma.evaluate.rate import find_pictures
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
@@ -119,12 +129,14 @@ def segmenter(bundle: Bundle, device: str) -> Callable[[Image.Image], Image.Imag
 def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
     """What the tables are of."""
     protocol, prompts = options.protocol, max(len(subject.prompts) for subject in subjects)
-    added = "" if options.world or not protocol.added else ", textures `made of` something not DreamBooth's"
+    texts = {prompt.text for subject in subjects for prompt in subject.prompts}
+    added = any(text.format(s.word) in texts for text in ADDED for s in subjects)
     shown = {"first": "the first picture of each subject", "each": "picture n for the n-th of a prompt"}
     told = {
         "data": "MoMA-mini's world" if options.world else str(options.dataset),
         "subjects": str(len(subjects)),
-        "prompts": f"{prompts} of each subject{added}",
+        "prompts": f"{prompts} of each subject"
+        + ("; what is `made of` ... is not DreamBooth's" if added else ""),
         "pictures": f"{protocol.per_prompt} of each prompt",
         "reference": shown[protocol.reference],
         "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
