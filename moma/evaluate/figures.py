@@ -52,6 +52,7 @@ IN_SCENES = tuple(f"a {SUBJECT} {scene}" for scene in SCENES)
 OF_MATERIALS = tuple(
     f"{'an' if what[0] in 'aeiou' else 'a'} {what} {SUBJECT} {SCENES[0]}" for what in MATERIALS
 )
+
 CONTEXT, TEXTURE = 1.0, 0.4  # β for a new scene and for a new texture, the paper's
 NAMES = {"moma": "MoMA", "ip-adapter": "IP-Adapter", "text": "text only"}  # of methods, for people
 
