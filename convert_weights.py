@@ -3,15 +3,16 @@
     python convert_weights.py SOURCE [SOURCE ...] --out weights/moma
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
     python convert_weights.py --download --out weights/moma
+    python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
     python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
-attn_adapters_projectors.th, an IP-Adapter for SD1.5, the export folder of a training. Of two sources with
-the same network, one that holds nothing else (a VAE folder) wins over a bigger one (a Stable Diffusion
-folder, whatever the order), otherwise the later one; a note says so. What no source has comes from
---base-bundle.
+attn_adapters_projectors.th, an IP-Adapter for SD1.5, the export folder of a training; for evaluation DINO (a
+file or a folder) and CLIP B/32 and L/14. Of two sources with the same network, one that holds nothing else (a
+VAE folder) wins over a bigger one (a Stable Diffusion folder, whatever the order), otherwise the later one; a
+note says so. What no source has comes from --base-bundle.
 """
 
 import argparse
@@ -28,30 +29,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.clip import CLIPVisionConfig
+from models.clip import CLIPConfig, CLIPVisionConfig
 from models.llava import LlavaConfig
 from models.loading import LazyTensor, does_not_fit, misfits, some_names, stored_bytes
 from models.quant import PRESETS, QuantConfig, quantise
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
 from moma.bundle import (
-    CLIP_TOKENIZER,
     CONFIGS,
     DTYPES,
-    LLAMA_TOKENIZER,
     LM_HEAD,
     SAMPLING,
+    SCORERS,
+    TOKENIZERS,
     Bundle,
     BundleWriter,
     build_network,
     check_target,
     expected_shapes,
 )
-from moma.download import DownloadConfig, download
+from moma.download import EXTRAS, DownloadConfig, download
 from moma.sources import Assumed, Network, Source, Tensors, from_public, read_json, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
-TOKENIZERS = {"text": CLIP_TOKENIZER, "llava": LLAMA_TOKENIZER}  # network -> files it needs
 LLM = ("llava", "vision")  # what --no-llm leaves out
 
 Say = Callable[[str], Any]
@@ -71,7 +71,7 @@ def convert(
 ) -> None:
     """Write the bundle `out` from the sources at `paths` and, for what they lack, `base`.
 
-    dtype: of the networks from sources, None = as they are (a base's files are taken over unchanged). ema:
+    dtype: of the networks from sources, None = as they are, as a base's files and scorers always are. ema:
     take a single file's averaged UNet. llm: False leaves LLaVA and its tower out. llm_bits: 8 or 4, to
     store the matrices of LLaVA (a source's or the base's) as `models.quant` does. Raises ValueError, with
     nothing written, for sources that cannot be used.
@@ -96,7 +96,7 @@ def convert(
 
     configs = kept | {name: network.config for name, network in networks.items()}
     check_together(configs)
-    check_tokenizers(tokenizers, configs.get("text"), configs.get("llava"))
+    check_tokenizers(tokenizers, configs)
     for name in ("adapter", "ip_adapter"):
         if name in kept and "unet" in networks:
             check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
@@ -105,13 +105,15 @@ def convert(
         networks["llava"] = quantised(networks["llava"], llm_bits)
     compare_towers(networks, sources, say)
 
-    sizes = {name: stored_bytes(network.tensors, dtype) for name, network in networks.items()}
+    # Scores are compared with published ones, so what makes them is not rounded.
+    dtypes = {name: None if name in SCORERS else dtype for name in networks}
+    sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
     with writer, tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
         writer.check_space(sum(sizes.values()))
         for name in CONFIGS:  # one order whatever the sources' order
             if network := networks.get(name):
                 bar.set_postfix_str(name)
-                writer.add(name, network.config, network.tensors, network.source, dtype, bar.update)
+                writer.add(name, network.config, network.tensors, network.source, dtypes[name], bar.update)
             elif name in kept:
                 writer.take(base, name)
         for name, path in tokenizers.items():
@@ -153,12 +155,28 @@ def choose_tokenizers(
             having |= source.tokenizers
         for file in files:
             if own and file in having:
-                chosen[file] = having[file]
+                path = having[file]
             elif base and name in base.networks and (own or name in kept):
-                chosen[file] = base.tokenizer(file)
+                path = base.tokenizer(file)
             elif own:
                 raise ValueError(f"{name}: no source has its {file}; put it beside the weights")
+            else:
+                continue
+            first = chosen.setdefault(file, path)
+            if first != path and content(first) != content(path):
+                raise ValueError(
+                    f"{path}: the {file} of {name} is another than {first}, and a bundle holds one; "
+                    "convert the two networks to a bundle each"
+                )
     return chosen
+
+
+def content(path: Path) -> Any:
+    """What a tokenizer's file says, however it is laid out."""
+    if path.suffix == ".json":
+        return read_json(path)
+    lines = path.read_bytes().split(b"\n")
+    return [line.strip() for line in lines if line.strip() and not line.startswith(b"#version")]
 
 
 def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
@@ -207,19 +225,21 @@ def check_together(configs: Mapping[str, Any]) -> None:
         )
 
 
-def check_tokenizers(files: Mapping[str, Path], text: Any, llava: Any) -> None:
+def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> None:
     """ValueError unless they can be read and the networks know all their tokens."""
-    pairs = []
-    if text:
-        vocab, merges = (files[name] for name in CLIP_TOKENIZER)
-        ClipTokenizer(vocab, merges)
-        pairs.append((vocab, len(read_json(vocab)), text.vocab))
-    if llava:
-        (model,) = (files[name] for name in LLAMA_TOKENIZER)
-        LlamaTokenizer(model)
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
-        pairs.append((model, pieces, llava.llama.vocab))
-    for path, tokens, known in pairs:
+    for name in TOKENIZERS:
+        if name not in configs:
+            continue
+        path, *more = (files[file] for file in TOKENIZERS[name])
+        config = configs[name]
+        if name == "llava":
+            LlamaTokenizer(path)
+            tokens = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+            known = config.llama.vocab
+        else:
+            ClipTokenizer(path, *more)
+            tokens = len(read_json(path))
+            known = (config.text if isinstance(config, CLIPConfig) else config).vocab
         if tokens > known:
             raise ValueError(f"{path}: has {tokens} tokens, but the network it is for has {known}")
 
@@ -313,7 +333,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
     parser.add_argument("--base-bundle", type=Path, help="bundle to take everything from that no source has")
-    parser.add_argument("--dtype", choices=CHOICES, default="keep", help="of the converted weights")
+    parser.add_argument(
+        "--dtype", choices=CHOICES, default="keep", help="of the converted weights, but for evaluation's"
+    )
     parser.add_argument(
         "--ema", action="store_true", help="take the averaged UNet of a single-file checkpoint"
     )
@@ -327,10 +349,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--download", action="store_true", help="fetch the released weights first (~20 GB)")
     parser.add_argument(
+        "--with",
+        action="append",
+        choices=EXTRAS,
+        default=[],
+        dest="extras",
+        help="fetch this, too, with or without --download: sam, for masks (0.4 GB); scorers, for evaluation "
+        "(2.4 GB)",
+    )
+    parser.add_argument(
         "--base-id", default=DownloadConfig.base_id, help="with --download: the SD1.5 model on the hub"
     )
     parser.add_argument(
-        "--cache", type=Path, default=Path("weights/cache"), help="with --download: folder for it"
+        "--cache", type=Path, default=Path("weights/cache"), help="folder for what is fetched"
     )
     return parser.parse_args(arguments)
 
@@ -343,8 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--llm-bits is about LLaVA, which --no-llm leaves out; give one of them")
         base = Bundle.open(args.base_bundle) if args.base_bundle else None
         paths = list(args.sources)
-        if args.download:
-            paths = download(DownloadConfig(base_id=args.base_id), args.cache, llm=not args.no_llm) + paths
+        if args.download or args.extras:
+            wanted = DownloadConfig(args.base_id, released=args.download, extras=tuple(args.extras))
+            paths = download(wanted, args.cache, llm=not args.no_llm) + paths
         dtype, llm = CHOICES[args.dtype], not args.no_llm
         convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
     except (ValueError, OSError) as error:

@@ -169,6 +169,24 @@ VISION_PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, projected into one space; the defaults are ViT-B/32's."""
+
+    text: CLIPTextConfig = TEXT_PRESETS["b32"]
+    vision: CLIPVisionConfig = VISION_PRESETS["b32"]
+
+    def __post_init__(self) -> None:
+        if self.text.projection is None or self.text.projection != self.vision.projection:
+            raise ValueError(
+                f"CLIP: text projected to {self.text.projection} and images to {self.vision.projection}, "
+                "expected one width for both"
+            )
+
+
+PRESETS = {name: CLIPConfig(TEXT_PRESETS[name], VISION_PRESETS[name]) for name in ("b32", "l14")}
+
+
 class _SelfAttention(nn.Module):
     def __init__(self, cfg: _BlockConfig) -> None:
         super().__init__()
@@ -323,3 +341,21 @@ class CLIPVision(nn.Module):
         if self.cfg.projection is not None:
             pooled = self.visual_projection(pooled)  # (B, P)
         return hidden, pooled
+
+
+class CLIP(nn.Module):
+    """Texts and pictures in one space (transformers' CLIPModel; the projections are inside the towers)."""
+
+    def __init__(self, cfg: CLIPConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.text_model = CLIPText(cfg.text)
+        self.vision_model = CLIPVision(cfg.vision)
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int64 as `CLIPText` takes them -> (B, P), of any length."""
+        return self.text_model(ids)[1]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S), normalised by `models.clip_image` -> (B, P), of any length."""
+        return self.vision_model(pixels)[1]

@@ -24,15 +24,28 @@ def clip_image(image: Image.Image, size: int, *, pad: bool = False) -> Tensor:
     image = image.convert("RGB")
     if pad:
         image = pad_to_square(image)
+    image = resize_short(image, size)
+    w, h = image.size
+    return normalised(cut(image, size, (w - size) // 2, (h - size) // 2), MEAN, STD)
+
+
+def resize_short(image: Image.Image, size: int) -> Image.Image:
+    """The shorter edge made `size` pixels (bicubic), the longer one in proportion, rounded down."""
     w, h = image.size
     short = min(w, h)
-    w, h = size * w // short, size * h // short
-    image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = (w - size) // 2, (h - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    x = np.asarray(image, dtype=np.float32) / 255  # (S, S, 3) in [0, 1]
-    x = (x - np.float32(MEAN)) / np.float32(STD)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, S, S)
+    return image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
+
+
+def cut(image: Image.Image, size: int, left: int, top: int) -> Image.Image:
+    """The square of `size` pixels whose upper left corner is (left, top)."""
+    return image.crop((left, top, left + size, top + size))
+
+
+def normalised(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """RGB picture -> (3, H, W) float32: [0, 1] less the channel's mean, over its deviation."""
+    x = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
+    x = (x - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:

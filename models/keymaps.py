@@ -7,8 +7,9 @@ row that matches decides. A row without our name drops the key. Every table work
 first. Only names are handled here, so that full-size tables cost nothing.
 
 Sources of the public names: CompVis/stable-diffusion (ldm/modules/diffusionmodules), diffusers
-(UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration, SamModel),
-haotian-liu/LLaVA (llava/model), facebookresearch/segment-anything, tencent-ailab/IP-Adapter, bytedance/MoMA.
+(UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration, SamModel,
+ViTModel), haotian-liu/LLaVA (llava/model), facebookresearch/segment-anything, tencent-ailab/IP-Adapter,
+bytedance/MoMA.
 """
 
 import re
@@ -244,6 +245,14 @@ CLIP_VISION: Table = [
     Row("visual_projection.weight", "visual_projection.weight"),
     Row("vision_model.*", "*"),
 ]
+CLIP_WHOLE: Table = [
+    Row("*position_ids", None),
+    Row("logit_scale", None),  # of the training's loss; a cosine has none
+    Row("text_projection.weight", "text_model.text_projection.weight"),
+    Row("visual_projection.weight", "vision_model.visual_projection.weight"),
+    Row("text_model.*", "text_model.*"),
+    Row("vision_model.*", "vision_model.*"),
+]
 # transformers 5 saves a lone tower without its prefix
 CLIP_BARE: Table = [Row("*position_ids", None), Row("*", "*")]
 LDM_TEXT: Table = [
@@ -252,6 +261,44 @@ LDM_TEXT: Table = [
     Row("transformer.text_model.*", "*"),
     Row("transformer.*", "*"),  # NAI and other early fine-tunes
 ]
+
+# --- DINO ------------------------------------------------------------------------------------------------
+
+
+def _dino_hf(layer: str, names: Sequence[tuple[str, str]]) -> Table:
+    both = ("layernorm_before.*", "norm1.*"), ("layernorm_after.*", "norm2.*")
+    return [
+        Row("embeddings.cls_token", "cls_token"),
+        Row("embeddings.position_embeddings", "pos_embed"),
+        Row("embeddings.patch_embeddings.projection.*", "patch_embed.proj.*"),
+        *(Row(f"{layer}.{{}}.{there}", f"blocks.{{}}.{here}") for there, here in (*names, *both)),
+        Row("layernorm.*", "norm.*"),
+    ]
+
+
+# transformers' ViTModel <-> the official names, but for attn.q, .k and .v, which are one attn.qkv there
+DINO_HF = _dino_hf(
+    "encoder.layer",
+    [
+        ("attention.attention.query.*", "attn.q.*"),
+        ("attention.attention.key.*", "attn.k.*"),
+        ("attention.attention.value.*", "attn.v.*"),
+        ("attention.output.dense.*", "attn.proj.*"),
+        ("intermediate.dense.*", "mlp.fc1.*"),
+        ("output.dense.*", "mlp.fc2.*"),
+    ],
+)
+DINO_HF_NEW = _dino_hf(  # of transformers 5
+    "layers",
+    [
+        ("attention.q_proj.*", "attn.q.*"),
+        ("attention.k_proj.*", "attn.k.*"),
+        ("attention.v_proj.*", "attn.v.*"),
+        ("attention.o_proj.*", "attn.proj.*"),
+        ("mlp.fc1.*", "mlp.fc1.*"),
+        ("mlp.fc2.*", "mlp.fc2.*"),
+    ],
+)
 
 # --- LLaVA -----------------------------------------------------------------------------------------------
 # Ours: llama.*, projector.*, tower.*

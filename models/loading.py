@@ -78,6 +78,18 @@ def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
 
 
+def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors one below the other, along the first dimension; ValueError if the others differ."""
+    first = parts[0]
+    if len({part.shape[1:] for part in parts}) > 1 or not first.shape:
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise ValueError(f"{first.file}: tensors of the shapes {shapes} are no parts of one")
+    rows = sum(part.shape[0] for part in parts)
+    return replace(
+        first, shape=(rows, *first.shape[1:]), read=lambda: torch.cat([part.read() for part in parts])
+    )
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@
     tokenizers/      vocab.json, merges.txt (CLIP), tokenizer.model (LLaMA)
 
 Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language model and projector), adapter,
-and for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with).
+for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with),
+and for evaluation dino_s16, dino_b16, clip_b32 and clip_l14 (whole CLIPs), each with or without the others.
 LLaVA's config says if its matrices are stored in 8 or 4 bits (models/quant.py); then its file holds codes and
 scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
 Network sam (masks without a click) may stand beside any others or alone.
@@ -24,7 +25,8 @@ from typing import Any, Self, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.dino import DINO, DINOConfig
 from models.llava import Llava, LlavaConfig
 from models.loading import (
     LazyTensor,
@@ -58,8 +60,19 @@ CONFIGS: dict[str, type] = {
     "sam": SAMConfig,
     "ip_adapter": AdapterConfig,
     "ip_vision": CLIPVisionConfig,
+    "dino_s16": DINOConfig,
+    "dino_b16": DINOConfig,
+    "clip_b32": CLIPConfig,
+    "clip_l14": CLIPConfig,
 }
 SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what drawing a picture needs
+SCORERS = ("dino_s16", "dino_b16", "clip_b32", "clip_l14")  # what only judges pictures
+TOKENIZERS = {  # network -> the files it needs
+    "text": CLIP_TOKENIZER,
+    "clip_b32": CLIP_TOKENIZER,
+    "clip_l14": CLIP_TOKENIZER,
+    "llava": LLAMA_TOKENIZER,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # names on the command line
 # What a network's file holds of its module; the rest comes from elsewhere or from initialisation.
 PARTS = {"llava": ("llama.", "projector."), "ip_adapter": ("projector.", "context.")}
@@ -79,6 +92,10 @@ def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.
         "sam": lambda: SAM(config),
         "ip_adapter": lambda: Adapter(config, unet),
         "ip_vision": lambda: CLIPVision(config),
+        "dino_s16": lambda: DINO(config),
+        "dino_b16": lambda: DINO(config),
+        "clip_b32": lambda: CLIP(config),
+        "clip_l14": lambda: CLIP(config),
     }
     return builders[name]()
 
@@ -162,8 +179,7 @@ class Bundle:
         if not isinstance(self.method, dict):
             raise ValueError(f"{path}: method {self.method!r}, expected an object of overrides")
         method_config(**self.method)
-        tokenizers = (("text", CLIP_TOKENIZER), ("llava", LLAMA_TOKENIZER))
-        for network, files in tokenizers:
+        for network, files in TOKENIZERS.items():
             if network in self.networks:
                 for file in files:
                     self.tokenizer(file)
@@ -193,10 +209,12 @@ class Bundle:
             raise ValueError(f"{path}: missing; copy it there or convert the source again")
         return path
 
-    def clip_tokenizer(self) -> ClipTokenizer:
-        """The text encoder's, at its number of positions."""
+    def clip_tokenizer(self, network: str = "text") -> ClipTokenizer:
+        """The text encoder's or a whole CLIP's, at its number of positions."""
+        config = self.config(network)
+        text = config.text if isinstance(config, CLIPConfig) else config
         vocab, merges = (self.tokenizer(file) for file in CLIP_TOKENIZER)
-        return ClipTokenizer(vocab, merges, self.config("text").positions)
+        return ClipTokenizer(vocab, merges, text.positions)
 
     def llama_tokenizer(self) -> LlamaTokenizer:
         """LLaVA's."""

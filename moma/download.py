@@ -17,6 +17,7 @@ from models.loading import pick_weights, shard_files
 DIFFUSERS_STEMS = ("diffusion_pytorch_model",)
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
 MOMA_FILE = "attn_adapters_projectors.th"
+CLIP_FILES = ("config.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Repo:
         return self.id.replace("/", "--")
 
 
+EXTRAS = {  # what --with adds: name -> its repositories
+    "sam": (Repo("facebook/sam-vit-base", (("", TRANSFORMERS_STEMS),), ("config.json",)),),  # 0.4 GB
+    "scorers": (  # 0.1 + 0.6 + 1.7 GB
+        Repo("facebook/dino-vits16", (("", TRANSFORMERS_STEMS),), ("config.json",)),
+        Repo("openai/clip-vit-base-patch32", (("", TRANSFORMERS_STEMS),), CLIP_FILES),
+        Repo("openai/clip-vit-large-patch14", (("", TRANSFORMERS_STEMS),), CLIP_FILES),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class DownloadConfig:
     """The released set. Sizes are the cards': 3.9 + 0.3 + 14.3 + 1.7 GB."""
@@ -43,8 +54,15 @@ class DownloadConfig:
     vae_id: str = "stabilityai/sd-vae-ft-mse"
     llava_id: str = "KunpengSong/MoMA_llava_7b"  # LLaVA-1.5-7B tuned for MoMA, and the adapter file
     clip_id: str = "openai/clip-vit-large-patch14-336"  # LLaVA's image tower
+    released: bool = True  # False: nothing but the extras
+    extras: tuple[str, ...] = ()  # of EXTRAS
 
     def repos(self, llm: bool = True) -> list[Repo]:
+        """In the order in which to convert them; llm: with LLaVA and its tower."""
+        released = self._released(llm) if self.released else []
+        return released + [repo for name in self.extras for repo in EXTRAS[name]]
+
+    def _released(self, llm: bool) -> list[Repo]:
         base = Repo(
             self.base_id,
             (("unet", DIFFUSERS_STEMS), ("text_encoder", TRANSFORMERS_STEMS)),
@@ -104,7 +122,7 @@ def download(
     endpoint: str | None = None,
     say: Callable[[str], Any] = print,
 ) -> list[Path]:
-    """Bring the released set to `cache`; returns the folders, in the order in which to convert them.
+    """Bring what is wanted to `cache`; returns the folders, in the order in which to convert them.
 
     A broken connection is taken up where it broke; a run that was stopped keeps its finished files and starts
     the unfinished one again (as huggingface_hub 2 does). llm: False leaves out LLaVA and its tower. endpoint:

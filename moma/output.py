@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from moma.chart import fit
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.regions import middle, outline
 
@@ -113,8 +114,13 @@ class Record:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; it appears or changes as a whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; it appears or changes as a whole."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
 
 
@@ -202,7 +208,7 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None
             sheet.paste(picture, (x + (cfg.cell - picture.width) // 2, y + (cfg.cell - picture.height) // 2))
             for n, line in enumerate(cell.lines):
                 place = (x, y + cfg.cell + 2 + n * cfg.caption // 2)
-                draw.text(place, _fit(line, font, cfg.cell), cfg.ink, font)
+                draw.text(place, fit(line, font, cfg.cell), cfg.ink, font)
     return sheet
 
 
@@ -261,12 +267,3 @@ def mask_picture(mask: Tensor, size: tuple[int, int] | None = None) -> Image.Ima
     values = mask.detach().float().cpu().numpy().reshape(mask.shape[-2:])  # (h, w)
     image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
     return image if size is None else image.resize(size, Image.Resampling.NEAREST)
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """The text, cut to a width in pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"

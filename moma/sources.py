@@ -1,8 +1,8 @@
 """Public checkpoints: what a file or folder holds, recognised by its content, in this project's names.
 
 Known are Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
-and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5.
-Segment Anything comes as its official file or as transformers' folder.
+and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5,
+Segment Anything (its own files or transformers'), and for evaluation whole CLIPs and DINO (the same).
 Only headers are read here; whatever cannot be used is refused with the reason.
 """
 
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from models import keymaps
-from models.clip import VISION_PRESETS, CLIPTextConfig, CLIPVisionConfig
+from models.clip import PRESETS as CLIPS
+from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.dino import PRESETS as DINOS
+from models.dino import DINOConfig
 from models.keymaps import Table
 from models.llava import LlavaConfig
-from models.loading import LazyTensor, pick_weights, read_checkpoint, some_names
+from models.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
 from models.sam import SAMConfig
 from models.sam_config import PRESETS as SAMS
 from models.unet import UNetConfig
@@ -44,6 +47,7 @@ VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
 SAM_POSITIONS = "image_encoder.pos_embed"
 SAM_FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SAM_HQ = ("mask_decoder.hf_", "mask_decoder.compress_vit_feat", "mask_decoder.embedding_")
+DINO_PATCHES = "patch_embed.proj.weight"  # by which DINO's own files are known
 # Buffers and parts of the training that LDM files carry along.
 TRAINING_STATE = re.compile(
     r"(betas|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|loss\.|callbacks"
@@ -51,6 +55,11 @@ TRAINING_STATE = re.compile(
 )
 # How files beside a checkpoint (.yaml of LDM, .json of user interfaces) say what it predicts.
 V_PREDICTION = re.compile(r"""(parameterization|prediction_type)["']?\s*[:=]\s*["']?v(_prediction)?\b""")
+
+
+def _named(kind: str, presets: Mapping[str, Any]) -> dict[str, Any]:
+    """By the networks' names in a bundle."""
+    return {f"{kind}_{name}": config for name, config in presets.items()}
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,9 @@ class Assumed:
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     towers: tuple[CLIPVisionConfig, ...] = tuple(replace(c, projection=None) for c in VISION_PRESETS.values())
+    # The scorers, by whose sizes they are told from each other and from what is no scorer.
+    dinos: Mapping[str, DINOConfig] = field(default_factory=lambda: _named("dino", DINOS))
+    clips: Mapping[str, CLIPConfig] = field(default_factory=lambda: _named("clip", CLIPS))
     image_size: int = 512  # pixels a side that SD1.5 was trained at; its config has latents
     sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # told from each other by their widths
 
@@ -237,11 +249,14 @@ def _read_model(source: Source, path: Path, assumed: Assumed) -> None:
         _read_text(source, path)
         source.add_tokenizer(path, CLIP_TOKENIZER)
     elif kind.startswith("clip"):
-        _read_vision(source, path, config)
-        source.add_tokenizer(path, CLIP_TOKENIZER)  # for a single-file model, which comes without
+        _read_clip(source, path, config, assumed)
+        source.add_tokenizer(path, CLIP_TOKENIZER)  # also for a single-file model, which comes without
+    elif kind == "vit":
+        _read_vit(source, path, assumed)
     else:
         what = layout or kind or "nothing known"
-        raise ValueError(f"{path}: config.json describes {what}, expected a VAE, UNet, CLIP or LLaVA")
+        known = "a VAE, UNet, CLIP, LLaVA, DINO or SAM"
+        raise ValueError(f"{path}: config.json describes {what}, expected {known}")
 
 
 def _read_unet(source: Source, path: Path) -> None:
@@ -276,10 +291,22 @@ def _read_text(source: Source, path: Path) -> None:
     source.add("text", config, named)
 
 
-def _read_vision(source: Source, path: Path, public: Mapping[str, Any]) -> None:
-    """LLaVA's tower, or with a projection and only for images, IP-Adapter's encoder."""
-    config = from_public(CLIPVisionConfig, path / "config.json")
+def _read_clip(source: Source, path: Path, public: Mapping[str, Any], assumed: Assumed) -> None:
+    """Both towers in a scorer's sizes: that scorer. Else only the image tower is of use."""
+    vision = from_public(CLIPVisionConfig, path / "config.json")
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    name = next((name for name, config in assumed.clips.items() if config.vision == vision), None)
+    if name and public["model_type"] == "clip" and any(key.startswith("text_model.") for key in tensors):
+        config = CLIPConfig(from_public(CLIPTextConfig, path / "config.json"), vision)
+        source.add(name, config, source.rename(keymaps.CLIP_WHOLE, tensors))
+    else:
+        _add_vision(source, vision, tensors, public)
+
+
+def _add_vision(
+    source: Source, config: CLIPVisionConfig, tensors: Tensors, public: Mapping[str, Any]
+) -> None:
+    """LLaVA's tower, or with a projection and only for images, IP-Adapter's encoder."""
     table = keymaps.CLIP_VISION if any("vision_model." in key for key in tensors) else keymaps.CLIP_BARE
     named = source.rename(table, tensors)
     if "CLIPVisionModelWithProjection" in (public.get("architectures") or []):
@@ -287,6 +314,42 @@ def _read_vision(source: Source, path: Path, public: Mapping[str, Any]) -> None:
     else:  # LLaVA reads hidden states, the projection would be dead weight
         named.pop("visual_projection.weight", None)
         source.add("vision", replace(config, projection=None), named)
+
+
+def _read_vit(source: Source, path: Path, assumed: Assumed) -> None:
+    """DINO as transformers has it."""
+    tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    if head := [key for key in tensors if key.startswith(("classifier.", "pooler.", "vit."))]:
+        raise ValueError(f"{path}: has {head[0]}, so it is a ViT trained for classes; expected DINO's")
+    new = any(key.startswith("layers.") for key in tensors)
+    named = source.rename(keymaps.DINO_HF_NEW if new else keymaps.DINO_HF, tensors)
+    _add_dino(source, path, _fused(named), assumed)
+
+
+def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
+    """attn.q, .k and .v as one attn.qkv; where one of them is missing, the rest is left for a later check."""
+    result = dict(tensors)
+    for key in (key for key in tensors if ".attn.q." in key):
+        names = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(name in tensors for name in names):
+            result[key.replace(".attn.q.", ".attn.qkv.")] = joined([result.pop(name) for name in names])
+    return result
+
+
+def _add_dino(source: Source, path: Path, tensors: Tensors, assumed: Assumed) -> None:
+    """S/16 or B/16, told by their shapes, as the files do not say."""
+
+    def ends(config: DINOConfig) -> tuple[tuple[int, ...], ...]:
+        return (1, 1 + config.patches, config.width), (config.width, 3, config.patch, config.patch)
+
+    found = tuple(tensors[key].shape if key in tensors else () for key in ("pos_embed", DINO_PATCHES))
+    name = next((name for name, config in assumed.dinos.items() if ends(config) == found), None)
+    if name is None:
+        shapes = " and ".join(str(list(shape)) for shape in found)
+        raise ValueError(
+            f"{path}: a ViT whose pos_embed and patch_embed are {shapes}, expected DINO's S/16 or B/16"
+        )
+    source.add(name, assumed.dinos[name], tensors)
 
 
 def _read_llava(source: Source, path: Path, public: Mapping[str, Any], assumed: Assumed) -> None:
@@ -354,10 +417,21 @@ def _read_file(source: Source, path: Path, assumed: Assumed, ema: bool) -> None:
         first = tensors.get("conv_in.weight")
         _refuse_unet(first.shape[1] if first else 0, 0, path)
         source.add("unet", assumed.unet, tensors)
+    elif DINO_PATCHES in (backbone := _dino_backbone(tensors)):
+        if "head.weight" in backbone:
+            raise ValueError(f"{path}: has head.weight, so it is a ViT trained for classes; expected DINO's")
+        _add_dino(source, path, backbone, assumed)
     else:
         raise ValueError(
             f"{path}: not a checkpoint known here; its tensors are called {some_names(list(tensors))}"
         )
+
+
+def _dino_backbone(tensors: Tensors) -> Tensors:
+    """Of a DINO training the teacher, its product, without the head; a lone backbone as it is."""
+    for wrapper in ("teacher.", "module.", "backbone."):
+        tensors = below(wrapper, tensors) or tensors
+    return tensors
 
 
 def _read_ldm(source: Source, path: Path, tensors: Tensors, assumed: Assumed, ema: bool) -> None:

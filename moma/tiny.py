@@ -17,7 +17,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from models.clip import CLIPTextConfig, CLIPVisionConfig
+from models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.dino import DINOConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.loading import in_memory
@@ -58,6 +59,18 @@ def _networks() -> dict[str, Any]:
     }
 
 
+def tiny_scorers() -> dict[str, Any]:
+    """Sizes of networks that judge pictures, for `TinyConfig.networks`; the tiny bundle itself has none."""
+    sizes = {"width": 32, "layers": 2, "heads": 4, "mlp": 64}
+    return {
+        "dino_s16": DINOConfig(**sizes, image_size=32, patch=16),
+        "clip_b32": CLIPConfig(
+            CLIPTextConfig(**sizes, projection=16),
+            CLIPVisionConfig(**sizes, projection=16, image_size=32, patch=16),
+        ),
+    }
+
+
 @dataclass(frozen=True)
 class TinyConfig:
     """Sizes of the tiny bundle."""
@@ -92,10 +105,16 @@ def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, A
     clip = len(json.loads((tokenizers / CLIP_TOKENIZER[0]).read_text(encoding="utf-8")))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers / LLAMA_TOKENIZER[0]))
     llava = networks["llava"]
-    return networks | {
-        "text": replace(networks["text"], vocab=clip),
-        "llava": replace(llava, llama=replace(llava.llama, vocab=pieces.vocab_size())),
-    }
+    clips = {name: config for name, config in networks.items() if isinstance(config, CLIPConfig)}
+    scorers = {name: replace(config, text=replace(config.text, vocab=clip)) for name, config in clips.items()}
+    return (
+        networks
+        | scorers
+        | {
+            "text": replace(networks["text"], vocab=clip),
+            "llava": replace(llava, llama=replace(llava.llama, vocab=pieces.vocab_size())),
+        }
+    )
 
 
 def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from models import keymaps
-from models.clip import VISION_PRESETS, CLIPTextConfig, CLIPVisionConfig
+from models.clip import PRESETS as CLIPS
+from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.dino import PRESETS as DINOS
+from models.dino import DINOConfig
 from models.keymaps import Row, Table
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
@@ -49,6 +52,10 @@ class Scale:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     sam: SAMConfig = field(default_factory=SAMConfig)
+    dino_s16: DINOConfig = field(default_factory=lambda: DINOS["s16"])
+    dino_b16: DINOConfig = field(default_factory=lambda: DINOS["b16"])
+    clip_b32: CLIPConfig = field(default_factory=lambda: CLIPS["b32"])
+    clip_l14: CLIPConfig = field(default_factory=lambda: CLIPS["l14"])
     padded_vocab: int = 32064  # of llava-hf
     first_shard: int = 9_976_000_000  # bytes; LLaVA's first shard has 9.98 GB
 
@@ -81,6 +88,16 @@ TINY = Scale(
         decoder_heads=4,
         decoder_mlp=56,
         iou_width=24,
+    ),
+    dino_s16=DINOConfig(width=24, layers=2, heads=2, mlp=48, image_size=32),
+    dino_b16=DINOConfig(width=32, layers=2, heads=2, mlp=48, image_size=32),
+    clip_b32=CLIPConfig(
+        CLIPTextConfig(width=16, layers=2, heads=2, mlp=32, vocab=1000, projection=12),
+        CLIPVisionConfig(width=24, layers=2, heads=2, mlp=32, image_size=64, patch=32, projection=12),
+    ),
+    clip_l14=CLIPConfig(
+        CLIPTextConfig(width=24, layers=2, heads=2, mlp=32, vocab=1000, projection=20),
+        CLIPVisionConfig(width=32, layers=3, heads=2, mlp=64, image_size=42, projection=20),
     ),
     padded_vocab=512,
     first_shard=250_000,
@@ -382,10 +399,86 @@ def make_clip(folder: Path, scale: Scale) -> Path:
     projection = {"visual_projection.weight": (scale.tower.projection, scale.tower.width), "logit_scale": ()}
     tensors |= drawn(projection, torch.float32) | position_ids("text_model.", scale.text.positions)
     tensors |= position_ids("vision_model.", scale.tower.patches + 1)
-    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": scale.tower.projection}
-    config |= {"text_config": clip_json(text), "vision_config": clip_json(scale.tower)}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", clip_model_json(CLIPConfig(text, scale.tower)))
     save(folder / "pytorch_model.bin", tensors)
+    return folder
+
+
+def clip_model_json(cfg: CLIPConfig) -> dict[str, Any]:
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": cfg.text.projection}
+    return config | {"text_config": clip_json(cfg.text), "vision_config": clip_json(cfg.vision)}
+
+
+def make_clip_scorer(folder: Path, scale: Scale, name: str, tokenizers: Path) -> Path:
+    """openai/clip-vit-base-patch32 or -large-patch14: a whole CLIPModel with its tokenizer."""
+    cfg = getattr(scale, name)
+    tensors = outward(keymaps.CLIP_WHOLE, network(name, cfg, scale, torch.float32, name))
+    tensors |= drawn({"logit_scale": ()}, torch.float32)
+    tensors |= position_ids("text_model.", cfg.text.positions)
+    tensors |= position_ids("vision_model.", cfg.vision.patches + 1)
+    write_json(folder / "config.json", clip_model_json(cfg))
+    save(folder / "pytorch_model.bin", tensors)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copyfile(tokenizers / file, folder / file)
+    return folder
+
+
+def make_dino(path: Path, scale: Scale, name: str = "dino_s16") -> Path:
+    """dino_deitsmall16_pretrain.pth or dino_vitbase16_pretrain.pth: the flat dict of a backbone."""
+    save(path, network(name, getattr(scale, name), scale, torch.float32, name))
+    return path
+
+
+def make_dino_training(path: Path, scale: Scale, name: str = "dino_s16") -> Path:
+    """dino_deitsmall16_pretrain_full_checkpoint.pth: teacher and student with heads, and more."""
+    cfg = getattr(scale, name)
+    teacher, student = (
+        {key: t.read() for key, t in network(name, cfg, scale, torch.float32, salt).items()}
+        for salt in (name, "student")
+    )
+    head = {"head.mlp.0.weight": torch.ones(4, cfg.width), "head.last_layer.weight_g": torch.ones(4, 1)}
+    content = {
+        "teacher": {f"backbone.{key}": value for key, value in teacher.items()} | head,
+        "student": {f"module.backbone.{key}": value for key, value in student.items()}
+        | {f"module.{key}": value for key, value in head.items()},
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 800,
+        "args": argparse.Namespace(arch="vit_small"),
+        "dino_loss": {"center": torch.zeros(1, 4)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def dino_json(cfg: DINOConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_act": "gelu",
+        "hidden_size": cfg.width,
+        "image_size": cfg.image_size,
+        "intermediate_size": cfg.mlp,
+        "layer_norm_eps": 1e-12,  # as published there, where the official code has 1e-6
+        "num_attention_heads": cfg.heads,
+        "num_channels": 3,
+        "num_hidden_layers": cfg.layers,
+        "patch_size": cfg.patch,
+        "qkv_bias": True,
+    }
+
+
+def make_dino_hf(folder: Path, scale: Scale, name: str = "dino_s16", new: bool = False) -> Path:
+    """facebook/dino-vits16 or -vitb16; new: with the names of transformers 5."""
+    separate = {}
+    for key, tensor in network(name, getattr(scale, name), scale, torch.float32, name).items():
+        for i, letter in enumerate("qkv" if ".qkv." in key else ""):
+            part = tensor.map(lambda x, i=i: x.chunk(3)[i].contiguous())
+            separate[key.replace(".qkv.", f".{letter}.")] = part
+        if ".qkv." not in key:
+            separate[key] = tensor
+    write_json(folder / "config.json", dino_json(getattr(scale, name)))
+    save(folder / "model.safetensors", outward(keymaps.DINO_HF_NEW if new else keymaps.DINO_HF, separate))
     return folder
 
 
@@ -498,6 +591,11 @@ def make_all(out: Path, scale: Scale, tokenizers: Path, only: Iterable[str] = ()
         "ip_adapter_flat": lambda: make_ip_adapter(out / "ip-adapter_sd15.safetensors", scale),
         "sam": lambda: make_sam(out / "sam_vit_b_01ec64.pth", scale),
         "sam_hf": lambda: make_sam_hf(out / "sam-vit-base", scale),
+        "dino": lambda: make_dino(out / "dino_deitsmall16_pretrain.pth", scale),
+        "dino_b16": lambda: make_dino(out / "dino_vitbase16_pretrain.pth", scale, "dino_b16"),
+        "dino_hf": lambda: make_dino_hf(out / "dino-vits16", scale),
+        "clip_b32": lambda: make_clip_scorer(out / "clip-vit-base-patch32", scale, "clip_b32", tokenizers),
+        "clip_l14": lambda: make_clip_scorer(out / "clip-vit-large-patch14", scale, "clip_l14", tokenizers),
         "llava_hf": lambda: make_llava_hf(out / "llava-1.5-7b-hf", scale, tokenizers),
     }
     if unknown := set(only) - set(makers):

@@ -16,8 +16,9 @@ from tests.compare import TOLERANCE, relative_error
 from tests.parity_image import CASES as IMAGE
 from tests.parity_language import CASES as LANGUAGE
 from tests.parity_sam import CASES as SAM
+from tests.parity_scorers import CASES as SCORERS
 
-CASES = IMAGE + LANGUAGE + SAM
+CASES = IMAGE + LANGUAGE + SAM + SCORERS
 
 
 def run_case(index: int) -> bool:

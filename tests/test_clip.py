@@ -7,10 +7,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.clip import TEXT_PRESETS, VISION_PRESETS, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.clip import (
+    TEXT_PRESETS,
+    VISION_PRESETS,
+    CLIPConfig,
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+)
 from models.clip_image import clip_image
 from tests.compare import assert_close_to_std
 from tests.golden_files import CARRIED
+from tests.parity_scorers import clip_pair
 from tests.recipe import fill, ints, normal, u8
 
 transformers = pytest.importorskip("transformers")
@@ -83,6 +92,23 @@ def test_vision_parity(act: str, projection: bool) -> None:
     assert_close_to_std(embeds, reference.image_embeds if projection else reference.pooler_output)
     for layer in (-4, -2, -1, 0, 1, 3):
         assert_close_to_std(ours.hidden(pixels, layer), reference.hidden_states[layer])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_both_towers_in_one_space(act: str) -> None:
+    cfg = CLIPConfig(
+        CLIPTextConfig(width=32, layers=2, heads=4, mlp=64, act=act, projection=24, vocab=60, positions=12),
+        CLIPVisionConfig(width=48, layers=3, heads=3, mlp=80, act=act, projection=24, image_size=32, patch=8),
+    )
+    ours, theirs = clip_pair(cfg)
+    ids = ids_ending_at(5, 11, end=59)
+    pixels = torch.from_numpy(normal("clip/pixels", (3, 3, 32, 32)))
+    assert_close_to_std(ours.image_features(pixels), theirs.get_image_features(pixels).pooler_output)
+    assert_close_to_std(ours.text_features(ids), theirs.get_text_features(ids).pooler_output)
+    assert ours.image_features(pixels).shape == (3, 24) and ours.text_features(ids).shape == (2, 24)
+    with pytest.raises(ValueError, match="projected to 24 and images to None, expected one width"):
+        replace(cfg, vision=replace(cfg.vision, projection=None))
 
 
 @torch.no_grad()

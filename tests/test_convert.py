@@ -33,6 +33,8 @@ from tests.make_checkpoints import (
     draw,
     ldm_tensors,
     make_clip,
+    make_clip_scorer,
+    make_dino_hf,
     make_ip_adapter,
     make_ip_vision,
     make_ldm,
@@ -48,7 +50,14 @@ from tests.make_checkpoints import (
 )
 from tests.recipe import normal, uniform
 
-ASSUMED = Assumed(unet=TINY.unet, vae=TINY.vae, text=TINY.text, sams=(TINY.sam,))
+ASSUMED = Assumed(
+    unet=TINY.unet,
+    vae=TINY.vae,
+    text=TINY.text,
+    dinos={"dino_s16": TINY.dino_s16, "dino_b16": TINY.dino_b16},
+    clips={"clip_b32": TINY.clip_b32, "clip_l14": TINY.clip_l14},
+    sams=(TINY.sam,),
+)
 
 
 @pytest.fixture(scope="module")
@@ -1114,6 +1123,38 @@ def test_offline_says_what_to_place_where(
     folders = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
     bundle, _ = run(folders, tmp_path / "b")
     assert set(bundle.networks) == set(SAMPLING)
+
+
+def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path, tmp_path: Path) -> None:
+    repos = {
+        "facebook/dino-vits16": make_dino_hf(tmp_path / "dino", TINY),
+        "openai/clip-vit-base-patch32": make_clip_scorer(
+            tmp_path / "b32", TINY, "clip_b32", public / "tokenizers"
+        ),
+        "openai/clip-vit-large-patch14": make_clip_scorer(
+            tmp_path / "l14", TINY, "clip_l14", public / "tokenizers"
+        ),
+    }
+    hub.files |= {f"{repo}/{path.name}": path for repo, folder in repos.items() for path in folder.iterdir()}
+    alone = replace(CONFIG, released=False, extras=("scorers",))
+    folders = download(alone, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    assert not any(name.startswith("o/") for name, _ in hub.ranges)
+    assert not by_hand(alone, tmp_path)[1].endswith("o--base/")
+    bundle, _ = run(folders, tmp_path / "alone")
+    assert tuple(bundle.networks) == ("dino_s16", "clip_b32", "clip_l14")
+    both = replace(CONFIG, extras=("scorers",))
+    folders = download(both, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    bundle, _ = run(folders, tmp_path / "both")
+    assert set(bundle.networks) == {*SAMPLING, "dino_s16", "clip_b32", "clip_l14"}
+
+
+def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
+    folder = make_sam_hf(tmp_path / "sam", TINY)
+    hub.files |= {f"facebook/sam-vit-base/{path.name}": path for path in folder.iterdir()}
+    only_sam = replace(CONFIG, released=False, extras=("sam",))
+    folders = download(only_sam, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    bundle, _ = run(folders, tmp_path / "b")
+    assert tuple(bundle.networks) == ("sam",)
 
 
 def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:

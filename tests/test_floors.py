@@ -12,12 +12,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
     | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
-    {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam"},
+    {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam", "models.dino"}
+    | {"models.dino_image"},
     {"models.llava"},
     {"models.stream"},
     {"moma.config", "moma.diffusion", "moma.memory", "moma.regions"},
     {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
-    {"moma.attention", "moma.output", "moma.chart"},
+    {"moma.chart", "moma.estimates"},
+    {"moma.attention", "moma.output"},
     {"moma.adapter"},
     {"moma.decoder", "moma.sampler", "moma.bundle"},
     {"moma.download", "moma.embeddings", "moma.tiny"},
@@ -42,6 +44,10 @@ FLOORS = [
     {"moma.bench.step"},
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
+    # evaluation
+    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.published"},
+    {"moma.evaluate.scorers", "moma.evaluate.tables"},
+    {"moma.evaluate.page"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},

@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SamConfig, SamModel
+from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SamConfig, SamModel, ViTModel
 from transformers import LlavaConfig as PublicLlavaConfig
 
 from models import keymaps
+from models.clip import PRESETS as CLIPS
 from models.clip import VISION_PRESETS, CLIPTextConfig
+from models.dino import PRESETS as DINOS
 from models.keymaps import CONV, COPY, Row, Table, convert
 from models.llava import LlavaConfig
 from models.sam import PRESETS as SAM_PRESETS
@@ -23,6 +25,7 @@ from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
 from moma.bundle import expected_shapes
 from tests.make_checkpoints import FULL, TINY, clip_json, llava_hf_json, sam_json, unet_json, vae_json
+from tests.parity_scorers import public_clip, public_dino
 
 Shapes = dict[str, tuple[int, ...]]
 SD15_LAYERS = (6, 9, 1)  # down, up, mid
@@ -46,6 +49,12 @@ UNET = expected_shapes("unet", UNetConfig())
 VAE = expected_shapes("vae", VAEConfig())
 TEXT = expected_shapes("text", CLIPTextConfig(projection=768))
 TOWER = expected_shapes("vision", VISION_PRESETS["l14_336"])
+CLIP_B32 = expected_shapes("clip_b32", CLIPS["b32"])
+DINO_S16 = {  # with attn.qkv in three, as transformers has it
+    name.replace(".qkv.", f".{letter}."): (shape[0] // (3 if ".qkv." in name else 1), *shape[1:])
+    for name, shape in expected_shapes("dino_s16", DINOS["s16"]).items()
+    for letter in ("qkv" if ".qkv." in name else "-")
+}
 LLAVA = expected_shapes("llava", LlavaConfig()) | {
     f"tower.{name}": shape for name, shape in expected_shapes("vision", FULL.llava.vision).items()
 }
@@ -63,6 +72,9 @@ ROUND_TRIPS = {
     "clip text": (keymaps.CLIP_TEXT, TEXT),
     "clip vision": (keymaps.CLIP_VISION, TOWER),
     "clip bare": (keymaps.CLIP_BARE, TOWER),
+    "clip whole": (keymaps.CLIP_WHOLE, CLIP_B32),
+    "dino": (keymaps.DINO_HF, DINO_S16),
+    "dino, new names": (keymaps.DINO_HF_NEW, DINO_S16),
     "ldm text": (keymaps.LDM_TEXT, expected_shapes("text", CLIPTextConfig())),
     "llava": (keymaps.LLAVA_ORIGINAL, LLAVA),
     "llava-hf": (keymaps.llava_hf(False, 32000, 32064), LLAVA),
@@ -211,6 +223,14 @@ def test_clip_names() -> None:
         state = CLIPModel(CLIPConfig(**config, projection_dim=768)).state_dict()
     assert shapes_of(run(keymaps.CLIP_TEXT, state)) == TEXT
     assert shapes_of(run(keymaps.CLIP_VISION, state)) == TOWER
+
+
+def test_scorers_names() -> None:
+    with torch.device("meta"):
+        clip = CLIPModel(public_clip(CLIPS["b32"])).state_dict()
+        dino = ViTModel(public_dino(DINOS["s16"]), add_pooling_layer=False).state_dict()
+    assert shapes_of(run(keymaps.CLIP_WHOLE, clip)) == CLIP_B32
+    assert shapes_of(run(keymaps.DINO_HF_NEW, dino)) == DINO_S16
 
 
 @pytest.mark.parametrize("new", [True, False])

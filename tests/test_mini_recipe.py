@@ -13,6 +13,7 @@ from PIL import Image
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
+from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -42,6 +43,10 @@ def smallest() -> MiniConfig:
             resnets=1, norm_groups=4,
         ),
         "llava": LlavaConfig(llama=llama, vision=vision),
+        "sam": SAMConfig(
+            width=16, layers=2, heads=2, mlp=16, global_blocks=(1,), window=4, image_size=64, patch=8,
+            out_channels=16, decoder_heads=2, decoder_mlp=16, mask_channels=8, iou_width=16,
+        ),
         "adapter": AdapterConfig(mllm_dim=16, embed_dim=16, learnable_token=True),
     }  # fmt: skip
     few = {"steps": 2, "batch_size": 4, "save_every": 1, "validate_every": 2}
@@ -56,6 +61,7 @@ def smallest() -> MiniConfig:
         cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6,
         stage_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
+        segmenting=replace(short(cfg.segmenting), asked=2),
         text_to_image=replace(short(cfg.text_to_image), drawn=2),
         sample=SampleConfig(steps=1, batch_size=2), variants={"pairs": cfg.variants["pairs"]},
         method={"template": "paper"},

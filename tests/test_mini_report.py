@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from moma.diffusion import ScheduleConfig, intervals
+from moma.estimates import estimate
 from moma.mini import approximations, probes, report, world
-from moma.mini.measures import estimate, iou, retrieved
+from moma.mini.measures import iou, retrieved
 from moma.sampler import TextOnly, denoise
 from moma.tiny import build_tiny_bundle
 from tests.test_training_loop import ROOT

@@ -15,7 +15,7 @@ from moma.training.task import Batch, Delivery, Position
 
 
 class PretrainingTask(ABC):
-    """What the four tasks share: endless shuffled batches over N items, the last few kept for validation."""
+    """What the tasks share: endless shuffled batches over N items, the last few kept for validation."""
 
     model: nn.Module
     shards: Sequence[nn.Module] = ()  # nothing here is large enough to be cut up among ranks

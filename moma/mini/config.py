@@ -8,6 +8,7 @@ import torch
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
+from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -33,6 +34,11 @@ def networks() -> dict[str, Any]:
             context_dim=(128, 128, 128), resnets=1, norm_groups=16,
         ),
         "llava": LlavaConfig(llama=llama, vision=vision),
+        # patches of 4 pixels, so that masks have the pictures' own resolution
+        "sam": SAMConfig(
+            width=128, layers=4, heads=4, mlp=256, global_blocks=(1, 3), window=8, image_size=64, patch=4,
+            out_channels=64, decoder_heads=4, decoder_mlp=128, iou_width=64,
+        ),
         "adapter": AdapterConfig(mllm_dim=llama.width, embed_dim=vision.width, learnable_token=True),
     }  # fmt: skip
 
@@ -65,6 +71,25 @@ class ClipConfig:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=1200, batch_size=96, lr=1e-3, warmup=100, schedule="cosine", weight_decay=0.05,
+            save_every=500, validate_every=500,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SegmentTrainingConfig:
+    """SAM, which finds the subject where no mask is given."""
+
+    held_out: int = 256
+    asked: int = 256  # held-out pictures whose subject is looked for, without a click, for the gate
+    box_jitter: float = 0.05  # deviation of a box's edges, of its side: users' boxes are not tight
+    frame_margin: float = 0.15  # at most, of the side, that a box around nearly everything leaves
+    focal_weight: float = 20.0  # SAM's own: the focal loss is small beside the dice loss
+    focal_gamma: float = 2.0  # SAM's own: pixels that are right already hardly count
+    iou_weight: float = 1.0  # SAM's own
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=2000, batch_size=32, lr=1e-3, warmup=100, schedule="cosine", weight_decay=0.01, ema=0.995,
             save_every=500, validate_every=500,
         )
     )  # fmt: skip
@@ -121,6 +146,7 @@ def gates() -> dict[str, dict[str, float]]:
         "judges": {
             "class": 0.97, "scene": 0.98, "material": 0.97, "pattern": 0.75, "identity": 0.95, "mask": 0.85
         },
+        "sam": {"iou": 0.9},
         "unet": {"class": 0.9, "scene": 0.9},
         "captioner": {"right": 0.5},
     }  # fmt: skip
@@ -134,7 +160,7 @@ class MiniConfig:
     networks: dict[str, Any] = field(default_factory=networks)
     # One seed per network: a change of one does not move the others.
     seeds: dict[str, int] = field(
-        default_factory=lambda: {"vae": 0, "text": 1, "vision": 2, "unet": 3, "llava": 4}
+        default_factory=lambda: {"vae": 0, "text": 1, "vision": 2, "unet": 3, "llava": 4, "sam": 5}
     )
     pictures: int = 40_000  # renders to train on: each is seen a few times
     unseen_pictures: int = 1024  # renders of identities kept apart, for the gates
@@ -145,6 +171,7 @@ class MiniConfig:
     vae: VAETrainingConfig = field(default_factory=VAETrainingConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     probes: ProbeConfig = field(default_factory=ProbeConfig)
+    segmenting: SegmentTrainingConfig = field(default_factory=SegmentTrainingConfig)
     text_to_image: TextToImageConfig = field(default_factory=TextToImageConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     gates: dict[str, dict[str, float]] = field(default_factory=gates)

@@ -35,6 +35,8 @@ from moma.diffusion import ScheduleConfig, intervals
 from moma.mini import SOURCE, probes
 from moma.mini.config import MiniConfig
 from moma.mini.drawing import stream
+from moma.mini.measures import iou
+from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
     CaptionTask,
     ClipTask,
@@ -51,6 +53,7 @@ from moma.output import Cell, contact_sheet, exit_status, save_png, write_text
 from moma.pipeline import set_precision
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
+from moma.segment import Segmenter
 from moma.tiny import learn_tokenizers, with_vocabularies
 from moma.training.checkpoint import check_same, checkpoints
 from moma.training.common import refuse_quantised
@@ -193,6 +196,12 @@ def judges(shop: Shop) -> None:
     shop.fit("judges", task, shop.cfg.probes.train)
 
 
+def sam(shop: Shop) -> None:
+    """SAM, for references without a mask."""
+    cfg = shop.cfg.segmenting
+    shop.fit("sam", SegmentTask(shop.new("sam"), shop.pictures("train"), cfg, cfg.train.seed), cfg.train)
+
+
 def unet(shop: Shop) -> None:
     """The text-to-image UNet."""
     cfg, text, tokenizer = shop.cfg.text_to_image, shop.trained("clip", "text"), shop.clip_tokenizer()
@@ -238,7 +247,8 @@ def stage2(shop: Shop) -> None:
 
 
 STAGES: dict[str, Callable[[Shop], None]] = {
-    stage.__name__: stage for stage in (tokenizers, vae, clip, judges, unet, captioner, base, stage1, stage2)
+    stage.__name__: stage
+    for stage in (tokenizers, vae, clip, judges, sam, unet, captioner, base, stage1, stage2)
 }
 
 
@@ -282,6 +292,18 @@ def judges_numbers(shop: Shop) -> dict[str, float]:
     return probes.accuracy(shop.judges(), shop.arrays("val"), shop.cfg.world)
 
 
+@torch.no_grad()
+def sam_numbers(shop: Shop) -> dict[str, float]:
+    """Mean IoU of the subjects that are found without a click."""
+    segmenter, held = Segmenter(shop.trained("sam", "sam")), shop.pictures("val")
+    found = []
+    for image in held.images[: shop.cfg.segmenting.asked]:
+        mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        found.append(torch.from_numpy(np.asarray(mask) > 127))
+    true = held.masks[: len(found), 0] > 127  # (N, S, S)
+    return {"iou": iou(torch.stack(found), true).mean().item()}
+
+
 def unet_numbers(shop: Shop) -> dict[str, float]:
     """Share of drawn pictures whose class, and scene, the judges recognise; also saves some as a sheet."""
     cfg = shop.cfg.text_to_image
@@ -311,8 +333,8 @@ def captioner_numbers(shop: Shop) -> dict[str, float]:
 
 # What comes of the others, the report measures.
 NUMBERS: dict[str, Callable[[Shop], dict[str, float]]] = {
-    "vae": vae_numbers, "clip": clip_numbers, "judges": judges_numbers, "unet": unet_numbers,
-    "captioner": captioner_numbers,
+    "vae": vae_numbers, "clip": clip_numbers, "judges": judges_numbers, "sam": sam_numbers,
+    "unet": unet_numbers, "captioner": captioner_numbers,
 }  # fmt: skip
 
 
@@ -376,7 +398,14 @@ def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
 
 def write_bundle(shop: Shop) -> None:
     """The frozen networks, without an adapter, in work/base."""
-    stages = {"vae": "vae", "text": "clip", "vision": "clip", "unet": "unet", "llava": "captioner"}
+    stages = {
+        "vae": "vae",
+        "text": "clip",
+        "vision": "clip",
+        "unet": "unet",
+        "llava": "captioner",
+        "sam": "sam",
+    }
     with BundleWriter(shop.work / "base", shop.cfg.world.size, overwrite=True) as writer:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             writer.add_tokenizer(name, shop.tokenizers / name)
@@ -451,7 +480,7 @@ def write_json(path: Path, values: Any) -> None:
 def check_shares(shop: Shop) -> None:
     """ValueError unless every step's samples can be shared among the ranks."""
     cfg = shop.cfg
-    for part in (cfg.vae, cfg.clip, cfg.probes, cfg.text_to_image, cfg.captioner):
+    for part in (cfg.vae, cfg.clip, cfg.probes, cfg.segmenting, cfg.text_to_image, cfg.captioner):
         shop.share_of(part.train.batch_size)
     shop.share_of(cfg.stage_batch)
     probes.groups_in(shop.share_of(cfg.probes.train.batch_size), cfg.probes)

@@ -29,10 +29,11 @@ from models.loading import read_checkpoint, save_tensors
 from moma.adapter import Conditioning, MoMAHook
 from moma.bundle import Bundle
 from moma.config import DEFAULT, SampleConfig
+from moma.estimates import Estimate, estimate
 from moma.masks import Grid
 from moma.mini import probes as judges
 from moma.mini.drawing import stream
-from moma.mini.measures import Estimate, estimate, iou, retrieved
+from moma.mini.measures import iou, retrieved
 from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
 from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
 from moma.output import (

@@ -1,0 +1,119 @@
+"""Pretraining of MoMA-mini's SAM: clicks and boxes on renders, whose masks are known.
+
+Letters: N pictures, B batch, P prompts of a picture, M masks of a prompt, S picture side, s side of
+SAM's masks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
+from models.sam_image import MEAN, STD
+from moma.mini.base import PretrainingTask
+from moma.mini.config import SegmentTrainingConfig
+from moma.mini.tasks import Pictures
+from moma.training.order import generator_for
+from moma.training.task import Batch
+
+
+class SegmentLoss(nn.Module):
+    """SAM's own (arXiv 2304.02643, appendix A): focal and dice loss of the best mask, error of the told IoU.
+
+    The single mask and the best of the other three count alike.
+    """
+
+    def __init__(self, sam: SAM, cfg: SegmentTrainingConfig) -> None:
+        super().__init__()
+        self.sam, self.cfg = sam, cfg
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: pixels (B, 3, S, S) normalised, points (B, P, 2, 2), labels (B, P, 2), target (B, P, S, S)
+        in 0..1 -> (B,)."""
+        features = self.sam.encode(batch["pixels"])  # (B, C, h, w)
+        logits, told = self.sam.decode(features, Prompts(batch["points"], batch["labels"]))
+        target = F.adaptive_avg_pool2d(batch["target"], logits.shape[-2:])  # (B, P, s, s)
+        target = target[:, :, None].expand_as(logits)  # (B, P, M, s, s)
+        fit = self.cfg.focal_weight * focal(logits, target, self.cfg.focal_gamma) + dice(logits, target)
+        single, several = fit[:, :, 0], fit[:, :, 1:].min(dim=2).values  # (B, P)
+        with torch.no_grad():
+            mask, true = logits > 0, target > 0.5
+            true_iou = (mask & true).sum(dim=(3, 4)) / (mask | true).sum(dim=(3, 4)).clamp_min(1)  # (B, P, M)
+        error = (told.float() - true_iou).square().mean(dim=2)  # (B, P)
+        return (single + several + self.cfg.iou_weight * error).mean(dim=1)
+
+
+def focal(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """Mean focal loss (arXiv 1708.02002) of masks (..., S, S), targets in 0..1 -> (...)."""
+    error = F.binary_cross_entropy_with_logits(logits, target, reduction="none")  # (..., S, S)
+    miss = (logits.sigmoid() - target).abs()  # (..., S, S)
+    return (miss**gamma * error).mean(dim=(-2, -1))
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - Dice's coefficient of masks (..., S, S) -> (...)."""
+    found = logits.sigmoid()
+    both, all_ = (found * target).sum(dim=(-2, -1)), (found + target).sum(dim=(-2, -1))  # (...)
+    return 1 - (2 * both + 1) / (all_ + 1)
+
+
+class SegmentTask(PretrainingTask):
+    """One prompt of each kind per picture: what it asks for is the subject, or all that is not."""
+
+    def __init__(self, sam: SAM, pictures: Pictures, cfg: SegmentTrainingConfig, seed: int) -> None:
+        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.pictures, self.cfg = SegmentLoss(sam, cfg), pictures, cfg
+
+    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
+        points, labels, targets = [], [], []
+        for mask, number in zip(self.pictures.masks[items] / 255, numbers.tolist(), strict=True):
+            generator = generator_for(self.seed, number)
+            asked, kind, wanted = prompts(mask[0], self.cfg, generator)
+            points.append(asked)
+            labels.append(kind)
+            targets.append(torch.where(wanted[:, None, None], mask, 1 - mask))  # (P, S, S)
+        return {
+            "pixels": to_sam(self.pictures.images[items]), "points": torch.stack(points),
+            "labels": torch.stack(labels), "target": torch.stack(targets), "number": numbers,
+        }  # fmt: skip
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"sam": self.model.sam}
+
+
+def prompts(
+    mask: Tensor, cfg: SegmentTrainingConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One prompt of each kind for a subject's coverage (S, S) in 0..1.
+
+    Returns points (P, 2, 2) as x, y in pixels, labels (P, 2), and whether the subject is asked for, bool
+    (P,): a click on it, one on it and one beside it, a box around it, a box around the whole picture but its
+    margin, and a click beside it.
+    """
+    side = mask.shape[-1]
+    on, off = _somewhere(mask > 0.5, generator), _somewhere(mask < 0.5, generator)  # (2,)
+    rows, columns = (mask > 0.5).nonzero().unbind(dim=1)
+    low = torch.stack([columns.min(), rows.min()]).float()  # (2,)
+    high = torch.stack([columns.max(), rows.max()]) + 1.0  # (2,)
+    loose = cfg.box_jitter * (high - low) * torch.randn((2, 2), generator=generator)  # (2, 2)
+    box = (torch.stack([low, high]) + loose).clamp(0, side)  # (2, 2)
+    margin = cfg.frame_margin * side * torch.rand((2, 2), generator=generator)  # (2, 2)
+    frame = torch.stack([margin[0], side - margin[1]])  # (2, 2)
+    nowhere = torch.zeros(2)
+    points = torch.stack(
+        [torch.stack([on, nowhere]), torch.stack([on, off]), box, frame, torch.stack([off, nowhere])]
+    )
+    click, corners = (FOREGROUND, IGNORED), (BOX_START, BOX_END)
+    labels = torch.tensor([click, (FOREGROUND, BACKGROUND), corners, corners, click])  # (P, 2)
+    return points, labels, torch.tensor([True, True, True, True, False])
+
+
+def _somewhere(where: Tensor, generator: torch.Generator) -> Tensor:
+    """A random pixel where a mask (S, S) is True, as x, y (2,)."""
+    places = where.nonzero()  # (n, 2) as y, x
+    return places[torch.randint(len(places), (), generator=generator)].flip(0).float()
+
+
+def to_sam(images: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S), S the network's size -> float32, normalised as `models.sam_image` does."""
+    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

@@ -1,0 +1,337 @@
+"""What an evaluation leaves behind: numbers, tables, the chart of the subjects, the page."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.chart import DotsConfig, Panel, Series, dots
+from moma.estimates import estimate
+from moma.evaluate.page import PageConfig, write_outputs, write_page
+from moma.evaluate.published import DREAMBOOTH, UNSTATED
+from moma.evaluate.scores import Score
+from moma.evaluate.tables import NONE, Results, tables, tables_markdown
+
+DINO, CLIP_I, CLIP_T = COLUMNS = ("DINO ViT-S/16", "CLIP-I ViT-B/32", "CLIP-T ViT-B/32")
+HOSTILE = "<script>alert('x')</script> | \"&amp;\"\nline"
+FACTS = {"bundle": "weights/x", "sha256": "0" * 64}
+WRITTEN = {"scores.json", "scores.csv", "table.md", "subjects.png", "index.html"}
+
+
+def a_score(method: str, subject: str, kind: str, number: int, *values: float, file: str = "x.png") -> Score:
+    prompt = f"a {subject} in the snow" if kind == "context" else f"a golden {subject}"
+    found = dict(zip(COLUMNS, values, strict=False))
+    return Score(method, subject, subject, kind, prompt, number, file, found)
+
+
+# The first method's means: of contexts .5, .6, .3, of textures .2 (one subject); the second drew no textures.
+SCORES = [
+    a_score("one", "cat", "context", 0, 0.2, 0.5, 0.3),
+    a_score("one", "cat", "context", 1, 0.4, 0.5, 0.3),
+    a_score("one", "dog", "context", 0, 0.6, 0.7, 0.3),
+    a_score("one", "dog", "context", 1, 0.8, 0.7, 0.3),
+    a_score("one", "dog", "texture", 0, 0.2, 0.9),
+    a_score("two", "cat", "context", 0, 0.1),
+    a_score("two", "dog", "context", 0, 0.3),
+]
+FOUND = {"cat": {DINO: 0.7}, "dog": {DINO: 0.8}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An output folder with a picture, and photos beside it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    Image.new("RGB", (20, 20), (200, 40, 40)).save(out / "x.png")
+    Image.new("RGB", (400, 300), (40, 40, 200)).save(tmp_path / "photo.jpg")
+    return out
+
+
+def cells(results: Results) -> list[dict[str, list[str]]]:
+    """For each table: name of a row -> cells."""
+    return [{row.cells[0]: list(row.cells[1:]) for row in table.rows} for table in tables(results)]
+
+
+class Page(HTMLParser):
+    """Balanced tags, and what they refer to."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs)
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" not in self.open and "style" not in self.open:
+            self.text += data
+
+    def of(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
+        return [a for name, a in self.seen if name == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+    @property
+    def links(self) -> list[str]:
+        return [a[key] for _, a in self.seen for key in ("src", "href") if key in a]
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+# --- numbers -----------------------------------------------------------------------------------------
+
+
+def test_means_and_missing_columns():
+    context, texture = cells(Results(SCORES, FOUND, FACTS))
+    assert list(context) == ["Real images", "one", "two"] and list(texture) == ["Real images", "one"]
+    assert context["Real images"] == ["of 2 subjects", "0.750 (0.700 to 0.800)", NONE, NONE]
+    assert context["one"] == [
+        "4",
+        "0.500 (0.300 to 0.700)",
+        "0.600 (0.500 to 0.700)",
+        "0.300 (0.300 to 0.300)",
+    ]
+    assert context["two"] == ["2", "0.200 (0.100 to 0.300)", NONE, NONE]
+    # One subject says nothing about others; a column that no row has is left out.
+    assert texture["one"] == ["1", "0.200", "0.900"]
+    assert tables(Results(SCORES, FOUND, FACTS))[1].head == ["method", "pictures", DINO, CLIP_I]
+
+
+def test_interval_is_of_subjects_not_of_pictures():
+    """Copies of a picture add nothing: 2 subjects of 50 equal pictures are known as well as 2 pictures."""
+    values = torch.tensor([0.0] * 50 + [1.0] * 50)
+    few, many = estimate(values[[0, -1]], ["a", "b"]), estimate(values, ["a"] * 50 + ["b"] * 50)
+    assert (few.mean, few.low, few.high) == (many.mean, many.low, many.high) == (0.5, 0.0, 1.0)
+    alone = estimate(values)
+    assert 0.38 < alone.low < 0.42 and 0.58 < alone.high < 0.62
+    # Groups of other sizes weigh as many pictures as they have.
+    assert estimate(torch.tensor([0.0, 0.0, 0.0, 1.0]), [1, 1, 1, 2]).mean == 0.25
+
+
+def test_json_and_csv_hold_every_score(folder):
+    scores = [*SCORES, replace(SCORES[0], method=HOSTILE, prompt='a, "b"\nc')]
+    write_outputs(folder, scores, FOUND, FACTS)
+    data = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert [Score(**score) for score in data["scores"]] == scores
+    assert (data["real"], data["facts"], data["columns"]) == (FOUND, FACTS, list(COLUMNS))
+    dino = data["averages"]["context"]["one"][DINO]
+    assert dino == {"mean": pytest.approx(0.5), "low": pytest.approx(0.3), "high": 0.7, "count": 4}
+    assert data["averages"]["texture"]["one"][DINO] == {"mean": 0.2, "low": None, "high": None, "count": 1}
+    rows = list(csv.DictReader(io.StringIO((folder / "scores.csv").read_text(encoding="utf-8"))))
+    read_back = [
+        Score(
+            *(row[name] for name in ("method", "subject", "label", "kind", "prompt")),
+            int(row["number"]), row["file"], {name: float(row[name]) for name in COLUMNS if row[name]},
+        )
+        for row in rows
+    ]  # fmt: skip
+    assert read_back == scores
+    assert {path.name for path in folder.iterdir()} == WRITTEN | {"x.png"}  # no temporary files
+
+
+# --- tables beside papers ----------------------------------------------------------------------------
+
+
+def whole_protocol() -> tuple[list[Score], dict[str, dict[str, float]], set[str]]:
+    """30 subjects, 100 pictures of each: 80 of a context, 20 of a texture; and another texture of each."""
+    subjects = [f"s{i}" for i in range(30)]
+    kinds = ["context"] * 80 + ["texture"] * 20
+    scores = [a_score("one", s, k, i, 0.5, 0.6, 0.3) for s in subjects for i, k in enumerate(kinds)]
+    prompts = {score.prompt for score in scores}
+    added = [replace(a_score("one", s, "texture", 0, 0.9, 0.9, 0.9), prompt="added") for s in subjects]
+    return scores + added, {s: {DINO: 0.77, CLIP_I: 0.88} for s in subjects}, prompts
+
+
+def test_published_rows_fill_no_column_of_another_variant():
+    scores, real, prompts = whole_protocol()
+    half = [replace(score, method="half") for score in scores[::2]]
+    results = Results(scores + half, real, FACTS, prompts)
+    *others, table = tables(results)
+    assert [other.title for other in others] == ["New contexts", "New textures"]
+    assert not any(row.published for other in others for row in other.rows)
+    rows = cells(results)[-1]
+    assert "half" not in rows and rows["one"][0] == "3000"
+    columns = table.head[2:]
+    assert columns == [*COLUMNS, *UNSTATED]
+    found = {name: dict(zip(columns, row[1:], strict=True)) for name, row in rows.items()}
+    shown = [row.cells[0] for row in table.rows if row.published]
+    assert shown == [f"{row.name} (published)" for row in DREAMBOOTH]
+    for name in shown:
+        assert found[name][CLIP_I] == found[name][CLIP_T] == NONE
+    assert found["Real images (published)"][DINO] == "0.774"
+    assert found["Real images (published)"]["CLIP-I, variant not stated"] == "0.885"
+    assert found["IP-Adapter (SD 1.5) (published)"][DINO] == NONE
+    assert found["one"] == dict.fromkeys(columns, NONE) | {
+        DINO: "0.500 (0.500 to 0.500)", CLIP_I: "0.600 (0.600 to 0.600)", CLIP_T: "0.300 (0.300 to 0.300)",
+    }  # fmt: skip
+    assert "MoMA's own" in results.notes
+    # With another DINO there is a column for each.
+    other = [replace(score, values={"DINO ViT-B/16": 0.5}) for score in scores]
+    table = tables(Results(other, {}, FACTS, prompts))[-1]
+    assert table.head[2:4] == ["DINO ViT-B/16", DINO]
+
+
+@pytest.mark.parametrize("case", ["a picture less", "a subject less", "other prompts", "real ones alone"])
+def test_published_rows_only_beside_the_whole_protocol(case):
+    scores, real, prompts = whole_protocol()
+    if case == "a picture less":
+        scores = scores[1:]
+    elif case == "a subject less":
+        scores = [replace(s, subject="s0") if s.subject == "s1" else s for s in scores]
+        del real["s1"]
+    elif case == "other prompts":
+        prompts = set()
+    else:
+        scores = []
+    text = tables_markdown(Results(scores, real, FACTS, prompts))
+    assert ("published" in text) == ("DreamBooth's 25 prompts" in text) == (case == "real ones alone")
+
+
+def test_markdown_keeps_hostile_names_in_their_cells():
+    scores = [replace(score, method=HOSTILE) for score in SCORES[:4]]
+    text = tables_markdown(Results(scores, {}, {HOSTILE: HOSTILE}))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {7}
+    assert "<script" not in text and "- &lt;script" in text
+
+
+# --- chart -------------------------------------------------------------------------------------------
+
+
+def test_dots_stand_where_their_values_say():
+    """Two values on an axis from 0 to 1: each dot's centre is at its share of the axis, in its row."""
+    red, blue, cfg = (255, 0, 0), (0, 0, 255), DotsConfig()
+    panel = Panel("t", [Series("a", {"x": 0.0, "y": 1.0}, red), Series("b", {"y": 0.5}, blue, shape=1)])
+    image = np.asarray(dots(["y", "x"], [panel], "", cfg)).astype(int)
+    legend = cfg.gap + cfg.line
+
+    def centres(colour: tuple[int, int, int], rows: slice) -> tuple[float, float]:
+        ys, xs = np.nonzero((image[rows] == colour).all(axis=2))
+        return xs.mean(), rows.start + ys.mean()
+
+    top = cfg.gap + 2 * cfg.line
+    first, second = slice(top, top + cfg.row), slice(top + cfg.row, top + 2 * cfg.row)
+    (high_x, high_y), (middle, below), (low_x, low_y) = (
+        centres(red, first), centres(blue, first), centres(red, second),
+    )  # fmt: skip
+    assert high_x - low_x == pytest.approx(cfg.panel - 2 * cfg.line, abs=1)
+    assert middle == pytest.approx((high_x + low_x) / 2, abs=1)
+    assert low_y - high_y == pytest.approx(cfg.row, abs=1) and below - high_y == pytest.approx(
+        cfg.spread, abs=1
+    )
+    assert all((image[:legend] == colour).all(axis=2).any() for colour in (red, blue))
+
+
+def test_chart_grows_with_its_subjects_and_cuts_long_names():
+    cfg, series = DotsConfig(), {f"{'long name ' * 9}{i}": 0.5 for i in range(30)}
+    image = dots(list(series), [Panel("t", [Series("a", series, (9, 9, 9))])], "c", cfg)
+    assert image.height > 30 * cfg.row and image.width < cfg.names + cfg.panel + 4 * cfg.gap
+    assert dots([], [], "nothing", cfg).height < image.height
+
+
+# --- page --------------------------------------------------------------------------------------------
+
+
+def test_page_refers_only_to_files_beside_it(folder):
+    names = ["a b#1%.png", "q?.png", "dir/ü.png"]
+    (folder / "dir").mkdir()
+    for name in names:
+        (folder / "x.png").rename(folder / name) if name == names[-1] else Image.new("RGB", (8, 8)).save(
+            folder / name
+        )
+    scores = [replace(score, file=names[i % 3]) for i, score in enumerate(SCORES)]
+    write_outputs(folder, scores, FOUND, FACTS, {"cat": [folder.parent / "photo.jpg"] * 2})
+    page = read(folder / "index.html")
+    assert {unquote(link) for link in page.links} == {
+        *names,
+        "subjects.png",
+        "real/000-0.jpg",
+        "real/000-1.jpg",
+    }
+    assert all((folder / unquote(link)).is_file() for link in page.links)
+    assert max(Image.open(folder / "real/000-0.jpg").size) == PageConfig().side
+    pictures = page.of("img", loading="lazy")
+    assert len(pictures) == len(SCORES) + 2 and all(image["alt"] for image in page.of("img"))
+    # The photos come first, then the pictures by prompt and method, each with its scores.
+    assert [image["alt"] for image in pictures[:4]] == [
+        "Real image 1 of cat", "Real image 2 of cat",
+        "one: a cat in the snow (cat, picture 1)", "one: a cat in the snow (cat, picture 2)",
+    ]  # fmt: skip
+    (texture,) = page.of("figure", **{"data-kind": "texture"})
+    assert texture["data-values"] == "0.2 0.9 -" and "0.900 CLIP-I" in page.text
+    assert "0.750 (0.700 to 0.800)" in page.text
+
+
+def test_page_escapes_every_text(folder):
+    scores = [
+        Score(HOSTILE, HOSTILE, HOSTILE, "context", HOSTILE, 0, "x.png", {HOSTILE: 0.5}),
+        Score("${title} $x", "s", "l", "texture", "${sections}", 0, "x.png", {HOSTILE: 0.5}),
+    ]
+    photos = {HOSTILE: [folder.parent / "photo.jpg"]}
+    write_outputs(folder, scores, {HOSTILE: {HOSTILE: 0.1}}, {HOSTILE: HOSTILE}, photos)
+    page = read(folder / "index.html")
+    assert len(page.of("script")) == 1 and page.of("script") == [{}]
+    first, second = page.of("figure", **{"class": "shot"})
+    assert first["data-subject"] == first["data-method"] == HOSTILE and second["data-method"] == "${title} $x"
+    assert HOSTILE in [option["value"] for option in page.of("option")]
+    assert all((folder / unquote(link)).resolve().is_relative_to(folder) for link in page.links)
+
+
+def test_embedded_page_is_a_single_file(folder, tmp_path):
+    Image.new("RGB", (300, 600), (200, 40, 40)).save(folder / "x.png")
+    results, path = Results(SCORES, FOUND, FACTS), tmp_path / "one.html"
+    photos = {"dog": [folder.parent / "photo.jpg"]}
+    write_page(path, folder, results, photos, PageConfig(embed=True, side=50, subjects=1, numbers=1))
+    page = read(path)
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    rest = re.sub(r"data:image/[^\"]*", "", path.read_text(encoding="utf-8"))
+    assert not re.search(r"https?:|url\(|@import|//", rest)
+    # One subject, one picture of each method and prompt, of seven.
+    assert len(page.of("figure", **{"class": "shot"})) == 2 and "2 of 7 pictures are shown" in page.text
+    assert not (folder / "real").exists()
+
+
+def test_real_images_alone(folder):
+    write_outputs(folder, [], FOUND, FACTS, {"cat": [folder.parent / "photo.jpg"]})
+    page = read(folder / "index.html")
+    assert "0.750 (0.700 to 0.800)" in page.text and len(page.of("section")) == 2
+    assert Image.open(folder / "subjects.png").height > 2 * DotsConfig().row
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"file": "missing.png"}, "expected the path of a picture"),
+        ({"file": "/etc/passwd"}, "expected the path of a picture"),
+        ({"values": {DINO: float("nan")}}, "DINO ViT-S/16 is nan"),
+        ({"kind": "style"}, "kind 'style', expected context or texture"),
+        ({"method": "Real images"}, "another name"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_first(folder, change, said):
+    with pytest.raises(ValueError, match=said) as error:
+        write_outputs(folder, [*SCORES, replace(SCORES[0], **change)], FOUND, FACTS)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in folder.iterdir()] == ["x.png"]

@@ -1,0 +1,115 @@
+"""moma/evaluate/scorers.py: embeddings of a bundle's networks against the networks themselves, one by one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models.clip_image import clip_image
+from models.dino_image import dino_image
+from moma.bundle import Bundle
+from moma.evaluate.scorers import COLUMNS, ImageScorer, TextScorer, load_scorers, measure, measure_real
+from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from tests.recipe import u8
+
+TEXTS = ["a cat in the snow", "a dog", "", "a vase on the beach at sunset " * 30]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Of several sizes and modes."""
+    modes = ("RGB", "L", "RGBA", "P")
+    sizes = ((40, 64), (90, 50), (32, 32))
+    return [
+        Image.fromarray(u8(f"scorers/{i}", (*sizes[i % 3], 3))).convert(modes[i % 4]) for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    cfg = TinyConfig()
+    folder = tmp_path_factory.mktemp("scorers") / "tiny"
+    build_tiny_bundle(folder, cfg=replace(cfg, networks=cfg.networks | tiny_scorers()))
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def scorers(bundle: Bundle) -> list[ImageScorer]:
+    return load_scorers(bundle, batch=3)
+
+
+def test_what_a_bundle_has(bundle: Bundle, scorers: list[ImageScorer], folder: str) -> None:
+    assert [scorer.columns for scorer in scorers] == [
+        ("DINO ViT-S/16",),
+        ("CLIP-I ViT-B/32", "CLIP-T ViT-B/32"),
+    ]
+    assert [isinstance(scorer, TextScorer) for scorer in scorers] == [False, True]
+    assert all(isinstance(scorer, ImageScorer) for scorer in scorers)
+    assert load_scorers(Bundle.open(Path(folder))) == []
+    assert len({column for columns in COLUMNS.values() for column in columns}) == 6
+
+
+@torch.no_grad()
+def test_embeddings_are_the_networks(bundle: Bundle, scorers: list[ImageScorer]) -> None:
+    """Each picture and text alone through the network, its length divided out."""
+    dino, clip = bundle.build("dino_s16").eval(), bundle.build("clip_b32").eval()
+    tokenizer, images = bundle.clip_tokenizer("clip_b32"), pictures(7)
+    alone = [
+        [dino(dino_image(image, 32)[None]) for image in images],
+        [clip.image_features(clip_image(image, 32)[None]) for image in images],
+        [clip.text_features(torch.tensor([tokenizer.encode(text).ids])) for text in TEXTS],
+    ]
+    found = [*(scorer.embed_images(images) for scorer in scorers), scorers[1].embed_texts(TEXTS)]
+    for together, rows in zip(found, alone, strict=True):
+        assert together.dtype == torch.float32 and len(together) == len(rows)
+        torch.testing.assert_close(together, torch.cat([row / row.norm() for row in rows]), rtol=0, atol=1e-5)
+    assert (found[2][0] - found[2][1]).abs().max() > 1e-3, "other texts, other embeddings"
+
+
+def test_the_batch_does_not_matter(bundle: Bundle, scorers: list[ImageScorer]) -> None:
+    images = pictures(5)
+    for one, other in zip(scorers, load_scorers(bundle, batch=5), strict=True):
+        torch.testing.assert_close(one.embed_images(images), other.embed_images(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            one.embed_images(images)[3:4], one.embed_images(images[3:4]), rtol=0, atol=1e-5
+        )
+
+
+def test_half_precision(bundle: Bundle, scorers: list[ImageScorer]) -> None:
+    half = load_scorers(bundle, dtype=torch.bfloat16)
+    for one, other in zip(scorers, half, strict=True):
+        rounded = other.embed_images(pictures(2))
+        assert rounded.dtype == torch.float32
+        assert (rounded * one.embed_images(pictures(2))).sum(dim=1).min() > 0.99
+
+
+def test_measures(scorers: list[ImageScorer]) -> None:
+    real, drawn = pictures(3), pictures(6)[3:5]
+    for scorer in scorers:
+        ours, theirs = scorer.embed_images(drawn), scorer.embed_images(real)
+        rows = measure(scorer, ours, theirs, TEXTS[:2])
+        assert [tuple(row) for row in rows] == [scorer.columns] * 2
+        for i, row in enumerate(rows):
+            cosines = [float(ours[i] @ other) for other in theirs]
+            assert row[scorer.columns[0]] == pytest.approx(sum(cosines) / 3, abs=1e-5)
+        if isinstance(scorer, TextScorer):
+            texts = scorer.embed_texts(TEXTS[:2])
+            wanted = [float(a @ b) for a, b in zip(ours, texts, strict=True)]
+            assert [row[scorer.columns[1]] for row in rows] == pytest.approx(wanted, abs=1e-5)
+        alone = measure_real(scorer, theirs)
+        assert [tuple(row) for row in alone] == [scorer.columns[:1]] * 3
+        first = float(theirs[0] @ theirs[1] + theirs[0] @ theirs[2]) / 2
+        assert alone[0][scorer.columns[0]] == pytest.approx(first, abs=1e-5)
+
+
+def test_a_picture_is_like_itself(scorers: list[ImageScorer]) -> None:
+    for scorer in scorers:
+        found = scorer.embed_images(pictures(2))
+        assert measure(scorer, found[:1], found[:1], TEXTS[:1])[0][scorer.columns[0]] == pytest.approx(1)
+        assert measure(scorer, found[:1], found[1:], TEXTS[:1])[0][scorer.columns[0]] < 0.999
+
+
+def test_nothing_to_score(scorers: list[ImageScorer]) -> None:
+    with pytest.raises(ValueError, match="nothing to score"):
+        scorers[0].embed_images([])
