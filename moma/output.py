@@ -26,6 +26,7 @@ from moma.config import MethodConfig, SampleConfig, method_config
 from moma.regions import middle, outline
 
 CHUNK = "moma"  # key of the PNG text chunk
+STAMP = "moma-stamp"  # another: a text by which a program knows what it has made
 FORMAT, VERSION = "moma-picture", 1
 
 
@@ -138,11 +139,15 @@ def exit_status(command: str, main: Callable[[], object]) -> int:
     return 0
 
 
-def save_png(path: str | Path, image: Image.Image, record: Record | None = None) -> None:
-    """Write a PNG, with the record in it; the file appears only when it is complete."""
+def save_png(
+    path: str | Path, image: Image.Image, record: Record | None = None, stamp: str | None = None
+) -> None:
+    """Write a PNG, with the record or the stamp in it; the file appears only when it is complete."""
     info = PngInfo()
     if record is not None:
         info.add_itxt(CHUNK, record.to_json())
+    if stamp is not None:
+        info.add_itxt(STAMP, stamp)
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -150,6 +155,16 @@ def save_png(path: str | Path, image: Image.Image, record: Record | None = None)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_stamp(path: Path) -> str | None:
+    """The stamp of a PNG file; None where there is no whole picture, "" for one without a stamp."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return str(image.info.get(STAMP, ""))
+    except (OSError, SyntaxError):
+        return None
 
 
 def read_record(path: str | Path) -> Record:

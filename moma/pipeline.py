@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import CLIPText
 from models.llava import Llava
@@ -33,7 +33,7 @@ from moma.graphs import GraphedUNet, Recorder, choose_recorder
 from moma.memory import Choice, check_choice, choose_stream, free_memory, pictures_at_once
 from moma.preprocess import Reference, make_reference
 from moma.prompts import check_prompt, label_positions, sd_prompt
-from moma.sampler import Step, denoise
+from moma.sampler import Draft, Step, denoise
 from moma.tiles import decode
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
@@ -72,7 +72,7 @@ class Result:
 
     image: Image.Image
     latents: Tensor  # float32 (1, Z, h, w), scaled as the UNet's
-    m_gen: Tensor  # float32 (1, h, w), the last mask
+    m_gen: Tensor | None  # float32 (1, h, w), the last mask; None where a method makes none
 
 
 class MoMA:
@@ -139,13 +139,8 @@ class MoMA:
         make_recorder = choose_recorder(cuda_graph, place)
         check_choice("tiles", tiles)
         llava = _load_llava(bundle, place, kind, stream, DRAWING)[0] if decoder else None
-        networks = {name: bundle.build(name, place, kind).eval().requires_grad_(False) for name in DRAWING}
-        # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on
-        # pictures with flat parts.
-        if pack and can_pack(place, kind):
-            pack_weights(networks["unet"])
         return cls(
-            **networks,
+            **load_drawing(bundle, place, kind, DRAWING, pack),
             llava=llava,
             clip_tokenizer=bundle.clip_tokenizer(),
             llama_tokenizer=bundle.llama_tokenizer(),
@@ -155,6 +150,11 @@ class MoMA:
             make_recorder=make_recorder,
             tiles=tiles,
         )
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the width of the embeddings that jobs bring."""
+        return self.adapter.cfg.embed_dim
 
     def with_method(self, method: MethodConfig) -> Self:
         """The same networks under other choices. Subjects have to be encoded again."""
@@ -265,27 +265,41 @@ class MoMA:
         return [result.image for result in self.run(jobs, config, on_step)]
 
     def run(
-        self, jobs: Sequence[Job], config: SampleConfig | None = None, on_step: OnStep | None = None
+        self,
+        jobs: Sequence[Job],
+        config: SampleConfig | None = None,
+        on_step: OnStep | None = None,
+        draft: Draft | None = None,
     ) -> Iterator[Result]:
         """Draw any mix of subjects, prompts and seeds, in order; each result comes as soon as it is there.
 
-        Result i does not depend on the other jobs. ValueError, before anything is computed, for a prompt
-        without the subject's word, a size that does not fit, unknown settings.
+        Result i does not depend on the other jobs. draft: keeps the steps of jobs that are one batch
+        (`at_once`), and has the drawing go on from the latest. ValueError, before anything is computed, for a
+        prompt without the subject's word, a size that does not fit, unknown settings.
         """
         config = (config or SampleConfig()).sized(self.image_size)
         config.check(self.vae.cfg.factor)
+        if draft is not None and len(jobs) > self.at_once(config):
+            raise ValueError(f"{len(jobs)} pictures with a draft: expected a batch, {self.at_once(config)}")
         path = intervals(self.schedule, config.steps, config.solver)
         for job in jobs:
             check_prompt(job.subject.word, job.prompt, self.method.absent_label, self.clip_tokenizer)
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.vae.cfg.factor)
-            expected = (1, self.adapter.cfg.embed_dim)
+            expected = (1, self.embed_dim)
             if job.embedding is None:
                 self._check_decoder(job.subject)
             if job.embedding is not None and tuple(job.embedding.shape) != expected:
                 raise ValueError(f"embedding {tuple(job.embedding.shape)}: expected {expected}")
         noise = [self._start_latents(job, config) for job in jobs]
-        return self._draw(jobs, noise, path, config, on_step)
+        return self._draw(jobs, noise, path, config, on_step, draft)
+
+    def at_once(self, config: SampleConfig) -> int:
+        """How many pictures are a batch; config: with its sizes (`SampleConfig.sized`)."""
+        if self.method.m_gen_norm == "batch":  # there the batch decides what its pictures are
+            return config.batch_size
+        latents = config.height * config.width // self.vae.cfg.factor**2
+        return pictures_at_once(config.batch_size, latents, self.device)
 
     @torch.no_grad()
     def _draw(
@@ -295,12 +309,10 @@ class MoMA:
         path: Sequence[Interval],
         config: SampleConfig,
         on_step: OnStep | None,
+        draft: Draft | None,
     ) -> Iterator[Result]:
         embeddings = self._embed_once(jobs)
-        size = config.batch_size
-        if self.method.m_gen_norm != "batch":  # there the batch decides what its pictures are
-            latents = config.height * config.width // self.vae.cfg.factor**2
-            size = pictures_at_once(size, latents, self.device)
+        size = self.at_once(config)
         starts = range(0, len(jobs), size)
         unet = GraphedUNet(self.unet, self.make_recorder)
         for n, start in enumerate(starts):
@@ -308,7 +320,11 @@ class MoMA:
             guide = self.guide(jobs[batch], embeddings[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
             settings = config.guidance, config.solver, config.guidance_interval
-            for step in denoise(unet, guide, path, latents, *settings):
+            kept = draft.read() if draft else None
+            step = after = kept and kept.to(self.device)
+            for step in denoise(unet, guide, path, latents, *settings, after=after):
+                if draft:
+                    draft.keep(step)
                 if on_step:
                     on_step(n * len(path) + step.index + 1, len(starts) * len(path))
             unet.forget()  # the VAE's decoder needs the memory
@@ -332,11 +348,10 @@ class MoMA:
 
         embeddings: one (1, E) per job, of `embed` or given.
         """
-        texts = [sd_prompt(job.subject.word, job.prompt) for job in jobs]
-        ids = self.clip_tokenizer.ids([*texts, *(job.negative for job in jobs)])  # (2B, T)
-        text, negative = self.text(ids.to(self.device))[0].chunk(2)  # 2 x (B, T, context_dim)
-        label = torch.zeros(len(jobs), ids.shape[1])  # (B, T)
-        for row, (job, full) in enumerate(zip(jobs, texts, strict=True)):
+        text, negative = self.read_texts(jobs)  # 2 x (B, T, context_dim)
+        label = torch.zeros(len(jobs), text.shape[1])  # (B, T)
+        for row, job in enumerate(jobs):
+            full = sd_prompt(job.subject.word, job.prompt)
             label[row, self._label_positions(full, job.subject.word)] = 1
         beta = [config.strength if job.strength is None else job.strength for job in jobs]
         return condition(
@@ -349,6 +364,12 @@ class MoMA:
             torch.tensor(beta, device=self.device),
             self.method,
         )
+
+    def read_texts(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """States of the prompts and of the negative prompts, each (B, T, context_dim)."""
+        texts = [sd_prompt(job.subject.word, job.prompt) for job in jobs]
+        ids = self.clip_tokenizer.ids([*texts, *(job.negative for job in jobs)])  # (2B, T)
+        return self.text(ids.to(self.device))[0].chunk(2)
 
     def _label_positions(self, text: str, word: str) -> list[int]:
         positions = label_positions(self.clip_tokenizer, text, word, self.method.label_tokens)
@@ -372,7 +393,8 @@ class MoMA:
             raise ValueError(
                 "the picture is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
             )
-        for latents, m_gen in zip(step.latents.split(1), step.m_gen, strict=True):  # (1, Z, h, w), (1, h, w)
+        m_gens = [None] * len(step.latents) if step.m_gen is None else step.m_gen
+        for latents, m_gen in zip(step.latents.split(1), m_gens, strict=True):  # (1, Z, h, w), (1, h, w)
             x = decode(self.vae, (latents / self.vae.cfg.scaling).to(self.dtype), self.tiles)  # (1, 3, H, W)
             yield Result(to_images(x)[0], latents, m_gen)
 
@@ -399,6 +421,22 @@ def to_images(x: Tensor) -> list[Image.Image]:
     """Pictures (B, 3, H, W) in [-1, 1] as PIL images, bytes truncated as in the release."""
     pixels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)  # (B, H, W, 3)
     return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+
+
+def load_drawing(
+    bundle: Bundle,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Sequence[str] = DRAWING,
+    pack: bool = True,
+) -> dict[str, nn.Module]:
+    """Networks of a bundle, the UNet among them, ready to draw; pack: as in `MoMA.load`."""
+    networks = {name: bundle.build(name, device, dtype).eval().requires_grad_(False) for name in names}
+    # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on pictures
+    # with flat parts.
+    if pack and can_pack(device, dtype):
+        pack_weights(networks["unet"])
+    return networks
 
 
 def load_decoder(

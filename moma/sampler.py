@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.unet import AttentionHook, UNet
 from moma.config import TIMESTEPS
-from moma.diffusion import SOLVERS, Interval
+from moma.diffusion import SOLVERS, History, Interval
 from moma.graphs import GraphedUNet
 
 
@@ -45,13 +45,31 @@ class TextOnly:
 
 
 class Step(NamedTuple):
-    """The state after one denoising step."""
+    """The state after one denoising step: all that the steps after it need beside the conditioning."""
 
     index: int
     t: int
     latents: Tensor  # float32 (B, Z, h, w)
     noise_pred: Tensor  # float32 (B, Z, h, w), after guidance
     m_gen: Tensor | None  # float32 (B, 1, h, w), made in this step and used in the next
+    history: History | None  # of the solver
+
+    def to(self, device: torch.device | str) -> "Step":
+        """The same on a device; λ, a number of the path, stays with the path on the CPU."""
+        history = self.history and self.history._replace(x0=self.history.x0.to(device))
+        m_gen = None if self.m_gen is None else self.m_gen.to(device)
+        latents, noise_pred = self.latents.to(device), self.noise_pred.to(device)
+        return self._replace(latents=latents, noise_pred=noise_pred, m_gen=m_gen, history=history)
+
+
+class Draft(Protocol):
+    """Where the state of one batch under way is kept, so that a drawing that was stopped can go on."""
+
+    def read(self) -> Step | None:
+        """The latest step that was kept, if any."""
+
+    def keep(self, step: Step) -> None:
+        """Called after every step; may pass over some, but not over the last one."""
 
 
 def is_guided(t: int, interval: tuple[int, int]) -> bool:
@@ -68,15 +86,19 @@ def denoise(
     guidance: float,
     solver: str,
     interval: tuple[int, int] = (0, TIMESTEPS),
+    after: Step | None = None,
 ) -> Iterator[Step]:
     """Yields the state after each step of `path` (moma.diffusion.intervals), from noise to clean latents.
 
     latents: float32 (B, Z, h, w), standard normal noise; guidance: 1 = the conditional prediction alone;
-    interval: timesteps at which guidance acts (`is_guided`), the others take half the work.
+    interval: timesteps at which guidance acts (`is_guided`), the others take half the work; after: a state
+    of the same drawing, on the device, that it goes on from.
     """
     both, alone = guide, guide.conditional()
-    x, m_gen, history = latents, None, None
-    for index, step in enumerate(path):
+    x, m_gen, history, start = latents, None, None, 0
+    if after is not None:
+        x, m_gen, history, start = after.latents, after.m_gen, after.history, after.index + 1
+    for index, step in enumerate(path[start:], start):
         guided = is_guided(step.t, interval)
         guide = both if guided else alone
         rows = (torch.cat([x, x]) if guided else x).to(guide.text.dtype)  # (2B | B, Z, h, w)
@@ -85,7 +107,7 @@ def denoise(
         noise_pred = guide_noise(eps.float(), guidance) if guided else eps.float()  # (B, Z, h, w)
         x, history = SOLVERS[solver](x, noise_pred, step, history)
         m_gen = guide.next_m_gen(records, (x.shape[-2], x.shape[-1]))
-        yield Step(index, step.t, x, noise_pred, m_gen)
+        yield Step(index, step.t, x, noise_pred, m_gen, history)
 
 
 def guide_noise(eps: Tensor, guidance: float) -> Tensor:

@@ -45,19 +45,23 @@ FLOORS = [
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.published"},
-    {"moma.evaluate.scorers", "moma.evaluate.tables"},
-    {"moma.evaluate.page"},
+    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.ip_adapter", "moma.evaluate.published"}
+    | {"moma.evaluate.protocol", "moma.evaluate.references"},
+    {"moma.evaluate.scorers", "moma.evaluate.methods", "moma.evaluate.tables"},
+    {"moma.evaluate.rate", "moma.evaluate.page", "moma.evaluate.draw", "moma.evaluate.options"},
     # MoMA-mini
     {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
     {"moma.mini.scenes", "moma.mini.subjects"},
     {"moma.mini.world"},
     {"moma.mini.words", "moma.mini.base"},
     {"moma.mini.probes"},
-    {"moma.mini.config", "moma.mini.report"},
+    {"moma.mini.config", "moma.mini.report", "moma.mini.evaluation"},
     {"moma.mini.tasks", "moma.mini.approximations"},
+    {"moma.mini.segmenting"},
+    {"moma.evaluate.plan"},
+    {"moma.evaluate.__main__"},
     {"sample", "convert_weights", "train"},
-    {"moma.mini.pretrain", "moma.rounding"},
+    {"moma.mini.pretrain", "moma.rounding", "moma.evaluate.figures"},
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()

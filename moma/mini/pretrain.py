@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,9 @@ from moma.diffusion import ScheduleConfig, intervals
 from moma.mini import SOURCE, probes
 from moma.mini.config import MiniConfig
 from moma.mini.drawing import stream
+from moma.mini.evaluation import write_scorers
 from moma.mini.measures import iou
+from moma.mini.probes import BYTE
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
     CaptionTask,
@@ -77,7 +80,7 @@ class Shop:
 
     def once(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, known to all; the others wait for it."""
-        return self.ranks.share(make() if self.ranks.main else None)
+        return self.ranks.once(make)
 
     def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
         """Named arrays in a file, made once; on all ranks."""
@@ -296,12 +299,13 @@ def judges_numbers(shop: Shop) -> dict[str, float]:
 def sam_numbers(shop: Shop) -> dict[str, float]:
     """Mean IoU of the subjects that are found without a click."""
     segmenter, held = Segmenter(shop.trained("sam", "sam")), shop.pictures("val")
-    found = []
-    for image in held.images[: shop.cfg.segmenting.asked]:
-        mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
-        found.append(torch.from_numpy(np.asarray(mask) > 127))
-    true = held.masks[: len(found), 0] > 127  # (N, S, S)
-    return {"iou": iou(torch.stack(found), true).mean().item()}
+    true = held.masks[: shop.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
+    found = torch.zeros_like(true)
+    for i, image in enumerate(held.images[: len(true)]):
+        with suppress(ValueError):  # where no object is found
+            mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
+            found[i] = torch.from_numpy(np.asarray(mask) > 0)
+    return {"iou": iou(found, true).mean().item()}
 
 
 def unet_numbers(shop: Shop) -> dict[str, float]:
@@ -462,6 +466,11 @@ def put_in(export: Path, bundle: Path, target: Path) -> None:
         raise SystemExit(2)
 
 
+def add_scorers(shop: Shop, target: Path) -> None:
+    """What pictures are judged with, beside the finished bundle."""
+    write_scorers(target, shop.weights("judges", "probes"), shop.weights("clip", "heads"))
+
+
 def decibels(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of a mean squared error on pixels in [-1, 1]."""
     return 10 * torch.log10(4 / error)
@@ -509,6 +518,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe(shop, args.until)
         if args.until == "stage2":
             shop.once(lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out))
+            shop.once(lambda: add_scorers(shop, args.out))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

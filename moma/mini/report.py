@@ -26,11 +26,11 @@ from torch import Tensor
 
 from models.clip_image import clip_image
 from models.loading import read_checkpoint, save_tensors
-from moma.adapter import Conditioning, MoMAHook
+from moma.adapter import Conditioning
 from moma.bundle import Bundle
 from moma.config import DEFAULT, SampleConfig
 from moma.estimates import Estimate, estimate
-from moma.masks import Grid
+from moma.evaluate.methods import Blended, Steered, text_alone
 from moma.mini import probes as judges
 from moma.mini.drawing import stream
 from moma.mini.measures import iou, retrieved
@@ -122,44 +122,8 @@ class Drawn(NamedTuple):
     m_gen: Tensor  # float32 (N, h, w), zeros where nothing was generated
 
 
-class Steered(MoMA):
-    """The pipeline with its conditioning changed before drawing: ablations need no switch in the method."""
-
-    change: Callable[[Conditioning], Guide] = staticmethod(lambda cond: cond)
-
-    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
-        return self.change(super().guide(jobs, embeddings, config))
-
-
 def load_pipe(folder: Path, device: str, dtype: str) -> Steered:
     return Steered.load(folder, device=device, dtype=dtype, stream="off")
-
-
-def text_alone(cond: Conditioning) -> Conditioning:
-    """The base model: neither context nor subject; the label's maps are recorded all the same."""
-    silent = [(k, torch.zeros_like(v)) for k, v in cond.context]
-    return replace(cond, context=silent, beta=torch.zeros_like(cond.beta))
-
-
-@dataclass(frozen=True)
-class Blended:
-    """M_gen acts as if it were nearer to 1: keep 0 is no masking."""
-
-    cond: Conditioning
-    keep: float
-
-    @property
-    def text(self) -> Tensor:
-        return self.cond.text
-
-    def conditional(self) -> "Blended":
-        return Blended(self.cond.conditional(), self.keep)
-
-    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
-        return self.cond.hook(t, None if m_gen is None else 1 - self.keep * (1 - m_gen))
-
-    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
-        return self.cond.next_m_gen(records, size)
 
 
 def clip_context(pipe: MoMA, subject: Subject, text: str) -> Tensor:
@@ -180,8 +144,7 @@ def generate(
     **method: Any,
 ) -> Drawn:
     """Pictures of the pairs in a setting; method: fields of MethodConfig."""
-    pipe = pipe.with_method(replace(pipe.method, **method))
-    pipe.change = change
+    pipe = pipe.changed(change, **method)
     return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength, embed), cfg.sample))
 
 

@@ -104,16 +104,19 @@ def best(saved: list[Saved]) -> Saved | None:
 
 def check_same(saved: Saved, identity: Mapping[str, Any], steps: int) -> None:
     """ValueError if a run of this identity and length is not the checkpoint's, naming the differences."""
-    then, now = _flat(saved.identity), _flat(json.loads(json.dumps(identity)))
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if names:
-        listed = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:DIFFERENCES]]
-        more = f"; and {len(names) - DIFFERENCES} more" if len(names) > DIFFERENCES else ""
-        raise ValueError(
-            f"{saved.folder}: of another run: {'; '.join(listed)}{more}; undo that or change --out"
-        )
+    if listed := differences(saved.identity, identity):
+        raise ValueError(f"{saved.folder}: of another run: {listed}; undo that or change --out")
     if saved.step > steps:
         raise ValueError(f"{saved.folder}: has already {saved.step} steps, asked for {steps}")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between settings read from JSON and others, some of it named; "" for nothing."""
+    then, now = _flat(then), _flat(json.loads(json.dumps(now)))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    listed = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:DIFFERENCES]]
+    more = [f"and {len(names) - DIFFERENCES} more"] if len(names) > DIFFERENCES else []
+    return "; ".join(listed + more)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,11 +4,11 @@ Started by `torchrun`, each process is a rank (NCCL on GPUs, Gloo on CPUs); star
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from moma.pipeline import choose_device
 
 # Ranks wait for rank 0 while it writes a checkpoint; 84 GB to a slow disk take longer than NCCL's 10 minutes.
 PATIENCE = timedelta(hours=2)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,19 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, known to all, who wait for it; what keeps it from that is raised on all."""
+        made: tuple[Any, Exception | None] = None, None
+        if self.main:
+            try:
+                made = make(), None
+            except (ValueError, OSError) as error:
+                made = None, error
+        value, error = self.share(made)
+        if error is not None:
+            raise error
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, everywhere."""

@@ -1,0 +1,249 @@
+"""What is compared: ways to draw a subject by a prompt, under one interface.
+
+A `Method` makes subjects and jobs, and its pipe draws them; `METHODS` says how each is loaded from a bundle.
+All of them read the same text (`moma.prompts.sd_prompt`) and start from the same noise.
+
+Letters: B images, R = 2B rows of a UNet call, C context tokens, h w latents, E embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.loading import load_into
+from moma.adapter import Conditioning, MoMAHook
+from moma.bundle import Bundle
+from moma.config import SampleConfig, method_config
+from moma.evaluate.ip_adapter import ImagePrompt, IPAdapter, IPAdapterConfig
+from moma.graphs import choose_recorder
+from moma.masks import Grid
+from moma.pipeline import (
+    DRAWING,
+    Job,
+    MoMA,
+    Subject,
+    choose_device,
+    choose_dtype,
+    load_drawing,
+)
+from moma.preprocess import make_reference
+from moma.sampler import Guide, TextOnly
+
+# Embeddings that a method keeps: those of a subject's prompts (25, and 10 of textures), so that each pair of
+# subject and prompt is read once, in whatever order its pictures come.
+EMBEDDINGS_KEPT = 40
+BASE = ("unet", "vae", "text")  # the networks that every method draws with
+TRAINED = ("mapping.", "subject.", "token")  # of an adapter, what is no IP-Adapter's
+
+
+# --- changes of MoMA's conditioning ------------------------------------------------------------------
+
+
+class Steered(MoMA):
+    """The pipeline with its conditioning changed before drawing: ablations need no switch in the method."""
+
+    change: Callable[[Conditioning], Guide] = staticmethod(lambda cond: cond)
+
+    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
+        return self.change(super().guide(jobs, embeddings, config))
+
+    def changed(self, change: Callable[[Conditioning], Guide], **method: Any) -> "Steered":
+        """The same networks under another change and other fields of MethodConfig."""
+        pipe = self.with_method(replace(self.method, **method))
+        pipe.change = change
+        return pipe
+
+
+def text_alone(cond: Conditioning) -> Conditioning:
+    """The base model: neither context nor subject; the label's maps are recorded all the same."""
+    silent = [(k, torch.zeros_like(v)) for k, v in cond.context]
+    return replace(cond, context=silent, beta=torch.zeros_like(cond.beta))
+
+
+@dataclass(frozen=True)
+class Blended:
+    """M_gen acts as if it were nearer to 1: keep 0 is no masking."""
+
+    cond: Conditioning
+    keep: float
+
+    @property
+    def text(self) -> Tensor:
+        return self.cond.text
+
+    def conditional(self) -> "Blended":
+        return Blended(self.cond.conditional(), self.keep)
+
+    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
+        return self.cond.hook(t, None if m_gen is None else 1 - self.keep * (1 - m_gen))
+
+    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
+        return self.cond.next_m_gen(records, size)
+
+
+# --- methods beside MoMA -----------------------------------------------------------------------------
+
+
+class BaseModel(MoMA):
+    """The base model alone, text to image: no MLLM, no adapter, no reference pass, no M_gen."""
+
+    embed_dim = 0  # a text needs no embedding
+
+    def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, *, seed: int = 0) -> Subject:
+        """The subject as people see it; the pictures depend on its word alone."""
+        return Subject(word, make_reference(image, mask, self.image_size, self.method), [])
+
+    def embed(self, subject: Subject, prompt: str) -> Tensor:
+        return torch.empty(1, 0)
+
+    @torch.no_grad()
+    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
+        text, negative = self.read_texts(jobs)  # 2 x (B, T, context_dim)
+        return TextOnly(torch.cat([negative, text]))
+
+
+@dataclass(frozen=True, eq=False)
+class SeenSubject(Subject):
+    """A subject with the embedding of its picture."""
+
+    embedding: Tensor  # (1, E)
+
+
+class ImagePrompting(BaseModel):
+    """The base model with an IP-Adapter; `adapter` is its `ImagePrompt`."""
+
+    @property
+    def embed_dim(self) -> int:
+        return self.adapter.embed_dim
+
+    def encode_subject(
+        self, image: Image.Image, mask: Image.Image, word: str, *, seed: int = 0
+    ) -> SeenSubject:
+        reference = super().encode_subject(image, mask, word).reference
+        return SeenSubject(word, reference, [], self.adapter.embed(image, reference))
+
+    def embed(self, subject: SeenSubject, prompt: str) -> Tensor:
+        return subject.embedding
+
+    @torch.no_grad()
+    def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
+        return self.adapter.guide(torch.cat(list(embeddings)), *self.read_texts(jobs))
+
+
+# --- the interface -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to draw subjects: `pipe.run([method.job(method.subject(...), prompt, seed)])`."""
+
+    name: str
+    pipe: MoMA
+
+    @torch.no_grad()
+    def subject(self, image: Image.Image, mask: Image.Image, word: str, seed: int = 0) -> Subject:
+        """What is computed once per subject; arguments as in `MoMA.encode_subject`."""
+        return self.pipe.encode_subject(image, mask, word, seed=seed)
+
+    @torch.no_grad()
+    def job(self, subject: Subject, prompt: str, seed: int, strength: float | None = None) -> Job:
+        """One picture to draw, with its embedding. strength: MoMA's β; other methods have none."""
+        return Job(subject, prompt, seed, strength=strength, embedding=self._embed(subject, prompt))
+
+    @cached_property
+    def _embed(self) -> Callable[[Subject, str], Tensor]:
+        return lru_cache(maxsize=EMBEDDINGS_KEPT)(self.pipe.embed)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How a method is made of a bundle: called with its folder, a device and a dtype (`MoMA.load`)."""
+
+    load: Callable[..., Method]
+    networks: tuple[str, ...]  # of the bundle, that the method draws with
+
+    def __call__(
+        self, folder: str | Path, device: str = "auto", dtype: str = "auto", **options: Any
+    ) -> Method:
+        """ValueError, before any weight is read, for a bundle that lacks one of the networks."""
+        self.check(Bundle.open(folder))
+        return self.load(folder, device, dtype, **options)
+
+    def missing(self, bundle: Bundle) -> list[str]:
+        """The networks that the bundle lacks."""
+        return [name for name in self.networks if name not in bundle.networks]
+
+    def check(self, bundle: Bundle) -> None:
+        for name in self.missing(bundle):
+            bundle.config(name)  # says what to do
+
+
+def load_without_mllm(
+    kind: type[BaseModel],
+    folder: str | Path,
+    device: str,
+    dtype: str,
+    adapter: Callable[[Bundle, torch.device, torch.dtype], Any] = lambda *_: None,
+) -> BaseModel:
+    """The pipe of a method that needs no MLLM; adapter: makes what `kind` has in the place of MoMA's."""
+    bundle, place = Bundle.open(folder), choose_device(device)
+    chosen, reason = choose_dtype(dtype, place)
+    return kind(
+        **load_drawing(bundle, place, chosen, BASE),
+        llava=None,
+        adapter=adapter(bundle, place, chosen),
+        clip_tokenizer=bundle.clip_tokenizer(),
+        llama_tokenizer=None,
+        image_size=bundle.image_size,
+        method=method_config(**bundle.method),
+        dtype_reason=reason,
+        make_recorder=choose_recorder("auto", place),
+    )
+
+
+def load_moma(folder: str | Path, device: str, dtype: str) -> Method:
+    return Method("moma", Steered.load(folder, device, dtype))
+
+
+def load_text(folder: str | Path, device: str, dtype: str) -> Method:
+    return Method("text", load_without_mllm(BaseModel, folder, device, dtype))
+
+
+def load_ip_adapter(
+    folder: str | Path, device: str, dtype: str, cfg: IPAdapterConfig | None = None
+) -> Method:
+    """The public weights, converted: `convert_weights.py ip-adapter_sd15.safetensors image_encoder/ ...`."""
+    prompt = partial(_image_prompt, ("ip_adapter", "ip_vision"), cfg or IPAdapterConfig())
+    return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
+
+
+def load_baseline(folder: str | Path, device: str, dtype: str) -> Method:
+    """An IP-Adapter that train.py has made: it is a part of the bundle's adapter, and reads the embedding of
+    LLaVA's image tower before its projection, of subjects on white (`moma.training.cache`).
+    """
+    prompt = partial(_image_prompt, ("adapter", "vision"), IPAdapterConfig(picture="white"))
+    return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
+
+
+METHODS: dict[str, Loader] = {
+    "moma": Loader(load_moma, (*DRAWING, "vision", "llava")),
+    "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision")),
+    "text": Loader(load_text, BASE),
+}
+BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"))  # stands for "ip-adapter" in MoMA-mini
+
+
+def _image_prompt(
+    names: tuple[str, str], cfg: IPAdapterConfig, bundle: Bundle, device: torch.device, dtype: torch.dtype
+) -> ImagePrompt:
+    """names: the bundle's networks with the IP-Adapter and with the image encoder."""
+    sizes, unet = bundle.config(names[0]), bundle.config("unet")
+    adapter = load_into(lambda: IPAdapter(sizes, unet), bundle.files(names[0]), device, dtype, TRAINED)
+    vision = bundle.build(names[1], device, dtype)
+    return ImagePrompt(*(network.eval().requires_grad_(False) for network in (vision, adapter)), cfg)

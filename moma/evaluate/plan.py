@@ -1,0 +1,138 @@
+"""What an evaluation is to do, from its options; all mistakes are found here, before weights are loaded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from moma.bundle import DTYPES, SCORERS, Bundle
+from moma.config import method_config
+from moma.diffusion import ScheduleConfig, intervals
+from moma.evaluate.draw import Run, check_settings
+from moma.evaluate.methods import BASELINE, METHODS, Loader
+from moma.evaluate.options import MASKS, WORLD, Options
+from moma.evaluate.protocol import LIVE, OWN, Subject, Task, limited, open_dataset, prompts_for, tasks_of
+from moma.evaluate.rate import find_pictures
+from moma.evaluate.references import Masks, Reference, find_references
+from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
+from moma.pipeline import check_method, choose_dtype
+from moma.prompts import check_prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn and what is scored."""
+
+    subjects: Sequence[Subject]
+    runs: Sequence[Run]
+    pictures: Mapping[str, Mapping[Task, Path]]  # of each method, those of others too
+    facts: Mapping[str, str]
+    dreambooth: frozenset[str]  # its prompts, where the subjects are its own, too
+
+
+def prepare(options: Options, device: torch.device) -> Plan:
+    """Check all and find the masks. ValueError for whatever would fail later."""
+    check_scorer_files(options)
+    subjects, masks = open_data(options)
+    tasks = tasks_of(subjects, options.protocol.per_prompt)
+    pictures = {name: find_pictures(folder, tasks) for name, folder in options.images.items()}
+    runs = [make_run(name, folder, options, tasks, device) for name, folder in options.methods.items()]
+    for run in runs:
+        check_settings(run)
+        pictures[run.name] = {task: run.folder / task.file for task in tasks}
+    references = open_references(options, masks, tasks, runs, str(device)) if runs else {}
+    runs = [replace(run, references=references) for run in runs]
+    own = options.world or (options.dataset / OWN).exists()
+    known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
+    return Plan(subjects, runs, pictures, facts(options, subjects, runs), frozenset(known))
+
+
+def open_data(options: Options) -> tuple[list[Subject], Path | None]:
+    """The subjects with their prompts, and the folder of their masks, if there is one."""
+    if options.world:
+        number = WorldEvaluation().subjects if options.subjects is None else options.subjects
+        subjects, masks = write_world(options.out / WORLD, WorldEvaluation(subjects=number))
+    else:
+        subjects, masks = open_dataset(options.dataset, options.protocol.added), options.masks
+    return limited(subjects, options.subjects, options.prompts), masks
+
+
+def check_scorer_files(options: Options) -> None:
+    if options.world:
+        check_scorers(options.scorers)
+    elif not set(SCORERS) & set(Bundle.open(options.scorers).networks):
+        raise ValueError(
+            f"{options.scorers}: has no network that scores ({', '.join(SCORERS)}); convert one into it, or"
+            " give another bundle with --scorers"
+        )
+
+
+def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], device: torch.device) -> Run:
+    """A method's pictures, without references; reads no weights."""
+    bundle, loader = Bundle.open(folder), loader_of(name, options)
+    loader.check(bundle)
+    method = method_config(**bundle.method)
+    if name == "moma":
+        check_method(method, bundle)
+    sample = options.sample.sized(bundle.image_size)
+    for strength in (options.protocol.context_strength, options.protocol.texture_strength):
+        replace(sample, strength=strength).check(bundle.config("vae").factor)
+    intervals(ScheduleConfig(), sample.steps, sample.solver)
+    tokenizer = bundle.clip_tokenizer()
+    for word, prompt in dict.fromkeys((task.subject.word, task.prompt) for task in tasks):
+        check_prompt(word, prompt, method.absent_label, tokenizer)
+    kind = choose_dtype(options.dtype, device)[0]
+    dtype = next(text for text, dtype in DTYPES.items() if dtype == kind)
+    target = options.out / name
+    return Run(name, target, bundle, loader, method, dtype, sample, options.protocol, tasks, {})
+
+
+def loader_of(name: str, options: Options) -> Loader:
+    """In MoMA-mini's world an IP-Adapter is one that train.py has made."""
+    return BASELINE if options.world and name == "ip-adapter" else METHODS[name]
+
+
+def open_references(
+    options: Options, masks: Path | None, tasks: Sequence[Task], runs: Sequence[Run], device: str
+) -> dict[Path, Reference]:
+    """Of all pictures that methods are shown."""
+    photos = list(dict.fromkeys(task.photo(options.protocol.reference) for task in tasks))
+    bundle, method = runs[0].bundle, runs[0].method
+    segmenting = next((run.bundle for run in runs if "sam" in run.bundle.networks), None)
+    found = Masks(masks)
+    if segmenting is not None:
+        digests = " ".join(segmenting.networks["sam"]["sha256"].values())
+        found = Masks(masks, segmenter(segmenting, device), digests)
+    return find_references(photos, found, options.out / MASKS, bundle.image_size, method)
+
+
+def segmenter(bundle: Bundle, device: str) -> Callable[[Image.Image], Image.Image]:
+    """The subject's mask by the bundle's SAM, which is loaded when it is first asked."""
+    from moma.segment import Segmenter
+
+    load = lru_cache(maxsize=1)(lambda: Segmenter.load(bundle, device))
+    return lambda image: load().subject_mask(image)
+
+
+def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
+    """What the tables are of."""
+    protocol, prompts = options.protocol, max(len(subject.prompts) for subject in subjects)
+    added = "" if options.world or not protocol.added else ", textures `made of` something not DreamBooth's"
+    shown = {"first": "the first picture of each subject", "each": "picture n for the n-th of a prompt"}
+    told = {
+        "data": "MoMA-mini's world" if options.world else str(options.dataset),
+        "subjects": str(len(subjects)),
+        "prompts": f"{prompts} of each subject{added}",
+        "pictures": f"{protocol.per_prompt} of each prompt",
+        "reference": shown[protocol.reference],
+        "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
+        "scorers": str(options.scorers),
+    }
+    for run in runs:
+        s = run.sample
+        how = f"{s.steps} steps of {s.solver}, guidance {s.guidance:g}, {s.width}x{s.height} pixels"
+        told[run.name] = f"{how}, {run.dtype}, {run.bundle.folder}"
+    return told

@@ -1,0 +1,244 @@
+"""What is asked of a method: DreamBooth's protocol (arXiv 2208.12242, Sec. 4), as MoMA's paper uses it.
+
+30 subjects, 25 prompts for each, 4 pictures for each prompt. Names, classes and prompts are those of
+`dataset/prompts_and_classes.txt` in github.com/google/dreambooth; the unique token before the class, which
+stands for a subject that a model was tuned to, is left out. Five prompts ask for another look of the subject
+(red, shiny, ...) and count as textures, the others as contexts. MoMA's paper adds ten prompts for textures
+without saying which: the ten materials here are our own choice.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+Kind = Literal["context", "texture"]
+References = Literal["first", "each"]
+
+CLASSES = {
+    "backpack": "backpack", "backpack_dog": "backpack", "bear_plushie": "stuffed animal",
+    "berry_bowl": "bowl", "can": "can", "candle": "candle", "cat": "cat", "cat2": "cat", "clock": "clock",
+    "colorful_sneaker": "sneaker", "dog": "dog", "dog2": "dog", "dog3": "dog", "dog5": "dog", "dog6": "dog",
+    "dog7": "dog", "dog8": "dog", "duck_toy": "toy", "fancy_boot": "boot",
+    "grey_sloth_plushie": "stuffed animal", "monster_toy": "toy", "pink_sunglasses": "glasses",
+    "poop_emoji": "toy", "rc_car": "toy", "red_cartoon": "cartoon", "robot_toy": "toy",
+    "shiny_sneaker": "sneaker", "teapot": "teapot", "vase": "vase", "wolf_plushie": "stuffed animal",
+}  # fmt: skip
+LIVE = ("cat", "dog")  # classes that wear things; all others are objects
+PLACES = (
+    "a {} in the jungle",
+    "a {} in the snow",
+    "a {} on the beach",
+    "a {} on a cobblestone street",
+    "a {} on top of pink fabric",
+    "a {} on top of a wooden floor",
+    "a {} with a city in the background",
+    "a {} with a mountain in the background",
+    "a {} with a blue house in the background",
+    "a {} on top of a purple rug in a forest",
+)
+PLACES_OF_OBJECTS = (
+    "a {} with a wheat field in the background",
+    "a {} with a tree and autumn leaves in the background",
+    "a {} with the Eiffel Tower in the background",
+    "a {} floating on top of water",
+    "a {} floating in an ocean of milk",
+    "a {} on top of green grass with sunflowers around it",
+    "a {} on top of a mirror",
+    "a {} on top of the sidewalk in a crowded street",
+    "a {} on top of a dirt road",
+    "a {} on top of a white rug",
+)
+OUTFITS = (
+    "a {} wearing a red hat",
+    "a {} wearing a santa hat",
+    "a {} wearing a rainbow scarf",
+    "a {} wearing a black top hat and a monocle",
+    "a {} in a chef outfit",
+    "a {} in a firefighter outfit",
+    "a {} in a police outfit",
+    "a {} wearing pink glasses",
+    "a {} wearing a yellow shirt",
+    "a {} in a purple wizard outfit",
+)
+PROPERTIES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
+MATERIALS = ("wood", "stone", "gold", "glass", "ice", "paper", "leather", "knitted wool", "chocolate", "clay")
+ADDED = tuple(f"a {{}} made of {material}" for material in MATERIALS)  # not DreamBooth's
+
+OFFICIAL, OWN = "prompts_and_classes.txt", "subjects.json"  # files beside the subjects' folders
+PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """How the protocol is followed."""
+
+    per_prompt: int = 4  # pictures; number n starts from the noise of seed n, whatever the method and prompt
+    context_strength: float = 1.0  # β of MoMA: the release's advice
+    texture_strength: float = 0.4
+    # Which of a subject's 4 to 6 pictures is shown to the method, on which the protocol is silent: the first
+    # by name, or picture n for the n-th picture of a prompt (from the start again where there are fewer).
+    reference: References = "first"
+    added: bool = True  # with the ten prompts for textures that are not DreamBooth's
+
+    def __post_init__(self) -> None:
+        if self.per_prompt < 1:
+            raise ValueError(f"{self.per_prompt} pictures per prompt: expected 1 or more")
+        if self.reference not in get_args(References):
+            raise ValueError(f"reference {self.reference!r}: expected {' or '.join(get_args(References))}")
+
+    def strength(self, kind: Kind) -> float:
+        return self.context_strength if kind == "context" else self.texture_strength
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing, its real pictures, and what is asked for."""
+
+    name: str  # of its folder
+    word: str  # its class, which stands in the prompts
+    photos: tuple[Path, ...]
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to draw."""
+
+    subject: Subject
+    prompt: str
+    kind: Kind
+    number: int  # among those of the prompt; also the seed
+
+    @property
+    def file(self) -> Path:
+        """Below the folder of the method."""
+        return Path(self.subject.name, f"{slug(self.prompt)}-{self.number}.png")
+
+    def photo(self, how: References) -> Path:
+        """The real picture that the method is shown."""
+        photos = self.subject.photos
+        return photos[0] if how == "first" else photos[self.number % len(photos)]
+
+
+def slug(text: str) -> str:
+    """A prompt as a file name."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def prompts_for(word: str, live: bool, added: bool = True) -> tuple[Prompt, ...]:
+    """DreamBooth's 25 prompts, 20 contexts and 5 textures; added: and 10 textures."""
+    contexts = (*PLACES, *(OUTFITS if live else PLACES_OF_OBJECTS))
+    textures = (*PROPERTIES, *(ADDED if added else ()))
+    both = [(text, "context") for text in contexts] + [(text, "texture") for text in textures]
+    return tuple(Prompt(text.format(word), kind) for text, kind in both)
+
+
+def tasks_of(subjects: Sequence[Subject], per_prompt: int) -> list[Task]:
+    """All pictures, subject by subject, prompt by prompt."""
+    return [
+        Task(subject, prompt.text, prompt.kind, number)
+        for subject in subjects
+        for prompt in subject.prompts
+        for number in range(per_prompt)
+    ]
+
+
+def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[int] | None) -> list[Subject]:
+    """The first subjects, each with the first prompts; prompts: of contexts and of textures, or of either.
+
+    None = all. ValueError for a number that leaves nothing.
+    """
+    if number is not None and number < 1:
+        raise ValueError(f"{number} subjects: expected 1 or more")
+    if prompts is not None and not (1 <= len(prompts) <= 2 and min(prompts) >= 0 and max(prompts) > 0):
+        given = " ".join(map(str, prompts))
+        raise ValueError(f"{given} prompts: expected how many contexts and textures, not both 0")
+    chosen = list(subjects[:number])
+    if prompts is None:
+        return chosen
+    most = dict(zip(get_args(Kind), (*prompts, prompts[-1]), strict=False))
+    return [
+        Subject(
+            one.name, one.word, one.photos,
+            tuple(p for kind in most for p in [p for p in one.prompts if p.kind == kind][: most[kind]]),
+        )
+        for one in chosen
+    ]  # fmt: skip
+
+
+# --- the dataset's folder ----------------------------------------------------------------------------
+
+
+def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
+    """The subjects of a folder, one folder of pictures for each, sorted by name; reads no picture.
+
+    Which there are and of what class: `subjects.json`, if it is there, {"folder": "class"}; else DreamBooth's
+    list, with which a `prompts_and_classes.txt` has to agree. ValueError for folders that do not fit.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected DreamBooth's `dataset`, a folder per subject")
+    classes = _own_classes(folder / OWN) if (folder / OWN).exists() else CLASSES
+    if classes is CLASSES and (folder / OFFICIAL).exists():
+        _check_official(folder / OFFICIAL)
+    there = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if unknown := sorted(there - set(classes)):
+        raise ValueError(f"{folder / unknown[0]}: of what class? Say so in {folder / OWN}: {{folder: class}}")
+    if classes is not CLASSES and (missing := sorted(set(classes) - there)):
+        raise ValueError(f"{folder / OWN}: names {missing[0]!r}, but {folder} has no such folder")
+    if not there:
+        raise ValueError(f"{folder}: holds no folder of a subject, such as {folder / next(iter(CLASSES))}")
+    subjects = []
+    for name in sorted(there):
+        word = classes[name]
+        prompts = prompts_for(word, word in LIVE, added)
+        subjects.append(Subject(name, word, pictures_in(folder / name), prompts))
+    return subjects
+
+
+def pictures_in(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder, sorted by name; ValueError for none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    if not found:
+        raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(PICTURES))})")
+    return tuple(found)
+
+
+def _own_classes(path: Path) -> Mapping[str, str]:
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    fits = isinstance(classes, dict) and all(isinstance(c, str) and c.strip() for c in classes.values())
+    if not fits or not classes:
+        raise ValueError(f'{path}: expected the class of each folder, such as {{"my_mug": "mug"}}')
+    return classes
+
+
+def read_official(text: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """DreamBooth's file: classes by folder, prompts for objects and for live subjects ({}: the class)."""
+    head, _, prompts = text.partition("Prompts")
+    rows = [line.strip().split(",") for line in head.splitlines()]
+    classes = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
+    both = [
+        [line.replace("{0} {1}", "{}") for line in re.findall(r"^\s*'(.*)'\.format", part, re.MULTILINE)]
+        for part in prompts.partition("Live")[::2]
+    ]
+    return classes, *both
+
+
+def _check_official(path: Path) -> None:
+    """ValueError if DreamBooth's file is not the one that this module was written from."""
+    lists = [(*PLACES, *own, *PROPERTIES) for own in (PLACES_OF_OBJECTS, OUTFITS)]
+    if read_official(path.read_text(encoding="utf-8")) != (CLASSES, *map(list, lists)):
+        raise ValueError(
+            f"{path}: says otherwise than DreamBooth's; remove it, and name other subjects in {OWN} beside it"
+        )

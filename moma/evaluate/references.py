@@ -1,0 +1,95 @@
+"""The real pictures that methods are shown, each with the mask of its subject."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+
+from moma.config import MethodConfig
+from moma.output import read_stamp, save_png
+from moma.preprocess import find_mask, make_reference, open_image
+
+LISTED = 8  # pictures named in an error
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture and its mask, both as files."""
+
+    photo: Path
+    mask: Path  # mode L, 255 = subject
+    digest: str  # of both
+
+    @classmethod
+    def of(cls, photo: Path, mask: Path) -> "Reference":
+        return cls(photo, mask, sha256(photo.read_bytes() + mask.read_bytes()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Where masks come from.
+
+    The file of the same subject and name in `folder`, if there is one, whatever its extension; else the
+    picture's transparency; else what `segment` finds; else, without `segment`, what stands out from a plain
+    background.
+    """
+
+    folder: Path | None = None
+    segment: Callable[[Image.Image], Image.Image] | None = None  # picture -> mask, mode L, 255 = subject
+    weights: str = ""  # stands for those of `segment`
+
+    def given(self, photo: Path) -> Path | None:
+        if self.folder is None:
+            return None
+        return next(iter(sorted((self.folder / photo.parent.name).glob(f"{photo.stem}.*"))), None)
+
+    def save(self, photo: Path, target: Path) -> None:
+        """Write the mask of a picture, unless `segment` has found it there before. ValueError for none."""
+        image, given = open_image(photo), self.given(photo)
+        if self.segment is None or given is not None or _is_transparent(image):
+            save_png(target, find_mask(image, given).mask)
+            return
+        stamp = sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
+        if read_stamp(target) != stamp:
+            save_png(target, self.segment(image), stamp=stamp)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode == "RGBA" and len(set(image.getchannel("A").getextrema())) > 1
+
+
+def find_references(
+    photos: Sequence[Path], masks: Masks, out: Path, size: int, method: MethodConfig
+) -> dict[Path, Reference]:
+    """Each picture's reference; the masks used are written to `out`, as `<subject>/<picture>.png`.
+
+    size, method: of the square that methods see. ValueError that names all pictures without a usable mask.
+    """
+    if masks.folder is not None and not any(map(masks.given, photos)):
+        example = masks.folder / photos[0].parent.name / f"{photos[0].stem}.png"
+        raise ValueError(f"{masks.folder}: holds no mask of these pictures, expected names like {example}")
+    found, problems = {}, {}
+    for photo in photos:
+        target = out / photo.parent.name / f"{photo.stem}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            masks.save(photo, target)
+            make_reference(open_image(photo), Image.open(target), size, method)
+            found[photo] = Reference.of(photo, target)
+        except ValueError as error:
+            problems[photo] = error
+    if problems:
+        raise ValueError(_told(problems, len(photos)))
+    return found
+
+
+def _told(problems: Mapping[Path, ValueError], number: int) -> str:
+    names = ", ".join(str(photo) for photo in list(problems)[:LISTED])
+    more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    first = next(iter(problems.values()))
+    return (
+        f"{len(problems)} of {number} pictures have no usable mask: {names}{more} (the first: {first}); give"
+        " masks with --masks DIR, as DIR/SUBJECT/PICTURE.png, or a bundle with a segmenter"
+    )

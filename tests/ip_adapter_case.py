@@ -1,0 +1,49 @@
+"""A tiny bundle with an IP-Adapter, and the same weights in the public file's layout."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.keymaps import convert, ip_adapter
+from models.loading import in_memory
+from models.unet import UNetConfig
+from moma.adapter import AdapterConfig
+from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
+from moma.tiny import TinyConfig, draw
+
+WIDTH = 24  # of the image encoder's embeddings: another one than the MoMA adapter's
+
+
+def build_ip_bundle(base: str, target: Path, keep: Sequence[str]) -> None:
+    """Networks `keep` of a tiny bundle, and an IP-Adapter with the encoder that it is for."""
+    bundle, generator = Bundle.open(base), torch.Generator().manual_seed(1)
+    unet, vision = bundle.config("unet"), bundle.config("vision")
+    sizes = {
+        "ip_adapter": AdapterConfig(embed_dim=WIDTH),
+        "ip_vision": replace(vision, act="gelu", projection=WIDTH),
+    }
+    with BundleWriter(target, bundle.image_size) as writer:
+        for name in keep:
+            writer.take(bundle, name)
+        for name in (*CLIP_TOKENIZER, *(LLAMA_TOKENIZER if "llava" in keep else ())):
+            writer.add_tokenizer(name, bundle.tokenizer(name))
+        for name, config in sizes.items():
+            shapes = expected_shapes(name, config, unet)
+            tensors = {key: draw(key, shape, generator, TinyConfig()) for key, shape in shapes.items()}
+            lazy = {key: in_memory(value, target) for key, value in tensors.items()}
+            writer.add(name, config, lazy, "pseudo-random")
+
+
+def public_layout(state: dict[str, Tensor], unet: UNetConfig) -> dict[str, dict[str, Tensor]]:
+    """An IP-Adapter's tensors as ip-adapter_sd15.bin holds them."""
+    down = sum(depth * unet.resnets for depth in unet.depth)
+    up = sum(depth * (unet.resnets + 1) for depth in unet.depth)
+    found: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    names = convert(ip_adapter(down, up, unet.mid_depth), state, "out").names
+    for name, (old, change) in names.items():
+        group, _, rest = name.partition(".")
+        found[group][rest] = change(state[old])
+    return found

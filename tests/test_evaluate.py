@@ -1,0 +1,224 @@
+"""`python -m moma.evaluate` as a whole: on MoMA-mini's world, on photos, and on others' pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from moma.evaluate import __main__ as evaluate
+from moma.evaluate import draw as drawing
+from moma.mini import evaluation
+from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write_world
+from moma.mini.probes import draw_all
+from moma.mini.words import words_of
+from moma.mini.world import DEFAULT, SCENES, prompt, spec
+from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from tests.test_mini_weights import MINI
+from tests.test_pipeline import mask, picture
+
+FEW = ["--prompts", "2", "1", "--per-prompt", "1", "--device", "cpu", "--dtype", "fp32"]
+
+
+def command(out: Path, *more: str) -> int:
+    return evaluate.run(["--out", str(out), *FEW, *more])
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "scores.json").read_text())["scores"]
+
+
+# --- MoMA-mini's world -------------------------------------------------------------------------------
+
+
+def test_the_world_as_a_dataset(tmp_path: Path) -> None:
+    cfg = WorldEvaluation(subjects=9, photos=3)
+    subjects, masks = write_world(tmp_path, cfg)
+    shown = [photos_of(i, cfg) for i in range(9)]
+    numbers = {(what.label, what.number) for specs in shown for what in specs}
+    assert (
+        len(numbers) == 9 and [s.word for s in subjects[:2]] == ["cat", "dog"] and subjects[8].word == "cat"
+    )
+    assert all(number >= DEFAULT.identities + DEFAULT.unseen_identities for _, number in numbers), (
+        "test split"
+    )
+    assert all(len({what.scene for what in specs}) == 3 for specs in shown)
+    for subject, specs in zip(subjects, shown, strict=True):
+        own = [p.text for p in subject.prompts if p.kind == "context"]
+        assert prompt(subject.word, specs[0].scene) not in own and len(own) == len(SCENES) - 1
+        material = next(p.text for p in subject.prompts if p.kind == "texture")
+        assert material == prompt(subject.word, specs[0].scene, "wooden")
+        for photo in subject.photos:
+            cover = Image.open(masks / subject.name / photo.name)
+            assert Image.open(photo).size == cover.size == (64, 64) and cover.getextrema()[1] == 255
+    with pytest.raises(ValueError, match="5000 subjects: the world has 4000"):
+        write_world(tmp_path, WorldEvaluation(subjects=5000))
+
+
+def test_the_small_scorers_know_the_world() -> None:
+    """CLIP finds the caption of a picture, by the projections that it was trained with; the judge, twins."""
+    judge, clip = mini_scorers(MINI)
+    specs = [spec(i, "test") for i in range(24)]
+    images = [Image.fromarray(array) for array in draw_all(specs)[0].permute(0, 2, 3, 1).numpy()]
+    words = [words_of(s.label, s.scene, s.material, s.number, "", DEFAULT).rich for s in specs]
+    seen, read = clip.embed_images(images), clip.embed_texts(words)
+    assert torch.allclose(seen.norm(dim=1), torch.ones(24)) and torch.allclose(
+        read.norm(dim=1), torch.ones(24)
+    )
+    assert ((seen @ read.T).argmax(dim=1) == torch.arange(24)).float().mean() > 0.9
+    twins = [what for i in range(12) for what in photos_of(i, WorldEvaluation(photos=2))]
+    images = [Image.fromarray(array) for array in draw_all(twins)[0].permute(0, 2, 3, 1).numpy()]
+    first, second = judge.embed_images(images).view(12, 2, -1).unbind(1)
+    assert ((first @ second.T).argmax(dim=1) == torch.arange(12)).float().mean() > 0.9
+    large = judge.embed_images([image.resize((128, 128), Image.Resampling.NEAREST) for image in images[:2]])
+    assert torch.allclose(large, judge.embed_images(images[:2]), atol=1e-4)
+
+
+def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--world", "--bundle", str(MINI), "--subjects", "2", "--steps", "2", "--method", "moma"]
+    given += ["--method", "text", "--batch-size", "2"]
+    saved = []
+
+    def save(*args: Any, **more: Any) -> None:
+        if len(saved) == 9:
+            raise KeyboardInterrupt
+        saved.append(args)
+        save_png(*args, **more)
+
+    save_png = drawing.save_png
+    monkeypatch.setattr(drawing, "save_png", save)
+    out, other = tmp_path / "killed", tmp_path / "whole"
+    with pytest.raises(KeyboardInterrupt):
+        command(out, *given)
+    assert not (out / "scores.json").exists()
+    monkeypatch.setattr(drawing, "save_png", save_png)
+    assert command(out, *given) == command(other, *given) == 0
+    names = sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert {"index.html", "scores.json", "scores.csv", "table.md", "subjects.png"} <= set(names)
+    pictures = [name for name in names if name.startswith(("moma/", "text/")) and name.endswith(".png")]
+    assert len(pictures) == 2 * 2 * 3
+    for name in (*pictures, "scores.csv", "table.md"):
+        assert (out / name).read_bytes() == (other / name).read_bytes(), name
+
+    table = (out / "table.md").read_text()
+    assert "| identity judge | CLIP-I MoMA-mini | CLIP-T MoMA-mini |" in table and "| Real images |" in table
+    assert table in capsys.readouterr().out
+    found = rows(out)
+    assert [row["kind"] for row in found[:3]] == ["context", "context", "texture"] and len(found) == 12
+    row = found[5]
+    judge, clip = mini_scorers(MINI)
+    image = Image.open(out / row["file"])
+    photos = [Image.open(path) for path in sorted((out / "world/photos" / row["subject"]).iterdir())]
+    likeness = [(judge.embed_images([image]) @ judge.embed_images([p]).T).item() for p in photos]
+    told = (clip.embed_images([image]) @ clip.embed_texts([row["prompt"]]).T).item()
+    assert row["values"]["identity judge"] == pytest.approx(sum(likeness) / 5, abs=1e-4)
+    assert row["values"]["CLIP-T MoMA-mini"] == pytest.approx(told, abs=1e-4)
+
+    theirs = tmp_path / "theirs"
+    for path in (out / "moma").glob("*/*.png"):  # somebody else's pictures, as JPEG would be
+        (theirs / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(theirs / path.parent.name / f"{path.stem}.webp", lossless=True)
+    again = tmp_path / "again"
+    few = ["--world", "--subjects", "2", "--bundle", str(MINI)]
+    assert command(again, *few, "--images", f"their method={theirs}") == 0
+    scores = [row["values"] for row in rows(again)]
+    assert scores == [pytest.approx(row["values"], abs=1e-4) for row in found[:6]]
+    assert {row["method"] for row in rows(again)} == {"their method"}
+    assert not (again / "moma").exists() and (again / rows(again)[0]["file"]).exists()
+    next(theirs.glob("*/*.webp")).unlink()
+    capsys.readouterr()
+    assert command(again, *few, "--images", f"theirs={theirs}") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "1 of 6 pictures are missing, the first is" in error[0]
+
+
+# --- photos ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with tiny scorers, two subjects of two photos each, and their masks."""
+    folder, cfg = tmp_path_factory.mktemp("place"), TinyConfig()
+    build_tiny_bundle(folder / "tiny", cfg=replace(cfg, networks=cfg.networks | tiny_scorers()))
+    for i, name in enumerate(("hat", "my_cat")):
+        for kind, image in (("data", picture), ("masks", lambda n: mask(20 + n))):
+            (folder / kind / name).mkdir(parents=True)
+            for n in range(2):
+                image(2 * i + n).save(folder / kind / name / f"{n}.png")
+    (folder / "data" / "subjects.json").write_text('{"my_cat": "cat", "hat": "top hat"}')
+    return folder
+
+
+def photos(place: Path, *more: str) -> list[str]:
+    paths = {"--dataset": "data", "--bundle": "tiny", "--masks": "masks"}
+    given = [text for name, path in paths.items() for text in (name, str(place / path))]
+    return [*given, "--steps", "1", "--size", "32", *more]
+
+
+def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
+    assert capsys.readouterr().err.splitlines()[-2:] == ["moma: 6 of 6 pictures", "moma: scoring 6 pictures"]
+    found = rows(tmp_path)
+    assert [row["prompt"] for row in found] == [
+        "a top hat in the jungle", "a top hat in the snow", "a red top hat",
+        "a cat in the jungle", "a cat in the snow", "a red cat",
+    ]  # fmt: skip
+    assert list(found[0]["values"]) == ["DINO ViT-S/16", "CLIP-I ViT-B/32", "CLIP-T ViT-B/32"]
+    assert found[1]["file"] == "moma/hat/a-top-hat-in-the-snow-0.png"
+    table = (tmp_path / "table.md").read_text()
+    assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
+    assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
+    assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"
+
+
+def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
+    """A check of the scorers: no generator takes part."""
+    given = ["--dataset", str(place / "data"), "--scorers", str(place / "tiny")]
+    assert command(tmp_path, *given) == 0
+    assert rows(tmp_path) == [] and "| Real images |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--dataset", "nowhere"], "nowhere: no such folder"),
+        (["--world"], "expected either --dataset DIR or --world"),
+        (["--bundle", "nowhere"], "no config.json there"),
+        (["--method", "magic"], "expected one of moma, ip-adapter, text"),
+        (["--method", "ip-adapter"], "has no ip_adapter"),
+        (["--images", "moma"], "expected NAME=DIR"),
+        (["--images", "moma=x"], "is the name of something else"),
+        (["--images", "theirs={}/data"], "6 of 6 pictures are missing"),
+        (["--masks", "{}/data/hat"], "holds no mask of these pictures"),
+        (["--scorers", str(MINI)], "has no network that scores"),
+        (["--subjects", "0"], "0 subjects: expected 1 or more"),
+        (["--per-prompt", "0"], "0 pictures per prompt"),
+        (["--steps", "1000"], "expected 1 to 999"),
+        (["--size", "33"], "expected a multiple of 8"),
+        (["--batch-size", "0"], "expected 1 or more"),
+        (["--context-strength", "-1"], "strength"),
+        (["--device", "cuda:7"], "not available here"),
+    ],
+)
+def test_mistakes_take_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    more: list[str], words: str,
+) -> None:  # fmt: skip
+    """Before any weight is read."""
+    monkeypatch.delattr(evaluate, "draw")
+    monkeypatch.setattr("moma.bundle.Bundle.build", None)
+    assert command(tmp_path / "out", *photos(place, *(text.format(place) for text in more))) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("evaluate: error: ") and words in error[0]
+    assert not (tmp_path / "out" / "moma").exists()
+
+
+def test_a_world_without_its_scorers(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command(tmp_path, "--world", "--bundle", str(place / "tiny")) == 2
+    assert evaluation.PROBES in capsys.readouterr().err

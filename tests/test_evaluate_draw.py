@@ -1,0 +1,310 @@
+"""Drawing that goes on: killed anywhere and started again it leaves the pictures of a run that was not."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.unet import UNet
+from moma import DEFAULT, MoMA, SampleConfig
+from moma.bundle import Bundle
+from moma.diffusion import intervals
+from moma.evaluate import draw as drawing
+from moma.evaluate.draw import DRAFTS, SETTINGS, DraftFile, Run, batches, begun, draw, missing
+from moma.evaluate.methods import METHODS, Loader, Method
+from moma.evaluate.protocol import Prompt, ProtocolConfig, Subject, tasks_of
+from moma.evaluate.references import Masks, find_references
+from moma.graphs import GraphedUNet
+from moma.sampler import TextOnly, denoise
+from moma.training.parallel import Ranks
+from tests.test_graphs import Rerun
+from tests.test_pipeline import mask, picture, same
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+STEPS, BATCH = 5, 2  # the state is kept after steps 2, 4 and 5
+CALLS = 2 * STEPS  # of the UNet, for two batches
+SMALL = SampleConfig(steps=STEPS, height=32, width=32, batch_size=BATCH)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@dataclass
+class Counted:
+    """A UNet that counts the steps it takes part in, and dies at one."""
+
+    unet: UNet
+    left: float = float("inf")
+    steps: list[int] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor, hook: Any = None) -> Any:
+        if t[0] > 0:  # at 0 it is the reference that is read
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            self.steps.append(int(t[0]))
+        return self.unet(x, t, text, hook)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unet, name)
+
+
+@pytest.fixture
+def unet(pipe: MoMA, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counted = Counted(pipe.unet)
+    monkeypatch.setattr(pipe, "unet", counted)
+    monkeypatch.setattr(pipe, "image_size", 64)  # of references, for speed
+    return counted
+
+
+@pytest.fixture
+def run(pipe: MoMA, folder: str, tmp_path: Path) -> Run:
+    """Two batches of a cat, of two prompts each."""
+    photos = tmp_path / "data" / "cat"
+    photos.mkdir(parents=True)
+    (tmp_path / "masks" / "cat").mkdir(parents=True)
+    for i in range(2):
+        picture(i).save(photos / f"{i}.png")
+        mask(20 + i).save(tmp_path / "masks" / "cat" / f"{i}.png")
+    prompts = (Prompt("a cat in the snow", "context"), Prompt("a red cat", "texture"))
+    cat = Subject("cat", "cat", tuple(sorted(photos.iterdir())), prompts)
+    references = find_references(cat.photos, Masks(tmp_path / "masks"), tmp_path / "used", 64, DEFAULT)
+    loader = Loader(lambda *_: Method("moma", pipe), METHODS["moma"].networks)
+    return Run(
+        "moma", tmp_path / "out" / "moma", Bundle.open(folder), loader, pipe.method, "fp32", SMALL,
+        ProtocolConfig(), tasks_of([cat], 2), references,
+    )  # fmt: skip
+
+
+def files(run: Run) -> dict[str, bytes]:
+    return {str(path.relative_to(run.folder)): path.read_bytes() for path in run.folder.glob("*/*.png")}
+
+
+def left_over(run: Run) -> list[str]:
+    return sorted(path.name for path in run.folder.rglob("*") if path.is_file() and path.suffix != ".png")
+
+
+# --- the sampler -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_a_drawing_goes_on_from_any_step(pipe: MoMA, solver: str, tmp_path: Path) -> None:
+    """Bit for bit, with what was on the disk; with recorded steps to their accuracy."""
+    text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = intervals(pipe.schedule, 6, solver)
+    steps = list(denoise(pipe.unet, TextOnly(text), path, x, 7.5, solver))
+    for step in steps:
+        file = DraftFile(tmp_path / f"{step.index}.pt", ("a",), steps=step.index + 1)
+        file.keep(step)
+        rest = list(denoise(pipe.unet, TextOnly(text), path, x, 7.5, solver, after=file.read()))
+        assert [one.index for one in rest] == list(range(step.index + 1, 6))
+        assert all(torch.equal(one.latents, steps[one.index].latents) for one in rest)
+    graphed = GraphedUNet(pipe.unet, Rerun)
+    *_, last = denoise(graphed, TextOnly(text), path, x, 7.5, solver, after=steps[1])
+    same(last.latents, steps[-1].latents, 1e-5)
+
+
+def test_a_draft_is_of_one_batch(pipe: MoMA, tmp_path: Path) -> None:
+    subject = pipe.encode_subject(picture(0), mask(30), "cat")
+    jobs = [drawing.moma.Job(subject, "a cat", seed) for seed in range(3)]
+    with pytest.raises(ValueError, match="3 pictures with a draft: expected a batch, 2"):
+        pipe.run(jobs, SMALL, draft=DraftFile(tmp_path / "draft.pt", (), STEPS))
+
+
+# --- killed runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(run: Run, unet: Counted) -> dict[str, bytes]:
+    """What a run that was not killed leaves."""
+    other = replace(run, folder=run.folder.with_name("whole"))
+    draw(other, ONE)
+    assert len(unet.steps) == CALLS and left_over(other) == [SETTINGS]
+    unet.steps.clear()
+    return files(other)
+
+
+@pytest.mark.parametrize(("solver", "points"), [("ddim", (0, 3, 6)), ("dpm", (1, 4, 7))])
+def test_killed_at_any_step(run: Run, unet: Counted, solver: str, points: tuple[int, ...]) -> None:
+    """The same pictures; what is lost is at most as many steps as one picture takes."""
+    run = replace(run, sample=replace(SMALL, solver=solver))
+    draw(run, ONE)
+    whole = files(run)
+    assert len(whole) == 4 and len(set(whole.values())) == 4
+    for at in points:
+        other = replace(run, folder=run.folder.with_name(f"killed-{at}"))
+        unet.steps.clear()
+        unet.left = at
+        with pytest.raises(Killed):
+            draw(other, ONE)
+        assert len(files(other)) == (0 if at < STEPS else BATCH)
+        unet.left = float("inf")
+        draw(other, ONE)
+        lost = len(unet.steps) - CALLS
+        assert lost == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}[at % STEPS] and lost * BATCH <= STEPS
+        assert files(other) == whole and left_over(other) == [SETTINGS]
+
+
+def test_killed_again_and_again(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
+    lives = 0
+    while True:
+        unet.left, lives = 3, lives + 1
+        try:
+            draw(run, ONE)
+        except Killed:
+            continue
+        break
+    assert lives == 4 and files(run) == whole  # the first life's third step is lost, and the third one's
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_killed_while_writing(
+    run: Run, unet: Counted, whole: dict[str, bytes], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step is taken twice."""
+    written: list[Path] = []
+
+    def save(path: Path, *args: Any, **more: Any) -> None:
+        if len(written) == at:
+            raise Killed
+        written.append(path)
+        drawing_save(path, *args, **more)
+
+    drawing_save = drawing.save_png
+    monkeypatch.setattr(drawing, "save_png", save)
+    with pytest.raises(Killed):
+        draw(run, ONE)
+    monkeypatch.setattr(
+        drawing, "save_png", lambda path, *a, **m: (written.append(path), drawing_save(path, *a, **m))
+    )
+    draw(run, ONE)
+    assert len(unet.steps) == CALLS and files(run) == whole
+    assert len(written) == len(set(written)) == 4, "no picture is written twice"
+
+
+def test_only_what_is_missing_is_drawn(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
+    draw(run, ONE)
+    unet.steps.clear()
+    draw(run, ONE)
+    assert unet.steps == []
+    first, second, *_ = sorted(run.folder.glob("*/*.png"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-100])  # cut off
+    assert {str(task.file) for task in missing(run)} == {f"cat/{first.name}", f"cat/{second.name}"}
+    draw(run, ONE)
+    assert len(unet.steps) == STEPS and files(run) == whole
+    more = replace(run, tasks=tasks_of([run.tasks[0].subject], 3))
+    assert [task.number for task in missing(more)] == [2, 2]
+
+
+def test_a_damaged_draft_is_drawn_anew(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
+    unet.left = STEPS + 3
+    with pytest.raises(Killed):
+        draw(run, ONE)
+    (draft,) = (run.folder / DRAFTS).iterdir()
+    state = draft.read_bytes()
+    assert begun(run, run.tasks[2:]) == [tuple(run.stamps()[task] for task in run.tasks[2:])]
+    draft.write_bytes(draft.read_bytes()[:100])
+    unet.left = float("inf")
+    draw(run, ONE)
+    assert files(run) == whole and not (run.folder / DRAFTS).exists()
+    draft.parent.mkdir()
+    draft.write_bytes(state)  # killed after the last picture: nothing is drawn, nothing stays
+    unet.left = 0
+    draw(run, ONE)
+    assert left_over(run) == [SETTINGS]
+
+
+def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
+    draw(run, ONE)
+    unet.steps.clear()
+
+    def refused(other: Run, words: str) -> None:
+        with pytest.raises(ValueError, match=words) as error:
+            draw(other, ONE)
+        assert "\n" not in str(error.value) and unet.steps == []
+
+    refused(
+        replace(run, sample=replace(SMALL, steps=7)),
+        r"other settings: sample.steps 5 then, 7 now; choose another --out, or delete it",
+    )
+    refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 then, 0.5 now")
+    hashes = {
+        name: {**entry, "sha256": {f: "0" for f in entry["sha256"]}}
+        for name, entry in run.bundle.networks.items()
+    }
+    refused(replace(run, bundle=replace(run.bundle, networks=hashes)), "weights.unet.safetensors")
+    shown = next(iter(run.references.values()))
+    changed = {photo: replace(shown, digest="0") for photo in run.references}
+    refused(replace(run, references=changed), "made from another reference picture or mask")
+    draw(replace(run, sample=replace(SMALL, batch_size=1)), ONE)  # another machine's way to draw the same
+    (run.folder / SETTINGS).unlink()
+    refused(run, f"has pictures, but no {SETTINGS}")
+
+
+# --- ranks -------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_however_much_is_done(run: Run) -> None:
+    """Of one subject and of the size asked for; those under way come first and stay as they are."""
+    cat = run.tasks[0].subject
+    run = replace(run, tasks=tasks_of([cat, replace(cat, name="cat2")], 3))  # 6 pictures of each
+    every = batches(run, run.tasks, [], 4)
+    assert [len(batch) for batch in every] == [4, 2, 4, 2]
+    assert all(len({task.subject for task in batch}) == 1 for batch in every)
+    done = every[0] + every[2]
+    assert batches(run, [task for task in run.tasks if task not in done], [], 4) == [every[1], every[3]]
+    stamps = run.stamps()
+    half = [stamps[task] for task in every[2]]
+    absent = [task for task in run.tasks if task not in every[2][:3]]  # killed while it wrote
+    assert batches(run, absent, [half], 4) == [every[2], every[0], every[1], every[3]]
+    assert batches(run, run.tasks, [half], 3) == batches(run, run.tasks, [], 3), "too large for now"
+
+
+@dataclass(frozen=True)
+class Rank(Ranks):
+    """One of two, after the other one: what rank 0 shares is kept."""
+
+    said: list[Any] = field(default_factory=list)
+
+    def share(self, value: Any) -> Any:
+        if self.main:
+            self.said.append(value)
+        return self.said[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def test_two_ranks_draw_one_half_each(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
+    first = Rank(0, 2, torch.device("cpu"))
+    draw(run, first)
+    assert len(files(run)) == 2 and len(unet.steps) == STEPS
+    draw(run, Rank(1, 2, torch.device("cpu"), first.said))
+    assert files(run) == whole and len(unet.steps) == CALLS
+
+
+def test_each_reference_in_turn(run: Run) -> None:
+    """Picture n of the subject conditions the n-th picture of a prompt."""
+    run = replace(run, protocol=ProtocolConfig(reference="each"))
+    seen: list[str] = []
+
+    def subject_of(method: Method, reference: Any, word: str) -> Any:
+        seen.append(reference.photo.name)
+        return original(method, reference, word)
+
+    original, drawing.subject_of = drawing.subject_of, subject_of
+    try:
+        draw(run, ONE)
+    finally:
+        drawing.subject_of = original
+    assert seen == ["0.png", "1.png"], "each is read once"
+    settings = json.loads((run.folder / SETTINGS).read_text())
+    assert settings["protocol"]["reference"] == "each" and len(files(run)) == 4

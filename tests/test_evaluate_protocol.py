@@ -1,0 +1,197 @@
+"""DreamBooth's protocol against the published file, folders of subjects, masks and what is refused."""
+
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moma.config import DEFAULT
+from moma.evaluate import protocol
+from moma.evaluate.protocol import ProtocolConfig, limited, open_dataset, prompts_for, tasks_of
+from moma.evaluate.references import Masks, find_references
+from tests.test_pipeline import mask, picture
+
+# Of the lines of google/dreambooth's dataset/prompts_and_classes.txt (commit e9b8c01): "folder,class", then
+# both lists of prompts with {} in the place of token and class.
+OFFICIAL = ("6f902d00493ae35a", "351df13940ddefc3", "4ba00988f0dc5dfb")
+
+
+def digest(lines: list[str]) -> str:
+    return sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def dreambooth(folder: Path) -> Path:
+    """The published folders, with empty files in the place of photos."""
+    six = ("backpack", "berry_bowl", "can", "clock", "dog2", "dog3", "fancy_boot", "pink_sunglasses")
+    numbers = dict.fromkeys((*six, "shiny_sneaker", "vase"), 6) | {"duck_toy": 4, "red_cartoon": 4}
+    for name in protocol.CLASSES:
+        (folder / name).mkdir(parents=True)
+        for i in range(numbers.get(name, 5)):
+            (folder / name / f"{i:02}.jpg").touch()
+    return folder
+
+
+def official_file() -> str:
+    """As it is published."""
+    head = "\n".join(f"{name},{word}" for name, word in protocol.CLASSES.items())
+    lists = (protocol.PLACES_OF_OBJECTS, protocol.OUTFITS)
+    texts = []
+    for own in lists:
+        lines = [text.replace("{}", "{0} {1}") for text in (*protocol.PLACES, *own, *protocol.PROPERTIES)]
+        body = ",\n".join(f"'{line}'.format(unique_token, class_token)" for line in lines)
+        texts.append(f"prompt_list = [\n{body}\n]\n")
+    return (
+        f"Classes\n\nsubject_name,class\n{head}\n\nPrompts\n\nObject Prompts\n\n{texts[0]}\n"
+        f"Live Subject Prompts\n\n{texts[1]}"
+    )
+
+
+def test_lists_are_the_published_ones() -> None:
+    classes, objects, live = protocol.read_official(official_file())
+    lines = [f"{name},{word}" for name, word in classes.items()]
+    assert (digest(lines), digest(objects), digest(live)) == OFFICIAL
+    assert len(classes) == 30 and len(set(classes.values())) == 15 and len(objects) == len(live) == 25
+    assert sum(word in protocol.LIVE for word in classes.values()) == 9
+
+
+def test_counts_of_the_whole_protocol(tmp_path: Path) -> None:
+    subjects = open_dataset(dreambooth(tmp_path / "dataset"), added=False)
+    assert len(subjects) == 30 and sum(len(s.photos) for s in subjects) == 158
+    tasks = tasks_of(subjects, per_prompt=4)
+    assert len(tasks) == 3000 and len({task.file for task in tasks}) == 3000
+    assert Counter(task.kind for task in tasks) == {"context": 2400, "texture": 600}
+    with_added = tasks_of(open_dataset(tmp_path / "dataset"), 4)
+    assert Counter(task.kind for task in with_added) == {"context": 2400, "texture": 1800}
+
+
+def test_prompts_of_a_live_subject_and_an_object() -> None:
+    dog, toy = prompts_for("dog", live=True), prompts_for("stuffed animal", live=False)
+    texts = [prompt.text for prompt in dog]
+    assert "a dog wearing a black top hat and a monocle" in texts and "a cube shaped dog" in texts
+    assert "a dog floating in an ocean of milk" not in texts and "a dog made of glass" in texts
+    assert ("a stuffed animal with the Eiffel Tower in the background", "context") in [
+        (p.text, p.kind) for p in toy
+    ]
+    assert all(p.kind == "texture" for p in toy if "shiny" in p.text or "made of" in p.text)
+
+
+def test_tasks_name_files_seeds_and_references(tmp_path: Path) -> None:
+    vase, *_ = [s for s in open_dataset(dreambooth(tmp_path)) if s.name == "vase"]
+    tasks = tasks_of([vase], per_prompt=8)
+    third = tasks[2]
+    assert str(third.file) == "vase/a-vase-in-the-jungle-2.png" and third.number == 2
+    assert {task.photo("first").name for task in tasks} == {"00.jpg"}
+    names = [task.photo("each").name for task in tasks[:8]]
+    assert names == ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "00.jpg", "01.jpg"]
+    assert ProtocolConfig().strength("context") == 1.0 and ProtocolConfig().strength("texture") == 0.4
+
+
+def test_limits(tmp_path: Path) -> None:
+    subjects = open_dataset(dreambooth(tmp_path))
+    few = limited(subjects, 2, (3, 1))
+    assert [s.name for s in few] == ["backpack", "backpack_dog"]
+    assert [p.text for p in few[0].prompts] == [
+        "a backpack in the jungle", "a backpack in the snow", "a backpack on the beach", "a red backpack",
+    ]  # fmt: skip
+    assert [p.kind for p in limited(subjects, 1, (1,))[0].prompts] == ["context", "texture"]
+    assert [p.kind for p in limited(subjects, 1, (0, 2))[0].prompts] == ["texture"] * 2
+    for number, prompts in ((0, None), (None, (0,)), (None, (-1, 2)), (None, (1, 2, 3))):
+        with pytest.raises(ValueError, match="expected"):
+            limited(subjects, number, prompts)
+
+
+def test_own_subjects_and_folders_that_do_not_fit(tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            open_dataset(tmp_path)
+
+    (tmp_path / "my_mug").mkdir()
+    refused("my_mug: of what class.*subjects.json")
+    own = tmp_path / "subjects.json"
+    own.write_text('{"my_mug": "mug", "my_hat": "hat"}')
+    refused("names 'my_hat'")
+    own.write_text('{"my_mug": 3}')
+    refused("expected the class of each folder")
+    own.write_text("{")
+    refused("not JSON")
+    own.write_text('{"my_mug": "mug"}')
+    refused("holds no picture")
+    (tmp_path / "my_mug" / "b.PNG").touch()
+    (tmp_path / "my_mug" / "a.jpg").touch()
+    (tmp_path / "my_mug" / "notes.txt").touch()
+    (subject,) = open_dataset(tmp_path)
+    assert [path.name for path in subject.photos] == ["a.jpg", "b.PNG"] and subject.word == "mug"
+    own.unlink()
+    (tmp_path / "my_mug").rename(tmp_path / "cat")
+    (tmp_path / protocol.OFFICIAL).write_text(official_file())
+    assert open_dataset(tmp_path)[0].word == "cat"
+    (tmp_path / protocol.OFFICIAL).write_text(official_file().replace("wet", "dry"))
+    refused("says otherwise than DreamBooth's")
+    with pytest.raises(ValueError, match="no such folder"):
+        open_dataset(tmp_path / "nowhere")
+
+
+# --- masks -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    """Two photos without any hint, one with transparency, one on a plain background."""
+    folder = tmp_path / "data" / "cat"
+    folder.mkdir(parents=True)
+    plain = Image.composite(picture(3), Image.new("RGB", (120, 90), "white"), mask(30))
+    clear = picture(2)
+    clear.putalpha(mask(20))
+    images = {"a.jpg": picture(0), "b.jpg": picture(1), "c.png": clear, "d.png": plain}
+    for name, image in images.items():
+        image.save(folder / name)
+    return [folder / name for name in images]
+
+
+def found(photos: list[Path], masks: Masks, out: Path) -> dict[str, int]:
+    """How many pixels of each picture are subject."""
+    references = find_references(photos, masks, out, 64, DEFAULT)
+    return {
+        photo.name: int((np.asarray(Image.open(one.mask)) > 127).sum()) for photo, one in references.items()
+    }
+
+
+def area(radius: int) -> int:
+    return int((np.asarray(mask(radius)) > 127).sum())
+
+
+def test_masks_come_from_files_then_transparency_then_the_segmenter(
+    photos: list[Path], tmp_path: Path
+) -> None:
+    given = tmp_path / "given" / "cat"
+    given.mkdir(parents=True)
+    mask(10).save(given / "a.png")
+    asked = []
+
+    def segment(image: Image.Image) -> Image.Image:
+        asked.append(image.size)
+        return mask(15)
+
+    masks = Masks(tmp_path / "given", segment, "weights 1")
+    expected = {"a.jpg": area(10), "b.jpg": area(15), "c.png": area(20), "d.png": area(15)}
+    assert found(photos, masks, tmp_path / "out") == expected and len(asked) == 2
+    assert found(photos, masks, tmp_path / "out") == expected and len(asked) == 2, "found once"
+    other = Masks(tmp_path / "given", segment, "weights 2")
+    assert found(photos, other, tmp_path / "out") == expected and len(asked) == 4
+    plain = found(photos[2:], Masks(), tmp_path / "out")
+    assert plain["c.png"] == area(20) and plain["d.png"] == pytest.approx(area(30), rel=0.02)
+
+
+def test_pictures_without_a_mask_are_named_together(photos: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^2 of 4 pictures .*a.jpg, .*b.jpg \(the first: where.*--masks"):
+        find_references(photos, Masks(), tmp_path / "out", 64, DEFAULT)
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(ValueError, match=r"holds no mask of these pictures, expected names like .*cat/a.png"):
+        find_references(photos, Masks(tmp_path / "masks"), tmp_path / "out", 64, DEFAULT)
+    (tmp_path / "masks" / "cat").mkdir()
+    Image.new("L", (300, 90), 255).save(tmp_path / "masks" / "cat" / "d.png")
+    with pytest.raises(ValueError, match=r"^1 of 1 pictures .*d.png .*same shape"):
+        find_references(photos[3:], Masks(tmp_path / "masks"), tmp_path / "out", 64, DEFAULT)
