@@ -9,8 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from moma.bundle import Bundle
 from moma.evaluate import __main__ as evaluate
 from moma.evaluate import draw as drawing
+from moma.evaluate import plan as planning
+from moma.evaluate.options import parse
+from moma.evaluate.protocol import open_dataset, tasks_of
 from moma.mini import evaluation
 from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write_world
 from moma.mini.probes import draw_all
@@ -92,19 +96,18 @@ def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
 
     save_png = drawing.save_png
     monkeypatch.setattr(drawing, "save_png", save)
-    out, other = tmp_path / "killed", tmp_path / "whole"
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         command(out, *given)
-    assert not (out / "scores.json").exists()
+    drawn = {path: path.stat().st_mtime_ns for path in out.glob("*/*-450*/a*.png")}
+    assert len(drawn) == 9 and not (out / "scores.json").exists()
     monkeypatch.setattr(drawing, "save_png", save_png)
-    assert command(out, *given) == command(other, *given) == 0
-    names = sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert {"index.html", "scores.json", "scores.csv", "table.md", "subjects.png"} <= set(names)
-    pictures = [name for name in names if name.startswith(("moma/", "text/")) and name.endswith(".png")]
-    assert len(pictures) == 2 * 2 * 3
-    for name in (*pictures, "scores.csv", "table.md"):
-        assert (out / name).read_bytes() == (other / name).read_bytes(), name
+    assert command(out, *given) == 0
+    assert len(list(out.glob("*/*-450*/a*.png"))) == 2 * 2 * 3
+    assert all(path.stat().st_mtime_ns == time for path, time in drawn.items())
+    names = {path.name for path in out.iterdir() if path.is_file()}
+    assert names == {"index.html", "scores.json", "scores.csv", "table.md", "subjects.png"}
+    assert sorted(path.name for path in (out / "text").iterdir()) == ["cat-4500", "dog-4500", "settings.json"]
 
     table = (out / "table.md").read_text()
     assert "| identity judge | CLIP-I MoMA-mini | CLIP-T MoMA-mini |" in table and "| Real images |" in table
@@ -175,6 +178,39 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
     assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"
+
+
+def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first bundle that has one, loaded once; the second time its masks are there."""
+    asked = []
+
+    class Fake:
+        def __init__(self, bundle: Bundle, device: str) -> None:
+            asked.append((bundle, device))
+
+        def subject_mask(self, image: Image.Image) -> Image.Image:
+            asked.append(image.size)
+            return mask(25)
+
+    monkeypatch.setattr(planning.Segmenter, "load", Fake)
+    subjects = open_dataset(place / "data")
+    options = parse(
+        ["--dataset", str(place / "data"), "--bundle", str(place / "tiny"), "--out", str(tmp_path)], ""
+    )
+    plain = Bundle.open(place / "tiny")
+    segmenting = replace(plain, networks={**plain.networks, "sam": {"sha256": {"sam.safetensors": "0"}}})
+    tasks = tasks_of(subjects, 1)
+    runs = [planning.make_run("moma", plain.folder, options, tasks, torch.device("cpu"))] * 2
+    runs[1] = replace(runs[1], bundle=segmenting)
+    for _ in range(2):
+        found = planning.open_references(options, None, tasks, runs, "cpu")
+        assert asked == [(segmenting, "cpu"), (120, 90), (120, 90)]
+    assert [str(one.mask.relative_to(tmp_path)) for one in found.values()] == [
+        "masks/hat/0.png", "masks/my_cat/0.png",
+    ]  # fmt: skip
+    assert Image.open(next(iter(found.values())).mask).tobytes() == mask(25).tobytes()
+    with pytest.raises(ValueError, match="2 of 2 pictures have no usable mask"):
+        planning.open_references(options, None, tasks, runs[:1], "cpu")
 
 
 def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from moma.evaluate.scorers import load_scorers
 from moma.output import mask_picture
 from moma.preprocess import find_mask, on_white, open_image
 from moma.sampler import TextOnly
+from moma.segment import Segmenter
 from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from tests.fake_sam import SMALL, FlatSAM
 from tests.ip_adapter_case import build_ip_bundle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -234,6 +236,26 @@ def test_table_of_scores_beside_the_sheet(folder, judges, tmp_path, capsys):
         pairs.append((clip.embed_images(column.images), clip.embed_texts(prompts)))
         means = [(a * b).sum(dim=1).mean().item() for a, b in pairs]
         assert row[0] == column.name and [float(v) for v in row[1:]] == pytest.approx(means, abs=6e-4)
+
+
+def test_masks_are_sams_where_there_is_one(tmp_path, monkeypatch):
+    """Asked for a photo without a mask or transparency, and after the checks."""
+    cfg, weights = TinyConfig(), tmp_path / "weights"
+    build_tiny_bundle(weights, cfg=replace(cfg, networks=cfg.networks | {"sam": SMALL}))
+    loaded = []
+    monkeypatch.setattr(figures.Segmenter, "load", lambda *a: loaded.append(a) or Segmenter(FlatSAM()))
+    street = np.zeros((96, 96, 3), np.uint8)
+    street[:48], street[48:], street[32:64, 32:64] = (60, 120, 200), (90, 90, 90), (250, 30, 30)
+    Image.fromarray(street).save(tmp_path / "car.png")
+    args = figures.parse(options("context", weights, refs=(tmp_path / "car.png", CAT)))
+    request = figures.request_of(args, figures.FIGURES["context"])
+    assert [photo.mask is None for photo, _ in request.wanted] == [True, False] and not loaded
+    figures.check(args, request, figures.loaders_of(args, request))
+    (car, prompt), cat = figures.with_masks(request).wanted
+    assert len(loaded) == 1 and cat == request.wanted[1] and prompt == "a car in the snow"
+    red = np.zeros((96, 96), bool)
+    red[32:64, 32:64] = True
+    assert ((np.asarray(car.mask) > 127) == red).mean() > 0.98
 
 
 def test_prompts_take_the_subjects_word():

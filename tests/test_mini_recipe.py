@@ -20,7 +20,8 @@ from moma.adapter import AdapterConfig
 from moma.bundle import Bundle
 from moma.config import SampleConfig
 from moma.mini.config import MiniConfig
-from moma.mini.pretrain import STAGES, Shop, recipe
+from moma.mini.evaluation import mini_scorers
+from moma.mini.pretrain import STAGES, Shop, add_scorers, recipe
 from moma.mini.words import colour_name, words_of
 from moma.mini.world import render
 from moma.pipeline import MoMA
@@ -97,6 +98,11 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
     subject = pipe.encode_subject(Image.fromarray(sample.image), Image.fromarray(sample.mask), sample.label)
     (image,) = pipe.sample(subject, f"a {sample.label} in the snow", seeds=[0], config=SampleConfig(steps=2))
     assert image.size == (64, 64)
+
+    add_scorers(Shop(smallest(), tmp_path, ONE), folder)
+    judge, clip = mini_scorers(folder)
+    assert judge.embed_images([image]).shape == (1, smallest().probes.embedding)
+    assert clip.embed_images([image]).shape == clip.embed_texts(["a cat"]).shape == (1, 96)
 
 
 def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:

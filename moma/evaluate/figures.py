@@ -40,6 +40,7 @@ from moma.output import (
 from moma.pipeline import Job, Result, choose_device, choose_dtype, set_precision
 from moma.preprocess import find_mask, make_reference, on_white, open_image
 from moma.prompts import check_prompt
+from moma.segment import Segmenter
 from sample import WEIGHTS, check_writable
 
 EXAMPLES = [
@@ -77,7 +78,7 @@ class Photo:
     """A picture of a subject."""
 
     image: Image.Image
-    mask: Image.Image
+    mask: Image.Image | None  # None until SAM has been asked (`with_masks`)
     word: str
     name: str  # of its file
 
@@ -322,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = request_of(args, figure)
     loaders = loaders_of(args, request)
     method = check(args, request, loaders)
+    request = with_masks(request)
     ways: dict[str, Callable[[], Iterator[Column]]] = {
         "masking": lambda: masking(request),
         "beta": lambda: beta(request, args.strengths),
@@ -342,7 +344,8 @@ def request_of(args: argparse.Namespace, figure: Figure) -> Request:
         raise ValueError("which base models? Give a --bundle for each, two or more")
     if args.what != "community" and len(bundles) != 1:
         raise ValueError(f"--bundle: {len(bundles)} folders, expected one")
-    photos, prompts = open_photos(args), args.prompt or figure.prompts
+    bundle = Bundle.open(bundles[0])
+    photos, prompts = open_photos(args, bundle), args.prompt or figure.prompts
     if args.ref or args.prompt or figure.by_photo:
         wanted = [Wanted(photo, fill(prompt, photo.word)) for photo, prompt in product(photos, prompts)]
     else:  # the examples, each in a scene of its own
@@ -355,11 +358,11 @@ def request_of(args: argparse.Namespace, figure: Figure) -> Request:
         width=width,
         height=height,
         batch_size=args.batch_size,
-    ).sized(Bundle.open(bundles[0]).image_size)
+    ).sized(bundle.image_size)
     return Request(tuple(bundles), tuple(wanted), args.seed, sample, args.device, args.dtype)
 
 
-def open_photos(args: argparse.Namespace) -> list[Photo]:
+def open_photos(args: argparse.Namespace, bundle: Bundle) -> list[Photo]:
     files = args.ref or EXAMPLES
     given: dict[str, list] = {}
     for option in ("mask", "subject"):
@@ -367,12 +370,22 @@ def open_photos(args: argparse.Namespace) -> list[Photo]:
         if len(given[option]) != len(files):
             expected = f"expected {len(files)}, one for each picture"
             raise ValueError(f"--{option}: {len(given[option])} given, {expected}")
-    photos = []
+    photos, later = [], (lambda _: None) if "sam" in bundle.networks else None
     for path, mask, word in zip(files, given["mask"], given["subject"], strict=True):
         image = open_image(path)
         word = subject_of_file(path) if word is None else " ".join(word.split())
-        photos.append(Photo(image, find_mask(image, mask).mask, word, path.stem))
+        photos.append(Photo(image, find_mask(image, mask, segment=later).mask, word, path.stem))
     return photos
+
+
+def with_masks(request: Request) -> Request:
+    """The request with SAM's masks where photos have none; its memory is free again when this returns."""
+    photos = list(dict.fromkeys(photo for photo, _ in request.wanted))
+    if all(photo.mask for photo in photos):
+        return request
+    segmenter = Segmenter.load(request.bundles[0], request.device)
+    found = {p: p if p.mask else replace(p, mask=segmenter.subject_mask(p.image)) for p in photos}
+    return replace(request, wanted=tuple(Wanted(found[p], prompt) for p, prompt in request.wanted))
 
 
 def fill(prompt: str, word: str) -> str:
@@ -412,7 +425,8 @@ def check(args: argparse.Namespace, request: Request, loaders: Loaders) -> Metho
         replace(sample, strength=strength).check(factor)
     intervals(ScheduleConfig(), sample.steps, sample.solver)
     for photo, prompt in request.wanted:
-        make_reference(photo.image, photo.mask, bundle.image_size, method)
+        if photo.mask:
+            make_reference(photo.image, photo.mask, bundle.image_size, method)
         check_prompt(photo.word, prompt, method.absent_label, bundle.clip_tokenizer())
     choose_dtype(request.dtype, choose_device(request.device))
     if args.scorers and not set(SCORERS) & set(Bundle.open(args.scorers).networks):

@@ -20,6 +20,7 @@ from moma.evaluate.references import Masks, Reference, find_references
 from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
 from moma.pipeline import check_method, choose_dtype
 from moma.prompts import check_prompt
+from moma.segment import Segmenter
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,6 @@ def open_references(
 
 def segmenter(bundle: Bundle, device: str) -> Callable[[Image.Image], Image.Image]:
     """The subject's mask by the bundle's SAM, which is loaded when it is first asked."""
-    from moma.segment import Segmenter
-
     load = lru_cache(maxsize=1)(lambda: Segmenter.load(bundle, device))
     return lambda image: load().subject_mask(image)
 

@@ -29,11 +29,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Masks:
-    """Where masks come from.
+    """Where masks come from (`moma.preprocess.find_mask`).
 
-    The file of the same subject and name in `folder`, if there is one, whatever its extension; else the
-    picture's transparency; else what `segment` finds; else, without `segment`, what stands out from a plain
-    background.
+    A mask's file has the name of its subject and picture in `folder`, and any extension.
     """
 
     folder: Path | None = None
@@ -47,17 +45,11 @@ class Masks:
 
     def save(self, photo: Path, target: Path) -> None:
         """Write the mask of a picture, unless `segment` has found it there before. ValueError for none."""
-        image, given = open_image(photo), self.given(photo)
-        if self.segment is None or given is not None or _is_transparent(image):
-            save_png(target, find_mask(image, given).mask)
+        given, stamp = self.given(photo), sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
+        if given is None and self.segment is not None and read_stamp(target) == stamp:
             return
-        stamp = sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
-        if read_stamp(target) != stamp:
-            save_png(target, self.segment(image), stamp=stamp)
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    return image.mode == "RGBA" and len(set(image.getchannel("A").getextrema())) > 1
+        found = find_mask(open_image(photo), given, segment=self.segment)
+        save_png(target, found.mask, stamp=stamp if found.source == "sam" else None)
 
 
 def find_references(
