@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.sam import SAM, Prompts
+from models.sam import BOX_END, BOX_START, FOREGROUND, SAM, Prompts
 from models.sam_image import Placement, preprocess, to_input, to_picture
 from moma.bundle import Bundle
 from moma.pipeline import choose_device
@@ -29,7 +29,6 @@ from moma.regions import frame, tidied
 
 Point = tuple[float, float]  # x, y in pixels of the picture
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, the same
-FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's labels of points
 SINGLE, SEVERAL = slice(0, 1), slice(1, 4)  # SAM's outputs: of a clear prompt, and of one that may mean much
 
 
@@ -364,7 +363,7 @@ class Segmenter:
 
 
 def _corners(box: Box) -> list[tuple[Point, int]]:
-    return [((box[0], box[1]), TOP_LEFT), ((box[2], box[3]), BOTTOM_RIGHT)]
+    return [((box[0], box[1]), BOX_START), ((box[2], box[3]), BOX_END)]
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

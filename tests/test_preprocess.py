@@ -240,6 +240,23 @@ def test_large_pictures_give_a_mask_of_bounded_size_and_the_same_shape():
     make_reference(plain(), found.mask, 64)
 
 
+def test_a_network_is_asked_after_file_and_alpha_and_before_the_border(tmp_path):
+    asked = []
+
+    def segment(image: Image.Image) -> Image.Image:
+        asked.append(image)
+        return disc()
+
+    transparent = scene()
+    transparent.putalpha(disc())
+    assert find_mask(scene(), saved(tmp_path, disc()), segment=segment).source == "file"
+    assert find_mask(transparent, segment=segment).source == "alpha" and not asked
+    for image in (scene(), plain()):
+        found = find_mask(image, segment=segment)
+        assert found.source == "sam" and asked.pop() is image
+        assert np.array_equal(np.asarray(found.mask), np.asarray(disc()))
+
+
 def test_busy_border_asks_for_a_mask():
     with pytest.raises(ValueError, match="--mask"):
         find_mask(scene())
