@@ -24,13 +24,15 @@ from moma.evaluate.protocol import (
     open_dataset,
     prompts_for,
     tasks_of,
-)  # fmt: skip
+)
 from moma.evaluate.rate import find_pictures
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
 from moma.pipeline import check_method, choose_dtype
 from moma.prompts import check_prompt
 from moma.segment import Segmenter
+
+ADDED_NOTE = "; those for things `made of` something are not DreamBooth's"
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,7 @@ def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) ->
     told = {
         "data": "MoMA-mini's world" if options.world else str(options.dataset),
         "subjects": str(len(subjects)),
-        "prompts": f"{prompts} of each subject"
-        + ("; what is `made of` ... is not DreamBooth's" if added else ""),
+        "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
         "pictures": f"{protocol.per_prompt} of each prompt",
         "reference": shown[protocol.reference],
         "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
