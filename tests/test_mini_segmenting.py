@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, IGNORED, SAM
+from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM
 from models.sam_config import SAMConfig
 from models.sam_image import preprocess
 from moma.mini.config import SegmentTrainingConfig
@@ -34,9 +34,9 @@ def test_prompts_ask_for_what_they_touch(seed: int) -> None:
     assert subject.tolist() == [True, True, True, True, False]
     each = points.flatten(0, 1), labels.flatten(), subject.repeat_interleave(2)
     for point, kind, wanted in zip(*each, strict=True):
-        if kind in (FOREGROUND, BACKGROUND):
+        if kind == FOREGROUND:
             x, y = point.int().tolist()
-            assert bool(mask[y, x]) == (bool(wanted) == bool(kind == FOREGROUND))
+            assert bool(mask[y, x]) == bool(wanted)
     boxes = points[(labels == torch.tensor([BOX_START, BOX_END])).all(dim=1)]  # (2, 2, 2)
     assert (boxes[:, 0] < boxes[:, 1]).all() and boxes.min() >= 0 and boxes.max() <= 64
     tight, frame = boxes

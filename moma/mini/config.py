@@ -89,7 +89,7 @@ class SegmentTrainingConfig:
     iou_weight: float = 1.0  # SAM's own
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=2000, batch_size=32, lr=1e-3, warmup=100, schedule="cosine", weight_decay=0.01, ema=0.995,
+            steps=1500, batch_size=32, lr=1e-3, warmup=100, schedule="cosine", weight_decay=0.01, ema=0.995,
             save_every=500, validate_every=500,
         )
     )  # fmt: skip

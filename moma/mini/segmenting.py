@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
+from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
 from models.sam_image import MEAN, STD
 from moma.mini.base import PretrainingTask
 from moma.mini.config import SegmentTrainingConfig
@@ -87,11 +87,11 @@ def prompts(
     """One prompt of each kind for a subject's coverage (S, S) in 0..1.
 
     Returns points (P, 2, 2) as x, y in pixels, labels (P, 2), and whether the subject is asked for, bool
-    (P,): a click on it, one on it and one beside it, a box around it, a box around the whole picture but its
-    margin, and a click beside it.
+    (P,): a click on it, two of them, a box around it, a box around the whole picture but its margin, and a
+    click beside it.
     """
     side = mask.shape[-1]
-    on, off = _somewhere(mask > 0.5, generator), _somewhere(mask < 0.5, generator)  # (2,)
+    on, too, off = (_somewhere(where, generator) for where in (mask > 0.5, mask > 0.5, mask < 0.5))  # (2,)
     rows, columns = (mask > 0.5).nonzero().unbind(dim=1)
     low = torch.stack([columns.min(), rows.min()]).float()  # (2,)
     high = torch.stack([columns.max(), rows.max()]) + 1.0  # (2,)
@@ -101,10 +101,10 @@ def prompts(
     frame = torch.stack([margin[0], side - margin[1]])  # (2, 2)
     nowhere = torch.zeros(2)
     points = torch.stack(
-        [torch.stack([on, nowhere]), torch.stack([on, off]), box, frame, torch.stack([off, nowhere])]
+        [torch.stack([on, nowhere]), torch.stack([on, too]), box, frame, torch.stack([off, nowhere])]
     )
     click, corners = (FOREGROUND, IGNORED), (BOX_START, BOX_END)
-    labels = torch.tensor([click, (FOREGROUND, BACKGROUND), corners, corners, click])  # (P, 2)
+    labels = torch.tensor([click, (FOREGROUND, FOREGROUND), corners, corners, click])  # (P, 2)
     return points, labels, torch.tensor([True, True, True, True, False])
 
 
