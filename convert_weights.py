@@ -9,10 +9,10 @@
 
 A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
-attn_adapters_projectors.th, an IP-Adapter for SD1.5, the export folder of a training; for evaluation DINO (a
-file or a folder) and CLIP B/32 and L/14. Of two sources with the same network, one that holds nothing else (a
-VAE folder) wins over a bigger one (a Stable Diffusion folder, whatever the order), otherwise the later one; a
-note says so. What no source has comes from --base-bundle.
+attn_adapters_projectors.th, an IP-Adapter for SD1.5, Segment Anything (a file or a folder), the export folder
+of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Of two sources with the same
+network, one that holds nothing else (a VAE folder) wins over a bigger one (a Stable Diffusion folder,
+whatever the order), otherwise the later one; a note says so. What no source has comes from --base-bundle.
 """
 
 import argparse

@@ -175,8 +175,8 @@ def check(request: Request, image: Image.Image, args: argparse.Namespace, bundle
 def check_sam(who: str, bundle: Bundle) -> None:
     if "sam" not in bundle.networks:
         raise ValueError(
-            f"{who} SAM, which {bundle.folder} does not have: add it with convert_weights.py --base-bundle"
-            f" {bundle.folder}, or give a mask with --mask FILE"
+            f"{who} SAM, which {bundle.folder} does not have: add it with convert_weights.py --with sam"
+            f" --base-bundle {bundle.folder} --out {bundle.folder}_sam, or give a mask with --mask FILE"
         )
 
 
@@ -203,8 +203,7 @@ def find_subject(request: Request, image: Image.Image, args: argparse.Namespace,
     """Where the subject is; the mask is kept in a file. SAM's memory is free again when this returns."""
 
     def segment(picture: Image.Image) -> Image.Image:
-        segmenter = Segmenter.load(bundle, args.device)
-        return segmenter.subject(picture, request.pick).picture(segmenter.cfg)
+        return Segmenter.load(bundle, args.device).mask(picture, request.pick)
 
     segmented = request.segmented
     if segmented:
@@ -242,7 +241,7 @@ def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
         box = ",".join(map(str, found.box))
         print(f"{i}: box {box}, {found.share:.1%} of the picture, score {found.score:.2f}")
     path = free_path(args.out, f"{slug(args.ref.stem)}-objects")
-    save_png(path, numbered(on_white(image), [found.picture(segmenter.cfg) for found in objects]))
+    save_png(path, numbered(on_white(image), lambda size: [o.picture(segmenter.cfg, size) for o in objects]))
     print(f"{path}: choose with --object N (default: 1)")
 
 

@@ -18,8 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
-from models.sam_config import KINDS, MASKS, MLP_LAYERS, UPSCALING, SAMConfig
-from models.sam_config import PRESETS as PRESETS
+from models.sam_config import KINDS, MASK_SCALE, MASKS, MLP_LAYERS, UPSCALING, SAMConfig
 
 FOREGROUND, BACKGROUND, BOX_START, BOX_END = 1, 0, 2, 3  # labels of points; a box is two of them
 NOT_A_POINT = -1  # a token of its own that takes the place of the box where a prompt has none
@@ -191,7 +190,7 @@ class _PositionEncoding(nn.Module):
 class _PromptEncoder(nn.Module):
     def __init__(self, cfg: SAMConfig) -> None:
         super().__init__()
-        channels, narrow, wide = cfg.out_channels, cfg.mask_channels // UPSCALING[0], cfg.mask_channels
+        channels, narrow, wide = cfg.out_channels, cfg.mask_channels // MASK_SCALE, cfg.mask_channels
         self.pe_layer = _PositionEncoding(channels)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, channels) for _ in range(KINDS))
         self.not_a_point_embed = nn.Embedding(1, channels)
@@ -391,6 +390,12 @@ class SAM(nn.Module):
                 f"SAM prompts: points {tuple(points.shape)}, labels {tuple(labels.shape)}; expected "
                 f"({batch}, P, N, 2) and ({batch}, P, N)"
             )
+        kinds = (FOREGROUND, BACKGROUND, BOX_START, BOX_END, NOT_A_POINT, IGNORED)
+        if unknown := set(labels.unique().tolist()) - set(kinds):
+            raise ValueError(f"SAM prompts: label {unknown.pop()}, expected one of {sorted(kinds)}")
+        if masks is not None and tuple(masks.shape) != (*labels.shape[:2], MASK_SCALE * h, MASK_SCALE * w):
+            expected = (*labels.shape[:2], MASK_SCALE * h, MASK_SCALE * w)
+            raise ValueError(f"SAM masks {tuple(masks.shape)}: expected {expected}")
         tokens, known = self.prompt_encoder.points(prompts, w * self.cfg.patch)
         image = features[:, None] + self.prompt_encoder.masks(masks)  # (B, P or 1, C, h, w)
         return self.mask_decoder(image, self.prompt_encoder.grid(h, w), tokens, known)

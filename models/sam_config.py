@@ -6,6 +6,7 @@ from typing import Any, Self
 KINDS = 4  # of points with a place
 MASKS = 4  # outputs per prompt: one for the unambiguous prompt, three for the ambiguous
 MLP_LAYERS = 3  # of the heads for masks and IoU
+MASK_SCALE = 4  # masks have 4h x 4w cells, h x w being the grid of patches
 UPSCALING = (4, 8)  # by how much each of the two steps to 4h x 4w divides the channels
 
 # What transformers' SAM configurations mean by a key that is absent from config.json.
@@ -76,7 +77,7 @@ class SAMConfig:
             ("image_size", self.image_size, self.patch),
             ("out_channels", self.out_channels, UPSCALING[-1]),
             ("out_channels", self.out_channels, self.downsample * self.decoder_heads),
-            ("mask_channels", self.mask_channels, UPSCALING[0]),
+            ("mask_channels", self.mask_channels, MASK_SCALE),
         ):
             if value % divisor:
                 raise ValueError(f"SAM {name} {value}: expected a multiple of {divisor}")

@@ -38,9 +38,14 @@ def preprocess(image: Image.Image, side: int) -> tuple[Tensor, Placement]:
     place = placement(image.height, image.width, side)
     height, width = place.inside
     image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    x = (np.asarray(image, dtype=np.float32) - np.float32(MEAN)) / np.float32(STD)  # (height, width, 3)
-    pixels = torch.from_numpy(x).permute(2, 0, 1)[None]  # (1, 3, height, width)
+    pixels = normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])  # (1, 3, height, width)
     return F.pad(pixels, (0, side - width, 0, side - height)), place  # (1, 3, S, S)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 (B, 3, h, w) -> float32."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    return (images - mean) / std
 
 
 def to_input(points: Tensor, place: Placement) -> Tensor:

@@ -192,7 +192,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--debug", action="store_true", help="add each picture's last mask M_gen to the contact sheet")
     args = parser.parse_args(argv)
     for first, second in CONTRADICTIONS:
-        if all(getattr(args, name) not in (None, False) for name in (first, second)):
+        if _given(args, first) and _given(args, second):
             raise ValueError(f"{_option(first)} contradicts {_option(second)}: give one of them")
     if args.replay:
         given = [name for name in REPLAYED if getattr(args, name) is not None]
@@ -201,6 +201,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     elif args.ref is None:
         raise ValueError("which subject? Give its picture with --ref FILE")
     return args
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    """Whether an option was used; 0 is a value."""
+    value = getattr(args, name)
+    return value is not None and value is not False
 
 
 def _option(name: str) -> str:

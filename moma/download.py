@@ -104,7 +104,7 @@ def patterns(names: list[str], repo: Repo) -> list[str]:
         here = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
         name = pick_weights(here, stems)
         if name is None:
-            raise ValueError(f"{repo.id}: no weights {prefix}{stems[0]}.* in it; choose another --base-id")
+            raise ValueError(f"{repo.id}: no weights {prefix}{stems[0]}.* in it; is it the right one?")
         wanted.append(prefix + name)
         if name.endswith(".json"):
             stem, kind = name.split(".")[:2]

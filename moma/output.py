@@ -61,7 +61,7 @@ class Segmented:
         """The mask, mode L, 0 or 255; ValueError if it is damaged."""
         try:
             return Image.open(io.BytesIO(base64.b64decode(self.png, validate=True))).convert("L")
-        except (ValueError, OSError, SyntaxError) as error:
+        except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
             raise ValueError(f"the mask in the picture's settings is damaged ({error})") from None
 
 
@@ -104,8 +104,10 @@ class Record:
             data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
             data["segmented"] = Segmented(**data["segmented"]) if data.get("segmented") else None
             record = cls(**data)
-            if not all(isinstance(value, str) for value in (record.subject, record.prompt, record.negative)):
-                raise ValueError("subject, prompt and negative prompt are not all texts")
+            texts = [record.subject, record.prompt, record.negative]
+            texts += [record.segmented.how, record.segmented.png] if record.segmented else []
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("subject, prompt, negative prompt and mask are not all texts")
             if (record.prompt, record.seed) not in record.batch:
                 raise ValueError("the picture is not in its own batch")
             return record
@@ -240,17 +242,19 @@ class NumberedConfig:
 
 
 def numbered(
-    image: Image.Image, masks: Sequence[Image.Image], cfg: NumberedConfig | None = None
+    image: Image.Image,
+    draw_masks: Callable[[tuple[int, int]], Sequence[Image.Image]],
+    cfg: NumberedConfig | None = None,
 ) -> Image.Image:
     """An RGB picture with an outline in its own colour and a number, from 1, for each object.
 
-    masks: mode L, 255 = object, the image's size. The first one lies on top.
+    draw_masks: gives the objects' masks, mode L, 255 = object, of the size (width, height) that it is asked
+    for: a photo's own would take much memory. The first one lies on top.
     """
     cfg = cfg or NumberedConfig()
     canvas = ImageOps.contain(image.convert("RGB"), (cfg.side, cfg.side))
-    scaled = (mask.resize(canvas.size, Image.Resampling.BILINEAR) for mask in masks)
-    inside = [np.asarray(mask) > 127 for mask in scaled]  # (H, W) each
-    colours = [tuple(int(255 * v) for v in hsv_to_rgb(i * cfg.hue % 1, 1, 1)) for i in range(len(masks))]
+    inside = [np.asarray(mask) > 127 for mask in draw_masks(canvas.size)]  # (H, W) each
+    colours = [tuple(int(255 * v) for v in hsv_to_rgb(i * cfg.hue % 1, 1, 1)) for i in range(len(inside))]
     pixels = np.array(canvas)  # (H, W, 3)
     for mask, colour in reversed(list(zip(inside, colours, strict=True))):
         pixels[outline(mask, cfg.line)] = colour

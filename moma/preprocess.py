@@ -7,6 +7,7 @@ Letters: H, W pixels of the input; S side of the square reference.
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -101,13 +102,14 @@ def find_mask(
     segment: Callable[[Image.Image], Image.Image] | None = None,
 ) -> FoundMask:
     """Where the subject is: a mask file, else the picture's transparency, else what `segment` finds, else
-    its plain background.
+    what stands out from its plain background.
 
-    image: from `open_image`. A mask file may have any mode: its alpha channel counts if it varies, else
-    its brightest channel (for a grey mask the same as the release's first channel). segment: such as
-    `moma.segment.Segmenter(...).subject_mask`. A background counts as plain when nearly the whole border has
-    one colour; it is what hangs together with the border in that colour, so that patches of it inside the
-    subject stay subject. ValueError when nothing of this is there.
+    image: from `open_image`. A mask file may have any mode: its alpha channel counts if it varies, else its
+    brightest channel (for a grey mask the same as the release's first channel). segment: such as
+    `moma.segment.Segmenter(...).subject_mask`, which raises ValueError if it finds nothing. A background
+    counts as plain when nearly the whole border has one colour; it is what hangs together with the border in
+    that colour, so that patches of it inside the subject stay subject. ValueError when nothing of this is
+    there.
     """
     if mask_path is not None:
         mask = open_image(mask_path, limits)
@@ -115,9 +117,14 @@ def find_mask(
         return FoundMask(_brightest(mask) if alpha is None else alpha, "file")
     if (alpha := _alpha(image)) is not None:
         return FoundMask(alpha, "alpha")
-    if segment is not None:
+    if segment is None:
+        return FoundMask(_border_mask(image, limits), "border")
+    try:
         return FoundMask(segment(image), "sam")
-    return FoundMask(_border_mask(image, limits), "border")
+    except ValueError as error:
+        with suppress(ValueError):
+            return FoundMask(_border_mask(image, limits), "border")
+        raise error from None
 
 
 def make_reference(

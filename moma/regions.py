@@ -3,6 +3,8 @@
 Letters: H, W pixels. Neighbours are the pixels to the side, above and below, not those across a corner.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -27,15 +29,17 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return number[runs], len(parts) - 1
 
 
-def tidied(mask: np.ndarray, share: float) -> np.ndarray:
+def tidied(mask: np.ndarray, share: float, places: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     """The mask without specks and holes that are smaller than `share` of it; bool (H, W).
 
-    Its largest part stays in any case. A gap at the edge of the picture is not a hole.
+    Its largest part stays in any case, as do those at `places` (row, column). A gap at the edge of the
+    picture is not a hole.
     """
     least = share * mask.sum()
     labels, count = components(mask)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]  # (parts,)
     keep = np.append(False, (sizes >= least) | (sizes == sizes.max(initial=0)))
+    keep[[labels[place] for place in places if mask[place]]] = True
     mask = keep[labels]
     labels, count = components(~mask)
     holes = np.bincount(labels.ravel(), minlength=count + 1) < least  # (gaps + 1,)

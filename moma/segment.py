@@ -10,7 +10,7 @@ Letters: H, W pixels of the picture; S side of SAM's input, h w its logits, rows
 show the picture; N candidates, P prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -96,9 +96,16 @@ class Candidate:
         """Of the picture's area, 0..1."""
         return float(self.mask.mean())
 
-    def picture(self, cfg: SegmentConfig) -> Image.Image:
-        """Mode L, 255 = inside, of the picture's size."""
-        inside = to_picture(torch.from_numpy(self.logits), self.place) > cfg.threshold  # (H, W)
+    def cell(self, point: Point) -> tuple[int, int]:
+        """Row and column of the mask where a point of the picture lies."""
+        x, y = point
+        (height, width), (rows, columns) = self.place.picture, self.mask.shape
+        return min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)
+
+    def picture(self, cfg: SegmentConfig, size: tuple[int, int] | None = None) -> Image.Image:
+        """Mode L, 255 = inside, of the picture's size or another (width, height) of the same shape."""
+        place = replace(self.place, picture=size[::-1]) if size else self.place
+        inside = to_picture(torch.from_numpy(self.logits), place) > cfg.threshold  # (H, W)
         return Image.fromarray(inside.numpy().astype(np.uint8) * np.uint8(255))
 
 
@@ -235,9 +242,12 @@ def distinct(masks: Sequence[np.ndarray], cfg: SegmentConfig) -> list[int]:
     return kept
 
 
-def tidy(candidate: Candidate, cfg: SegmentConfig) -> Candidate:
-    """Without specks and small holes; the logits are changed there, for the large mask."""
-    mask = tidied(candidate.mask, cfg.speck)
+def tidy(candidate: Candidate, cfg: SegmentConfig, points: Sequence[Point] = ()) -> Candidate:
+    """Without specks and small holes; the logits are changed there, for the large mask.
+
+    points: what lies there stays, however small.
+    """
+    mask = tidied(candidate.mask, cfg.speck, [candidate.cell(point) for point in points])
     rows, columns = mask.shape
     logits = candidate.logits.copy()
     shown = logits[:rows, :columns]
@@ -246,8 +256,10 @@ def tidy(candidate: Candidate, cfg: SegmentConfig) -> Candidate:
     return replace(candidate, logits=logits, mask=mask, box=_box(mask, logits.shape, candidate.place))
 
 
-def meant(candidates: Sequence[Candidate], cfg: SegmentConfig) -> Candidate | None:
-    """Of the answers to one prompt the one to take, tidied; None if all are empty.
+def meant(
+    candidates: Sequence[Candidate], cfg: SegmentConfig, points: Sequence[Point] = ()
+) -> Candidate | None:
+    """Of the answers to one prompt, with these points in it, the one to take, tidied; None if all are empty.
 
     Wherever it lies in the picture: the user has pointed there. A point on an ear means the cat: as in `rank`
     the whole goes before its parts, and the background comes last.
@@ -257,7 +269,7 @@ def meant(candidates: Sequence[Candidate], cfg: SegmentConfig) -> Candidate | No
         return None
     like = likeness(np.stack([c.mask for c in found]), cfg, centred=False)
     order = [(c.quality * value, c.quality) for c, value in zip(found, like.tolist(), strict=True)]
-    return tidy(found[order.index(max(order))], cfg)
+    return tidy(found[order.index(max(order))], cfg, points)
 
 
 # --- SAM ---------------------------------------------------------------------------------------------
@@ -315,7 +327,7 @@ class Segmenter:
             features, place = self._encode(image)
             prompt = [(point, FOREGROUND) for point in pick.points] + (_corners(pick.box) if pick.box else [])
             outputs = SEVERAL if len(prompt) == 1 else SINGLE
-            found = meant(self._decode(features, place, [prompt], outputs), self.cfg)
+            found = meant(self._decode(features, place, [prompt], outputs), self.cfg, pick.points)
             if found is None:
                 raise ValueError(f"SAM sees nothing at {pick}: try another place, or give a mask")
             return found
@@ -337,7 +349,15 @@ class Segmenter:
         x1, y1; object: its number in `objects`, from 1. Without any, the main object.
         """
         points = () if point is None else tuple(map(tuple, np.reshape(point, (-1, 2)).tolist()))
-        return self.subject(image, Pick(points, box, object)).picture(self.cfg)
+        box = None if box is None else tuple(map(float, box))
+        return self.mask(image, Pick(points, box, object))
+
+    def mask(self, image: Image.Image, pick: Pick | None = None) -> Image.Image:
+        """As `subject_mask`."""
+        mask = self.subject(image, pick).picture(self.cfg)
+        if mask.getbbox() is None:
+            raise ValueError("SAM's region covers no pixel of the picture: point at another, or give a mask")
+        return mask
 
     @torch.no_grad()
     def _encode(self, image: Image.Image) -> tuple[Tensor, Placement]:
@@ -352,7 +372,8 @@ class Segmenter:
     ) -> list[Candidate]:
         """prompts: lists of labelled points, all equally long; outputs: which of the four masks to take."""
         found = []
-        for some in _chunks(prompts, self.cfg.prompts_at_once):
+        size = self.cfg.prompts_at_once
+        for some in (prompts[start : start + size] for start in range(0, len(prompts), size)):
             points = torch.tensor([[point for point, _ in prompt] for prompt in some])  # (P, n, 2)
             labels = torch.tensor([[label for _, label in prompt] for prompt in some])  # (P, n)
             points = to_input(points, place)[None].to(features.device)  # (1, P, n, 2)
@@ -364,7 +385,3 @@ class Segmenter:
 
 def _corners(box: Box) -> list[tuple[Point, int]]:
     return [((box[0], box[1]), BOX_START), ((box[2], box[3]), BOX_END)]
-
-
-def _chunks(items: list, size: int) -> Iterator[list]:
-    return (items[i : i + size] for i in range(0, len(items), size))

@@ -21,8 +21,8 @@ from models.dino import DINOConfig
 from models.keymaps import Table
 from models.llava import LlavaConfig
 from models.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
-from models.sam import SAMConfig
 from models.sam_config import PRESETS as SAMS
+from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -498,10 +498,13 @@ def _sam_config(path: Path, tensors: Tensors, assumed: Assumed) -> SAMConfig:
 
 
 def _add_sam(source: Source, config: SAMConfig, table: Table, tensors: Tensors) -> None:
-    named = source.rename(table, tensors)
-    if SAM_FREQUENCIES in named:  # 2π times them is added up: half precision would move the points
-        named[SAM_FREQUENCIES] = replace(named[SAM_FREQUENCIES], castable=False)
-    source.add("sam", config, named)
+    source.add("sam", config, exact_frequencies(source.rename(table, tensors)))
+
+
+def exact_frequencies(tensors: Tensors) -> dict[str, LazyTensor]:
+    """SAM's tensors, of which the random frequencies keep their digits: half precision would move points."""
+    kept = {key: replace(t, castable=False) for key, t in tensors.items() if key == SAM_FREQUENCIES}
+    return {**tensors, **kept}
 
 
 # --- refusals ----------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, PRESETS, Prompts, SAMConfig
+from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, Prompts
+from models.sam_config import PRESETS, SAMConfig
 from tests.make_checkpoints import sam_json
 from tests.parity_case import Case
 from tests.recipe import normal, uniform

@@ -19,7 +19,7 @@ from models.clip import VISION_PRESETS, CLIPTextConfig
 from models.dino import PRESETS as DINOS
 from models.keymaps import CONV, COPY, Row, Table, convert
 from models.llava import LlavaConfig
-from models.sam import PRESETS as SAM_PRESETS
+from models.sam_config import PRESETS as SAM_PRESETS
 from models.unet import UNetConfig, attention_layers
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig

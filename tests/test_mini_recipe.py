@@ -13,7 +13,6 @@ from PIL import Image
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
-from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from moma.adapter import AdapterConfig
@@ -26,6 +25,7 @@ from moma.mini.words import colour_name, words_of
 from moma.mini.world import render
 from moma.pipeline import MoMA
 from moma.training.parallel import Ranks, start_ranks
+from tests.fake_sam import SMALL
 from tests.test_training_loop import ROOT
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -44,10 +44,7 @@ def smallest() -> MiniConfig:
             resnets=1, norm_groups=4,
         ),
         "llava": LlavaConfig(llama=llama, vision=vision),
-        "sam": SAMConfig(
-            width=16, layers=2, heads=2, mlp=16, global_blocks=(1,), window=4, image_size=64, patch=8,
-            out_channels=16, decoder_heads=2, decoder_mlp=16, mask_channels=8, iou_width=16,
-        ),
+        "sam": SMALL,
         "adapter": AdapterConfig(mllm_dim=16, embed_dim=16, learnable_token=True),
     }  # fmt: skip
     few = {"steps": 2, "batch_size": 4, "save_every": 1, "validate_every": 2}

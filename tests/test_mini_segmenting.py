@@ -6,19 +6,13 @@ import pytest
 import torch
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM
-from models.sam_config import SAMConfig
-from models.sam_image import preprocess
 from moma.mini.config import SegmentTrainingConfig
-from moma.mini.segmenting import SegmentTask, dice, focal, prompts, to_sam
+from moma.mini.segmenting import SegmentTask, dice, focal, prompts
 from moma.mini.tasks import Pictures
 from moma.mini.world import render
-from moma.pipeline import to_images
+from tests.fake_sam import SMALL
 
 CFG = SegmentTrainingConfig()
-SMALL = SAMConfig(
-    width=16, layers=2, heads=2, mlp=16, global_blocks=(1,), window=4, image_size=64, patch=8,
-    out_channels=16, decoder_heads=2, decoder_mlp=16, mask_channels=8, iou_width=16,
-)  # fmt: skip
 
 
 def disc(side: int = 64) -> torch.Tensor:
@@ -73,9 +67,3 @@ def test_the_loss_takes_the_best_of_three_masks_and_reaches_every_part() -> None
     losses.sum().backward()
     unused = {name for name, p in sam.named_parameters() if p.grad is None}
     assert all("mask_downscaling" in name for name in unused)  # masks as prompts are not trained
-
-
-def test_pixels_are_those_of_the_public_preprocessing() -> None:
-    image = torch.from_numpy(render(0, "val").image).permute(2, 0, 1)[None]
-    (picture,) = to_images(image / 127.5 - 1 + 1e-4)
-    torch.testing.assert_close(to_sam(image), preprocess(picture, 64)[0])

@@ -78,6 +78,9 @@ def test_segmented_masks_come_back_to_the_pixel(tmp_path):
     for png in ("no base64!", "AAAA", found.segmented.png[:80]):
         with pytest.raises(ValueError, match="mask in the picture's settings is damaged"):
             Segmented("point 30,40", png).picture()
+    damaged = record.to_json().replace(f'"{record.segmented.png}"', "7")
+    with pytest.raises(ValueError, match="settings of another version or damaged"):
+        Record.from_json(damaged)
 
 
 def test_numbers_and_outlines():
@@ -89,7 +92,9 @@ def test_numbers_and_outlines():
     )
     ImageDraw.Draw(large).rectangle((4, 4, 59, 43), fill=255)
     ImageDraw.Draw(small).rectangle((8, 8, 39, 39), fill=255)
-    found = np.asarray(numbered(image, [large, small], NumberedConfig(side=640))).astype(int)
+    found = np.asarray(
+        numbered(image, lambda size: [x.resize(size) for x in (large, small)], NumberedConfig(side=640))
+    ).astype(int)
     assert found.shape == (480, 640, 3)
     red = (found == (255, 0, 0)).all(axis=2)  # the first colour, on lines that are 3 pixels wide
     assert red[42, 300] and red[300, 42] and not red[46, 300] and not red[300, 300]
@@ -97,7 +102,7 @@ def test_numbers_and_outlines():
     right = black[:, 1] > 400  # beside the small rectangle
     assert right.any() and (~right).any()
     assert np.abs(black[~right].mean(axis=0) - (240, 240)).max() < 25
-    assert numbered(image, []).size == (1024, 768)
+    assert numbered(image, lambda size: []).size == (1024, 768)
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):

@@ -257,6 +257,15 @@ def test_a_network_is_asked_after_file_and_alpha_and_before_the_border(tmp_path)
         assert np.array_equal(np.asarray(found.mask), np.asarray(disc()))
 
 
+def test_where_a_network_finds_nothing_the_border_is_looked_at(tmp_path):
+    def segment(image: Image.Image) -> Image.Image:
+        raise ValueError("no object")
+
+    assert find_mask(plain(), segment=segment).source == "border"
+    with pytest.raises(ValueError, match="no object"):
+        find_mask(scene(), segment=segment)
+
+
 def test_busy_border_asks_for_a_mask():
     with pytest.raises(ValueError, match="--mask"):
         find_mask(scene())

@@ -17,15 +17,14 @@ from models.sam import (
     FOREGROUND,
     IGNORED,
     NOT_A_POINT,
-    PRESETS,
     SAM,
     Prompts,
-    SAMConfig,
     from_windows,
     relative_bias,
     relative_positions,
     to_windows,
 )
+from models.sam_config import PRESETS, SAMConfig
 from models.sam_image import MEAN, STD, placement, preprocess, to_input, to_picture
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import TINY as SCALE

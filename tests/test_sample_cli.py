@@ -454,6 +454,7 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --mask {{}}/black.png --object 2": "--mask contradicts --object",
     f"{CAT_ALONE} --object 2 --point 3,4": "--object contradicts --point",
     f"{CAT_ALONE} --list-objects --object 2": "--list-objects contradicts --object",
+    f"{CAT_ALONE} --list-objects --object 0": "--list-objects contradicts --object",
     f"{CAT_ALONE} --prompts no.txt": "not a readable UTF-8",
     f"{CAT_ALONE} --prompts {{}}/binary.txt": "not a readable UTF-8",
     f"{CAT_ALONE} --prompts {{}}/empty.txt": "is empty",

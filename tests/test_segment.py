@@ -1,6 +1,8 @@
 """From SAM's answers to the subject: scenes with drawn candidates whose right answer is known, and the way
 there and back with a network that knows the answers."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from moma.segment import (
     stability,
 )
 from tests.fake_sam import SMALL, FlatSAM
+from tests.golden_files import CARRIED
 
 CFG = SegmentConfig()
 GRID = 64  # of the drawn candidates: the picture has four times as many pixels, as with SAM
@@ -40,6 +43,11 @@ def seen(
     """Candidates with sharp edges; predicted IoU 0.9 unless given."""
     logits = np.where(np.stack(masks), np.float32(8), np.float32(-8))
     return candidates_of(logits, np.array(ious or [0.9] * len(masks)), place, CFG)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """IoU."""
+    return (a & b).sum() / (a | b).sum()
 
 
 ALL = shape("rectangle", 0, 0, 63, 63)
@@ -216,6 +224,19 @@ def test_padding_is_not_the_picture():
     assert found.picture(CFG).size == (200, 100)
 
 
+@pytest.mark.parametrize("picture", ["0", "7", "11", "26"])
+def test_recorded_answers_of_a_trained_network(picture):
+    """What MoMA-mini's SAM said of a render: its surest answers are mostly the background."""
+    with np.load(CARRIED / "sam_candidates.npz") as recorded:
+        logits, ious, true = (recorded[f"{name}.{picture}"] for name in ("logits", "ious", "mask"))
+    found = candidates_of(logits / np.float32(2), ious, placement(GRID, GRID, GRID), CFG)
+    ranked = rank(found, CFG)
+    assert overlap(ranked[0].mask, true) > 0.94
+    assert all(overlap(a.mask, b.mask) < CFG.same for a, b in combinations(ranked, 2))
+    sure = max(found, key=lambda c: c.quality)
+    assert overlap(sure.mask, true) < 0.02
+
+
 # --- prompts of the user -------------------------------------------------------------------------------
 
 
@@ -224,6 +245,14 @@ def test_a_point_means_the_whole():
     found = meant(seen([head, cat, dark], [0.97, 0.93, 0.99]), CFG)
     assert np.array_equal(found.mask, cat)
     assert np.array_equal(meant(seen([half & TOP, half], [0.97, 0.3]), CFG).mask, half & TOP)
+
+
+def test_a_part_that_is_pointed_at_stays_however_small():
+    large, small = shape("rectangle", 4, 4, 53, 53), shape("rectangle", 58, 58, 59, 59)
+    (both,) = seen([large | small])
+    assert np.array_equal(meant([both], CFG).mask, large)
+    assert np.array_equal(meant([both], CFG, [(235, 236)]).mask, large | small)  # 4 pixels a cell
+    assert np.array_equal(meant([both], CFG, [(20, 20)]).mask, large)
 
 
 def test_what_is_pointed_at_need_not_look_like_an_object():

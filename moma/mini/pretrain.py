@@ -57,6 +57,7 @@ from moma.pipeline import set_precision
 from moma.prompts import sd_prompt
 from moma.sampler import TextOnly, denoise
 from moma.segment import Segmenter
+from moma.sources import exact_frequencies
 from moma.tiny import learn_tokenizers, with_vocabularies
 from moma.training.checkpoint import check_same, checkpoints
 from moma.training.common import refuse_quantised
@@ -298,7 +299,10 @@ def judges_numbers(shop: Shop) -> dict[str, float]:
 @torch.no_grad()
 def sam_numbers(shop: Shop) -> dict[str, float]:
     """Mean IoU of the subjects that are found without a click."""
-    segmenter, held = Segmenter(shop.trained("sam", "sam")), shop.pictures("val")
+    network, held = shop.trained("sam", "sam"), shop.pictures("val")
+    for parameter in network.parameters():
+        parameter.data = parameter.to(shop.cfg.dtype).float()  # as the bundle keeps them
+    segmenter = Segmenter(network)
     true = held.masks[: shop.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
     found = torch.zeros_like(true)
     for i, image in enumerate(held.images[: len(true)]):
@@ -415,7 +419,7 @@ def write_bundle(shop: Shop) -> None:
             writer.add_tokenizer(name, shop.tokenizers / name)
         networks = shop.networks()
         for name, stage in stages.items():
-            tensors = read_checkpoint(shop.weights(stage, name))
+            tensors = exact_frequencies(read_checkpoint(shop.weights(stage, name)))
             writer.add(name, networks[name], tensors, SOURCE, shop.cfg.dtype)
         writer.method = dict(shop.cfg.method)
 

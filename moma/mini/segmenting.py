@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
-from models.sam_image import MEAN, STD
+from models.sam_image import normalised
 from moma.mini.base import PretrainingTask
 from moma.mini.config import SegmentTrainingConfig
 from moma.mini.tasks import Pictures
@@ -73,7 +73,7 @@ class SegmentTask(PretrainingTask):
             labels.append(kind)
             targets.append(torch.where(wanted[:, None, None], mask, 1 - mask))  # (P, S, S)
         return {
-            "pixels": to_sam(self.pictures.images[items]), "points": torch.stack(points),
+            "pixels": normalised(self.pictures.images[items]), "points": torch.stack(points),
             "labels": torch.stack(labels), "target": torch.stack(targets), "number": numbers,
         }  # fmt: skip
 
@@ -112,8 +112,3 @@ def _somewhere(where: Tensor, generator: torch.Generator) -> Tensor:
     """A random pixel where a mask (S, S) is True, as x, y (2,)."""
     places = where.nonzero()  # (n, 2) as y, x
     return places[torch.randint(len(places), (), generator=generator)].flip(0).float()
-
-
-def to_sam(images: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S), S the network's size -> float32, normalised as `models.sam_image` does."""
-    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
