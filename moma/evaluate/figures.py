@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from moma.bundle import DTYPES, SCORERS, Bundle
-from moma.cli import SCENES, Parser, parse_size, subject_of_file
+from moma.cli import SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered
@@ -41,7 +41,6 @@ from moma.pipeline import Job, Result, choose_device, choose_dtype, set_precisio
 from moma.preprocess import find_mask, make_reference, on_white, open_image
 from moma.prompts import check_prompt
 from moma.segment import Segmenter
-from sample import WEIGHTS, check_writable
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
