@@ -176,7 +176,7 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert list(found[0]["values"]) == ["DINO ViT-S/16", "CLIP-I ViT-B/32", "CLIP-T ViT-B/32"]
     assert found[1]["file"] == "moma/hat/a-top-hat-in-the-snow-0.png"
     table = (tmp_path / "table.md").read_text()
-    assert "- masks: 4 given" in table and "read 'photo of a {subject}. {prompt}'" in table
+    assert "- masks: 2 given" in table and "read 'photo of a {subject}. {prompt}'" in table
     assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
     assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"

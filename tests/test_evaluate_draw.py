@@ -18,6 +18,7 @@ from moma.bundle import Bundle
 from moma.diffusion import intervals
 from moma.evaluate import draw as drawing
 from moma.evaluate.draw import DRAFTS, SETTINGS, DraftFile, Run, batches, begun, draw, missing
+from moma.evaluate.ip_adapter import IPAdapterConfig
 from moma.evaluate.methods import METHODS, Loader, Method
 from moma.evaluate.protocol import Prompt, ProtocolConfig, Subject, tasks_of
 from moma.evaluate.references import Masks, find_references
@@ -284,8 +285,8 @@ def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
         replace(run, sample=replace(SMALL, steps=7)),
         r"other settings: sample.steps 5 then, 7 now; choose another --out, or delete it",
     )
-    scaled = replace(run.loader, settings={"scale": 0.6})
-    refused(replace(run, loader=scaled), "loader.scale")
+    scaled = replace(run.loader, settings=IPAdapterConfig(scale=0.6))
+    refused(replace(run, loader=scaled), r"loader.scale .* 0.6 now")
     refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 then, 0.5 now")
     hashes = {
         name: {**entry, "sha256": {f: "0" for f in entry["sha256"]}}
@@ -340,6 +341,19 @@ def test_two_ranks_draw_one_half_each(run: Run, unet: Counted, whole: dict[str, 
     assert len(files(run)) == 2 and len(unet.steps) == STEPS
     draw(run, Rank(1, 2, torch.device("cpu"), first.said))
     assert files(run) == whole and len(unet.steps) == CALLS
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError("no"), torch.OutOfMemoryError("no")])
+def test_all_ranks_stop_at_what_stops_one(error: Exception) -> None:
+    """None is left waiting for the first."""
+    first = Rank(0, 2, torch.device("cpu"))
+
+    def fail() -> None:
+        raise error
+
+    for rank in (first, Rank(1, 2, torch.device("cpu"), first.said)):
+        with pytest.raises(type(error), match="no"):
+            rank.once(fail)
 
 
 def test_each_reference_in_turn(run: Run) -> None:

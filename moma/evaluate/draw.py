@@ -76,7 +76,7 @@ class Run:
                 name: getattr(self.protocol, name)
                 for name in ("context_strength", "texture_strength", "reference")
             },
-            "loader": self.loader.settings,
+            "loader": asdict(self.loader.settings) if self.loader.settings else {},
             "weights": {file: digest for file, digest in self.bundle.hashes.items() if file in files},
         }
 

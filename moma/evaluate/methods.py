@@ -6,8 +6,8 @@ All of them read the same text (`moma.prompts.sd_prompt`) and start from the sam
 Letters: B images, R = 2B rows of a UNet call, C context tokens, h w latents, E embedding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ class Loader:
 
     load: Callable[..., Method]
     networks: tuple[str, ...]  # of the bundle, that the method draws with
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what else decides its pictures; JSON
+    settings: Any = None  # a frozen dataclass of what else decides its pictures
 
     def __call__(
         self, folder: str | Path, device: str = "auto", dtype: str = "auto", **options: Any
@@ -246,11 +246,11 @@ def load_baseline(folder: str | Path, device: str, dtype: str) -> Method:
 
 METHODS: dict[str, Loader] = {
     "moma": Loader(load_moma, (*DRAWING, "vision", "llava")),
-    "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision"), asdict(AS_PUBLISHED)),
+    "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision"), AS_PUBLISHED),
     "text": Loader(load_text, BASE),
 }
 # Stands for "ip-adapter" in MoMA-mini's world.
-BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"), asdict(ON_WHITE))
+BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"), ON_WHITE)
 
 
 def _image_prompt(
