@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from moma import Job, MoMA, Question, Result, Subject, load_decoder
 from moma.bundle import DTYPES, SAMPLING, Bundle
-from moma.cli import Request, parse_args, request_of_args, request_of_record, weight_hashes
+from moma.cli import (
+    WEIGHTS,
+    Request,
+    check_writable,
+    parse_args,
+    request_of_args,
+    request_of_record,
+    weight_hashes,
+)
 from moma.diffusion import ScheduleConfig, intervals
 from moma.embeddings import EmbeddingCache, embeddings
 from moma.graphs import choose_recorder
@@ -46,7 +54,6 @@ from moma.segment import Segmenter
 from moma.tiny import SOURCE as TINY_SOURCE
 from moma.tiny import build_tiny_bundle
 
-WEIGHTS = [Path(__file__).parent / "weights" / name for name in ("moma", "mini")]  # the first that exists
 NOTES = {
     TINY_SOURCE: "pseudo-random weights, so the pictures are noise",
     MINI_SOURCE: "MoMA-mini, a small model of a drawn world (cats, cars, teapots ... of 64 pixels)",
@@ -178,14 +185,6 @@ def check_sam(who: str, bundle: Bundle) -> None:
             f"{who} SAM, which {bundle.folder} does not have: add it with convert_weights.py --with sam"
             f" --base-bundle {bundle.folder} --out {bundle.folder}_sam, or give a mask with --mask FILE"
         )
-
-
-def check_writable(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{option} {folder}: cannot write there ({error.strerror})") from None
 
 
 # --- the mask ----------------------------------------------------------------------------------------

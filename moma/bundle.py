@@ -80,6 +80,11 @@ TOWER = "tower."  # where the llava module keeps the network "vision"
 LM_HEAD = "llama.lm_head."
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bf16'"""
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
+
+
 def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.Module:
     """An uninitialised network; unet: the sizes that adapters follow."""
     builders: dict[str, Callable[[], nn.Module]] = {

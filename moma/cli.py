@@ -7,6 +7,7 @@ picture that is to be drawn again. Either way mistakes are ValueErrors of one li
 import argparse
 import importlib.metadata
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from moma.output import InputFile, Record, Segmented
 from moma.pipeline import choose_device
 from moma.segment import Box, Pick, Point
 
+# Folders of weights where none is given: the first that exists.
+WEIGHTS = [Path(__file__).parents[1] / "weights" / name for name in ("moma", "mini")]
 # Of the prompts when none is given; MoMA-mini knows them too.
 SCENES = ("on the beach", "in the snow", "in the forest", "at sunset")
 NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
@@ -327,6 +330,15 @@ def read_prompts(path: Path) -> list[str]:
     if not any(lines):
         raise ValueError(f"--prompts {path}: is empty, expected one prompt per line")
     return [line for line in lines if line]
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Make the folder; ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: cannot write there ({error.strerror})") from None
 
 
 def weight_hashes(bundle: Bundle) -> dict[str, str]:

@@ -241,8 +241,13 @@ class MoMA:
 
     def embed(self, subject: Subject, prompt: str) -> Tensor:
         """The decoder's image embedding (1, E) for one subject and prompt: one pass of the MLLM."""
-        self._check_decoder(subject)
-        return self.decoder([Question(subject.reference.white, subject.word, prompt)])[0]
+        return self.embed_each([(subject, prompt)])[0]
+
+    def embed_each(self, pairs: Sequence[tuple[Subject, str]]) -> list[Tensor]:
+        """The same for many pairs, bit for bit; a streamed MLLM reads its weights once for many of them."""
+        for subject, _ in pairs:
+            self._check_decoder(subject)
+        return self.decoder([Question(one.reference.white, one.word, prompt) for one, prompt in pairs])
 
     def _check_decoder(self, subject: Subject) -> None:
         if self.decoder is None or subject.reference is None:
@@ -333,8 +338,7 @@ class MoMA:
     def _embed_once(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Each job's embedding (1, E); the MLLM reads every pair of subject and prompt once, by itself."""
         pairs = list(dict.fromkeys((job.subject, job.prompt) for job in jobs if job.embedding is None))
-        questions = [Question(subject.reference.white, subject.word, prompt) for subject, prompt in pairs]
-        found = dict(zip(pairs, self.decoder(questions), strict=True)) if pairs else {}
+        found = dict(zip(pairs, self.embed_each(pairs), strict=True)) if pairs else {}
         return [
             found[job.subject, job.prompt]
             if job.embedding is None

@@ -1,6 +1,7 @@
 """`python -m moma.evaluate` as a whole: on MoMA-mini's world, on photos, and on others' pictures."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from moma.evaluate import __main__ as evaluate
 from moma.evaluate import draw as drawing
 from moma.evaluate import plan as planning
 from moma.evaluate.options import parse
-from moma.evaluate.protocol import open_dataset, tasks_of
+from moma.evaluate.protocol import limited, open_dataset, tasks_of
 from moma.mini import evaluation
 from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write_world
 from moma.mini.probes import draw_all
@@ -175,6 +176,7 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert list(found[0]["values"]) == ["DINO ViT-S/16", "CLIP-I ViT-B/32", "CLIP-T ViT-B/32"]
     assert found[1]["file"] == "moma/hat/a-top-hat-in-the-snow-0.png"
     table = (tmp_path / "table.md").read_text()
+    assert "- masks: 2 given" in table and "read 'photo of a {subject}. {prompt}'" in table
     assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
     assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"
@@ -216,8 +218,9 @@ def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch
 def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
     """A check of the scorers: no generator takes part."""
     given = ["--dataset", str(place / "data"), "--scorers", str(place / "tiny")]
-    assert command(tmp_path, *given) == 0
-    assert rows(tmp_path) == [] and "| Real images |" in (tmp_path / "table.md").read_text()
+    assert command(tmp_path / "new" / "out", *given) == 0
+    table = (tmp_path / "new" / "out" / "table.md").read_text()
+    assert rows(tmp_path / "new" / "out") == [] and "| Real images |" in table
 
 
 @pytest.mark.parametrize(
@@ -230,6 +233,10 @@ def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
         (["--method", "ip-adapter"], "has no ip_adapter"),
         (["--images", "moma"], "expected NAME=DIR"),
         (["--images", "moma=x"], "is the name of something else"),
+        (["--images", "Real images=x"], "is the name of something else"),
+        (["--images", "a=x", "--images", "a=y"], "--images a: given twice, x and y"),
+        (["--method", "moma", "--method", "moma=x"], "--method moma: given twice"),
+        (["--magic"], "unrecognized arguments: --magic"),
         (["--images", "theirs={}/data"], "6 of 6 pictures are missing"),
         (["--masks", "{}/data/hat"], "holds no mask of these pictures"),
         (["--scorers", str(MINI)], "has no network that scores"),
@@ -253,6 +260,41 @@ def test_mistakes_take_one_line(
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("evaluate: error: ") and words in error[0]
     assert not (tmp_path / "out" / "moma").exists()
+
+
+def test_pictures_that_cannot_be_read_are_found_first(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photo that only scorers would see, and somebody else's picture."""
+    monkeypatch.delattr(evaluate, "draw")
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    scoring = ["--dataset", str(data), "--scorers", str(place / "tiny"), "--no-added"]
+    theirs = tmp_path / "theirs"
+    for task in tasks_of(limited(open_dataset(data), None, (2, 1)), 1):
+        (theirs / task.file).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(theirs / task.file)
+    for path in (theirs / task.file, data / "my_cat" / "1.png"):
+        path.write_bytes(path.read_bytes()[:-200])
+        assert command(tmp_path / "out", *scoring, "--images", f"theirs={theirs}") == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and str(path) in error[0] and "broken or cut off" in error[0]
+
+
+def test_moma_does_not_stand_in_for_an_ip_adapter(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """In the world, where a bundle's own adapter is asked for."""
+    for given in (["--method", "moma", "--method", "ip-adapter"], ["--method", f"ip-adapter={MINI}"]):
+        assert command(tmp_path / "out", "--world", *given) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and "is MoMA's; with --world give a bundle whose" in error[0]
+    other = parse(["--world", "--method", "moma", "--method", f"ip-adapter={tmp_path}"], "")
+    assert other.methods["ip-adapter"] == tmp_path and not (tmp_path / "out").exists()
+
+
+def test_mistaken_limits_write_no_world(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert evaluate.run(["--world", "--bundle", str(MINI), "--prompts", "0", "--out", str(out)]) == 2
+    assert not out.exists()
 
 
 def test_a_world_without_its_scorers(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,15 @@
 """Drawing that goes on: killed anywhere and started again it leaves the pictures of a run that was not."""
 
+import io
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.unet import UNet
@@ -15,6 +18,7 @@ from moma.bundle import Bundle
 from moma.diffusion import intervals
 from moma.evaluate import draw as drawing
 from moma.evaluate.draw import DRAFTS, SETTINGS, DraftFile, Run, batches, begun, draw, missing
+from moma.evaluate.ip_adapter import IPAdapterConfig
 from moma.evaluate.methods import METHODS, Loader, Method
 from moma.evaluate.protocol import Prompt, ProtocolConfig, Subject, tasks_of
 from moma.evaluate.references import Masks, find_references
@@ -222,6 +226,52 @@ def test_a_damaged_draft_is_drawn_anew(run: Run, unet: Counted, whole: dict[str,
     assert left_over(run) == [SETTINGS]
 
 
+@pytest.mark.parametrize("state", [{"stamps": ["a"], "step": {"latents": 1}}, {"step": 1}, [1]])
+def test_a_draft_of_another_version_is_removed(tmp_path: Path, state: Any) -> None:
+    file = DraftFile(tmp_path / "draft.pt", ("a",), STEPS)
+    torch.save(state, file.path)
+    assert file.read() is None and not file.path.exists()
+
+
+def test_a_draft_goes_on_in_smaller_batches(run: Run, unet: Counted) -> None:
+    """No step but the one after the last that was kept is taken again."""
+    run = replace(run, sample=replace(SMALL, solver="dpm"), tasks=run.tasks[:2])
+    other = replace(run, folder=run.folder.with_name("dpm"))
+    draw(other, ONE)
+    unet.steps.clear()
+    unet.left = 3
+    with pytest.raises(Killed):
+        draw(run, ONE)
+    (draft,) = (run.folder / DRAFTS).iterdir()
+    unet.left = float("inf")
+    unet.steps.clear()
+    draw(replace(run, sample=replace(run.sample, batch_size=1)), ONE)
+    assert len(unet.steps) == 2 * (STEPS - 2) and not draft.exists() and left_over(run) == [SETTINGS]
+    for name, image in files(other).items():
+        drawn, expected = (Image.open(io.BytesIO(data)) for data in (files(run)[name], image))
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_pictures_of_two_drafts_are_drawn_once(run: Run, unet: Counted) -> None:
+    """As a run leaves them that was killed while it cut a draft up: the larger one counts."""
+    unet.left = 3
+    with pytest.raises(Killed):
+        draw(run, ONE)
+    (path,) = (run.folder / DRAFTS).iterdir()
+    stamps = tuple(run.stamps()[task] for task in run.tasks[:2])
+    DraftFile.of(run, stamps[1:]).write(DraftFile(path, stamps, STEPS).read())
+    assert begun(run, run.tasks) == [stamps] and list(path.parent.iterdir()) == [path]
+
+
+def test_a_step_of_a_batch_is_no_more_than_a_picture(run: Run, unet: Counted) -> None:
+    """Batches have no more pictures than these have steps, lest a kill costs more than a picture's work."""
+    short = replace(run, sample=replace(SMALL, steps=1))
+    draw(short, ONE)
+    assert len(unet.steps) == 4 and len(files(short)) == 4
+    batch = replace(run.method, m_gen_norm="batch")
+    assert drawing.batch_size(replace(short, method=batch), run.loader(run.bundle.folder)) == BATCH
+
+
 def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
     draw(run, ONE)
     unet.steps.clear()
@@ -235,6 +285,8 @@ def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
         replace(run, sample=replace(SMALL, steps=7)),
         r"other settings: sample.steps 5 then, 7 now; choose another --out, or delete it",
     )
+    scaled = replace(run.loader, settings=IPAdapterConfig(scale=0.6))
+    refused(replace(run, loader=scaled), r"loader.scale .* 0.6 now")
     refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 then, 0.5 now")
     hashes = {
         name: {**entry, "sha256": {f: "0" for f in entry["sha256"]}}
@@ -265,7 +317,6 @@ def test_batches_are_the_same_however_much_is_done(run: Run) -> None:
     half = [stamps[task] for task in every[2]]
     absent = [task for task in run.tasks if task not in every[2][:3]]  # killed while it wrote
     assert batches(run, absent, [half], 4) == [every[2], every[0], every[1], every[3]]
-    assert batches(run, run.tasks, [half], 3) == batches(run, run.tasks, [], 3), "too large for now"
 
 
 @dataclass(frozen=True)
@@ -277,7 +328,8 @@ class Rank(Ranks):
     def share(self, value: Any) -> Any:
         if self.main:
             self.said.append(value)
-        return self.said[0]
+            return value
+        return self.said.pop(0)
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -291,14 +343,27 @@ def test_two_ranks_draw_one_half_each(run: Run, unet: Counted, whole: dict[str, 
     assert files(run) == whole and len(unet.steps) == CALLS
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), OSError("no"), torch.OutOfMemoryError("no")])
+def test_all_ranks_stop_at_what_stops_one(error: Exception) -> None:
+    """None is left waiting for the first."""
+    first = Rank(0, 2, torch.device("cpu"))
+
+    def fail() -> None:
+        raise error
+
+    for rank in (first, Rank(1, 2, torch.device("cpu"), first.said)):
+        with pytest.raises(type(error), match="no"):
+            rank.once(fail)
+
+
 def test_each_reference_in_turn(run: Run) -> None:
     """Picture n of the subject conditions the n-th picture of a prompt."""
     run = replace(run, protocol=ProtocolConfig(reference="each"))
     seen: list[str] = []
 
-    def subject_of(method: Method, reference: Any, word: str) -> Any:
+    def subject_of(method: Method, prompts: Any, reference: Any, word: str) -> Any:
         seen.append(reference.photo.name)
-        return original(method, reference, word)
+        return original(method, prompts, reference, word)
 
     original, drawing.subject_of = drawing.subject_of, subject_of
     try:

@@ -18,6 +18,7 @@ from moma.chart import DotsConfig, Panel, Series, dots
 from moma.estimates import estimate
 from moma.evaluate.page import PageConfig, write_outputs, write_page
 from moma.evaluate.published import DREAMBOOTH, UNSTATED
+from moma.evaluate.rate import embed_files
 from moma.evaluate.scores import Score
 from moma.evaluate.tables import NONE, Results, tables, tables_markdown
 
@@ -51,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
     """An output folder with a picture, and photos beside it."""
     out = tmp_path / "out"
     out.mkdir()
-    Image.new("RGB", (20, 20), (200, 40, 40)).save(out / "x.png")
+    Image.new("RGB", (40, 40), (200, 40, 40)).save(out / "x.png")
     Image.new("RGB", (400, 300), (40, 40, 200)).save(tmp_path / "photo.jpg")
     return out
 
@@ -155,10 +156,15 @@ def test_json_and_csv_hold_every_score(folder):
 
 
 def whole_protocol() -> tuple[list[Score], dict[str, dict[str, float]], set[str]]:
-    """30 subjects, 100 pictures of each: 80 of a context, 20 of a texture; and another texture of each."""
+    """30 subjects, 4 pictures of each of 20 contexts and 5 textures; and another texture of each."""
     subjects = [f"s{i}" for i in range(30)]
-    kinds = ["context"] * 80 + ["texture"] * 20
-    scores = [a_score("one", s, k, i, 0.5, 0.6, 0.3) for s in subjects for i, k in enumerate(kinds)]
+    kinds = ["context"] * 20 + ["texture"] * 5
+    scores = [
+        replace(a_score("one", s, kind, n, 0.5, 0.6, 0.3), prompt=f"prompt {i}")
+        for s in subjects
+        for i, kind in enumerate(kinds)
+        for n in range(4)
+    ]
     prompts = {score.prompt for score in scores}
     added = [replace(a_score("one", s, "texture", 0, 0.9, 0.9, 0.9), prompt="added") for s in subjects]
     return scores + added, {s: {DINO: 0.77, CLIP_I: 0.88} for s in subjects}, prompts
@@ -193,7 +199,9 @@ def test_published_rows_fill_no_column_of_another_variant():
     assert table.head[2:4] == ["DINO ViT-B/16", DINO]
 
 
-@pytest.mark.parametrize("case", ["a picture less", "a subject less", "other prompts", "real ones alone"])
+@pytest.mark.parametrize(
+    "case", ["a picture less", "a subject less", "a prompt less", "other prompts", "real ones alone"]
+)
 def test_published_rows_only_beside_the_whole_protocol(case):
     scores, real, prompts = whole_protocol()
     if case == "a picture less":
@@ -201,6 +209,11 @@ def test_published_rows_only_beside_the_whole_protocol(case):
     elif case == "a subject less":
         scores = [replace(s, subject="s0") if s.subject == "s1" else s for s in scores]
         del real["s1"]
+    elif case == "a prompt less":  # and as many pictures of the others
+        scores = [s for s in scores if s.prompt != "prompt 0"]
+        again = (" 1", " 2", " 3", " 4")
+        scores += [replace(s, number=4) for s in scores if s.prompt[-2:] in again][::4]
+        assert sum(s.prompt != "added" for s in scores) == 3000
     elif case == "other prompts":
         prompts = set()
     else:
@@ -258,7 +271,7 @@ def test_page_refers_only_to_files_beside_it(folder):
     names = ["a b#1%.png", "q?.png", "dir/ü.png"]
     (folder / "dir").mkdir()
     for name in names:
-        (folder / "x.png").rename(folder / name) if name == names[-1] else Image.new("RGB", (8, 8)).save(
+        (folder / "x.png").rename(folder / name) if name == names[-1] else Image.new("RGB", (32, 32)).save(
             folder / name
         )
     scores = [replace(score, file=names[i % 3]) for i, score in enumerate(SCORES)]
@@ -311,6 +324,20 @@ def test_embedded_page_is_a_single_file(folder, tmp_path):
     # One subject, one picture of each method and prompt, of seven.
     assert len(page.of("figure", **{"class": "shot"})) == 2 and "2 of 7 pictures are shown" in page.text
     assert not (folder / "real").exists()
+
+
+def test_transparent_parts_of_photos_are_white(folder):
+    """As methods and scorers see them, whatever colour lies below."""
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folder / "clear.png")
+    write_outputs(folder, [], FOUND, FACTS, {"cat": [folder / "clear.png"]})
+    assert np.asarray(Image.open(folder / "real/000-0.jpg")).min() > 250
+
+    class Seen:
+        def embed_images(self, images):
+            return images
+
+    ((seen,),) = embed_files([Seen()], [folder / "clear.png"])
+    assert seen.mode == "RGB" and seen.getextrema() == ((255, 255),) * 3
 
 
 def test_real_images_alone(folder):

@@ -11,7 +11,7 @@ from PIL import Image
 from moma.config import DEFAULT
 from moma.evaluate import protocol
 from moma.evaluate.protocol import ProtocolConfig, limited, open_dataset, prompts_for, tasks_of
-from moma.evaluate.references import Masks, find_references
+from moma.evaluate.references import Masks, Reference, find_references
 from tests.test_pipeline import mask, picture
 
 # Of the lines of google/dreambooth's dataset/prompts_and_classes.txt (commit e9b8c01): "folder,class", then
@@ -65,6 +65,13 @@ def test_counts_of_the_whole_protocol(tmp_path: Path) -> None:
     assert Counter(task.kind for task in tasks) == {"context": 2400, "texture": 600}
     with_added = tasks_of(open_dataset(tmp_path / "dataset"), 4)
     assert Counter(task.kind for task in with_added) == {"context": 2400, "texture": 1800}
+
+
+def test_the_whole_dataset_is_known_by_its_photos(tmp_path: Path) -> None:
+    subjects = open_dataset(dreambooth(tmp_path))
+    assert protocol.is_dreambooth(subjects) and not protocol.is_dreambooth(subjects[1:])
+    (tmp_path / "vase" / "05.jpg").unlink()
+    assert not protocol.is_dreambooth(open_dataset(tmp_path))
 
 
 def test_prompts_of_a_live_subject_and_an_object() -> None:
@@ -122,6 +129,9 @@ def test_own_subjects_and_folders_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "my_mug" / "b.PNG").touch()
     (tmp_path / "my_mug" / "a.jpg").touch()
     (tmp_path / "my_mug" / "notes.txt").touch()
+    (tmp_path / "my_mug" / "a.webp").touch()
+    refused("my_mug/a: 2 pictures of that name, expected one")
+    (tmp_path / "my_mug" / "a.webp").unlink()
     (subject,) = open_dataset(tmp_path)
     assert [path.name for path in subject.photos] == ["a.jpg", "b.PNG"] and subject.word == "mug"
     own.unlink()
@@ -183,6 +193,27 @@ def test_masks_come_from_files_then_transparency_then_the_segmenter(
     assert found(photos, other, tmp_path / "out") == expected and len(asked) == 4
     plain = found(photos[2:], Masks(), tmp_path / "out")
     assert plain["c.png"] == area(20) and plain["d.png"] == pytest.approx(area(30), rel=0.02)
+
+
+def test_masks_of_odd_names_and_where_they_are_from(photos: list[Path], tmp_path: Path) -> None:
+    given = tmp_path / "given" / "cat"
+    given.mkdir(parents=True)
+    odd = photos[0].rename(photos[0].with_name("IMG [1].jpg"))
+    mask(10).save(given / "IMG [1].png")
+    for _ in range(2):  # found, then found again
+        masks = Masks(tmp_path / "given", lambda image: mask(15))
+        references = find_references([odd, *photos[1:3]], masks, tmp_path / "out", 64, DEFAULT)
+        assert [one.source for one in references.values()] == ["file", "sam", "alpha"]
+
+
+def test_references_are_known_by_their_pixels(photos: list[Path], tmp_path: Path) -> None:
+    """Another Pillow's PNG of the same mask is the same mask."""
+    covers = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, radius, level in zip(covers, (20, 20, 21), (1, 9, 1), strict=True):
+        mask(radius).save(path, compress_level=level)
+    assert covers[0].read_bytes() != covers[1].read_bytes()
+    first, again, other = (Reference.of(photos[0], path, "file").digest for path in covers)
+    assert first == again != other and first != Reference.of(photos[1], covers[0], "file").digest
 
 
 def test_pictures_without_a_mask_are_named_together(photos: list[Path], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Each figure of the command on tiny networks: what its columns have in common, and in what they differ."""
 
+import json
+import shutil
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -159,6 +161,16 @@ def test_community_of_one_model_twice_and_of_another(folder, judges):
     assert far(once.images[0], other.images[0]) > 0 and other.name == str(judges)
     named = columns_of("community", folder, "--bundle", judges)
     assert [column.name for column in named] == ["tiny", "judges"]
+
+
+def test_each_bundle_is_checked(folder, judges, tmp_path, monkeypatch, capsys):
+    """Before the first column is drawn: the second bundle's decoder lacks the layers it is to read."""
+    monkeypatch.delattr(Bundle, "build")
+    shutil.copytree(judges, tmp_path / "second")
+    manifest = tmp_path / "second" / "config.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"method": {"mllm_layers": 99}}))
+    assert figures.run(options("community", folder, "--bundle", manifest.parent)) == 2
+    assert "mllm_layers 99: expected 1 to" in capsys.readouterr().err
 
 
 def test_methods_side_by_side(folder, whole, judges, capsys):

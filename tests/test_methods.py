@@ -153,6 +153,10 @@ def test_moma_reads_each_pair_of_subject_and_prompt_once(folder, monkeypatch):
     for prompt in (PROMPT, "a cat"):
         jobs = [method.job(subject, prompt, seed) for seed in (0, 1) for subject in (first, second)]
     assert len(asked) == 4 and [job.seed for job in jobs] == [0, 0, 1, 1]
+    together = method.subject(image, mask, "cat")  # as a streamed MLLM wants it
+    method.read([(together, prompt) for prompt in (PROMPT, "a cat", PROMPT)])
+    assert len(asked) == 5 and [question.prompt for question in asked[4]] == [PROMPT, "a cat"]
+    assert torch.equal(method.job(together, "a cat", 0).embedding, jobs[0].embedding) and len(asked) == 5
     assert not torch.equal(first.layers[0].k, second.layers[0].k), "the seed is the reference noise's"
 
 

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from PIL import Image
 
-from moma.bench.measure import BenchConfig, Point, memory_of, name_of, seconds_of
+from moma.bench.measure import BenchConfig, Point, memory_of, seconds_of
 from moma.bench.step import Networks, make_step
+from moma.bundle import dtype_name
 from moma.chart import ChartConfig, Colour, Line, chart
 from moma.config import SampleConfig
 from moma.diffusion import Interval, ScheduleConfig, intervals
@@ -46,7 +47,7 @@ def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: 
     step = make_step(networks, cfg, batch)
     memory = memory_of(step.moma, networks.device)  # the call that does not count
     plain, moma = seconds_of(step.plain), seconds_of(step.moma)
-    return Point(axis, value, name_of(networks.dtype), plain, moma, memory)
+    return Point(axis, value, dtype_name(networks.dtype), plain, moma, memory)
 
 
 def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
@@ -61,7 +62,7 @@ def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
     for steps in cfg.lengths:
         path = intervals(ScheduleConfig(), steps, "ddim")
         plain, moma = (seconds_of(partial(loop, guide, path)) for guide in (TextOnly(step.text), step.cond))
-        yield Point("steps", steps, name_of(networks.dtype), plain, moma, None)
+        yield Point("steps", steps, dtype_name(networks.dtype), plain, moma, None)
 
 
 def curves_picture(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:

@@ -36,13 +36,12 @@ from moma.bench.measure import (
     matmul_peak,
     median_of,
     memory_of,
-    name_of,
     part_of,
     relative_error,
     watched,
 )
 from moma.bench.step import Networks, make_step, pseudo_random
-from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
+from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, dtype_name, expected_shapes
 from moma.decoder import Question
 from moma.memory import pictures_at_once
 from moma.pipeline import load_decoder
@@ -114,7 +113,7 @@ def picture(size: int) -> Image.Image:
 
 def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """One question to the MLLM, its weights in memory or read from the file block by block."""
-    kind, repeats = name_of(dtype), min(cfg.repeats, FlowConfig().repeats)
+    kind, repeats = dtype_name(dtype), min(cfg.repeats, FlowConfig().repeats)
     question = [Question(picture(cfg.size), WORD, PROMPT)]
     streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
     error = relative_error(streamed(question)[0], resident(question)[0])
@@ -168,7 +167,7 @@ def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
         return  # `moma.bench.step.steps` has it
     step = make_step(networks, cfg, together)
     seconds = median_of(step.moma, cfg.repeats)
-    yield Part(step_name(together), name_of(networks.dtype), seconds)
+    yield Part(step_name(together), dtype_name(networks.dtype), seconds)
 
 
 def at_once(cfg: BenchConfig, device: torch.device) -> int:
@@ -186,7 +185,7 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     it anew for each picture, with its own step; what else it does is taken to be as fast as ours. Loading
     and text encoding are in neither.
     """
-    kind, n, steps = name_of(dtype), cfg.pictures, cfg.steps
+    kind, n, steps = dtype_name(dtype), cfg.pictures, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
     together = at_once(cfg, device)
@@ -207,7 +206,7 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
 
 def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """Most memory of `sample.py` from its start to its end; on CPUs without the files that are mapped."""
-    kind, least = name_of(dtype), f"pipeline {device.type}"
+    kind, least = dtype_name(dtype), f"pipeline {device.type}"
     with tempfile.TemporaryDirectory() as out:
         picture(cfg.size).save(Path(out, "ref.png"))
         options = {

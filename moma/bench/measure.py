@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from models.unet import SD15, UNetConfig
-from moma.bundle import DTYPES
+from moma.bundle import dtype_name
 from moma.masks import Grid
 
 GIB = 2**30
@@ -116,10 +116,6 @@ def half(key: str, dtype: torch.dtype) -> str:
     return key if dtype == torch.float32 else f"{key} half"
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return next(name for name, kind in DTYPES.items() if kind == dtype)
-
-
 # --- seconds -----------------------------------------------------------------------------------------
 
 
@@ -189,7 +185,7 @@ def part_of(
 ) -> Part:
     """A call's line; peak: of `matmul_peak`."""
     flops = operations(call)
-    return Part(what, name_of(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
+    return Part(what, dtype_name(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

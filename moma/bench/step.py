@@ -27,10 +27,10 @@ from moma.bench.measure import (
     in_turn,
     matmul_peak,
     median_of,
-    name_of,
     part_of,
     relative_error,
 )
+from moma.bundle import dtype_name
 from moma.config import DEFAULT
 from moma.graphs import GraphedUNet, Recorder, choose_recorder
 from moma.masks import m_gen_of_layer, m_ref_of_layer
@@ -80,7 +80,11 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
     error = max(relative_error(a, b) for a, b in zip(fused(), explicit(), strict=True))
     seconds = in_turn(explicit, fused, cfg.repeats)
     return Ratio(
-        "Eq. 3, explicit (probabilities in fp32) / fused", name_of(dtype), cfg.wanted["eq3"], *seconds, error
+        "Eq. 3, explicit (probabilities in fp32) / fused",
+        dtype_name(dtype),
+        cfg.wanted["eq3"],
+        *seconds,
+        error,
     )
 
 
@@ -182,7 +186,7 @@ def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
 @torch.no_grad()
 def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found]:
     """Whole UNet calls; baseline: the module tests.baseline, or None."""
-    device, dtype, kind = networks.device, networks.dtype, name_of(networks.dtype)
+    device, dtype, kind = networks.device, networks.dtype, dtype_name(networks.dtype)
     step = make_step(networks, cfg)
     plain, moma = in_turn(step.plain, step.moma, cfg.repeats)
     reference = median_of(step.reference, cfg.repeats)
@@ -216,5 +220,5 @@ def graphed(cfg: BenchConfig, step: Step, make_recorder: Callable[[], Recorder])
         step.moma(unet)
     error = relative_error(step.moma(unet), step.moma())
     seconds = in_turn(step.moma, lambda: step.moma(unet), cfg.repeats)
-    kind = name_of(step.networks.dtype)
+    kind = dtype_name(step.networks.dtype)
     return Ratio("MoMA step, eager / CUDA graph", kind, cfg.wanted["graph"], *seconds, error)

@@ -22,10 +22,10 @@ from moma.bench.measure import (
     in_turn,
     median_of,
     memory_of,
-    name_of,
     relative_error,
 )
 from moma.bench.step import pseudo_random, square
+from moma.bundle import dtype_name
 from moma.config import DEFAULT
 from moma.training.common import pack, train_only
 from moma.training.memory import kept_for_backward
@@ -86,7 +86,7 @@ def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ba
 
 def training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: Any) -> Iterator[Found]:
     """baseline: the module tests.baseline, or None."""
-    kind = name_of(dtype)
+    kind = dtype_name(dtype)
     ours = make_training(cfg, device, dtype)
     if baseline is None:
         yield Part(STEP, kind, median_of(ours, cfg.repeats), memory=memory_of(ours, device))

@@ -6,12 +6,14 @@
 
 A batch's state is kept as often as one picture's worth of steps has been done, and until all its pictures are
 written: whenever a run ends, no more than that is lost. Batches do not depend on where a run was killed, so
-that the pictures are those of a run that was not, bit for bit where the device repeats itself.
+that the pictures are those of a run that was not, bit for bit where the device repeats itself; where they
+have to be smaller than before, a batch under way is cut up and goes on in parts.
 """
 
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -74,6 +76,7 @@ class Run:
                 name: getattr(self.protocol, name)
                 for name in ("context_strength", "texture_strength", "reference")
             },
+            "loader": asdict(self.loader.settings) if self.loader.settings else {},
             "weights": {file: digest for file, digest in self.bundle.hashes.items() if file in files},
         }
 
@@ -104,31 +107,55 @@ class DraftFile:
     stamps: tuple[str, ...]  # of the batch's pictures
     steps: int  # of a picture
 
+    @classmethod
+    def of(cls, run: Run, stamps: Sequence[str]) -> "DraftFile":
+        path = run.folder / DRAFTS / f"{_digest(stamps)[:NAME]}.pt"
+        return cls(path, tuple(stamps), run.sample.steps)
+
     def read(self) -> Step | None:
-        state = _load(self.path)
-        if state is None:
-            return None
-        history = state["step"].pop("history")
-        return Step(**state["step"], history=None if history is None else History(**history))
+        kept = _load(self.path)
+        return kept and kept.step
 
     def keep(self, step: Step) -> None:
         """After as many steps of the batch as take no longer than all steps of one picture."""
         last = step.index + 1 == self.steps
         if last or (step.index + 1) % max(1, self.steps // len(self.stamps)) == 0:
-            step = step.to("cpu")
-            history = None if step.history is None else step.history._asdict()
-            part = self.path.with_suffix(".part")
-            torch.save({"stamps": list(self.stamps), "step": step._asdict() | {"history": history}}, part)
-            os.replace(part, self.path)
+            self.write(step)
+
+    def write(self, step: Step) -> None:
+        step = step.to("cpu")
+        history = None if step.history is None else step.history._asdict()
+        part = self.path.with_suffix(".part")
+        torch.save({"stamps": list(self.stamps), "step": step._asdict() | {"history": history}}, part)
+        os.replace(part, self.path)
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """What `DraftFile.keep` wrote; None where there is nothing that can be used."""
+class Kept(NamedTuple):
+    """A batch's state, and what it is of."""
+
+    stamps: tuple[str, ...]
+    step: Step
+
+    def rows(self, part: slice) -> "Kept":
+        """The state of some of the pictures."""
+        s = self.step
+        cut = {"latents": s.latents[part].clone(), "noise_pred": s.noise_pred[part].clone()}
+        m_gen = None if s.m_gen is None else s.m_gen[part].clone()
+        history = s.history and s.history._replace(x0=s.history.x0[part].clone())
+        return Kept(self.stamps[part], s._replace(**cut, m_gen=m_gen, history=history))
+
+
+def _load(path: Path) -> Kept | None:
+    """What `DraftFile.write` wrote; None where there is nothing that can be used."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        history = state["step"].pop("history")
+        step = Step(**state["step"], history=None if history is None else History(**history))
+        return Kept(tuple(state["stamps"]), step)
     except FileNotFoundError:
         return None
-    except (RuntimeError, EOFError, UnpicklingError):  # what a dying machine has left behind
+    # What a dying machine or another version has left behind.
+    except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, AttributeError):
         path.unlink()
         return None
 
@@ -165,23 +192,44 @@ def missing(run: Run) -> list[Task]:
 
 
 def begun(run: Run, absent: Sequence[Task]) -> list[tuple[str, ...]]:
-    """The batches that were under way, as stamps of their pictures; drafts of finished ones are removed."""
+    """The batches that were under way, as stamps of their pictures.
+
+    Drafts of which nothing is wanted are removed, and so are those that share a picture with a larger one.
+    """
     stamps = run.stamps()
-    known, wanted, found = set(stamps.values()), {stamps[task] for task in absent}, []
-    for path in sorted((run.folder / DRAFTS).glob("*.pt")):
-        state = _load(path)
-        if state is not None and known >= set(state["stamps"]):
-            if wanted & set(state["stamps"]):
-                found.append(tuple(state["stamps"]))
-            else:
-                path.unlink()
+    known, wanted, taken, found = set(stamps.values()), {stamps[task] for task in absent}, set(), []
+    drafts = [(path, _load(path)) for path in sorted((run.folder / DRAFTS).glob("*.pt"))]
+    whole = [(path, kept.stamps) for path, kept in drafts if kept and known >= set(kept.stamps)]
+    for path, own in sorted(whole, key=lambda draft: -len(draft[1])):
+        if wanted & set(own) and not taken & set(own):
+            found.append(own)
+            taken |= set(own)
+        else:
+            path.unlink()
+    return found
+
+
+def cut_up(run: Run, drafts: Sequence[tuple[str, ...]], size: int) -> list[tuple[str, ...]]:
+    """The batches that were under way; those that are too large for now in parts, each with a draft."""
+    found = []
+    for stamps in drafts:
+        file = DraftFile.of(run, stamps)
+        kept = _load(file.path) if len(stamps) > size else None
+        if kept is None:
+            found.append(stamps)
+            continue
+        parts = [kept.rows(slice(start, start + size)) for start in range(0, len(stamps), size)]
+        for part in parts:
+            DraftFile.of(run, part.stamps).write(part.step)
+        file.path.unlink()
+        found += [part.stamps for part in parts]
     return found
 
 
 def batches(run: Run, absent: Sequence[Task], drafts: Sequence[Sequence[str]], size: int) -> list[list[Task]]:
     """What is drawn together: first the batches that were under way, then, of a subject, what is absent."""
     tasks = {stamp: task for task, stamp in run.stamps().items()}
-    first = [[tasks[stamp] for stamp in stamps] for stamps in drafts if len(stamps) <= size]
+    first = [[tasks[stamp] for stamp in stamps] for stamps in drafts]
     taken = {task for batch in first for task in batch}
     rest = []
     for _, group in groupby((t for t in absent if t not in taken), key=lambda task: task.subject.name):
@@ -215,9 +263,11 @@ def draw(run: Run, ranks: Ranks) -> None:
     if not absent:
         return
     method = run.loader(run.bundle.folder, str(ranks.device), run.dtype)
-    todo = batches(run, absent, drafts, method.pipe.at_once(run.sample))
+    size = batch_size(run, method)
+    drafts = ranks.once(lambda: cut_up(run, drafts, size))
+    todo = batches(run, absent, drafts, size)
     own = todo[len(todo) * ranks.rank // ranks.world : len(todo) * (ranks.rank + 1) // ranks.world]
-    open_subject = lru_cache(maxsize=SUBJECTS_KEPT)(partial(subject_of, method))
+    open_subject = lru_cache(maxsize=SUBJECTS_KEPT)(partial(subject_of, method, prompts_of(run, own)))
     stamps, wanted, done = run.stamps(), set(absent), 0
     for batch in own:
         draw_batch(run, method, open_subject, batch, [stamps[task] for task in batch], wanted)
@@ -228,9 +278,29 @@ def draw(run: Run, ranks: Ranks) -> None:
         end(run)
 
 
-def subject_of(method: Method, reference: Reference, word: str) -> moma.Subject:
+def batch_size(run: Run, method: Method) -> int:
+    """Pictures at once; no more than steps, so that one step of all is no more work than one picture."""
+    size = method.pipe.at_once(run.sample)
+    return size if run.method.m_gen_norm == "batch" else min(size, run.sample.steps)
+
+
+Prompts = Mapping[tuple[Reference, str], Sequence[str]]  # of each reference and word
+
+
+def prompts_of(run: Run, todo: Sequence[Sequence[Task]]) -> Prompts:
+    found: dict[tuple[Reference, str], list[str]] = defaultdict(list)
+    for batch in todo:
+        for task in batch:
+            found[run.reference(task), task.subject.word].append(task.prompt)
+    return found
+
+
+def subject_of(method: Method, prompts: Prompts, reference: Reference, word: str) -> moma.Subject:
+    """With the embeddings of all its prompts, which a streamed MLLM makes together."""
     with Image.open(reference.mask) as mask:
-        return method.subject(open_image(reference.photo), mask.convert("L"), word)
+        subject = method.subject(open_image(reference.photo), mask.convert("L"), word)
+    method.read([(subject, prompt) for prompt in prompts[reference, word]])
+    return subject
 
 
 def draw_batch(
@@ -252,7 +322,7 @@ def draw_batch(
         for task in batch
     ]
     (run.folder / DRAFTS).mkdir(exist_ok=True)
-    draft = DraftFile(run.folder / DRAFTS / f"{_digest(stamps)[:NAME]}.pt", tuple(stamps), run.sample.steps)
+    draft = DraftFile.of(run, stamps)
     results = method.pipe.run(jobs, run.sample, draft=draft)
     for task, stamp, result in zip(batch, stamps, results, strict=True):
         if task in wanted:

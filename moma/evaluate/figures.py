@@ -16,15 +16,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from PIL import Image
 
 from moma.bundle import DTYPES, SCORERS, Bundle
-from moma.cli import SCENES, Parser, parse_size, subject_of_file
+from moma.cli import SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
 from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered
+from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, load_scorers, measure
 from moma.evaluate.scores import Score, averages
 from moma.output import (
@@ -37,11 +38,10 @@ from moma.output import (
     save_png,
     write_text,
 )
-from moma.pipeline import Job, Result, choose_device, choose_dtype, set_precision
+from moma.pipeline import Job, Result, check_method, choose_device, choose_dtype, set_precision
 from moma.preprocess import find_mask, make_reference, on_white, open_image
 from moma.prompts import check_prompt
 from moma.segment import Segmenter
-from sample import WEIGHTS, check_writable
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
@@ -53,7 +53,7 @@ OF_MATERIALS = tuple(
     f"{'an' if what[0] in 'aeiou' else 'a'} {what} {SUBJECT} {SCENES[0]}" for what in MATERIALS
 )
 
-CONTEXT, TEXTURE = 1.0, 0.4  # β for a new scene and for a new texture, the paper's
+CONTEXT, TEXTURE = (ProtocolConfig().strength(kind) for kind in get_args(Kind))  # β of a scene, of a texture
 NAMES = {"moma": "MoMA", "ip-adapter": "IP-Adapter", "text": "text only"}  # of methods, for people
 
 
@@ -119,9 +119,10 @@ def load(loader: Loader, folder: Path, request: Request) -> Method:
 
 
 def make_jobs(method: Method, request: Request) -> list[Job]:
-    """A picture of each `Wanted`; a photo is encoded once."""
+    """A picture of each `Wanted`; a photo is encoded once, and the MLLM reads all prompts together."""
     photos = dict.fromkeys(photo for photo, _ in request.wanted)
     subjects = {photo: method.subject(photo.image, photo.mask, photo.word) for photo in photos}
+    method.read([(subjects[photo], prompt) for photo, prompt in request.wanted])
     return [method.job(subjects[photo], prompt, request.seed) for photo, prompt in request.wanted]
 
 
@@ -418,23 +419,29 @@ def loaders_of(args: argparse.Namespace, request: Request) -> Loaders:
 def check(args: argparse.Namespace, request: Request, loaders: Loaders) -> MethodConfig:
     """ValueError for whatever would fail later; what the first bundle's weights need of the method."""
     for _, loader, folder in loaders:
-        loader.check(Bundle.open(folder))
-    bundle = Bundle.open(request.bundles[0])
-    method, sample, factor = method_config(**bundle.method), request.sample, bundle.config("vae").factor
-    for strength in (sample.strength, *getattr(args, "strengths", ())):
-        replace(sample, strength=strength).check(factor)
-    intervals(ScheduleConfig(), sample.steps, sample.solver)
-    for photo, prompt in request.wanted:
-        if photo.mask:
-            make_reference(photo.image, photo.mask, bundle.image_size, method)
-        check_prompt(photo.word, prompt, method.absent_label, bundle.clip_tokenizer())
+        check_way(Bundle.open(folder), loader, args, request)
+    intervals(ScheduleConfig(), request.sample.steps, request.sample.solver)
     choose_dtype(request.dtype, choose_device(request.device))
     if args.scorers and not set(SCORERS) & set(Bundle.open(args.scorers).networks):
         raise ValueError(f"--scorers {args.scorers}: has none of {', '.join(SCORERS)}; convert one into it")
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out}: expected a name that ends in .png")
     check_writable("--out", args.out.parent)
-    return method
+    return method_config(**Bundle.open(request.bundles[0]).method)
+
+
+def check_way(bundle: Bundle, loader: Loader, args: argparse.Namespace, request: Request) -> None:
+    """ValueError for what a bundle cannot draw, or not with this method."""
+    loader.check(bundle)
+    method, tokenizer = method_config(**bundle.method), bundle.clip_tokenizer()
+    if loader is METHODS["moma"]:
+        check_method(method, bundle)
+    for strength in (request.sample.strength, *getattr(args, "strengths", ())):
+        replace(request.sample, strength=strength).check(bundle.config("vae").factor)
+    for photo, prompt in request.wanted:
+        if photo.mask:
+            make_reference(photo.image, photo.mask, bundle.image_size, method)
+        check_prompt(photo.word, prompt, method.absent_label, tokenizer)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,10 @@ Letters: B images, R = 2B rows of a UNet call, C context tokens, h w latents, E 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -35,10 +36,8 @@ from moma.pipeline import (
 from moma.preprocess import make_reference
 from moma.sampler import Guide, TextOnly
 
-# Embeddings that a method keeps: those of a subject's prompts (25, and 10 of textures), so that each pair of
-# subject and prompt is read once, in whatever order its pictures come.
-EMBEDDINGS_KEPT = 40
 BASE = ("unet", "vae", "text")  # the networks that every method draws with
+AS_PUBLISHED, ON_WHITE = IPAdapterConfig(), IPAdapterConfig(picture="white")
 TRAINED = ("mapping.", "subject.", "token")  # of an adapter, what is no IP-Adapter's
 
 
@@ -102,6 +101,9 @@ class BaseModel(MoMA):
     def embed(self, subject: Subject, prompt: str) -> Tensor:
         return torch.empty(1, 0)
 
+    def embed_each(self, pairs: Sequence[tuple[Subject, str]]) -> list[Tensor]:
+        return [self.embed(subject, prompt) for subject, prompt in pairs]
+
     @torch.no_grad()
     def guide(self, jobs: Sequence[Job], embeddings: Sequence[Tensor], config: SampleConfig) -> Guide:
         text, negative = self.read_texts(jobs)  # 2 x (B, T, context_dim)
@@ -152,13 +154,23 @@ class Method:
         return self.pipe.encode_subject(image, mask, word, seed=seed)
 
     @torch.no_grad()
+    def read(self, pairs: Sequence[tuple[Subject, str]]) -> None:
+        """Embed prompts of subjects for the jobs to come; a streamed MLLM reads its weights once for many."""
+        known = self._embeddings
+        new = [(one, prompt) for one, prompt in dict.fromkeys(pairs) if prompt not in known.get(one, ())]
+        found = self.pipe.embed_each(new) if new else []
+        for (subject, prompt), embedding in zip(new, found, strict=True):
+            known.setdefault(subject, {})[prompt] = embedding
+
     def job(self, subject: Subject, prompt: str, seed: int, strength: float | None = None) -> Job:
         """One picture to draw, with its embedding. strength: MoMA's β; other methods have none."""
-        return Job(subject, prompt, seed, strength=strength, embedding=self._embed(subject, prompt))
+        self.read([(subject, prompt)])
+        return Job(subject, prompt, seed, strength=strength, embedding=self._embeddings[subject][prompt])
 
     @cached_property
-    def _embed(self) -> Callable[[Subject, str], Tensor]:
-        return lru_cache(maxsize=EMBEDDINGS_KEPT)(self.pipe.embed)
+    def _embeddings(self) -> WeakKeyDictionary[Subject, dict[str, Tensor]]:
+        """Of each subject's prompts (25, and 10 of textures), each read once; they go with their subjects."""
+        return WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,7 @@ class Loader:
 
     load: Callable[..., Method]
     networks: tuple[str, ...]  # of the bundle, that the method draws with
+    settings: Any = None  # a frozen dataclass of what else decides its pictures
 
     def __call__(
         self, folder: str | Path, device: str = "auto", dtype: str = "auto", **options: Any
@@ -219,7 +232,7 @@ def load_ip_adapter(
     folder: str | Path, device: str, dtype: str, cfg: IPAdapterConfig | None = None
 ) -> Method:
     """The public weights, converted: `convert_weights.py ip-adapter_sd15.safetensors image_encoder/ ...`."""
-    prompt = partial(_image_prompt, ("ip_adapter", "ip_vision"), cfg or IPAdapterConfig())
+    prompt = partial(_image_prompt, ("ip_adapter", "ip_vision"), cfg or AS_PUBLISHED)
     return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
 
 
@@ -227,16 +240,17 @@ def load_baseline(folder: str | Path, device: str, dtype: str) -> Method:
     """An IP-Adapter that train.py has made: it is a part of the bundle's adapter, and reads the embedding of
     LLaVA's image tower before its projection, of subjects on white (`moma.training.cache`).
     """
-    prompt = partial(_image_prompt, ("adapter", "vision"), IPAdapterConfig(picture="white"))
+    prompt = partial(_image_prompt, ("adapter", "vision"), ON_WHITE)
     return Method("ip-adapter", load_without_mllm(ImagePrompting, folder, device, dtype, prompt))
 
 
 METHODS: dict[str, Loader] = {
     "moma": Loader(load_moma, (*DRAWING, "vision", "llava")),
-    "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision")),
+    "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision"), AS_PUBLISHED),
     "text": Loader(load_text, BASE),
 }
-BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"))  # stands for "ip-adapter" in MoMA-mini
+# Stands for "ip-adapter" in MoMA-mini's world.
+BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"), ON_WHITE)
 
 
 def _image_prompt(

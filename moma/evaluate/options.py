@@ -1,16 +1,17 @@
 """The options of `python -m moma.evaluate`."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from moma.bundle import DTYPES
+from moma.cli import Parser
 from moma.config import SampleConfig
 from moma.diffusion import SOLVERS
 from moma.evaluate.methods import METHODS
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
+from moma.evaluate.tables import REAL
 
 MINI = Path("weights/mini")
 MASKS, WORLD = "masks", "world"  # folders in the output's, beside those of methods
@@ -43,17 +44,22 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     if args.masks and args.world:
         raise ValueError("--masks contradicts --world, which has its own")
     bundle = args.bundle or (MINI if args.world else None)
-    images = dict(_pair(text, "--images") for text in args.images)
-    methods = {}
+    images: dict[str, Path] = {}
+    for text in args.images:
+        name, folder = _pair(text, "--images")
+        _add(images, "--images", name, folder)
+    methods: dict[str, Path] = {}
     for text in args.method or (["moma"] if bundle and not images else []):
         name, _, folder = text.partition("=")
         if name not in METHODS:
             raise ValueError(f"--method {text}: expected one of {', '.join(METHODS)}, maybe with =BUNDLE")
         if not folder and bundle is None:
             raise ValueError(f"--method {name} draws with which weights? Give --bundle DIR")
-        methods[name] = Path(folder) if folder else bundle
-    if both := sorted(set(images) & {*METHODS, MASKS, WORLD}):
+        _add(methods, "--method", name, Path(folder) if folder else bundle)
+    if both := sorted(set(images) & {*METHODS, MASKS, WORLD, REAL}):
         raise ValueError(f"--images {both[0]}=...: is the name of something else, choose another")
+    if args.world and "ip-adapter" in methods:
+        _check_baseline(args.method, methods)
     if args.scorers is None and bundle is None:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
@@ -77,9 +83,25 @@ def _pair(text: str, option: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _check_baseline(given: Sequence[str], methods: Mapping[str, Path]) -> None:
+    """ValueError where MoMA's own adapter would be drawn with as if it were the IP-Adapter."""
+    moma = {folder.resolve() for folder in (MINI, methods.get("moma", MINI))}
+    if "ip-adapter" in given or methods["ip-adapter"].resolve() in moma:
+        raise ValueError(
+            f"--method ip-adapter: {methods['ip-adapter']} is MoMA's; with --world give a bundle whose"
+            " adapter is an IP-Adapter that train.py has made: --method ip-adapter=DIR"
+        )
+
+
+def _add(known: dict[str, Path], option: str, name: str, folder: Path) -> None:
+    if name in known:
+        raise ValueError(f"{option} {name}: given twice, {known[name]} and {folder}; expected it once")
+    known[name] = folder
+
+
+def _parser(description: str) -> Parser:
     base, protocol = SampleConfig(), ProtocolConfig()
-    parser = argparse.ArgumentParser("python -m moma.evaluate", description=description)
+    parser = Parser("python -m moma.evaluate", description=description)
     add = parser.add_argument_group("the subjects").add_argument
     add("--dataset", type=Path, metavar="DIR", help="google/dreambooth's `dataset`, or one of its form:"
         f" a folder of pictures for each subject; {OWN} in it names their classes")  # fmt: skip

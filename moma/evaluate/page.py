@@ -15,12 +15,13 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from moma.chart import Colour, DotsConfig, Panel, Series, dots
 from moma.evaluate.scores import Score, averages
 from moma.evaluate.tables import KINDS, REAL, Results, scores_csv, scores_json, tables_html, tables_markdown
 from moma.output import save_png, write_bytes, write_text
+from moma.preprocess import on_white, open_image
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHART = "subjects.png"
@@ -244,11 +245,7 @@ def _embedded(folder: Path, cfg: PageConfig, file: str) -> str:
 
 def _small(file: Path, cfg: PageConfig) -> bytes:
     """A picture as JPEG, no larger than asked."""
-    try:
-        with Image.open(file) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError):
-        raise ValueError(f"picture {str(file)!r}: expected a picture that can be read") from None
+    small = on_white(open_image(file))
     small.thumbnail((cfg.side, cfg.side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=cfg.quality)

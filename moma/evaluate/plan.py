@@ -1,6 +1,10 @@
-"""What an evaluation is to do, from its options; all mistakes are found here, before weights are loaded."""
+"""What an evaluation is to do, from its options; mistakes are found here, before anything is drawn or scored.
 
-from collections.abc import Callable, Mapping, Sequence
+No weights are read for that but SAM's, where it is asked for masks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moma.bundle import DTYPES, SCORERS, Bundle
+from moma.bundle import SCORERS, Bundle, dtype_name
+from moma.cli import check_writable
 from moma.config import method_config
 from moma.diffusion import ScheduleConfig, intervals
 from moma.evaluate.draw import Run, check_settings
@@ -20,6 +25,8 @@ from moma.evaluate.protocol import (
     OWN,
     Subject,
     Task,
+    check_limits,
+    is_dreambooth,
     limited,
     open_dataset,
     prompts_for,
@@ -29,9 +36,13 @@ from moma.evaluate.rate import find_pictures
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
 from moma.pipeline import check_method, choose_dtype
-from moma.prompts import check_prompt
+from moma.preprocess import MaskSource, open_image
+from moma.prompts import SD_TEMPLATE, check_prompt
 from moma.segment import Segmenter
 
+SOURCES: dict[MaskSource, str] = {
+    "file": "given", "alpha": "by transparency", "sam": "by SAM", "border": "by a plain background",
+}  # fmt: skip
 ADDED_NOTE = "; those for things `made of` something are not DreamBooth's"
 
 
@@ -56,15 +67,19 @@ def prepare(options: Options, device: torch.device) -> Plan:
     for run in runs:
         check_settings(run)
         pictures[run.name] = {task: run.folder / task.file for task in tasks}
+    check_readable(photo for subject in subjects for photo in subject.photos)
+    check_readable(path for name in options.images for path in pictures[name].values())
+    check_writable("--out", options.out)
     references = open_references(options, masks, tasks, runs, str(device)) if runs else {}
     runs = [replace(run, references=references) for run in runs]
-    own = options.world or (options.dataset / OWN).exists()
+    own = options.world or (options.dataset / OWN).exists() or not is_dreambooth(subjects)
     known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
     return Plan(subjects, runs, pictures, facts(options, subjects, runs), frozenset(known))
 
 
 def open_data(options: Options) -> tuple[list[Subject], Path | None]:
     """The subjects with their prompts, and the folder of their masks, if there is one."""
+    check_limits(options.subjects, options.prompts)
     if options.world:
         number = WorldEvaluation().subjects if options.subjects is None else options.subjects
         subjects, masks = write_world(options.out / WORLD, WorldEvaluation(subjects=number))
@@ -83,6 +98,12 @@ def check_scorer_files(options: Options) -> None:
         )
 
 
+def check_readable(files: Iterable[Path]) -> None:
+    """ValueError for a picture that cannot be read to its end."""
+    for file in files:
+        open_image(file)
+
+
 def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], device: torch.device) -> Run:
     """A method's pictures, without references; reads no weights."""
     bundle, loader = Bundle.open(folder), loader_of(name, options)
@@ -97,8 +118,7 @@ def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], d
     tokenizer = bundle.clip_tokenizer()
     for word, prompt in dict.fromkeys((task.subject.word, task.prompt) for task in tasks):
         check_prompt(word, prompt, method.absent_label, tokenizer)
-    kind = choose_dtype(options.dtype, device)[0]
-    dtype = next(text for text, dtype in DTYPES.items() if dtype == kind)
+    dtype = dtype_name(choose_dtype(options.dtype, device)[0])
     target = options.out / name
     return Run(name, target, bundle, loader, method, dtype, sample, options.protocol, tasks, {})
 
@@ -140,9 +160,13 @@ def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) ->
         "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
         "pictures": f"{protocol.per_prompt} of each prompt",
         "reference": shown[protocol.reference],
+        "text": f"methods that draw here read {SD_TEMPLATE!r}",
         "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
         "scorers": str(options.scorers),
     }
+    if runs:
+        counts = Counter(reference.source for reference in runs[0].references.values())
+        told["masks"] = ", ".join(f"{counts[name]} {how}" for name, how in SOURCES.items() if counts[name])
     for run in runs:
         s = run.sample
         how = f"{s.steps} steps of {s.solver}, guidance {s.guidance:g}, {s.width}x{s.height} pixels"

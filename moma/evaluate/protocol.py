@@ -9,6 +9,7 @@ without saying which: the ten materials here are our own choice.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ CLASSES = {
     "poop_emoji": "toy", "rc_car": "toy", "red_cartoon": "cartoon", "robot_toy": "toy",
     "shiny_sneaker": "sneaker", "teapot": "teapot", "vase": "vase", "wolf_plushie": "stuffed animal",
 }  # fmt: skip
+# Most have five photos.
+SIX = ("backpack", "berry_bowl", "can", "clock", "dog2", "dog3", "fancy_boot", "pink_sunglasses")
+PHOTOS = dict.fromkeys(CLASSES, 5) | dict.fromkeys((*SIX, "shiny_sneaker", "vase"), 6)
+PHOTOS |= dict.fromkeys(("duck_toy", "red_cartoon"), 4)
 LIVE = ("cat", "dog")  # classes that wear things; all others are objects
 PLACES = (
     "a {} in the jungle",
@@ -68,7 +73,7 @@ MATERIALS = ("wood", "stone", "gold", "glass", "ice", "paper", "leather", "knitt
 ADDED = tuple(f"a {{}} made of {material}" for material in MATERIALS)  # not DreamBooth's
 
 OFFICIAL, OWN = "prompts_and_classes.txt", "subjects.json"  # files beside the subjects' folders
-PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,9 @@ def tasks_of(subjects: Sequence[Subject], per_prompt: int) -> list[Task]:
 def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[int] | None) -> list[Subject]:
     """The first subjects, each with the first prompts; prompts: of contexts and of textures, or of either.
 
-    None = all. ValueError for a number that leaves nothing.
+    None = all. ValueError for a number that leaves nothing (`check_limits`).
     """
-    if number is not None and number < 1:
-        raise ValueError(f"{number} subjects: expected 1 or more")
-    if prompts is not None and not (1 <= len(prompts) <= 2 and min(prompts) >= 0 and max(prompts) > 0):
-        given = " ".join(map(str, prompts))
-        raise ValueError(f"{given} prompts: expected how many contexts and textures, not both 0")
+    check_limits(number, prompts)
     chosen = list(subjects[:number])
     if prompts is None:
         return chosen
@@ -173,6 +174,14 @@ def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[i
         )
         for one in chosen
     ]  # fmt: skip
+
+
+def check_limits(number: int | None, prompts: Sequence[int] | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError(f"{number} subjects: expected 1 or more")
+    if prompts is not None and not (1 <= len(prompts) <= 2 and min(prompts) >= 0 and max(prompts) > 0):
+        given = " ".join(map(str, prompts))
+        raise ValueError(f"{given} prompts: expected how many contexts and textures, not both 0")
 
 
 # --- the dataset's folder ----------------------------------------------------------------------------
@@ -205,11 +214,19 @@ def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
 
 
 def pictures_in(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a folder, sorted by name; ValueError for none."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    """The pictures of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(PICTURES))})")
+        raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+    names = Counter(path.stem for path in found)
+    if (name := next((name for name in names if names[name] > 1), None)) is not None:
+        raise ValueError(f"{folder / name}: {names[name]} pictures of that name, expected one; rename them")
     return tuple(found)
+
+
+def is_dreambooth(subjects: Sequence[Subject]) -> bool:
+    """Whether these are all of DreamBooth's subjects, with all their photos."""
+    return {subject.name: len(subject.photos) for subject in subjects} == PHOTOS
 
 
 def _own_classes(path: Path) -> Mapping[str, str]:

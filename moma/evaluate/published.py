@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SUBJECTS, PICTURES = 30, 3000  # of the protocol: 25 prompts, 4 pictures of each
+SUBJECTS, PROMPTS, PER_PROMPT = 30, 25, 4  # of the protocol
+PICTURES = SUBJECTS * PROMPTS * PER_PROMPT
 # Who does not say which network was used cannot stand in the column of one.
 UNSTATED = ("DINO, variant not stated", "CLIP-I, variant not stated", "CLIP-T, variant not stated")
 NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 pictures of each: from the papers of
 DreamBooth (arXiv 2208.12242, Table 1) and BLIP-Diffusion (arXiv 2305.14720), the others as later comparisons
 give them. DreamBooth's DINO is ViT-S/16; where the network is not known, figures have columns of their own.
-Figures of other protocols, and MoMA's own (arXiv 2404.05674, Table 1), are not included."""
+Figures of other protocols are not included; MoMA's own (arXiv 2404.05674, Table 1) were not at hand."""
 
 
 @dataclass(frozen=True)

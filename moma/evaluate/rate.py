@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
-from moma.evaluate.protocol import PICTURES, Subject, Task
+from moma.evaluate.protocol import SUFFIXES, Subject, Task
 from moma.evaluate.scorers import ImageScorer, measure, measure_real
 from moma.evaluate.scores import Score
-from moma.preprocess import open_image
+from moma.preprocess import on_white, open_image
 
 LAYOUT = (
     "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in small letters with - for all that is no letter"
@@ -26,25 +25,22 @@ def find_pictures(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; {LAYOUT}")
     there = {
-        path.with_suffix(""): path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in PICTURES
+        path.with_suffix(""): path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in SUFFIXES
     }
     found = {task: there.get((folder / task.file).with_suffix("")) for task in tasks}
     if missing := [task for task, path in found.items() if path is None]:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(tasks)} pictures are missing, the first is {missing[0].file};"
-            f" {LAYOUT}; --subjects, --prompts and --per-prompt ask for fewer"
+            f" {LAYOUT}; --no-added asks for DreamBooth's 25 prompts alone, --subjects, --prompts and"
+            " --per-prompt for fewer"
         )
     return found
 
 
 def embed_files(scorers: Sequence[ImageScorer], files: Iterable[Path]) -> list[Tensor]:
     """One (N, E) for each scorer."""
-    images = [_opaque(file) for file in files]
+    images = [on_white(open_image(file)) for file in files]
     return [scorer.embed_images(images) for scorer in scorers]
-
-
-def _opaque(file: Path) -> Image.Image:
-    return open_image(file).convert("RGB")
 
 
 def embed_real(scorers: Sequence[ImageScorer], subjects: Sequence[Subject]) -> dict[str, list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from moma.config import MethodConfig
 from moma.output import read_stamp, save_png
-from moma.preprocess import find_mask, make_reference, open_image
+from moma.preprocess import MaskSource, find_mask, make_reference, open_image
 
 LISTED = 8  # pictures named in an error
 
@@ -20,11 +21,15 @@ class Reference:
 
     photo: Path
     mask: Path  # mode L, 255 = subject
-    digest: str  # of both
+    digest: str  # of both: of their pixels, which another PNG of the same picture has, too
+    source: MaskSource  # of the mask
 
     @classmethod
-    def of(cls, photo: Path, mask: Path) -> "Reference":
-        return cls(photo, mask, sha256(photo.read_bytes() + mask.read_bytes()).hexdigest())
+    def of(cls, photo: Path, mask: Path, source: MaskSource) -> "Reference":
+        digest = sha256()
+        for image in (open_image(photo), Image.open(mask)):
+            digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+        return cls(photo, mask, digest.hexdigest(), source)
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,19 @@ class Masks:
     def given(self, photo: Path) -> Path | None:
         if self.folder is None:
             return None
-        return next(iter(sorted((self.folder / photo.parent.name).glob(f"{photo.stem}.*"))), None)
+        return next(iter(sorted((self.folder / photo.parent.name).glob(f"{escape(photo.stem)}.*"))), None)
 
-    def save(self, photo: Path, target: Path) -> None:
-        """Write the mask of a picture, unless `segment` has found it there before. ValueError for none."""
+    def save(self, photo: Path, target: Path) -> MaskSource:
+        """Write the mask of a picture, unless `segment` has found it there before, and say where it is from.
+
+        ValueError for none.
+        """
         given, stamp = self.given(photo), sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
         if given is None and self.segment is not None and read_stamp(target) == stamp:
-            return
+            return "sam"
         found = find_mask(open_image(photo), given, segment=self.segment)
         save_png(target, found.mask, stamp=stamp if found.source == "sam" else None)
+        return found.source
 
 
 def find_references(
@@ -67,9 +76,9 @@ def find_references(
         target = out / photo.parent.name / f"{photo.stem}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            masks.save(photo, target)
+            source = masks.save(photo, target)
             make_reference(open_image(photo), Image.open(target), size, method)
-            found[photo] = Reference.of(photo, target)
+            found[photo] = Reference.of(photo, target, source)
         except ValueError as error:
             problems[photo] = error
     if problems:

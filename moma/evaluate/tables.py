@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 
 from moma.estimates import Estimate, estimate
-from moma.evaluate.published import DREAMBOOTH, NOTE, PICTURES, SUBJECTS, UNSTATED, Published
+from moma.evaluate.published import (
+    DREAMBOOTH,
+    NOTE,
+    PER_PROMPT,
+    PICTURES,
+    PROMPTS,
+    SUBJECTS,
+    UNSTATED,
+    Published,
+)
 from moma.evaluate.scores import Score
 from moma.output import markdown_table
 
@@ -65,8 +74,8 @@ class Results:
         if not self.dreambooth or len(self.subjects) != SUBJECTS:
             return None
         own = [score for score in self.scores if score.prompt in self.dreambooth]
-        counts = Counter(score.method for score in own)
-        done = [score for score in own if counts[score.method] == PICTURES]
+        mine = {method: [score for score in own if score.method == method] for method in self.methods}
+        done = [score for scores in mine.values() if _complete(scores) for score in scores]
         return done if done or not self.scores else None
 
     @cached_property
@@ -116,6 +125,13 @@ class Results:
         for name, values in [*((s.file, s.values) for s in self.scores), *self.real.items()]:
             if bad := [column for column, value in values.items() if not math.isfinite(value)]:
                 raise ValueError(f"score of {name!r}: {bad[0]} is {values[bad[0]]}, expected a number")
+
+
+def _complete(scores: Sequence[Score]) -> bool:
+    """Whether a method's pictures of DreamBooth's prompts are the protocol's: each prompt of each subject."""
+    counts = Counter((score.subject, score.prompt) for score in scores)
+    numbers = {(score.subject, score.prompt, score.number) for score in scores if score.number < PER_PROMPT}
+    return len(counts) == SUBJECTS * PROMPTS and len(numbers) == len(scores) == PICTURES
 
 
 # --- numbers -----------------------------------------------------------------------------------------

@@ -9,21 +9,18 @@ Letters: N pictures or texts, S picture side, E embedding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.clip import CLIPText, CLIPVision
-from models.clip_image import clip_image
+from models.clip import CLIP, CLIPConfig
 from models.loading import load_into, read_checkpoint, save_tensors
-from models.tokenizers import ClipTokenizer
 from moma.bundle import Bundle
 from moma.evaluate.protocol import Prompt, Subject
-from moma.evaluate.scorers import BATCH, ImageScorer
+from moma.evaluate.scorers import BATCH, CLIPScorer, ImageScorer
 from moma.mini.drawing import stream
 from moma.mini.probes import SEEDS, Probes, judge, load_probes, stacked
 from moma.mini.world import CLASSES, DEFAULT, MATERIALS, SCENES, Spec, WorldConfig, draw, prompt
@@ -100,32 +97,6 @@ class IdentityScorer:
         return judge(self.probes, stacked(seen), BATCH).embedding
 
 
-@dataclass(frozen=True)
-class MiniCLIPScorer:
-    """MoMA-mini's CLIP."""
-
-    text: CLIPText
-    vision: CLIPVision
-    heads: nn.ModuleDict  # text_head, vision_head: into the joint space
-    tokenizer: ClipTokenizer
-    columns: tuple[str, ...] = ("CLIP-I MoMA-mini", "CLIP-T MoMA-mini")
-
-    @torch.no_grad()
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size -> (N, E) of unit length."""
-        pixels = torch.stack([clip_image(image, self.vision.cfg.image_size) for image in images])
-        rows = [
-            self.heads["vision_head"](self.vision(some)[1]) for some in pixels.split(BATCH)
-        ]  # (n, E) each
-        return F.normalize(torch.cat(rows), dim=1)  # (N, E)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(N, E) of unit length."""
-        rows = [self.heads["text_head"](self.text(ids)[1]) for ids in self.tokenizer.ids(texts).split(BATCH)]
-        return F.normalize(torch.cat(rows), dim=1)  # (N, E)
-
-
 def mini_scorers(folder: Path) -> list[ImageScorer]:
     """The scorers beside and in MoMA-mini's bundle, on the CPU in float32: they are small.
 
@@ -133,10 +104,10 @@ def mini_scorers(folder: Path) -> list[ImageScorer]:
     """
     check_scorers(folder)
     bundle = Bundle.open(folder)
-    text, vision = (bundle.build(name, "cpu", torch.float32).eval() for name in ("text", "vision"))
+    clip = load_clip(folder / CLIP_HEADS, bundle)
     return [
         IdentityScorer(load_probes(folder / PROBES)),
-        MiniCLIPScorer(text, vision, load_heads(folder / CLIP_HEADS, bundle), bundle.clip_tokenizer()),
+        CLIPScorer(clip, bundle.clip_tokenizer(), ("CLIP-I MoMA-mini", "CLIP-T MoMA-mini")),
     ]
 
 
@@ -147,6 +118,21 @@ def check_scorers(folder: Path) -> None:
     for file in (PROBES, CLIP_HEADS):
         if not (folder / file).is_file():
             raise ValueError(f"{folder}: has no {file}, which --world is scored with; see --scorers")
+
+
+def load_clip(path: Path, bundle: Bundle) -> CLIP:
+    """The bundle's two towers with the projections of a file, float32."""
+    heads, towers = load_heads(path, bundle), {}
+    for name in ("text", "vision"):
+        towers[name] = bundle.build(name, "cpu", torch.float32)
+    width = heads["text_head"].out_features
+    with torch.device("meta"):  # no weights but those that are given
+        clip = CLIP(CLIPConfig(*(replace(tower.cfg, projection=width) for tower in towers.values())))
+    text = {"text_projection.weight": heads["text_head"].weight, **towers["text"].state_dict()}
+    vision = {"visual_projection.weight": heads["vision_head"].weight, **towers["vision"].state_dict()}
+    clip.text_model.load_state_dict(text, assign=True)
+    clip.vision_model.load_state_dict(vision, assign=True)
+    return clip.eval().requires_grad_(False)
 
 
 def load_heads(path: Path, bundle: Bundle) -> nn.ModuleDict:

@@ -52,7 +52,7 @@ class Ranks:
         if self.main:
             try:
                 made = make(), None
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 made = None, error
         value, error = self.share(made)
         if error is not None:
