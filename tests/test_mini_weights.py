@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -11,9 +12,11 @@ from moma import MoMA, cli
 from moma.bundle import SAMPLING, Bundle
 from moma.config import SampleConfig
 from moma.mini import SOURCE, probes
+from moma.mini.measures import iou
 from moma.mini.scenes import PLACES, SCENES
-from moma.mini.world import CLASSES
+from moma.mini.world import CLASSES, render
 from moma.preprocess import find_mask, open_image
+from moma.segment import Segmenter
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "weights" / "mini"
@@ -39,6 +42,29 @@ def test_is_used_by_default_and_draws_what_is_asked(
     seen = probes.judge(probes.load_probes(MINI / "probes.safetensors"), probes.stacked(images)).truth
     assert [CLASSES[i] for i in seen.label] == ["cat"] * len(names)
     assert [PLACES[SCENES[i]].phrase for i in seen.scene] == [*names]
+
+
+def test_its_sam_finds_unseen_subjects() -> None:
+    segmenter, found, true = Segmenter.load(MINI, "cpu"), [], []
+    for i in range(16):
+        shown = render(i, "test")
+        found.append(torch.from_numpy(np.asarray(segmenter.subject_mask(Image.fromarray(shown.image))) > 0))
+        true.append(torch.from_numpy(shown.mask > 127))
+    assert iou(torch.stack(found), torch.stack(true)).mean() >= 0.9
+
+
+def test_a_picture_without_transparency_needs_no_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sample, "WEIGHTS", sample.WEIGHTS[1:])
+    whole = Image.open(ROOT / "examples" / "cat.png")
+    whole.convert("RGB").save(tmp_path / "cat.png")
+    given = ["--ref", str(tmp_path / "cat.png"), "--prompt", "a cat in the snow", "--steps", "2"]
+    assert sample.run([*given, "--out", str(tmp_path / "out")]) == 0
+    assert "mask from SAM" in capsys.readouterr().out
+    masks = [Image.open(tmp_path / "out" / "cat-mask.png"), whole.getchannel("A")]
+    found, true = (torch.from_numpy(np.asarray(mask) > 127)[None] for mask in masks)
+    assert iou(found, true).item() >= 0.9
 
 
 def test_strength_brings_the_subjects_colours() -> None:
