@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moma import Job, MoMA, Question, Result, Subject, load_decoder
-from moma.bundle import DTYPES, SAMPLING, Bundle
+from moma.bundle import SAMPLING, Bundle, dtype_name
 from moma.cli import (
     WEIGHTS,
     Request,
@@ -294,7 +294,7 @@ def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: Mo
         mask=inputs.mask,
         weights=str(bundle.folder),
         weight_hashes=weight_hashes(bundle),
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == pipe.dtype),
+        dtype=dtype_name(pipe.dtype),
         device=str(pipe.device),
         versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
         segmented=inputs.segmented,
