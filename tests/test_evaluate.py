@@ -111,6 +111,7 @@ def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
     assert sorted(path.name for path in (out / "text").iterdir()) == ["cat-4500", "dog-4500", "settings.json"]
 
     table = (out / "table.md").read_text()
+    assert "- text: methods that draw here read" in table and "- method text: " in table  # two facts
     assert "| identity judge | CLIP-I MoMA-mini | CLIP-T MoMA-mini |" in table and "| Real images |" in table
     assert table in capsys.readouterr().out
     found = rows(out)

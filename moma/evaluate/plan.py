@@ -170,5 +170,5 @@ def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) ->
     for run in runs:
         s = run.sample
         how = f"{s.steps} steps of {s.solver}, guidance {s.guidance:g}, {s.width}x{s.height} pixels"
-        told[run.name] = f"{how}, {run.dtype}, {run.bundle.folder}"
+        told[f"method {run.name}"] = f"{how}, {run.dtype}, {run.bundle.folder}"
     return told
