@@ -10,8 +10,9 @@ Letters: H, W pixels of the picture; S side of SAM's input, h w its logits, rows
 show the picture; N candidates, P prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -381,6 +382,13 @@ class Segmenter:
             logits, ious = (x[0, :, outputs].flatten(0, 1) for x in self.sam.decode(features, asked))
             found += candidates_of(logits.float().cpu().numpy(), ious.float().cpu().numpy(), place, self.cfg)
         return found
+
+
+def segment_by(bundle: Bundle, device: str = "auto") -> Callable[[Image.Image], Image.Image]:
+    """The main object's mask by the bundle's SAM, which is loaded when it is first asked: for
+    `moma.preprocess.find_mask`."""
+    load = lru_cache(maxsize=1)(lambda: Segmenter.load(bundle, device))
+    return lambda image: load().subject_mask(image)
 
 
 def _corners(box: Box) -> list[tuple[Point, int]]:

@@ -21,6 +21,7 @@ from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write
 from moma.mini.probes import draw_all
 from moma.mini.words import words_of
 from moma.mini.world import DEFAULT, SCENES, prompt, spec
+from moma.segment import Segmenter
 from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.test_mini_weights import MINI
 from tests.test_pipeline import mask, picture
@@ -195,7 +196,7 @@ def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch
             asked.append(image.size)
             return mask(25)
 
-    monkeypatch.setattr(planning.Segmenter, "load", Fake)
+    monkeypatch.setattr(Segmenter, "load", Fake)
     subjects = open_dataset(place / "data")
     options = parse(
         ["--dataset", str(place / "data"), "--bundle", str(place / "tiny"), "--out", str(tmp_path)], ""

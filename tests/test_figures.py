@@ -255,7 +255,7 @@ def test_masks_are_sams_where_there_is_one(tmp_path, monkeypatch):
     cfg, weights = TinyConfig(), tmp_path / "weights"
     build_tiny_bundle(weights, cfg=replace(cfg, networks=cfg.networks | {"sam": SMALL}))
     loaded = []
-    monkeypatch.setattr(figures.Segmenter, "load", lambda *a: loaded.append(a) or Segmenter(FlatSAM()))
+    monkeypatch.setattr(Segmenter, "load", lambda *a: loaded.append(a) or Segmenter(FlatSAM()))
     street = np.zeros((96, 96, 3), np.uint8)
     street[:48], street[48:], street[32:64, 32:64] = (60, 120, 200), (90, 90, 90), (250, 30, 30)
     Image.fromarray(street).save(tmp_path / "car.png")

@@ -41,7 +41,7 @@ from moma.output import (
 from moma.pipeline import Job, Result, check_method, choose_device, choose_dtype, set_precision
 from moma.preprocess import find_mask, make_reference, on_white, open_image
 from moma.prompts import check_prompt
-from moma.segment import Segmenter
+from moma.segment import segment_by
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
@@ -384,8 +384,8 @@ def with_masks(request: Request) -> Request:
     photos = list(dict.fromkeys(photo for photo, _ in request.wanted))
     if all(photo.mask for photo in photos):
         return request
-    segmenter = Segmenter.load(request.bundles[0], request.device)
-    found = {p: p if p.mask else replace(p, mask=segmenter.subject_mask(p.image)) for p in photos}
+    segment = segment_by(request.bundles[0], request.device)
+    found = {p: p if p.mask else replace(p, mask=find_mask(p.image, segment=segment).mask) for p in photos}
     return replace(request, wanted=tuple(Wanted(found[p], prompt) for p, prompt in request.wanted))
 
 

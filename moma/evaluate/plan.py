@@ -4,13 +4,11 @@ No weights are read for that but SAM's, where it is asked for masks.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from moma.bundle import SCORERS, Bundle, dtype_name
 from moma.cli import check_writable
@@ -38,7 +36,7 @@ from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
 from moma.pipeline import check_method, choose_dtype
 from moma.preprocess import MaskSource, open_image
 from moma.prompts import SD_TEMPLATE, check_prompt
-from moma.segment import Segmenter
+from moma.segment import segment_by
 
 SOURCES: dict[MaskSource, str] = {
     "file": "given", "alpha": "by transparency", "sam": "by SAM", "border": "by a plain background",
@@ -138,14 +136,8 @@ def open_references(
     found = Masks(masks)
     if segmenting is not None:
         digests = " ".join(segmenting.networks["sam"]["sha256"].values())
-        found = Masks(masks, segmenter(segmenting, device), digests)
+        found = Masks(masks, segment_by(segmenting, device), digests)
     return find_references(photos, found, options.out / MASKS, bundle.image_size, method)
-
-
-def segmenter(bundle: Bundle, device: str) -> Callable[[Image.Image], Image.Image]:
-    """The subject's mask by the bundle's SAM, which is loaded when it is first asked."""
-    load = lru_cache(maxsize=1)(lambda: Segmenter.load(bundle, device))
-    return lambda image: load().subject_mask(image)
 
 
 def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
