@@ -1,5 +1,7 @@
 """The methods of the comparison: IP-Adapter against diffusers', the base model against plain sampling."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,21 @@ def test_text_is_moma_without_context_and_subject(folder, pipe):
     plain = pipe.sample(pipe.encode_subject(image, mask, "cat"), PROMPT, config=SMALL)[0]
     assert not torch.allclose(own, expected, atol=1e-3), "a change leaves the pipe it came from alone"
     assert next(moma.pipe.run([job], SMALL)).image.tobytes() == plain.tobytes()
+
+
+def test_masks_as_strong_as_the_name_says(folder):
+    """From the same noise; what `Blended` does is tested with the figures."""
+    image, mask = picture()
+    moma, *others = (methods.EVALUATED[name](folder, "cpu", "fp32") for name in ("moma", *methods.MASKING))
+    job = moma.job(moma.subject(image, mask, "cat"), PROMPT, 0)
+    drawn = [next(moma.pipe.run([job], SMALL)).latents]
+    for method, name, keep in zip(others, ("half-mask", "no-mask"), (0.5, 0.0), strict=True):
+        assert method.name == name
+        own = method.job(method.subject(image, mask, "cat"), PROMPT, 0)
+        changed = moma.pipe.changed(lambda cond, keep=keep: methods.Blended(cond, keep))
+        drawn.append(next(method.pipe.run([own], SMALL)).latents)
+        assert torch.equal(drawn[-1], next(changed.run([job], SMALL)).latents)
+    assert not any(torch.allclose(a, b, atol=1e-4) for a, b in combinations(drawn, 2))
 
 
 def test_moma_reads_each_pair_of_subject_and_prompt_once(folder, monkeypatch):

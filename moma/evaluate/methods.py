@@ -224,6 +224,11 @@ def load_moma(folder: str | Path, device: str, dtype: str) -> Method:
     return Method("moma", Steered.load(folder, device, dtype))
 
 
+def load_masked(name: str, keep: float, folder: str | Path, device: str, dtype: str) -> Method:
+    """MoMA with M_gen `Blended`."""
+    return Method(name, Steered.load(folder, device, dtype).changed(partial(Blended, keep=keep)))
+
+
 def load_text(folder: str | Path, device: str, dtype: str) -> Method:
     return Method("text", load_without_mllm(BaseModel, folder, device, dtype))
 
@@ -249,6 +254,12 @@ METHODS: dict[str, Loader] = {
     "ip-adapter": Loader(load_ip_adapter, (*BASE, "ip_adapter", "ip_vision"), AS_PUBLISHED),
     "text": Loader(load_text, BASE),
 }
+# The paper's Table 3: how much of M_gen is kept, the rest being 1.
+MASKING: dict[str, Loader] = {
+    name: Loader(partial(load_masked, name, keep), METHODS["moma"].networks)
+    for name, keep in {"half-mask": 0.5, "no-mask": 0.0}.items()
+}
+EVALUATED = METHODS | MASKING
 # Stands for "ip-adapter" in MoMA-mini's world.
 BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"), ON_WHITE)
 

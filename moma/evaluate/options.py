@@ -9,7 +9,7 @@ from moma.bundle import DTYPES
 from moma.cli import Parser
 from moma.config import SampleConfig
 from moma.diffusion import SOLVERS
-from moma.evaluate.methods import METHODS
+from moma.evaluate.methods import EVALUATED
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
 
@@ -51,12 +51,12 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     methods: dict[str, Path] = {}
     for text in args.method or (["moma"] if bundle and not images else []):
         name, _, folder = text.partition("=")
-        if name not in METHODS:
-            raise ValueError(f"--method {text}: expected one of {', '.join(METHODS)}, maybe with =BUNDLE")
+        if name not in EVALUATED:
+            raise ValueError(f"--method {text}: expected one of {', '.join(EVALUATED)}, maybe with =BUNDLE")
         if not folder and bundle is None:
             raise ValueError(f"--method {name} draws with which weights? Give --bundle DIR")
         _add(methods, "--method", name, Path(folder) if folder else bundle)
-    if both := sorted(set(images) & {*METHODS, MASKS, WORLD, REAL}):
+    if both := sorted(set(images) & {*EVALUATED, MASKS, WORLD, REAL}):
         raise ValueError(f"--images {both[0]}=...: is the name of something else, choose another")
     if args.world and "ip-adapter" in methods:
         _check_baseline(args.method, methods)
@@ -118,7 +118,7 @@ def _parser(description: str) -> Parser:
     add("--no-added", action="store_true", help="DreamBooth's 25 prompts without ten more for textures")
     add = parser.add_argument_group("the methods").add_argument
     add("--bundle", type=Path, metavar="DIR", help=f"weights (with --world: {MINI})")
-    add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be repeated"
+    add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(EVALUATED)}; may be repeated"
         " (default: moma if there is a --bundle and no --images)")  # fmt: skip
     add("--images", action="append", default=[], metavar="NAME=DIR", help="score the pictures of another"
         " method: DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip

@@ -15,7 +15,7 @@ from moma.cli import check_writable
 from moma.config import method_config
 from moma.diffusion import ScheduleConfig, intervals
 from moma.evaluate.draw import Run, check_settings
-from moma.evaluate.methods import BASELINE, METHODS, Loader
+from moma.evaluate.methods import BASELINE, EVALUATED, Loader
 from moma.evaluate.options import MASKS, WORLD, Options
 from moma.evaluate.protocol import (
     ADDED,
@@ -107,7 +107,7 @@ def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], d
     bundle, loader = Bundle.open(folder), loader_of(name, options)
     loader.check(bundle)
     method = method_config(**bundle.method)
-    if name == "moma":
+    if "llava" in loader.networks:
         check_method(method, bundle)
     sample = options.sample.sized(bundle.image_size)
     for strength in (options.protocol.context_strength, options.protocol.texture_strength):
@@ -123,7 +123,7 @@ def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], d
 
 def loader_of(name: str, options: Options) -> Loader:
     """In MoMA-mini's world an IP-Adapter is one that train.py has made."""
-    return BASELINE if options.world and name == "ip-adapter" else METHODS[name]
+    return BASELINE if options.world and name == "ip-adapter" else EVALUATED[name]
 
 
 def open_references(
