@@ -204,10 +204,10 @@ def _learn_llama(texts: list[str], pieces: int) -> bytes:
 @torch.no_grad()
 def fill(network: nn.Module, generator: torch.Generator) -> None:
     """Values that neither vanish nor grow on their way: matrices and kernels Gaussian with variance
-    1 / inputs, norms and λ 1, biases 0. generator: on the CPU."""
+    1 / inputs, norms and λ 1, biases 0. generator: on any device; another device draws other values."""
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0 if name.endswith("bias") else 1)
         else:
-            values = torch.randn(parameter.shape, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator, device=generator.device)
             parameter.copy_(values.div_(values[0].numel() ** 0.5))

@@ -83,8 +83,13 @@ def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
 
 
 def test_a_recorded_step_is_the_same(networks: step.Networks) -> None:
-    ratio = step.graphed(SMALL, step.make_step(networks, SMALL), Rerun)
-    assert ratio.error < 1e-5 and ratio.fast > 0
+    recorder = Rerun()
+    one = step.make_step(replace(networks, make_recorder=lambda: recorder), SMALL)
+    assert recorder.recorded == 2  # a plain step, and MoMA's
+    ratio = step.recorded(SMALL, one)
+    assert ratio.error < 1e-5 and ratio.fast > 0 and len(recorder.replayed) > 2
+    with pytest.raises(ValueError, match="could not be recorded"):
+        step.recorded(SMALL, step.make_step(networks, SMALL))
 
 
 def test_flow_is_the_sum_of_its_parts() -> None:

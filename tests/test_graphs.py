@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.attention import attention
-from moma import DEFAULT, Job, MoMA, SampleConfig, Subject
+from moma import DEFAULT, Job, MoMA, SampleConfig
 from moma.adapter import Conditioning, MoMAHook
 from moma.config import TIMESTEPS
 from moma.diffusion import intervals
@@ -260,17 +260,3 @@ def test_choice() -> None:
         choose_recorder("on", cpu)
     with pytest.raises(ValueError, match="expected auto, on, off"):
         choose_recorder("yes", gpu)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_on_a_gpu(folder: str, dtype: str, recwarn: pytest.WarningsRecorder) -> None:
-    """The recorder itself: whole drawings with and without graphs."""
-    found = []
-    for choice in ("on", "off"):
-        pipe = MoMA.load(folder, "cuda", dtype, cuda_graph=choice)
-        subject: Subject = pipe.encode_subject(picture(0), mask(30), "cat")
-        found.append(latents(pipe, [Job(subject, "a cat in the snow", 0), Job(subject, "a cat", 1)]))
-    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
-    error = (found[0] - found[1]).abs().max() / found[1].abs().max()
-    assert error < {"fp32": 1e-3, "bf16": 0.1}[dtype]

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from moma.bench.measure import (
 from moma.bench.step import Networks, make_step, pseudo_random
 from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, dtype_name, expected_shapes
 from moma.decoder import Question
-from moma.memory import pictures_at_once
+from moma.memory import Choice, pictures_at_once
 from moma.pipeline import load_decoder
 from moma.tiny import SOURCE, TinyConfig, build_tokenizers, draw
 
@@ -117,7 +117,7 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
     question = [Question(picture(cfg.size), WORD, PROMPT)]
     streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
     error = relative_error(streamed(question)[0], resident(question)[0])
-    slow, fast = in_turn(lambda: resident(question), lambda: streamed(question), repeats)
+    slow, fast = in_turn(partial(resident, question), partial(streamed, question), repeats)
     yield Ratio(
         "decoder, resident / streamed, file in the page cache",
         kind,
@@ -126,7 +126,15 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
         fast,
         error,
     )
-    memory = memory_of(lambda: streamed(question), device, mapped=True)
+    memory = memory_of(partial(streamed, question), device, mapped=True)
+    del resident, streamed  # 14 GB
+
+    def loaded(how: Choice) -> None:
+        load_decoder(folder, str(device), kind, stream=how)(question)
+
+    seconds = in_turn(partial(loaded, "off"), partial(loaded, "on"), 1)
+    what = "decoder, loaded for one question, resident / streamed"
+    yield Ratio(what, kind, cfg.wanted["streamed"], *seconds)
     yield Part("decoder, resident", kind, slow)
     yield Part("decoder, streamed", kind, fast, memory=memory)
     if memory is not None:

@@ -9,6 +9,7 @@ per head, T text tokens, h w latents.
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class Networks:
     unet: UNet
     weights: dict[str, Tensor]  # empty if no baseline needs them
     adapter: Adapter
+    make_recorder: Callable[[], Recorder] | None  # of steps, as the pipeline's; None = they run eagerly
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +117,7 @@ def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ke
     weights = unet.state_dict() if keep else {}
     if can_pack(device, dtype):
         pack_weights(unet)
-    return Networks(unet, weights, adapter)
+    return Networks(unet, weights, adapter, choose_recorder("auto", device))
 
 
 def pseudo_random(
@@ -125,7 +127,7 @@ def pseudo_random(
     with torch.device("meta"):
         network = make().to(dtype)
     network = network.to_empty(device=device).requires_grad_(False).eval()
-    fill(network, torch.Generator().manual_seed(seed))
+    fill(network, torch.Generator(device).manual_seed(seed))
     return network
 
 
@@ -134,6 +136,7 @@ class Step:
     """One denoising step of B pictures: networks and inputs."""
 
     networks: Networks
+    unet: GraphedUNet  # the networks' as the pipeline calls it: on CUDA devices the calls below are recorded
     x: Tensor  # (R, Z, h, w)
     t: Tensor  # (R,)
     text: Tensor  # (R, T, context_dim)
@@ -141,9 +144,10 @@ class Step:
     mask: Tensor  # (1, 1, h, w), of the reference
     cond: Conditioning
     m_gen: Tensor  # (B, 1, h, w)
+    timestep: int
 
-    def plain(self) -> Tensor:
-        return self.networks.unet(self.x, self.t, self.text)[0]
+    def plain(self, unet: UNet | None = None) -> Tensor:
+        return (unet or self.unet)(self.x, self.t, self.text)[0]
 
     def reference(self) -> list[ReferenceLayer]:
         """The reference pass, without the VAE."""
@@ -152,10 +156,10 @@ class Step:
             self.networks.unet, self.networks.adapter, latent, label, self.mask, DEFAULT
         )
 
-    def moma(self, unet: UNet | GraphedUNet | None = None) -> Tensor:
+    def moma(self, unet: UNet | None = None) -> Tensor:
         """With all that a step of MoMA does besides: masks, and the mask of the next step."""
-        hook = self.cond.hook(int(self.t[0]), self.m_gen)
-        eps, records = (unet or self.networks.unet)(self.x, self.t, self.text, hook)
+        hook = self.cond.hook(self.timestep, self.m_gen)
+        eps, records = (unet or self.unet)(self.x, self.t, self.text, hook)
         self.cond.next_m_gen(records, self.x.shape[-2:])
         return eps
 
@@ -180,7 +184,13 @@ def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
         torch.ones(batch, device=device), DEFAULT,
     )  # fmt: skip
     t = torch.full((2 * batch,), cfg.timestep, device=device)
-    return Step(networks, x, t, text, layers, mask, cond, mask.expand(batch, -1, -1, -1))
+    unet = GraphedUNet(networks.unet, networks.make_recorder)
+    m_gen = mask.expand(batch, -1, -1, -1)
+    step = Step(networks, unet, x, t, text, layers, mask, cond, m_gen, cfg.timestep)
+    if unet.recorder is not None:
+        for call in (step.plain, step.moma) * 2:  # after which they are recorded
+            call()
+    return step
 
 
 @torch.no_grad()
@@ -192,15 +202,16 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
     reference = median_of(step.reference, cfg.repeats)
     peak = matmul_peak(cfg, device, dtype)
     print(f"{kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
+    eager = networks.unet  # operations and memory are counted call by call
     for what, seconds, call in (
-        ("plain step", plain, step.plain),
-        ("MoMA step", moma, step.moma),
+        ("plain step", plain, partial(step.plain, eager)),
+        ("MoMA step", moma, partial(step.moma, eager)),
         ("reference pass", reference, step.reference),
     ):
         yield part_of(what, dtype, call, seconds, peak, device)
     yield Ratio("step, plain / MoMA", kind, cfg.wanted["moma"], plain, moma)
-    if (make_recorder := choose_recorder("auto", device)) is not None:
-        yield graphed(cfg, step, make_recorder)
+    if networks.make_recorder is not None:
+        yield recorded(cfg, step)
     if baseline is None:
         return
     for what, name, theirs, ours in (
@@ -213,12 +224,12 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
 
 
 @torch.no_grad()
-def graphed(cfg: BenchConfig, step: Step, make_recorder: Callable[[], Recorder]) -> Ratio:
-    """A step as Python starts it, against its recording."""
-    unet = GraphedUNet(step.networks.unet, make_recorder)
-    for _ in range(2):  # after which it is recorded
-        step.moma(unet)
-    error = relative_error(step.moma(unet), step.moma())
-    seconds = in_turn(step.moma, lambda: step.moma(unet), cfg.repeats)
+def recorded(cfg: BenchConfig, step: Step) -> Ratio:
+    """A step as Python starts it, against its recording. ValueError if it could not be recorded."""
+    if not step.unet.recordings:
+        raise ValueError("the step could not be recorded: the warning before this line says why")
+    eager = partial(step.moma, step.networks.unet)
+    error = relative_error(step.moma(), eager())
+    seconds = in_turn(eager, step.moma, cfg.repeats)
     kind = dtype_name(step.networks.dtype)
     return Ratio("MoMA step, eager / CUDA graph", kind, cfg.wanted["graph"], *seconds, error)

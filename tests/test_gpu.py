@@ -1,0 +1,201 @@
+"""What only a CUDA device can show: recorded steps, streams and pinned memory, its kernels, training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from models.llama import Llama, LlamaConfig
+from models.loading import in_memory
+from models.stream import StreamedLlama
+from moma import Job, MoMA
+from moma.adapter import Conditioning, MoMAHook
+from moma.attention import ReferenceLayer, drop_background, queries_inside, subject_self_attention
+from moma.diffusion import intervals
+from moma.graphs import CudaRecorder, GraphedUNet
+from moma.preprocess import open_image
+from moma.sampler import denoise
+from moma.segment import Segmenter
+from moma.training.log import read_log
+from tests.test_graphs import CONFIG, SHORT, latents
+from tests.test_pipeline import mask, picture
+from tests.training_data import write_bundle, write_data
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ROOT = Path(__file__).parent.parent
+CUDA = torch.device("cuda")
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# --- Eq. 3 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("counts", [(350, 350), (350, 90), (350, 0)], ids=["alike", "unlike", "one without"])
+def test_equation_3(dtype: torch.dtype, most: float, counts: tuple[int, int]) -> None:
+    """Fused on the GPU against explicit in float32 on the CPU, values and gradients."""
+    rows, heads, tokens, width = 2, 8, 1024, 40
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.arange(tokens) < torch.tensor(counts)[:, None]  # (R, M)
+    m_gen = torch.rand(rows, 1, tokens, 1, generator=generator).clamp_min(0.5)
+    m_gen[:, :, tokens // 3 :] = 0
+    drawn = [torch.randn(rows, heads, tokens, width, generator=generator).to(dtype) for _ in range(5)]
+    found = []
+    for device, impl, kind in (("cpu", "explicit", torch.float32), (CUDA, "fused", dtype)):
+        q, k, v, k_ref, v_ref = (x.to(device, kind).requires_grad_() for x in drawn)
+        ref, gate = ReferenceLayer(k_ref, v_ref, keep.to(device)), m_gen.to(device, kind)
+        lam = torch.full((1,), 0.7, device=device, dtype=kind, requires_grad=True)
+        inside = queries_inside(gate) if impl == "fused" else None
+        used = drop_background(ref) if impl == "fused" else ref
+        z = subject_self_attention(q, k, v, used, gate, lam, 0.8, impl, inside)
+        found.append([z, *torch.autograd.grad(z.float().square().sum(), (q, k, v, k_ref, v_ref, lam))])
+    for a, b in zip(*found, strict=True):
+        assert far(b, a) < most
+
+
+# --- CUDA graphs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("fp32", 1e-3), ("bf16", 0.1)])
+def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.WarningsRecorder) -> None:
+    """Whole drawings with and without graphs, and on the CPU."""
+    found = []
+    for device, graph in (("cuda", "on"), ("cuda", "off"), ("cpu", "off")):
+        pipe = MoMA.load(folder, device, dtype, cuda_graph=graph)
+        cat = pipe.encode_subject(picture(0), mask(30), "cat")
+        dog = pipe.encode_subject(picture(1), mask(12), "dog")
+        found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]))
+    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    assert far(found[0], found[1]) < most
+    assert dtype == "bf16" or far(found[0], found[2]) < most
+
+
+@dataclass(frozen=True)
+class Waiting(MoMAHook):
+    """Asks for a value on the device, which no recording can."""
+
+    def self_attn(self, layer: int, *args: Tensor, **options: object) -> tuple[Tensor, None]:
+        z, record = super().self_attn(layer, *args, **options)
+        return z + 0 * z.sum().item(), record
+
+
+@dataclass(frozen=True)
+class WaitingGuide:
+    cond: Conditioning
+
+    @property
+    def text(self) -> Tensor:
+        return self.cond.text
+
+    def hook(self, t: int, m_gen: Tensor | None) -> Waiting:
+        hook = self.cond.hook(t, m_gen)
+        return Waiting(hook.cond, hook.subject_on, hook.m_gen)
+
+    def next_m_gen(self, records: list[Tensor], size: tuple[int, int]) -> Tensor:
+        return self.cond.next_m_gen(records, size)
+
+    def conditional(self) -> "WaitingGuide":
+        return WaitingGuide(self.cond.conditional())
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_eagerly(folder: str, recwarn: pytest.WarningsRecorder) -> None:
+    """One warning, the same result; after it memory is given and taken, and other drawings are recorded."""
+    pipe = MoMA.load(folder, "cuda", "fp32", cuda_graph="on")
+    cat = pipe.encode_subject(picture(0), mask(30), "cat")
+    jobs = [Job(cat, "a cat in the snow", 0)]
+    before = latents(pipe, jobs)
+    assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    guide = pipe.guide(jobs, [pipe.embed(cat, jobs[0].prompt)], CONFIG)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    path = intervals(pipe.schedule, SHORT.steps, "ddim")
+    *_, expected = denoise(pipe.unet, guide, path, start, 7.5, "ddim")
+    unet = GraphedUNet(pipe.unet, lambda: CudaRecorder(CUDA))
+    with pytest.warns(UserWarning, match="CUDA graphs are off for the rest of this drawing"):
+        *_, found = denoise(unet, WaitingGuide(guide), path, start, 7.5, "ddim")
+    assert far(found.latents, expected.latents) < 1e-4
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.ones(1 << 20, device=CUDA).sum().item() == 1 << 20
+    assert far(latents(pipe, jobs), before) < 1e-4
+    assert sum("CUDA graphs" in str(w.message) for w in recwarn) == 0
+
+
+# --- the decoder ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_streamed_blocks(stored: torch.dtype) -> None:
+    """The resident numbers, again and again, with two blocks in memory: none is used before it is there."""
+    cfg = LlamaConfig(vocab=500, width=1024, layers=8, heads=8, mlp=2816, lm_head=False)
+    dtype = torch.bfloat16
+    llama = Llama(cfg).requires_grad_(False)
+    state = {name: weight.to(stored) for name, weight in llama.state_dict().items()}
+    lazy = {name: in_memory(weight, Path("x")) for name, weight in state.items()}
+    embeds = [torch.randn(1, n, cfg.width, generator=torch.Generator().manual_seed(n)) for n in (37, 600)]
+    embeds = [x.to(CUDA, dtype) for x in embeds]
+    streamed = StreamedLlama(cfg, lazy, CUDA, dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = streamed.each(embeds)
+    block = sum(w.numel() for name, w in state.items() if name.startswith("layers.0.")) * dtype.itemsize
+    states = sum(x.nbytes for x in embeds)
+    assert torch.cuda.max_memory_allocated() - before < 2 * block + 20 * states
+    resident = llama.to(dtype).to(CUDA)
+    for found in (first, streamed.each(embeds), streamed.each(embeds)):
+        for a, b in zip(found, resident.each(embeds), strict=True):
+            assert torch.equal(a, b)
+
+
+# --- masks and training --------------------------------------------------------------------------------
+
+
+def test_masks_are_the_cpus() -> None:
+    image = open_image(ROOT / "examples" / "cat.png").convert("RGB")
+    masks = [Segmenter.load(ROOT / "weights" / "mini", device).mask(image) for device in ("cpu", "cuda")]
+    a, b = (np.asarray(found) > 127 for found in masks)
+    assert (a & b).sum() > 0.99 * (a | b).sum() > 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle, and data of ten samples."""
+    folder = tmp_path_factory.mktemp("train")
+    write_bundle(folder / "bundle")
+    write_data(folder / "data", 10)
+    return folder
+
+
+def losses(place: Path, out: Path, stage: str, *more: object) -> list[float]:
+    """Of all steps that the run has made so far."""
+    where = ["--bundle", place / "bundle", "--data", place / "data", "--out", out]
+    few = ["--batch-size", 2, "--workers", 1, "--set", "validation_samples=2", "--set", "warmup=1"]
+    own = ["--train", "lora"] if stage == "stage1" else ["--cache", out.parent / f"{out.name}-cache"]
+    settings = ["--set", "save_every=2", *own]
+    assert train.run([stage, *map(str, [*where, *few, *settings, *more])]) == 0
+    return [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_training(place: Path, tmp_path: Path, stage: str) -> None:
+    """The CPU's losses in float32, also where a run was stopped and went on; bf16's are near them."""
+    whole, cpu, bf16, cut = (tmp_path / name for name in ("whole", "cpu", "bf16", "cut"))
+    exact = "--dtype", "fp32"
+    expected = losses(place, whole, stage, *exact, "--device", "cuda", "--steps", 4)
+    assert losses(place, cpu, stage, *exact, "--device", "cpu", "--steps", 4) == pytest.approx(expected, 1e-3)
+    assert losses(place, bf16, stage, "--dtype", "bf16", "--device", "cuda", "--steps", 4) == pytest.approx(
+        expected, 0.1
+    )
+    losses(place, cut, stage, *exact, "--device", "cuda", "--steps", 2)
+    resumed = losses(place, cut, stage, *exact, "--device", "cuda", "--steps", 4, "--resume")
+    assert resumed == pytest.approx(expected, 1e-4)
