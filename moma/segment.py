@@ -97,11 +97,15 @@ class Candidate:
         """Of the picture's area, 0..1."""
         return float(self.mask.mean())
 
+    def clear(self, cfg: SegmentConfig) -> bool:
+        """Whether it is a region, not a guess."""
+        return self.predicted_iou >= cfg.min_iou and self.stability >= cfg.min_stability
+
     def cell(self, point: Point) -> tuple[int, int]:
         """Row and column of the mask where a point of the picture lies."""
-        x, y = point
-        (height, width), (rows, columns) = self.place.picture, self.mask.shape
-        return min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)
+        height, width = _cell_size(self.logits.shape, self.place)
+        rows, columns = self.mask.shape
+        return min(int(point[1] / height), rows - 1), min(int(point[0] / width), columns - 1)
 
     def picture(self, cfg: SegmentConfig, size: tuple[int, int] | None = None) -> Image.Image:
         """Mode L, 255 = inside, of the picture's size or another (width, height) of the same shape."""
@@ -205,14 +209,20 @@ def _distances(masks: np.ndarray) -> np.ndarray:
     return np.sqrt(total)
 
 
+def _cell_size(grid: tuple[int, ...], place: Placement) -> tuple[float, float]:
+    """Height and width of a cell of SAM's masks (h, w), in pixels of the picture."""
+    sides = zip(grid, place.picture, place.inside, strict=True)
+    height, width = (place.side / cells * picture / inside for cells, picture, inside in sides)
+    return height, width
+
+
 def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int, int, int, int]:
     """Around a mask, in pixels of the picture; all 0 for an empty one."""
     if not mask.any():
         return 0, 0, 0, 0
     ends = []
-    for axis in (0, 1):
+    for axis, pixels in enumerate(_cell_size(grid, place)):
         hit = np.flatnonzero(mask.any(axis=1 - axis))
-        pixels = place.side / grid[axis] * place.picture[axis] / place.inside[axis]  # of a cell
         ends.append((round(hit[0] * pixels), min(round((hit[-1] + 1) * pixels), place.picture[axis])))
     (y0, y1), (x0, x1) = ends
     return x0, y0, x1, y1
@@ -221,8 +231,7 @@ def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int
 def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]:
     """The objects among candidates of one picture, tidied, no two of the same region, at most `cfg.objects`:
     the main one first, and parts of better ones after all others."""
-    clear = [c for c in candidates if c.predicted_iou >= cfg.min_iou and c.stability >= cfg.min_stability]
-    likely = [c for c in clear if c.score >= cfg.min_score]
+    likely = [c for c in candidates if c.clear(cfg) and c.score >= cfg.min_score]
     likely.sort(key=lambda c: -c.score)  # equals stay in the order of their prompts
     objects, parts = [], []
     for i in distinct([c.mask for c in likely], cfg):
@@ -262,14 +271,18 @@ def meant(
 ) -> Candidate | None:
     """Of the answers to one prompt, with these points in it, the one to take, tidied; None if all are empty.
 
-    Wherever it lies in the picture: the user has pointed there. A point on an ear means the cat: as in `rank`
-    the whole goes before its parts, and the background comes last.
+    It has all the points in it if one does, and is no guess if one is not. Wherever it lies in the picture:
+    the user has pointed there. A point on an ear means the cat: as in `rank` the whole goes before its parts,
+    and the background comes last.
     """
     found = [c for c in candidates if c.mask.any()]
     if not found:
         return None
     like = likeness(np.stack([c.mask for c in found]), cfg, centred=False)
-    order = [(c.quality * value, c.quality) for c, value in zip(found, like.tolist(), strict=True)]
+    order = [
+        (all(c.mask[c.cell(point)] for point in points), c.clear(cfg), c.quality * value, c.quality)
+        for c, value in zip(found, like.tolist(), strict=True)
+    ]
     return tidy(found[order.index(max(order))], cfg, points)
 
 

@@ -247,6 +247,28 @@ def test_a_point_means_the_whole():
     assert np.array_equal(meant(seen([half & TOP, half], [0.97, 0.3]), CFG).mask, half & TOP)
 
 
+def test_a_point_on_the_background_does_not_mean_the_object():
+    """Whose mask comes along as a guess, or even as a sure answer."""
+    cat, _, _, dark, _ = aside()
+    for ious in ([0.02, 0.96], [0.97, 0.4]):
+        assert np.array_equal(meant(seen([cat, dark], ious), CFG, [(250, 4)]).mask, dark)
+    spot = shape("ellipse", 40, 2, 47, 9)
+    found = meant(seen([spot | TOP, spot | dark], [0.03, 0.96]), CFG, [(175, 22)])  # both contain it
+    assert np.array_equal(found.mask, spot | dark)
+
+
+def test_points_and_boxes_agree_where_the_last_cells_are_cut():
+    """129 of SAM's 256 pixels show the picture: 32 cells and a quarter."""
+    place = placement(126, 250, 256)
+    assert place.inside == (129, 256)
+    for row in (0, 16, 31, 32):
+        mask = np.zeros((GRID, GRID), bool)
+        mask[row, 10] = True
+        (found,) = seen([mask], place=place)
+        x0, y0, x1, y1 = found.box
+        assert found.cell(((x0 + x1) / 2, (y0 + y1) / 2)) == (row, 10)
+
+
 def test_a_part_that_is_pointed_at_stays_however_small():
     large, small = shape("rectangle", 4, 4, 53, 53), shape("rectangle", 58, 58, 59, 59)
     (both,) = seen([large | small])
