@@ -55,9 +55,9 @@ class SegmentConfig:
     # The whole is more likely meant than its part: an object of this share counts half of one without end.
     half_share: float = 0.1
     full_share: tuple[float, float] = (0.8, 0.95)  # from here a region is the scene, from there surely
-    # Share of the picture's border that a region takes: subjects take a whole side and more (portraits), the
-    # background most of it.
-    border: tuple[float, float] = (0.3, 0.7)
+    # Share of the picture's border that a region takes. The background takes most of it, a wall behind a car
+    # a quarter; but subjects may take a whole side and more (portraits), so that less of it counts little.
+    border: tuple[float, float] = (0.2, 0.7)
     # Distance of the region's centre from the picture's, 1 = at the border:
     # subjects are within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer
     # the centre; and an object in a corner is still one, to be listed.
