@@ -42,6 +42,9 @@ class SegmentConfig:
     # Boxes, by what they leave free at each border, as a share of the side: nearly the whole picture, for
     # subjects that fill it, the usual frame, and the middle.
     margins: tuple[float, ...] = (0.02, 0.1, 0.25)
+    # 0..255, between the darkest and the brightest pixel of some channel: with less there is nothing to see,
+    # but a small SAM dreams up regions in such pictures.
+    least_contrast: int = 8
     prompts_at_once: int = 64  # segment-anything's; ViT-sized features take 0.3 GB per layer for them
     threshold: float = 0.0  # of the logits, as SAM was trained
     stability_offset: float = 1.0  # logits up and down from the threshold; segment-anything's
@@ -326,7 +329,9 @@ class Segmenter:
         points = [(width * x, height * y) for y in steps.tolist() for x in steps.tolist()]
         points.append((width / 2, height / 2))
         boxes = [(width * m, height * m, width * (1 - m), height * (1 - m)) for m in self.cfg.margins]
-        if not (found := rank(self.candidates(image, points, boxes), self.cfg)):
+        contrast = max(high - low for low, high in on_white(image).getextrema())
+        seen = self.candidates(image, points, boxes) if contrast >= self.cfg.least_contrast else []
+        if not (found := rank(seen, self.cfg)):
             raise ValueError(
                 "SAM finds no object in the picture: show it where (--point X,Y or --box X0,Y0,X1,Y1), or"
                 " give a mask (--mask FILE, white = subject)"
