@@ -42,6 +42,9 @@ class SegmentConfig:
     # Boxes, by what they leave free at each border, as a share of the side: nearly the whole picture, for
     # subjects that fill it, the usual frame, and the middle.
     margins: tuple[float, ...] = (0.02, 0.1, 0.25)
+    # 0..255, between the darkest and the brightest pixel of some channel: with less there is nothing to see,
+    # but a small SAM dreams up regions in such pictures.
+    least_contrast: int = 8
     prompts_at_once: int = 64  # segment-anything's; ViT-sized features take 0.3 GB per layer for them
     threshold: float = 0.0  # of the logits, as SAM was trained
     stability_offset: float = 1.0  # logits up and down from the threshold; segment-anything's
@@ -55,9 +58,9 @@ class SegmentConfig:
     # The whole is more likely meant than its part: an object of this share counts half of one without end.
     half_share: float = 0.1
     full_share: tuple[float, float] = (0.8, 0.95)  # from here a region is the scene, from there surely
-    # Share of the picture's border that a region takes: subjects take a whole side and more (portraits), the
-    # background most of it.
-    border: tuple[float, float] = (0.3, 0.7)
+    # Share of the picture's border that a region takes. The background takes most of it, a wall behind a car
+    # a quarter; but subjects may take a whole side and more (portraits), so that less of it counts little.
+    border: tuple[float, float] = (0.2, 0.7)
     # Distance of the region's centre from the picture's, 1 = at the border:
     # subjects are within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer
     # the centre; and an object in a corner is still one, to be listed.
@@ -97,11 +100,15 @@ class Candidate:
         """Of the picture's area, 0..1."""
         return float(self.mask.mean())
 
+    def clear(self, cfg: SegmentConfig) -> bool:
+        """Whether it is a region, not a guess."""
+        return self.predicted_iou >= cfg.min_iou and self.stability >= cfg.min_stability
+
     def cell(self, point: Point) -> tuple[int, int]:
         """Row and column of the mask where a point of the picture lies."""
-        x, y = point
-        (height, width), (rows, columns) = self.place.picture, self.mask.shape
-        return min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)
+        height, width = _cell_size(self.logits.shape, self.place)
+        rows, columns = self.mask.shape
+        return min(int(point[1] / height), rows - 1), min(int(point[0] / width), columns - 1)
 
     def picture(self, cfg: SegmentConfig, size: tuple[int, int] | None = None) -> Image.Image:
         """Mode L, 255 = inside, of the picture's size or another (width, height) of the same shape."""
@@ -205,14 +212,20 @@ def _distances(masks: np.ndarray) -> np.ndarray:
     return np.sqrt(total)
 
 
+def _cell_size(grid: tuple[int, ...], place: Placement) -> tuple[float, float]:
+    """Height and width of a cell of SAM's masks (h, w), in pixels of the picture."""
+    sides = zip(grid, place.picture, place.inside, strict=True)
+    height, width = (place.side / cells * picture / inside for cells, picture, inside in sides)
+    return height, width
+
+
 def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int, int, int, int]:
     """Around a mask, in pixels of the picture; all 0 for an empty one."""
     if not mask.any():
         return 0, 0, 0, 0
     ends = []
-    for axis in (0, 1):
+    for axis, pixels in enumerate(_cell_size(grid, place)):
         hit = np.flatnonzero(mask.any(axis=1 - axis))
-        pixels = place.side / grid[axis] * place.picture[axis] / place.inside[axis]  # of a cell
         ends.append((round(hit[0] * pixels), min(round((hit[-1] + 1) * pixels), place.picture[axis])))
     (y0, y1), (x0, x1) = ends
     return x0, y0, x1, y1
@@ -221,8 +234,7 @@ def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int
 def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]:
     """The objects among candidates of one picture, tidied, no two of the same region, at most `cfg.objects`:
     the main one first, and parts of better ones after all others."""
-    clear = [c for c in candidates if c.predicted_iou >= cfg.min_iou and c.stability >= cfg.min_stability]
-    likely = [c for c in clear if c.score >= cfg.min_score]
+    likely = [c for c in candidates if c.clear(cfg) and c.score >= cfg.min_score]
     likely.sort(key=lambda c: -c.score)  # equals stay in the order of their prompts
     objects, parts = [], []
     for i in distinct([c.mask for c in likely], cfg):
@@ -262,14 +274,18 @@ def meant(
 ) -> Candidate | None:
     """Of the answers to one prompt, with these points in it, the one to take, tidied; None if all are empty.
 
-    Wherever it lies in the picture: the user has pointed there. A point on an ear means the cat: as in `rank`
-    the whole goes before its parts, and the background comes last.
+    It has all the points in it if one does, and is no guess if one is not. Wherever it lies in the picture:
+    the user has pointed there. A point on an ear means the cat: as in `rank` the whole goes before its parts,
+    and the background comes last.
     """
     found = [c for c in candidates if c.mask.any()]
     if not found:
         return None
     like = likeness(np.stack([c.mask for c in found]), cfg, centred=False)
-    order = [(c.quality * value, c.quality) for c, value in zip(found, like.tolist(), strict=True)]
+    order = [
+        (all(c.mask[c.cell(point)] for point in points), c.clear(cfg), c.quality * value, c.quality)
+        for c, value in zip(found, like.tolist(), strict=True)
+    ]
     return tidy(found[order.index(max(order))], cfg, points)
 
 
@@ -313,7 +329,9 @@ class Segmenter:
         points = [(width * x, height * y) for y in steps.tolist() for x in steps.tolist()]
         points.append((width / 2, height / 2))
         boxes = [(width * m, height * m, width * (1 - m), height * (1 - m)) for m in self.cfg.margins]
-        if not (found := rank(self.candidates(image, points, boxes), self.cfg)):
+        contrast = max(high - low for low, high in on_white(image).getextrema())
+        seen = self.candidates(image, points, boxes) if contrast >= self.cfg.least_contrast else []
+        if not (found := rank(seen, self.cfg)):
             raise ValueError(
                 "SAM finds no object in the picture: show it where (--point X,Y or --box X0,Y0,X1,Y1), or"
                 " give a mask (--mask FILE, white = subject)"

@@ -16,6 +16,7 @@ from moma.mini.measures import iou
 from moma.mini.scenes import PLACES, SCENES
 from moma.mini.world import CLASSES, render
 from moma.preprocess import find_mask, open_image
+from moma.regions import middle
 from moma.segment import Segmenter
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,34 @@ def test_its_sam_finds_unseen_subjects() -> None:
         found.append(torch.from_numpy(np.asarray(segmenter.subject_mask(Image.fromarray(shown.image))) > 0))
         true.append(torch.from_numpy(shown.mask > 127))
     assert iou(torch.stack(found), torch.stack(true)).mean() >= 0.9
+
+
+def test_its_sam_takes_what_is_pointed_at() -> None:
+    """In every corner the background, in the middle of the subject the subject."""
+    segmenter, shown = Segmenter.load(MINI, "cpu"), render(3, "test")
+    image, true = Image.fromarray(shown.image), shown.mask > 127
+    side = image.width - 1
+    for point in ((0, 0), (side, 0), (0, side), (side, side), middle(true)):
+        found = np.asarray(segmenter.subject_mask(image, point=point)) > 0
+        wanted = true if true[point[1], point[0]] else ~true
+        assert found[point[1], point[0]] and (found & wanted).sum() / (found | wanted).sum() >= 0.9
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_its_sam_sees_the_same_on_an_accelerator() -> None:
+    image = Image.fromarray(render(3, "test").image)
+    here, there = Segmenter.load(MINI, "cpu"), Segmenter.load(MINI)
+    assert next(there.sam.parameters()).device.type != "cpu"
+    for options in ({}, {"point": (0, 0)}, {"box": (8, 8, 56, 56)}, {"object": 1}):
+        masks = [np.array(segmenter.subject_mask(image, **options)) > 0 for segmenter in (here, there)]
+        assert iou(*(torch.from_numpy(mask)[None] for mask in masks)).item() >= 0.99
+
+
+def test_its_sam_sees_nothing_in_an_empty_picture() -> None:
+    empty = np.full((64, 64, 3), (120, 160, 200), np.uint8)
+    empty[::2] += 3  # as compression leaves it
+    with pytest.raises(ValueError, match="SAM finds no object"):
+        Segmenter.load(MINI, "cpu").objects(Image.fromarray(empty))
 
 
 def test_a_picture_without_transparency_needs_no_mask(

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from models.sam import SAM
 from models.sam_image import Placement, placement
+from moma.regions import eroded, middle
 from moma.segment import (
     Candidate,
     Pick,
@@ -21,6 +22,7 @@ from moma.segment import (
     meant,
     rank,
     stability,
+    tidy,
 )
 from tests.fake_sam import SMALL, FlatSAM
 from tests.golden_files import CARRIED
@@ -237,6 +239,61 @@ def test_recorded_answers_of_a_trained_network(picture):
     assert overlap(sure.mask, true) < 0.02
 
 
+PHOTOS = ("1", "3", "8", "11", "14", "16", "21", "23", "cat")
+
+
+def photographed(name: str) -> tuple[list[np.ndarray], Placement]:
+    """Regions of a real photo: its subject as masked by hand, whatever has one colour (parts of the subject,
+    things around it, the backdrop, mixtures), all but the subject, all."""
+    with np.load(CARRIED / "photo_regions.npz") as recorded:
+        packed, drawn, size = (recorded[f"{part}.{name}"] for part in ("masks", "shape", "size"))
+    masks = np.unpackbits(packed, count=drawn.prod()).reshape(drawn).astype(bool)  # (N, rows, columns)
+    masks = np.concatenate([masks, ~masks[:1], np.ones_like(masks[:1])])
+    wide = np.zeros((len(masks), GRID, GRID), bool)
+    wide[:, : drawn[1], : drawn[2]] = masks
+    return list(wide), placement(*size.tolist()[::-1], GRID)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_subjects_of_real_photos_come_first(name):
+    """By what they look like alone, all regions being equally sure. In 23, half the car and the wall behind
+    it have one colour: that mixture looks likelier by 3%, if a network is as sure of it."""
+    masks, place = photographed(name)
+    true = masks[0][: place.inside[0], : place.inside[1]]
+    assert len(masks) > 40
+    first, second, *_ = rank(seen(masks[::-1], place=place), CFG)
+    found = second if name == "23" else first
+    assert overlap(found.mask, true) > 0.98  # small gaps are closed
+    sure = [0.93, *[0.88] * (len(masks) - 1)]
+    assert overlap(rank(seen(masks, sure, place), CFG)[0].mask, true) > 0.98
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_clicks_on_real_photos(name):
+    """Three answers, of which two have the point in them: on the subject it is the subject, not its largest
+    part nor all the rest; beside it, the rest."""
+    masks, place = photographed(name)
+    true, rest = masks[0], masks[-2]
+    part = max((m & true for m in masks[1:-2]), key=lambda m: m.sum() * (m.sum() < 0.9 * true.sum()))
+    cell = max(place.picture) / place.side  # pixels of the picture
+    for where, wanted in ((part, true), (rest, rest)):
+        point = tuple((v + 0.5) * cell for v in middle(where))
+        found = meant(seen([part, rest, true], [0.92, 0.95, 0.9], place), CFG, [point])
+        rows, columns = found.mask.shape
+        assert overlap(found.mask, wanted[:rows, :columns]) > 0.95
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_rough_masks_of_real_photos_become_smooth(name):
+    masks, place = photographed(name)
+    true = masks[0]
+    dots = np.zeros_like(true)
+    dots[3::6, 3::6] = True
+    near = true ^ (dots & (eroded(eroded(true)) | eroded(eroded(masks[-2]))))  # holes and specks off its edge
+    rough, clean = (tidy(c, CFG).mask for c in seen([near, true], place=place))
+    assert overlap(near, true) < 0.97 and np.array_equal(rough, clean)
+
+
 # --- prompts of the user -------------------------------------------------------------------------------
 
 
@@ -245,6 +302,28 @@ def test_a_point_means_the_whole():
     found = meant(seen([head, cat, dark], [0.97, 0.93, 0.99]), CFG)
     assert np.array_equal(found.mask, cat)
     assert np.array_equal(meant(seen([half & TOP, half], [0.97, 0.3]), CFG).mask, half & TOP)
+
+
+def test_a_point_on_the_background_does_not_mean_the_object():
+    """Whose mask comes along as a guess, or even as a sure answer."""
+    cat, _, _, dark, _ = aside()
+    for ious in ([0.02, 0.96], [0.97, 0.4]):
+        assert np.array_equal(meant(seen([cat, dark], ious), CFG, [(250, 4)]).mask, dark)
+    spot = shape("ellipse", 40, 2, 47, 9)
+    found = meant(seen([spot | TOP, spot | dark], [0.03, 0.96]), CFG, [(175, 22)])  # both contain it
+    assert np.array_equal(found.mask, spot | dark)
+
+
+def test_points_and_boxes_agree_where_the_last_cells_are_cut():
+    """129 of SAM's 256 pixels show the picture: 32 cells and a quarter."""
+    place = placement(126, 250, 256)
+    assert place.inside == (129, 256)
+    for row in (0, 16, 31, 32):
+        mask = np.zeros((GRID, GRID), bool)
+        mask[row, 10] = True
+        (found,) = seen([mask], place=place)
+        x0, y0, x1, y1 = found.box
+        assert found.cell(((x0 + x1) / 2, (y0 + y1) / 2)) == (row, 10)
 
 
 def test_a_part_that_is_pointed_at_stays_however_small():
