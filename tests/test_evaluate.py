@@ -136,6 +136,8 @@ def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
     scores = [row["values"] for row in rows(again)]
     assert scores == [pytest.approx(row["values"], abs=1e-4) for row in found[:6]]
     assert {row["method"] for row in rows(again)} == {"their method"}
+    known = (again / "table.md").read_text()
+    assert "- prompts: " in known and not any(f"- {fact}: " in known for fact in ("reference", "strength"))
     assert not (again / "moma").exists() and (again / rows(again)[0]["file"]).exists()
     next(theirs.glob("*/*.webp")).unlink()
     capsys.readouterr()
@@ -223,6 +225,8 @@ def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
     assert command(tmp_path / "new" / "out", *given) == 0
     table = (tmp_path / "new" / "out" / "table.md").read_text()
     assert rows(tmp_path / "new" / "out") == [] and "| Real images |" in table
+    facts = [line.split(":")[0] for line in table.splitlines() if line.startswith("- ")]
+    assert facts == ["- data", "- subjects", "- scorers"], "nothing was asked for or drawn"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,7 @@ def test_moma_does_not_stand_in_for_an_ip_adapter(capsys: pytest.CaptureFixture,
     for given in (["--method", "moma", "--method", "ip-adapter"], ["--method", f"ip-adapter={MINI}"]):
         assert command(tmp_path / "out", "--world", *given) == 2
         error = capsys.readouterr().err.splitlines()
-        assert len(error) == 1 and "is MoMA's; with --world give a bundle whose" in error[0]
+        assert len(error) == 1 and "is MoMA's; give a bundle whose" in error[0]
     other = parse(["--world", "--method", "moma", "--method", f"ip-adapter={tmp_path}"], "")
     assert other.methods["ip-adapter"] == tmp_path and not (tmp_path / "out").exists()
 

@@ -297,6 +297,9 @@ def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
     changed = {photo: replace(shown, digest="0") for photo in run.references}
     refused(replace(run, references=changed), "made from another reference picture or mask")
     draw(replace(run, sample=replace(SMALL, batch_size=1)), ONE)  # another machine's way to draw the same
+    for damaged in ('{"name": ', "[]"):
+        (run.folder / SETTINGS).write_text(damaged)
+        refused(run, f"{SETTINGS}: damaged; choose another --out, or delete")
     (run.folder / SETTINGS).unlink()
     refused(run, f"has pictures, but no {SETTINGS}")
 

@@ -22,6 +22,7 @@ from moma.segment import Segmenter
 from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.fake_sam import SMALL, FlatSAM
 from tests.ip_adapter_case import build_ip_bundle
+from tests.test_mini_weights import MINI
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CAT, DOG = EXAMPLES / "cat.png", EXAMPLES / "dog.png"
@@ -154,13 +155,15 @@ def test_grids_are_moma_by_subjects_and_prompts(folder, pipe, what, tmp_path):
     assert far(column.images[1], expected) <= 1
 
 
-def test_community_of_one_model_twice_and_of_another(folder, judges):
+def test_community_of_one_model_twice_and_of_another(folder, judges, capsys):
     """Identical columns from identical weights, and another picture from others."""
     once, again, other = columns_of("community", folder, "--bundle", folder, "--bundle", judges)
     assert once.images[0].tobytes() == again.images[0].tobytes()
     assert far(once.images[0], other.images[0]) > 0 and other.name == str(judges)
     named = columns_of("community", folder, "--bundle", judges)
     assert [column.name for column in named] == ["tiny", "judges"]
+    notes = capsys.readouterr().out.splitlines()
+    assert notes == [f"note: {judges} has another adapter file than {folder}"] * 2
 
 
 def test_each_bundle_is_checked(folder, judges, tmp_path, monkeypatch, capsys):
@@ -306,6 +309,11 @@ def test_examples_are_drawn_where_nothing_is_given(folder):
         ("texture", ["--out", "sheet.jpg"], "ends in .png"),
         ("methods", ["--method", "ip-adapter"], "has no ip_adapter, only"),
         ("methods", ["--baseline", "nowhere"], "no config.json there"),
+        ("methods", ["--baseline", "{}"], "is MoMA's; give a bundle whose adapter is an IP-Adapter"),
+        ("methods", ["--baseline", MINI, "--method", "ip-adapter"], "weights/mini is MoMA's"),
+        ("methods", ["--baseline", MINI, "--method", "text"], "draws nothing without --method ip-adapter"),
+        ("beta", ["--seed", 2**64], "--seed 18446744073709551616: expected 0 to"),
+        ("beta", ["--seed", "-1"], "--seed -1: expected 0 to"),
         ("methods", ["--scorers", "{}"], "has none of dino_s16"),
         ("pictures", [], "invalid choice"),
     ],

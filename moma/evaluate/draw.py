@@ -167,12 +167,20 @@ def check_settings(run: Run) -> None:
     """ValueError, one line, if the folder is another run's."""
     path = run.folder / SETTINGS
     if path.exists():
-        if listed := differences(json.loads(path.read_text(encoding="utf-8")), run.settings):
+        if listed := differences(_settings(path), run.settings):
             raise ValueError(
                 f"{run.folder}: drawn with other settings: {listed}; choose another --out, or delete it"
             )
     elif next(run.folder.glob("*/*.png"), None):
         raise ValueError(f"{run.folder}: has pictures, but no {SETTINGS}; choose another --out")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    with suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise ValueError(f"{path}: damaged; choose another --out, or delete {path.parent}")
 
 
 def missing(run: Run) -> list[Task]:

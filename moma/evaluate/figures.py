@@ -21,10 +21,10 @@ from typing import NamedTuple, get_args
 from PIL import Image
 
 from moma.bundle import DTYPES, SCORERS, Bundle
-from moma.cli import SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
+from moma.cli import MAX_SEED, SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
 from moma.config import MethodConfig, SampleConfig, method_config
 from moma.diffusion import SOLVERS, ScheduleConfig, intervals
-from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered
+from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered, check_baseline
 from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, load_scorers, measure
 from moma.evaluate.scores import Score, averages
@@ -345,6 +345,8 @@ def request_of(args: argparse.Namespace, figure: Figure) -> Request:
         raise ValueError("which base models? Give a --bundle for each, two or more")
     if args.what != "community" and len(bundles) != 1:
         raise ValueError(f"--bundle: {len(bundles)} folders, expected one")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise ValueError(f"--seed {args.seed}: expected 0 to {MAX_SEED}")
     bundle = Bundle.open(bundles[0])
     photos, prompts = open_photos(args, bundle), args.prompt or figure.prompts
     if args.ref or args.prompt or figure.by_photo:
@@ -401,9 +403,17 @@ def loaders_of(args: argparse.Namespace, request: Request) -> Loaders:
     if args.what == "community":
         names = [folder.resolve().name for folder in folders]
         names = names if len(set(names)) == len(names) else map(str, folders)
+        adapters = [Bundle.open(folder).networks.get("adapter", {}).get("sha256") for folder in folders]
+        for folder, adapter in zip(folders, adapters, strict=True):
+            if adapter != adapters[0]:
+                print(f"note: {folder} has another adapter file than {folders[0]}")
         return [(name, METHODS["moma"], folder) for name, folder in zip(names, folders, strict=True)]
     if args.what != "methods":
         return [(NAMES["moma"], METHODS["moma"], folders[0])]
+    if args.baseline:
+        if "ip-adapter" not in (args.method or METHODS):
+            raise ValueError("--baseline draws nothing without --method ip-adapter")
+        check_baseline("--baseline", args.baseline, (*folders, *WEIGHTS))
     bundle = Bundle.open(folders[0])
     found: dict[str, tuple[Loader, Path]] = {}
     for name in args.method or reversed(METHODS):

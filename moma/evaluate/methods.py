@@ -6,7 +6,7 @@ All of them read the same text (`moma.prompts.sd_prompt`) and start from the sam
 Letters: B images, R = 2B rows of a UNet call, C context tokens, h w latents, E embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -262,6 +262,16 @@ MASKING: dict[str, Loader] = {
 EVALUATED = METHODS | MASKING
 # Stands for "ip-adapter" in MoMA-mini's world.
 BASELINE = Loader(load_baseline, (*BASE, "adapter", "vision"), ON_WHITE)
+
+
+def check_baseline(option: str, folder: Path, moma: Iterable[Path]) -> None:
+    """ValueError where MoMA's own adapter, of one of its bundles, would be drawn with as if it were the
+    IP-Adapter."""
+    if folder.resolve() in {place.resolve() for place in moma}:
+        raise ValueError(
+            f"{option}: {folder} is MoMA's; give a bundle whose adapter is an IP-Adapter that train.py has"
+            " made"
+        )
 
 
 def _image_prompt(

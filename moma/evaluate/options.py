@@ -9,7 +9,7 @@ from moma.bundle import DTYPES
 from moma.cli import Parser
 from moma.config import SampleConfig
 from moma.diffusion import SOLVERS
-from moma.evaluate.methods import EVALUATED
+from moma.evaluate.methods import EVALUATED, check_baseline
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
 
@@ -59,7 +59,8 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     if both := sorted(set(images) & {*EVALUATED, MASKS, WORLD, REAL}):
         raise ValueError(f"--images {both[0]}=...: is the name of something else, choose another")
     if args.world and "ip-adapter" in methods:
-        _check_baseline(args.method, methods)
+        moma = (MINI, methods.get("moma", bundle))
+        check_baseline("--world --method ip-adapter=DIR", methods["ip-adapter"], moma)
     if args.scorers is None and bundle is None:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
@@ -81,16 +82,6 @@ def _pair(text: str, option: str) -> tuple[str, Path]:
     if not (name.strip() and equals and folder):
         raise ValueError(f"{option} {text}: expected NAME=DIR")
     return name, Path(folder)
-
-
-def _check_baseline(given: Sequence[str], methods: Mapping[str, Path]) -> None:
-    """ValueError where MoMA's own adapter would be drawn with as if it were the IP-Adapter."""
-    moma = {folder.resolve() for folder in (MINI, methods.get("moma", MINI))}
-    if "ip-adapter" in given or methods["ip-adapter"].resolve() in moma:
-        raise ValueError(
-            f"--method ip-adapter: {methods['ip-adapter']} is MoMA's; with --world give a bundle whose"
-            " adapter is an IP-Adapter that train.py has made: --method ip-adapter=DIR"
-        )
 
 
 def _add(known: dict[str, Path], option: str, name: str, folder: Path) -> None:

@@ -146,14 +146,20 @@ def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) ->
     texts = {prompt.text for subject in subjects for prompt in subject.prompts}
     added = any(text.format(s.word) in texts for text in ADDED for s in subjects)
     shown = {"first": "the first picture of each subject", "each": "picture n for the n-th of a prompt"}
-    told = {
-        "data": "MoMA-mini's world" if options.world else str(options.dataset),
-        "subjects": str(len(subjects)),
+    asked = {
         "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
         "pictures": f"{protocol.per_prompt} of each prompt",
+    }
+    drawn = {  # not so with what others have drawn
         "reference": shown[protocol.reference],
         "text": f"methods that draw here read {SD_TEMPLATE!r}",
         "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
+    }
+    told = {
+        "data": "MoMA-mini's world" if options.world else str(options.dataset),
+        "subjects": str(len(subjects)),
+        **(asked if runs or options.images else {}),
+        **(drawn if runs else {}),
         "scorers": str(options.scorers),
     }
     if runs:

@@ -13,7 +13,8 @@ from moma.evaluate.scores import Score
 from moma.preprocess import on_white, open_image
 
 LAYOUT = (
-    "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in small letters with - for all that is no letter"
+    "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in small letters with - for all that is no letter or"
+    " digit"
 )
 
 
