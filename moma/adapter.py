@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from models.attention import attention, merge_heads, split_heads
 from models.unet import AttentionLayer, TransformerBlock, UNet, UNetConfig, attention_layers
 from moma.attention import (
+    Gate,
     ReferenceLayer,
     context_cross_attention,
     drop_background,
-    queries_inside,
+    gate_inside,
     subject_self_attention,
 )
 from moma.config import MethodConfig
@@ -205,29 +206,28 @@ class MoMAHook:
     """Eq. 3 in every self-attention, decoupled cross-attention with the label's map recorded.
 
     m_gen (R, 1, h, w) or None; subject_on: whether the subject term of Eq. 3 acts at this timestep; gates:
-    M_gen of the grids met so far in this call, and the queries inside it. Calls can be recorded
-    (`moma.graphs.RecordableHook`): the gates are all that changes between steps of one kind.
+    M_gen of the grids met so far in this call. Calls can be recorded (`moma.graphs.RecordableHook`): the
+    gates are all that changes between steps of one kind.
     """
 
     cond: Conditioning
     subject_on: bool
     m_gen: Tensor | None
-    gates: dict[Grid, tuple[Tensor | float, Tensor | None]] = field(default_factory=dict)
+    gates: dict[Grid, Gate] = field(default_factory=dict)
 
     def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
         cond, impl = self.cond, self.cond.method.attention
         if not self.subject_on:
             return attention(q, k, v, impl=impl), None
-        m_gen, inside = self._gate(grid)
-        lam, beta = cond.lam[layer], cond.beta
-        return subject_self_attention(q, k, v, cond.reference[layer], m_gen, lam, beta, impl, inside), None
+        reference, lam = cond.reference[layer], cond.lam[layer]
+        return subject_self_attention(q, k, v, reference, self._gate(grid), lam, cond.beta, impl), None
 
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         cond = self.cond
-        m_gen = self._gate(grid)[0] if cond.method.context_masked else 1.0
+        gate = self._gate(grid) if cond.method.context_masked else Gate(1.0)
         k_context, v_context = cond.context[layer]
         z, label_map = context_cross_attention(
-            q, k, v, k_context, v_context, m_gen, cond.label, cond.method.attention
+            q, k, v, k_context, v_context, gate, cond.label, cond.method.attention
         )
         return z, label_map.unflatten(-1, (1, *grid))  # (R, H, N, D), (R, 1, h, w)
 
@@ -236,28 +236,27 @@ class MoMAHook:
             self._gate(grid)
 
     def key(self) -> Hashable:
-        picked = tuple((grid, inside is not None) for grid, (_, inside) in self.gates.items())
+        picked = tuple((grid, gate.inside is not None) for grid, gate in self.gates.items())
         return id(self.cond), self.subject_on, picked
 
     def inputs(self) -> list[Tensor]:
-        return [tensor for gate in self.gates.values() for tensor in gate if tensor is not None]
+        tensors = (tensor for gate in self.gates.values() for tensor in (gate.m_gen, gate.inside))
+        return [tensor for tensor in tensors if tensor is not None]
 
     def on(self, inputs: Sequence[Tensor]) -> "MoMAHook":
         rest = iter(inputs)
         gates = {
-            grid: (next(rest), None if inside is None else next(rest))
-            for grid, (_, inside) in self.gates.items()
+            grid: Gate(next(rest), None if gate.inside is None else next(rest))
+            for grid, gate in self.gates.items()
         }
         return replace(self, gates=gates)
 
-    def _gate(self, grid: Grid) -> tuple[Tensor | float, Tensor | None]:
-        """M_gen on a grid (R, 1, N, 1), or 1.0, and the queries (R, Q) inside it, None = all."""
+    def _gate(self, grid: Grid) -> Gate:
         if self.m_gen is None:
-            return 1.0, None
+            return Gate(1.0)
         if grid not in self.gates:
             m_gen = m_gen_of_layer(self.m_gen, grid)  # (R, 1, N, 1)
-            fused = self.cond.method.attention == "fused" and self.subject_on
-            self.gates[grid] = m_gen, queries_inside(m_gen) if fused else None
+            self.gates[grid] = gate_inside(m_gen) if self.cond.method.attention == "fused" else Gate(m_gen)
         return self.gates[grid]
 
 

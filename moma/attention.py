@@ -45,37 +45,55 @@ class ReferenceLayer:
         return ReferenceLayer(self.k[some], self.v[some], None if self.keep is None else self.keep[some])
 
 
+@dataclass(frozen=True)
+class Gate:
+    """M_gen on one layer's grid: how much of the subject and of the context each query gets.
+
+    inside = None: every query is asked, m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one. Else only
+    the queries where M_gen is not 0 (`gate_inside`), m_gen (R, 1, Q, 1) theirs.
+    """
+
+    m_gen: Tensor | float
+    inside: Tensor | None = None  # int64 (R, Q), counted through the queries of all rows: row * N + query
+
+    @property
+    def closed(self) -> bool:
+        """Whether no query is asked."""
+        return self.inside is not None and not self.inside.numel()
+
+    def ask(self, q: Tensor) -> Tensor:
+        """The queries that are asked: q (R, H, N, D) -> (R, H, Q, D)."""
+        return q if self.inside is None else _take(q, self.inside)
+
+    def add(self, z: Tensor, part: Tensor) -> Tensor:
+        """z (R, H, N, D) with what those queries got, (R, H, Q, D), added to them. z is used up."""
+        return z + part.to(z.dtype) if self.inside is None else _add(z, self.inside, part)
+
+
 def subject_self_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     reference: ReferenceLayer,
-    m_gen: Tensor | float,
+    gate: Gate,
     lam: Tensor,
     beta: Tensor | float,
     impl: str,
-    inside: Tensor | None = None,
 ) -> Tensor:
     """Eq. 3: Z = Attn(Q, K, V) + λ · Attn(Q, K', V', M_ref) · M_gen · β.
 
-    q, k, v (R, H, N, D); m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one; lam (1,), learned per
-    layer; beta (R, 1, 1, 1) or a number, the strength; inside: int64 (R, Q) of `queries_inside`, None = the
-    formula is evaluated everywhere. Returns (R, H, N, D). Official: IPAttnProcessor_Self.
+    q, k, v (R, H, N, D); lam (1,), learned per layer; beta (R, 1, 1, 1) or a number, the strength. Returns
+    (R, H, N, D). Official: IPAttnProcessor_Self.
     """
     z = attention(q, k, v, impl=impl)  # (R, H, N, D)
-    if inside is None:
-        z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, N, D)
-        return z + (lam * z_ref * m_gen * beta).to(z.dtype)
-    if not inside.numel():
+    if gate.closed:
         return z
-    place = inside + torch.arange(len(q), device=q.device)[:, None] * q.shape[2]  # (R, Q) among all rows'
-    q, m_gen = _take(q, place), _take(m_gen, place)  # (R, H, Q, D), (R, 1, Q, 1)
-    z_ref = attention(q, reference.k, reference.v, reference.mask, impl=impl)  # (R, H, Q, D)
-    return _add(z, place, lam * z_ref * m_gen * beta)
+    z_ref = attention(gate.ask(q), reference.k, reference.v, reference.mask, impl=impl)  # (R, H, Q, D)
+    return gate.add(z, z_ref * (lam * gate.m_gen * beta))
 
 
-def queries_inside(m_gen: Tensor) -> Tensor | None:
-    """Where M_gen (R, 1, N, 1) is not zero: int64 (R, Q), or None if that is nearly everywhere.
+def gate_inside(m_gen: Tensor) -> Gate:
+    """The gate of M_gen (R, 1, N, 1) that asks only where it is not zero, or everywhere if that is nearly so.
 
     Q is the largest row's count, rounded up to a bucket; rows with fewer are filled up with other queries,
     whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for the device: Q is a shape.
@@ -83,8 +101,10 @@ def queries_inside(m_gen: Tensor) -> Tensor | None:
     nonzero = (m_gen != 0).flatten(1)  # (R, N)
     count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1])
     if count is None:
-        return None
-    return _true_first(nonzero, count)  # (R, Q)
+        return Gate(m_gen)
+    starts = torch.arange(0, nonzero.numel(), nonzero.shape[1], device=m_gen.device)  # (R,)
+    inside = _true_first(nonzero, count) + starts[:, None]  # (R, Q)
+    return Gate(_take(m_gen, inside), inside)
 
 
 def queries_asked(inside: int, of: int) -> int | None:
@@ -106,9 +126,10 @@ def _take(x: Tensor, place: Tensor) -> Tensor:
 
 
 def _add(x: Tensor, place: Tensor, part: Tensor) -> Tensor:
-    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q)."""
+    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q), in x itself without a backward."""
     rows, part = x.transpose(1, 2).flatten(0, 1), part.transpose(1, 2).flatten(0, 1)  # (R*N | R*Q, H, D)
-    full = rows.index_add(0, place.flatten(), part.to(x.dtype))  # (R*N, H, D)
+    add = rows.index_add if torch.is_grad_enabled() else rows.index_add_
+    full = add(0, place.flatten(), part.to(x.dtype))  # (R*N, H, D)
     return full.unflatten(0, (len(x), -1)).transpose(1, 2)  # (R, H, N, D)
 
 
@@ -135,18 +156,21 @@ def context_cross_attention(
     v: Tensor,
     k_context: Tensor,
     v_context: Tensor,
-    m_gen: Tensor | float,
+    gate: Gate,
     label: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Decoupled cross-attention, Z = Attn(Q, K, V) + Attn(Q, K_context, V_context) · M_gen; the label's map.
 
-    q (R, H, N, D); k, v (R, H, T, D) of the text; k_context, v_context (R, H, C, D); m_gen (R, 1, N, 1) or
-    1.0; label (R, T), 1 at the label's tokens. Returns Z (R, H, N, D) and the attention that the label's
-    tokens get, averaged over heads, (R, N). Official: IPAttnProcessor.
+    q (R, H, N, D); k, v (R, H, T, D) of the text; k_context, v_context (R, H, C, D); label (R, T), 1 at the
+    label's tokens. Returns Z (R, H, N, D) and the attention that the label's tokens get, averaged over heads,
+    (R, N). Official: IPAttnProcessor.
     """
     z, label_map = (_text_fused if impl == "fused" else _text_explicit)(q, k, v, label)
-    return z + attention(q, k_context, v_context, impl=impl) * m_gen, label_map
+    if gate.closed:
+        return z, label_map
+    z_context = attention(gate.ask(q), k_context, v_context, impl=impl)  # (R, H, Q, D)
+    return gate.add(z, z_context * gate.m_gen), label_map
 
 
 def _text_explicit(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

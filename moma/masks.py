@@ -42,13 +42,12 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_im
     """
     if method.m_gen_layers is not None:
         maps = [maps[i] for i in method.m_gen_layers]
-    eps = method.m_gen_eps
-    scaled = [
-        min_max(m.float(), dims=(1, 2, 3), eps=eps) for m in maps
-    ]  # each (R, 1, h_l, w_l), each row alone
-    mean = torch.stack([F.interpolate(m, size=size, mode="nearest") for m in scaled]).mean(
-        dim=0
-    )  # (R, 1, h, w)
+    eps, scaled = method.m_gen_eps, []
+    for grid in dict.fromkeys(m.shape[-2:] for m in maps):  # all layers of a grid at once: few kernels
+        alike = torch.cat([m for m in maps if m.shape[-2:] == grid], dim=1).float()  # (R, l, h_l, w_l)
+        alike = min_max(alike, dims=(2, 3), eps=eps)  # each row of each layer alone
+        scaled.append(F.interpolate(alike, size=size, mode="nearest"))  # (R, l, h, w)
+    mean = torch.cat(scaled, dim=1).mean(dim=1, keepdim=True)  # (R, 1, h, w)
     rows = mean.unflatten(0, (rows_per_image, -1))  # (2 | 1, B, 1, h, w)
     if method.m_gen_norm == "image":
         rows = min_max(rows, dims=(0, 2, 3, 4), eps=eps)

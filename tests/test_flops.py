@@ -59,7 +59,7 @@ def test_a_moma_step_adds_the_subject_and_nothing_else(share: float) -> None:
         queries = -(-keys // QUERY_BUCKET) * QUERY_BUCKET
         subject = queries * keys * layer.channels
         label = n * TEXT * HEAD_ALIGNMENT * layer.heads
-        extra += 4 * ROWS * (subject + n * TOKENS * layer.channels + label)
+        extra += 4 * ROWS * (subject + queries * TOKENS * layer.channels + label)
     moma, plain, alone = step(share, "fused")
     assert moma - plain == extra and alone * 2 == moma
 

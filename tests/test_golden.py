@@ -19,7 +19,7 @@ from models.unet import Attention, UNet, UNetConfig, attention_layers
 from models.vae import VAE, VAEConfig
 from moma import RELEASE, Job, MoMA, SampleConfig, Subject
 from moma.adapter import Adapter, AdapterConfig, Conditioning, MoMAHook, ReferenceHook
-from moma.attention import ReferenceLayer, context_cross_attention, drop_background
+from moma.attention import Gate, ReferenceLayer, context_cross_attention, drop_background
 from moma.diffusion import intervals
 from moma.masks import min_max
 from moma.sampler import Step, denoise
@@ -86,7 +86,9 @@ def test_cross_attention_layer(impl: str) -> None:
 
     def run(m_gen: Tensor | float) -> tuple[Tensor, Tensor]:
         return layer(
-            hidden, text, lambda q, k_t, v_t: context_cross_attention(q, k_t, v_t, k, v, m_gen, label, impl)
+            hidden,
+            text,
+            lambda q, k_t, v_t: context_cross_attention(q, k_t, v_t, k, v, Gate(m_gen), label, impl),
         )
 
     rows = mask[:, :, ::16, ::16].reshape(1, 1, 1024, 1)

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show: recorded steps, streams and pinned memory, its kernels, training."""
+"""What only a CUDA device can show: recorded steps, streams and pinned memory, its kernels, training.
+
+MOMA_GPU=1 python -m pytest tests/test_gpu.py
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import train
@@ -14,10 +18,10 @@ from models.loading import in_memory
 from models.stream import StreamedLlama
 from moma import Job, MoMA
 from moma.adapter import Conditioning, MoMAHook
-from moma.attention import ReferenceLayer, drop_background, queries_inside, subject_self_attention
+from moma.attention import Gate, ReferenceLayer, drop_background, gate_inside, subject_self_attention
 from moma.diffusion import intervals
 from moma.graphs import CudaRecorder, GraphedUNet
-from moma.preprocess import open_image
+from moma.mini.world import render
 from moma.sampler import denoise
 from moma.segment import Segmenter
 from moma.training.log import read_log
@@ -54,9 +58,8 @@ def test_equation_3(dtype: torch.dtype, most: float, counts: tuple[int, int]) ->
         q, k, v, k_ref, v_ref = (x.to(device, kind).requires_grad_() for x in drawn)
         ref, gate = ReferenceLayer(k_ref, v_ref, keep.to(device)), m_gen.to(device, kind)
         lam = torch.full((1,), 0.7, device=device, dtype=kind, requires_grad=True)
-        inside = queries_inside(gate) if impl == "fused" else None
-        used = drop_background(ref) if impl == "fused" else ref
-        z = subject_self_attention(q, k, v, used, gate, lam, 0.8, impl, inside)
+        used, asked = (drop_background(ref), gate_inside(gate)) if impl == "fused" else (ref, Gate(gate))
+        z = subject_self_attention(q, k, v, used, asked, lam, 0.8, impl)
         found.append([z, *torch.autograd.grad(z.float().square().sum(), (q, k, v, k_ref, v_ref, lam))])
     for a, b in zip(*found, strict=True):
         assert far(b, a) < most
@@ -65,7 +68,8 @@ def test_equation_3(dtype: torch.dtype, most: float, counts: tuple[int, int]) ->
 # --- CUDA graphs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("fp32", 1e-3), ("bf16", 0.1)])
+# Four steps of noise under guidance: an H200 was 0.0014 away from a CPU in float32.
+@pytest.mark.parametrize(("dtype", "most"), [("fp32", 5e-3), ("bf16", 0.1)])
 def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.WarningsRecorder) -> None:
     """Whole drawings with and without graphs, and on the CPU."""
     found = []
@@ -145,6 +149,7 @@ def test_streamed_blocks(stored: torch.dtype) -> None:
     embeds = [torch.randn(1, n, cfg.width, generator=torch.Generator().manual_seed(n)) for n in (37, 600)]
     embeds = [x.to(CUDA, dtype) for x in embeds]
     streamed = StreamedLlama(cfg, lazy, CUDA, dtype)
+    embeds[0] @ embeds[0].mT  # cuBLAS keeps 32 MiB from its first product on
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     first = streamed.each(embeds)
@@ -161,10 +166,11 @@ def test_streamed_blocks(stored: torch.dtype) -> None:
 
 
 def test_masks_are_the_cpus() -> None:
-    image = open_image(ROOT / "examples" / "cat.png").convert("RGB")
-    masks = [Segmenter.load(ROOT / "weights" / "mini", device).mask(image) for device in ("cpu", "cuda")]
-    a, b = (np.asarray(found) > 127 for found in masks)
-    assert (a & b).sum() > 0.99 * (a | b).sum() > 0
+    image = Image.fromarray(render(3, "test").image)
+    here, there = (Segmenter.load(ROOT / "weights" / "mini", device) for device in ("cpu", "cuda"))
+    for options in ({}, {"point": (0, 0)}, {"box": (8, 8, 56, 56)}, {"object": 1}):
+        a, b = (np.asarray(segmenter.subject_mask(image, **options)) > 0 for segmenter in (here, there))
+        assert (a & b).sum() > 0.99 * (a | b).sum() > 0
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from moma.attention import (
+    Gate,
     ReferenceLayer,
     context_cross_attention,
     drop_background,
+    gate_inside,
     queries_asked,
-    queries_inside,
     subject_self_attention,
 )
 
@@ -41,7 +42,7 @@ def self_attention(ref: ReferenceLayer, impl: str, rows: slice = slice(None), **
     m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(6))[rows]
     beta = torch.tensor([0.4, 1.0, 1.2, 0.0])[:, None, None, None][rows]
     given = {"m_gen": m_gen, "lam": torch.tensor([0.7]), "beta": beta} | changes
-    return subject_self_attention(q, k, v, ref, **given, impl=impl)
+    return subject_self_attention(q, k, v, ref, Gate(given.pop("m_gen")), **given, impl=impl)
 
 
 COUNTS = {
@@ -65,7 +66,7 @@ def test_fused_equals_explicit(counts: list[int]) -> None:
         torch.testing.assert_close(single, explicit[row : row + 1], rtol=0, atol=1e-6)
 
 
-def gate(share: list[float], n: int = 4 * N) -> Tensor:
+def soft_m_gen(share: list[float], n: int = 4 * N) -> Tensor:
     """M_gen (R, 1, n, 1), soft, not zero at these shares of the queries, at scattered places."""
     soft = 0.5 + torch.rand(R, n, generator=torch.Generator().manual_seed(7)) / 2
     ranks = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(R)])
@@ -81,19 +82,19 @@ def test_queries_inside_suffice(
 ) -> None:
     """Only the queries where M_gen is not zero are asked: same values, same gradients, whatever the batch."""
     monkeypatch.setattr("moma.attention.QUERY_BUCKET", 8)
-    m_gen, ref = gate(share), reference(counts)
-    inside = queries_inside(m_gen)
+    m_gen, ref = soft_m_gen(share), reference(counts)
+    gate = gate_inside(m_gen)
     if max(share) == 1:
-        assert inside is None
+        assert gate.inside is None
     else:
-        assert inside.shape == (R, -(-int(max(share) * 4 * N) // 8) * 8)
+        assert gate.inside.shape == (R, -(-int(max(share) * 4 * N) // 8) * 8)
     found = []
     for impl in ("explicit", "fused"):
         q, k, v = (rand(R, H, 4 * N, D, seed=s).requires_grad_() for s in (3, 4, 5))
         own = replace(ref, k=ref.k.clone().requires_grad_(), v=ref.v.clone().requires_grad_())
-        used, asked = (own, None) if impl == "explicit" else (drop_background(own), inside)
+        used, asked = (own, Gate(m_gen)) if impl == "explicit" else (drop_background(own), gate)
         lam = torch.tensor([0.7], requires_grad=True)
-        z = subject_self_attention(q, k, v, used, m_gen, lam, 0.8, impl, asked)
+        z = subject_self_attention(q, k, v, used, asked, lam, 0.8, impl)
         leaves = (q, k, v, lam, own.k, own.v)
         found.append([z, *torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True)])
     for explicit, fused in zip(*found, strict=True):
@@ -113,7 +114,8 @@ def test_nan_stays() -> None:
     """M_gen that is NaN (a constant map under the release's m_gen_eps) is not taken for zero."""
     m_gen = torch.zeros(R, 1, 4 * N, 1)
     m_gen[1, 0, 3] = torch.nan
-    assert (queries_inside(m_gen)[1] == 3).any()
+    gate = gate_inside(m_gen)
+    assert (gate.inside[1] == 4 * N + 3).any() and gate.m_gen[1].isnan().sum() == 1
 
 
 def test_equation_3_by_hand() -> None:
@@ -142,21 +144,30 @@ def test_subject_term_vanishes(name: str, impl: str) -> None:
     assert torch.equal(z, attention(q, k, v, impl=impl))
 
 
-def cross(impl: str, m_gen: Tensor | float, q: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def cross(impl: str, gate: Gate, q: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     k, v = rand(R, H, T, D, seed=12)[rows], rand(R, H, T, D, seed=13)[rows]
     k_context, v_context = rand(R, H, 4, D, seed=14)[rows], rand(R, H, 4, D, seed=15)[rows]
     label = torch.zeros(R, T)
     label[0, [2, 5]] = label[1, [1]] = label[2, [0, 1, 2]] = 1  # row 3 has none
-    return context_cross_attention(q, k, v, k_context, v_context, m_gen, label[rows], impl)
+    return context_cross_attention(q, k, v, k_context, v_context, gate, label[rows], impl)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_cross_fused_equals_explicit(masked: bool) -> None:
-    q = rand(R, H, N, D, seed=11)
-    m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(16)) if masked else 1.0
-    (z, label_map), (z_fused, map_fused) = (cross(impl, m_gen, q) for impl in ("explicit", "fused"))
-    torch.testing.assert_close(z_fused, z, rtol=0, atol=1e-6)
-    torch.testing.assert_close(map_fused, label_map, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("share", [None, [0.1, 0.5, 0.0, 0.3], [0.0] * R, [1.0] * R])
+def test_cross_fused_equals_explicit(share: list[float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is an M_gen (None), and asked only where it is not zero."""
+    monkeypatch.setattr("moma.attention.QUERY_BUCKET", 4)
+    m_gen = 1.0 if share is None else soft_m_gen(share, N)
+    inside = Gate(m_gen) if share is None else gate_inside(m_gen)
+    assert (inside.inside is None) == (share in (None, [1.0] * R)) and inside.closed == (share == [0.0] * R)
+    found = []
+    for impl, gate in (("explicit", Gate(m_gen)), ("fused", inside)):
+        q = rand(R, H, N, D, seed=11).requires_grad_()
+        z, label_map = cross(impl, gate, q)
+        found.append([z, label_map, *torch.autograd.grad(z.square().sum() + label_map.sum(), q)])
+        with torch.no_grad():
+            assert torch.equal(cross(impl, gate, q)[0], z)
+    for explicit, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
     assert label_map.shape == (R, N) and (label_map[3] == 0).all() and (label_map[:3] > 0).all()
 
 
@@ -167,7 +178,7 @@ def test_gradients_agree() -> None:
         ref = reference([3, 24, 1, 9])
         leaves = [x.requires_grad_() for x in (ref.k, ref.v, torch.tensor([0.7]), rand(R, H, N, D, seed=11))]
         used = drop_background(ref) if impl == "fused" else ref
-        z, label_map = cross(impl, 1.0, leaves[3])
+        z, label_map = cross(impl, Gate(1.0), leaves[3])
         (
             self_attention(used, impl, lam=leaves[2]).square().sum() + z.square().sum() + label_map.sum()
         ).backward()
@@ -183,10 +194,9 @@ def test_dtype_does_not_depend_on_the_mask() -> None:
     q, k, v = (rand(R, H, 4 * N, D, seed=s).bfloat16() for s in (3, 4, 5))
     found = []
     for share in (0.0, 0.3, 1.0):
-        m_gen = gate([share] * R)
-        inside = queries_inside(m_gen)
-        z = subject_self_attention(q, k, v, low, m_gen, torch.ones(1), 1.0, "fused", inside)
-        found.append((z.dtype, inside is None or len(inside[0])))
+        gate = gate_inside(soft_m_gen([share] * R))
+        z = subject_self_attention(q, k, v, low, gate, torch.ones(1), 1.0, "fused")
+        found.append((z.dtype, gate.inside is None or len(gate.inside[0])))
     assert found == [(torch.bfloat16, 0), (torch.bfloat16, 64), (torch.bfloat16, True)]
 
 
@@ -196,6 +206,6 @@ def test_low_precision_is_near(dtype: torch.dtype) -> None:
     low = drop_background(ReferenceLayer(ref.k.to(dtype), ref.v.to(dtype), ref.keep))
     q, k, v = (rand(R, H, N, D, seed=s).to(dtype) for s in (3, 4, 5))
     one = torch.ones(1, dtype=dtype)
-    z = subject_self_attention(q, k, v, low, 1.0, one, 1.0, "fused")
+    z = subject_self_attention(q, k, v, low, Gate(1.0), one, 1.0, "fused")
     exact = self_attention(ref, "explicit", m_gen=1.0, lam=torch.ones(1), beta=1.0)
     assert z.dtype == dtype and (z.float() - exact).abs().max() < 0.05

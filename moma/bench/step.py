@@ -19,7 +19,7 @@ from models.attention import split_heads
 from models.packed import can_pack, pack_weights
 from models.unet import UNet, attention_grids, attention_layers
 from moma.adapter import Adapter, AdapterConfig, Conditioning, condition, reference_features
-from moma.attention import ReferenceLayer, drop_background, queries_inside, subject_self_attention
+from moma.attention import Gate, ReferenceLayer, drop_background, gate_inside, subject_self_attention
 from moma.bench.measure import (
     BenchConfig,
     Found,
@@ -67,14 +67,14 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
 
     def explicit() -> list[Tensor]:
         return [
-            subject_self_attention(q, k, v, ref, m_gen, lam, 1.0, "explicit")
+            subject_self_attention(q, k, v, ref, Gate(m_gen), lam, 1.0, "explicit")
             for q, k, v, ref, m_gen in layers
         ]
 
     def fused() -> list[Tensor]:
-        inside = {m_gen.shape: queries_inside(m_gen) for *_, m_gen in layers}  # one for each grid
+        gates = {m_gen.shape: gate_inside(m_gen) for *_, m_gen in layers}  # one for each grid
         return [
-            subject_self_attention(q, k, v, ref, m_gen, lam, 1.0, "fused", inside[m_gen.shape])
+            subject_self_attention(q, k, v, ref, gates[m_gen.shape], lam, 1.0, "fused")
             for (q, k, v, _, m_gen), ref in zip(layers, dropped, strict=True)
         ]
 

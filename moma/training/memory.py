@@ -22,7 +22,7 @@ from models.llama import Llama, LlamaConfig
 from models.llava import LlavaConfig
 from models.unet import SD15, UNet, attention_grids
 from moma.adapter import Adapter, AdapterConfig, MoMAHook, condition_rows
-from moma.attention import ReferenceLayer, queries_asked
+from moma.attention import Gate, ReferenceLayer, queries_asked
 from moma.config import DEFAULT
 from moma.masks import Grid
 from moma.training.lora import add_lora
@@ -94,12 +94,12 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
         return weights, kept_for_backward(forward)
 
 
-def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> tuple[Tensor, Tensor | None]:
-    """M_gen (B, 1, N, 1) of a grid and the queries (B, Q) inside it: M_gen is M_ref in training."""
+def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
+    """Of a grid: M_gen is M_ref in training."""
     tokens = grid[0] * grid[1]
     asked = queries_asked(int(cfg.subject_share * tokens), tokens)
-    m_gen = torch.ones(batch, 1, tokens, 1, dtype=torch.bfloat16)
-    return m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long)
+    m_gen = torch.ones(batch, 1, asked or tokens, 1, dtype=torch.bfloat16)
+    return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
 
 
 def stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
