@@ -1,8 +1,11 @@
-"""Weights laid out as oneDNN multiplies them, for networks that only compute, on CPUs.
+"""Weights laid out for networks that only compute: as oneDNN multiplies them on CPUs, channels last on GPUs.
 
 torch keeps a weight row by row. In every call oneDNN then rearranges it, or torch hands float32 matrices to a
 library that is slower on some processors (seen on an AMD one). `pack_weights` rearranges each weight once.
 Outputs are the same up to rounding (tests/test_packed.py); there are no gradients, and no way back.
+
+cuDNN's 16-bit convolutions read pixels channels last, and rearrange what is not: on an H200 a step of SD1.5
+at 512 pixels took 9.7 ms in bf16 with such weights and 11.5 ms without. Its float32 ones do not: 74 and 70.
 
 Letters: I inputs, O outputs, B batch, h w grid.
 """
@@ -56,6 +59,15 @@ class PackedConv(nn.Module):
 
 def _detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
+
+
+def lay_out(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The network, which lies there in this dtype, with its weights laid out for speed, in place."""
+    if can_pack(device, dtype):
+        return pack_weights(network)
+    if device.type == "cuda" and dtype.itemsize == 2:
+        return network.to(memory_format=torch.channels_last)
+    return network
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

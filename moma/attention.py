@@ -11,7 +11,6 @@ tokens, C context tokens, D channels per head.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import attention, attention_probs
@@ -183,7 +182,12 @@ def _text_fused(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor,
     """Σ_label softmax(QKᵀ) is attention's output for one more column of V, 1 at the label's keys."""
     d = q.shape[-1]
     column = label.to(v.dtype)[:, None, :, None].expand(-1, v.shape[1], -1, 1)  # (R, H, T, 1)
-    v = F.pad(torch.cat([v, column], dim=-1), (0, HEAD_ALIGNMENT - 1))  # (R, H, T, D + 8)
-    q, k = F.pad(q, (0, HEAD_ALIGNMENT)), F.pad(k, (0, HEAD_ALIGNMENT))  # zeros: scores stay
+    v = torch.cat([v, column, _zeros(v, HEAD_ALIGNMENT - 1)], dim=-1)  # (R, H, T, D + 8)
+    q, k = (torch.cat([x, _zeros(x, HEAD_ALIGNMENT)], dim=-1) for x in (q, k))  # scores stay
     z = attention(q, k, v, scale=d**-0.5)  # (R, H, N, D + 8)
     return z[..., :d], z[..., d].mean(dim=1)  # (R, H, N, D), (R, N)
+
+
+def _zeros(x: Tensor, columns: int) -> Tensor:
+    """As many columns beside x (..., D). One copy with them is faster than F.pad, which fills all first."""
+    return x.new_zeros(1).expand(*x.shape[:-1], columns)

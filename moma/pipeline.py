@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIPText
 from models.llava import Llava
-from models.packed import can_pack, pack_weights
+from models.packed import lay_out
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, attention_layers
 from models.vae import VAE
@@ -127,9 +127,9 @@ class MoMA:
 
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; dtype: "auto", "bf16", "fp16", "fp32"; stream: whether
         the MLLM stays on the disk and is read block by block, for many jobs of a `run` at once ("auto": if
-        memory is short); decoder False: no MLLM, jobs bring the embeddings of `load_decoder`; pack: on CPUs
-        the UNet's weights are laid out for speed (models/packed.py), False = plain layers, with weights that
-        can be looked at and trained; cuda_graph: whether denoising steps are recorded and replayed
+        memory is short); decoder False: no MLLM, jobs bring the embeddings of `load_decoder`; pack: whether
+        the UNet's weights are laid out for speed (models/packed.py), on CPUs so that they can neither be
+        looked at nor trained; cuda_graph: whether denoising steps are recorded and replayed
         (moma/graphs.py; "auto": on CUDA devices); tiles: whether pictures are decoded in tiles
         (moma/tiles.py; "auto": if memory is short). ValueError for a folder that is no complete bundle, or a
         device that is not there. A preset for these weights:
@@ -438,8 +438,8 @@ def load_drawing(
     networks = {name: bundle.build(name, device, dtype).eval().requires_grad_(False) for name in names}
     # Not the VAE's: it would gain a sixth, and with channels last torch's GroupNorm is less exact on pictures
     # with flat parts.
-    if pack and can_pack(device, dtype):
-        pack_weights(networks["unet"])
+    if pack:
+        lay_out(networks["unet"], device, dtype)
     return networks
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.packed import can_pack, pack_weights
+from models.packed import can_pack, lay_out, pack_weights
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from moma.bench.measure import relative_error
@@ -71,3 +71,18 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("device", "kind"), [("cuda", torch.float32), ("cpu", torch.float64)])
 def test_where_it_cannot_be(device: str, kind: torch.dtype) -> None:
     assert not can_pack(torch.device(device), kind)
+
+
+@pytest.mark.parametrize(("kind", "last"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_channels_last_for_a_gpu(kind: torch.dtype, last: bool) -> None:
+    """As it is done there, seen here: the layout changes, the values stay."""
+    unet, x, text, t = (
+        filled(UNet(UNET), kind),
+        rand(2, 4, 8, 8).to(kind),
+        rand(2, 5, 16).to(kind),
+        torch.arange(2),
+    )
+    expected = unet(x, t, text)[0]
+    assert lay_out(unet, torch.device("cuda"), kind) is unet
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == last
+    close(unet(x, t, text)[0], expected)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import split_heads
-from models.packed import can_pack, pack_weights
+from models.packed import lay_out
 from models.unet import UNet, attention_grids, attention_layers
 from moma.adapter import Adapter, AdapterConfig, Conditioning, condition, reference_features
 from moma.attention import Gate, ReferenceLayer, drop_background, gate_inside, subject_self_attention
@@ -115,9 +115,7 @@ def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ke
     unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
     adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
     weights = unet.state_dict() if keep else {}
-    if can_pack(device, dtype):
-        pack_weights(unet)
-    return Networks(unet, weights, adapter, choose_recorder("auto", device))
+    return Networks(lay_out(unet, device, dtype), weights, adapter, choose_recorder("auto", device))
 
 
 def pseudo_random(
