@@ -232,7 +232,7 @@ class MoMAHook:
         return z, label_map.unflatten(-1, (1, *grid))  # (R, H, N, D), (R, 1, h, w)
 
     def prepare(self, grids: Sequence[Grid]) -> None:
-        for grid in grids:
+        for grid in grids if self.subject_on or self.cond.method.context_masked else ():
             self._gate(grid)
 
     def key(self) -> Hashable:

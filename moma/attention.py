@@ -20,7 +20,8 @@ HEAD_ALIGNMENT = 8
 # Queries inside M_gen are taken in multiples of a bucket, so that few shapes occur: each one is a CUDA graph
 # of its own (moma/graphs.py), and M_gen moves a little with every step. A bucket is so many queries, which
 # fill a kernel's tile, or 1 / QUERY_BUCKETS of the layer's (256 of 4096), which costs at most that part of
-# the subject's term. They are not picked at all if they are nearly all: moving them costs more than it saves.
+# the subject's and the context's terms. They are not picked at all if they are nearly all: moving them costs
+# more than it saves.
 QUERY_BUCKET = 64
 QUERY_BUCKETS = 16
 QUERY_SHARE = 0.9
@@ -65,7 +66,7 @@ class Gate:
         return q if self.inside is None else _take(q, self.inside)
 
     def add(self, z: Tensor, part: Tensor) -> Tensor:
-        """z (R, H, N, D) with what those queries got, (R, H, Q, D), added to them. z is used up."""
+        """z (R, H, N, D) with what those queries got, (R, H, Q, D), added to them. z may be overwritten."""
         return z + part.to(z.dtype) if self.inside is None else _add(z, self.inside, part)
 
 
@@ -125,7 +126,10 @@ def _take(x: Tensor, place: Tensor) -> Tensor:
 
 
 def _add(x: Tensor, place: Tensor, part: Tensor) -> Tensor:
-    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q), in x itself without a backward."""
+    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q).
+
+    x is overwritten where no backward needs it and its queries' heads lie together, as attention leaves them.
+    """
     rows, part = x.transpose(1, 2).flatten(0, 1), part.transpose(1, 2).flatten(0, 1)  # (R*N | R*Q, H, D)
     add = rows.index_add if torch.is_grad_enabled() else rows.index_add_
     full = add(0, place.flatten(), part.to(x.dtype))  # (R*N, H, D)
@@ -189,5 +193,5 @@ def _text_fused(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor,
 
 
 def _zeros(x: Tensor, columns: int) -> Tensor:
-    """As many columns beside x (..., D). One copy with them is faster than F.pad, which fills all first."""
+    """Zeros (..., columns) to put beside x (..., D): one copy, where F.pad would fill all of it first."""
     return x.new_zeros(1).expand(*x.shape[:-1], columns)

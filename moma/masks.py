@@ -1,7 +1,7 @@
 """M_ref and M_gen: which keys of the reference are the subject, and where the subject appears (Sec. 3.3).
 
 Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), h w latent grid,
-N tokens of a layer.
+N tokens of a layer, l layers of one grid.
 """
 
 import torch
@@ -42,7 +42,8 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_im
     """
     if method.m_gen_layers is not None:
         maps = [maps[i] for i in method.m_gen_layers]
-    eps, scaled = method.m_gen_eps, []
+    eps = method.m_gen_eps
+    scaled = []
     for grid in dict.fromkeys(m.shape[-2:] for m in maps):  # all layers of a grid at once: few kernels
         alike = torch.cat([m for m in maps if m.shape[-2:] == grid], dim=1).float()  # (R, l, h_l, w_l)
         alike = min_max(alike, dims=(2, 3), eps=eps)  # each row of each layer alone

@@ -1,8 +1,8 @@
 """One thread for all tests: their tensors are small, and a second thread costs more in waiting than it gains,
 many times more where the cores are shared with other work. Subprocesses inherit it.
 
-No GPU, unless MOMA_GPU is set: what is expected is a CPU's, to its digits, and some tests fork, which CUDA
-forbids. `MOMA_GPU=1 python -m pytest tests/test_gpu.py` runs those of a CUDA device.
+No CUDA device, unless MOMA_GPU is set: what is expected is a CPU's, to its digits, and some tests fork, which
+CUDA forbids. `MOMA_GPU=1 python -m pytest tests/test_gpu.py` runs those of a CUDA device.
 
 Each test has a folder for caches of its own, so that none finds what another one, or the user, has kept.
 """

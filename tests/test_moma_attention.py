@@ -41,8 +41,9 @@ def self_attention(ref: ReferenceLayer, impl: str, rows: slice = slice(None), **
     q, k, v = (rand(R, H, N, D, seed=s)[rows] for s in (3, 4, 5))
     m_gen = torch.rand(R, 1, N, 1, generator=torch.Generator().manual_seed(6))[rows]
     beta = torch.tensor([0.4, 1.0, 1.2, 0.0])[:, None, None, None][rows]
-    given = {"m_gen": m_gen, "lam": torch.tensor([0.7]), "beta": beta} | changes
-    return subject_self_attention(q, k, v, ref, Gate(given.pop("m_gen")), **given, impl=impl)
+    given = {"lam": torch.tensor([0.7]), "beta": beta} | changes
+    gate = Gate(given.pop("m_gen", m_gen))
+    return subject_self_attention(q, k, v, ref, gate, **given, impl=impl)
 
 
 COUNTS = {
@@ -95,10 +96,18 @@ def test_queries_inside_suffice(
         used, asked = (own, Gate(m_gen)) if impl == "explicit" else (drop_background(own), gate)
         lam = torch.tensor([0.7], requires_grad=True)
         z = subject_self_attention(q, k, v, used, asked, lam, 0.8, impl)
+        with torch.no_grad():  # where z is overwritten
+            assert torch.equal(subject_self_attention(q, k, v, used, asked, lam, 0.8, impl), z)
         leaves = (q, k, v, lam, own.k, own.v)
         found.append([z, *torch.autograd.grad(z.square().sum(), leaves, materialize_grads=True)])
     for explicit, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # a row by itself
+        row = slice(1, 2)
+        alone = subject_self_attention(
+            q[row], k[row], v[row], used.rows(row), gate_inside(m_gen[row]), lam, 0.8, "fused"
+        )
+    torch.testing.assert_close(alone, z[row], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1024, 4096, 16384])
@@ -165,7 +174,7 @@ def test_cross_fused_equals_explicit(share: list[float] | None, monkeypatch: pyt
         z, label_map = cross(impl, gate, q)
         found.append([z, label_map, *torch.autograd.grad(z.square().sum() + label_map.sum(), q)])
         with torch.no_grad():
-            assert torch.equal(cross(impl, gate, q)[0], z)
+            assert all(map(torch.equal, cross(impl, gate, q), (z, label_map)))
     for explicit, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
     assert label_map.shape == (R, N) and (label_map[3] == 0).all() and (label_map[:3] > 0).all()

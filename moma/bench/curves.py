@@ -33,7 +33,7 @@ class LooksConfig:
 
 @torch.no_grad()
 def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
-    """Each point is one call of each kind after one of MoMA's that does not count."""
+    """Each point is one call of each kind after others that do not count."""
     for axis, values, name in (
         ("size", cfg.sizes, "size"), ("batch", cfg.batches, None), ("share", cfg.shares, "share"),
     ):  # fmt: skip

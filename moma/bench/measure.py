@@ -41,6 +41,9 @@ class BenchConfig:
     timestep: int = 500  # where Eq. 3 acts
     peak: int = 4096  # side of the matrices whose product is taken for this machine's peak
     seed: int = 0
+    # Free memory, as a multiple of what a sample of the training's baseline keeps, without which its second
+    # sample is left out: two of them, buffers of operators, another UNet.
+    room: float = 3.0
     pictures: int = 4  # of the whole flow
     steps: int = 50
     # Of the curves. Each point varies one thing and leaves the others.
@@ -105,7 +108,7 @@ class Point:
     dtype: str
     plain: float  # seconds of a plain step, or of several
     moma: float  # seconds of as many MoMA steps
-    memory: int | None  # bytes beyond weights and inputs, of a first MoMA step
+    memory: int | None  # bytes beyond weights and inputs, of an eager MoMA step
 
 
 Found = Ratio | Part | Point

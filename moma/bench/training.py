@@ -34,7 +34,6 @@ from moma.training.memory import kept_for_backward
 from moma.training.stage2 import PARTS, Stage2, Stage2Config, draw
 from moma.training.task import Batch
 
-ROOM = 3  # times what a sample keeps: two of them, and buffers of operators
 STEP = "stage 2, forward and backward, batch 1"  # the optimiser's own step is short
 
 
@@ -102,7 +101,7 @@ def training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baselin
     yield Ratio(what, kind, cfg.wanted["training"], slow, fast, error)
     # The largest batch grows as what a further sample keeps shrinks.
     kept, free = kept_for_backward(theirs.loss), free_memory(device)
-    if free is not None and free < ROOM * kept:
+    if free is not None and free < cfg.room * kept:
         print(f"{kind}: no room for two samples of the baseline, left out", file=sys.stderr)
         return
     pair = make_training(cfg, device, dtype, batch=2)

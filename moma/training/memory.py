@@ -95,10 +95,10 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
 
 
 def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
-    """Of a grid: M_gen is M_ref in training."""
+    """With the shapes of a grid's; in training M_gen is the target's mask."""
     tokens = grid[0] * grid[1]
     asked = queries_asked(int(cfg.subject_share * tokens), tokens)
-    m_gen = torch.ones(batch, 1, asked or tokens, 1, dtype=torch.bfloat16)
+    m_gen = torch.ones(batch, 1, tokens if asked is None else asked, 1, dtype=torch.bfloat16)
     return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
 
 
