@@ -78,7 +78,7 @@ def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
     first = replace(two, x=two.x[::2], t=two.t[::2], text=two.text[::2], cond=one, m_gen=two.m_gen[:1])
     with torch.no_grad():
         assert measure.relative_error(two.moma()[::2], first.moma()) < 1e-4
-    (part,) = flow.batch_step(SMALL, networks)
+    (part,) = flow.drawing(SMALL, networks)
     assert part.what == "MoMA step, 2 at once" and part.seconds > 0
 
 
@@ -100,6 +100,22 @@ def test_flow_is_the_sum_of_its_parts() -> None:
     (ratio,) = flow.flow(found, replace(SMALL, steps=10), CPU, torch.float32)
     assert ratio.fast == 5 + 2 + 1 + 10 * 4 + 2 * 3 and ratio.slow == 2 * (5 + 2 + 1 + 10 * 10 + 3)
     assert not list(flow.flow(parts, SMALL, CPU, torch.float32))  # nothing to compare with
+    gpu = torch.device("cuda")  # where all steps of a drawing are timed together
+    found[3] = Part("10 MoMA steps and their recording, 2 at once", "fp32", 40.0)
+    (recorded,) = flow.flow(found, replace(SMALL, steps=10), gpu, torch.float32)
+    assert recorded.fast == ratio.fast
+
+
+def test_a_drawing_with_its_recordings(networks: step.Networks) -> None:
+    recorders: list[Rerun] = []
+
+    def make() -> Rerun:
+        recorders.append(Rerun())
+        return recorders[-1]
+
+    cfg = replace(SMALL, steps=8)
+    (part,) = flow.drawing(cfg, replace(networks, make_recorder=make))
+    assert part.seconds > 0 and recorders[-1].recorded >= 1 and len(recorders[-1].replayed) > 1
 
 
 def test_decoder_and_pipeline(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moma.bench.curves import curves, curves_picture
-from moma.bench.flow import FlowConfig, autoencoder, batch_step, build_bundle, decoder, flow, pipeline
+from moma.bench.flow import FlowConfig, autoencoder, build_bundle, decoder, drawing, flow, pipeline
 from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
 from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
@@ -55,7 +55,7 @@ def of_dtype(
         if "step" in wanted:
             yield from steps(cfg, networks, baseline)
         if "flow" in wanted:
-            yield from batch_step(cfg, networks)
+            yield from drawing(cfg, networks)
         if "curves" in wanted:
             yield from curves(cfg, networks)
         del networks  # 4 GB in fp32, twice that with what the baseline needs

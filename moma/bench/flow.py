@@ -168,22 +168,26 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 
 
 @torch.no_grad()
-def batch_step(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
-    """A step of as many pictures of the flow as the pipeline draws at once."""
-    together = at_once(cfg, networks.device)
-    if together == 1:
-        return  # `moma.bench.step.steps` has it
-    step = make_step(networks, cfg, together)
-    seconds = median_of(step.moma, cfg.repeats)
-    yield Part(step_name(together), dtype_name(networks.dtype), seconds)
+def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
+    """The steps of as many pictures of the flow as the pipeline draws at once: one, or where steps are
+    recorded, which takes its time, all of them."""
+    together, device = at_once(cfg, networks.device), networks.device
+    kind, what = dtype_name(networks.dtype), drawing_name(cfg, device)
+    if networks.make_recorder is not None:
+        step = make_step(networks, cfg, together)
+        yield Part(what, kind, median_of(lambda: step.drawing(cfg.steps), FlowConfig().repeats))
+    elif together > 1:  # `moma.bench.step.steps` has the other one
+        yield Part(what, kind, median_of(make_step(networks, cfg, together).moma, cfg.repeats))
 
 
 def at_once(cfg: BenchConfig, device: torch.device) -> int:
     return pictures_at_once(cfg.pictures, prod(cfg.grid), device)
 
 
-def step_name(together: int) -> str:
-    return "MoMA step" if together == 1 else f"MoMA step, {together} at once"
+def drawing_name(cfg: BenchConfig, device: torch.device) -> str:
+    together = at_once(cfg, device)
+    what = "MoMA step" if device.type != "cuda" else f"{cfg.steps} MoMA steps and their recording"
+    return what if together == 1 else f"{what}, {together} at once"
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
@@ -196,13 +200,14 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     kind, n, steps = dtype_name(dtype), cfg.pictures, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
-    together = at_once(cfg, device)
-    wanted = {"reference pass", "VAE, encode", "VAE, decode", step_name(together)}
+    drawn, batches = drawing_name(cfg, device), -(-n // at_once(cfg, device))
+    wanted = {"reference pass", "VAE, encode", "VAE, decode", drawn}
     if not release or not wanted <= set(part):
         return
     read = part.get("decoder, resident", 0.0)
     once = read + part["VAE, encode"] + part["reference pass"]
-    fast = once + steps * -(-n // together) * part[step_name(together)] + n * part["VAE, decode"]
+    each = part[drawn] * (1 if device.type == "cuda" else steps)  # of a batch
+    fast = once + batches * each + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
     decoded = "with" if read else "without"

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from models.attention import split_heads
 from models.packed import lay_out
 from models.unet import UNet, attention_grids, attention_layers
-from moma.adapter import Adapter, AdapterConfig, Conditioning, condition, reference_features
+from moma.adapter import (
+    Adapter,
+    AdapterConfig,
+    Conditioning,
+    MoMAHook,
+    condition,
+    reference_features,
+)
 from moma.attention import Gate, ReferenceLayer, drop_background, gate_inside, subject_self_attention
 from moma.bench.measure import (
     BenchConfig,
@@ -32,9 +39,11 @@ from moma.bench.measure import (
     relative_error,
 )
 from moma.bundle import dtype_name
-from moma.config import DEFAULT
+from moma.config import DEFAULT, SampleConfig
+from moma.diffusion import ScheduleConfig, intervals
 from moma.graphs import GraphedUNet, Recorder, choose_recorder
-from moma.masks import m_gen_of_layer, m_ref_of_layer
+from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
+from moma.sampler import denoise
 from moma.tiny import fill
 
 # --- Eq. 3 -------------------------------------------------------------------------------------------
@@ -129,6 +138,28 @@ def pseudo_random(
     return network
 
 
+@dataclass(frozen=True)
+class HeldMask:
+    """A guide that makes each step's M_gen and then takes another one: random weights have no subject."""
+
+    cond: Conditioning
+    m_gen: Tensor  # (B, 1, h, w)
+
+    @property
+    def text(self) -> Tensor:
+        return self.cond.text
+
+    def conditional(self) -> "HeldMask":
+        return HeldMask(self.cond.conditional(), self.m_gen)
+
+    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
+        return self.cond.hook(t, m_gen)
+
+    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
+        self.cond.next_m_gen(records, size)
+        return self.m_gen
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One denoising step of B pictures: networks and inputs."""
@@ -146,6 +177,14 @@ class Step:
 
     def plain(self, unet: UNet | None = None) -> Tensor:
         return (unet or self.unet)(self.x, self.t, self.text)[0]
+
+    def drawing(self, steps: int) -> None:
+        """All steps of a drawing, its recordings among them, with M_gen held as it is."""
+        networks, start = self.networks, self.x[: len(self.m_gen)].float()  # (B, Z, h, w)
+        unet = GraphedUNet(networks.unet, networks.make_recorder)
+        path = intervals(ScheduleConfig(), steps, "ddim")
+        for _ in denoise(unet, HeldMask(self.cond, self.m_gen), path, start, SampleConfig().guidance, "ddim"):
+            pass
 
     def reference(self) -> list[ReferenceLayer]:
         """The reference pass, without the VAE."""
