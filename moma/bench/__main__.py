@@ -80,8 +80,8 @@ def told(line: Found) -> str:
     if isinstance(line, Ratio):
         return f"{line.what}, {line.dtype}: {line.times:.2f}"
     if isinstance(line, Point):
-        return f"{line.axis} {line.x:g}, {line.dtype}: {line.plain:.2f} s plain, {line.moma:.2f} s MoMA"
-    return f"{line.what}, {line.dtype}: {line.seconds:.2f} s"
+        return f"{line.axis} {line.x:g}, {line.dtype}: {line.plain:.3g} s plain, {line.moma:.3g} s MoMA"
+    return f"{line.what}, {line.dtype}: {line.seconds:.3g} s"
 
 
 def ratio_table(ratios: Sequence[Ratio]) -> str:
@@ -99,14 +99,14 @@ def part_table(parts: Sequence[Part]) -> str:
     for p in parts:
         flops = "" if p.flops is None else f"{p.flops / 1e12:.2f}"
         share = "" if p.of_peak is None else f"{p.of_peak:.0%}"
-        rows.append((p.what, p.dtype, f"{p.seconds:.2f}", flops, share, gigabytes(p.memory)))
+        rows.append((p.what, p.dtype, f"{p.seconds:.3g}", flops, share, gigabytes(p.memory)))
     return markdown_table(("part", "dtype", "seconds", "Tflop", "of the peak", "memory"), rows)
 
 
 def point_table(points: Sequence[Point]) -> str:
     rows = []
     for p in points:
-        seconds = f"{p.plain:.2f} s", f"{p.moma:.2f} s", f"{p.moma / p.plain:.2f}"
+        seconds = f"{p.plain:.3g} s", f"{p.moma:.3g} s", f"{p.moma / p.plain:.2f}"
         rows.append((p.axis, f"{p.x:g}", p.dtype, *seconds, gigabytes(p.memory)))
     return markdown_table(("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"), rows)
 
