@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from models.attention import attention, merge_heads, split_heads
 from models.unet import AttentionLayer, TransformerBlock, UNet, UNetConfig, attention_layers
 from moma.attention import (
-    QUERY_BUCKETS,
-    RECORDED_BUCKETS,
     Gate,
     ReferenceLayer,
     context_cross_attention,
@@ -235,7 +233,7 @@ class MoMAHook:
 
     def prepare(self, grids: Sequence[Grid]) -> None:
         for grid in grids if self.subject_on or self.cond.method.context_masked else ():
-            self._gate(grid, RECORDED_BUCKETS)
+            self._gate(grid, recorded=True)
 
     def key(self) -> Hashable:
         picked = tuple((grid, gate.inside is not None) for grid, gate in self.gates.items())
@@ -253,12 +251,12 @@ class MoMAHook:
         }
         return replace(self, gates=gates)
 
-    def _gate(self, grid: Grid, buckets: int = QUERY_BUCKETS) -> Gate:
+    def _gate(self, grid: Grid, recorded: bool = False) -> Gate:
         if self.m_gen is None:
             return Gate(1.0)
         if grid not in self.gates:
             m_gen, fused = m_gen_of_layer(self.m_gen, grid), self.cond.method.attention == "fused"
-            self.gates[grid] = gate_inside(m_gen, buckets) if fused else Gate(m_gen)  # m_gen (R, 1, N, 1)
+            self.gates[grid] = gate_inside(m_gen, recorded) if fused else Gate(m_gen)  # m_gen (R, 1, N, 1)
         return self.gates[grid]
 
 

@@ -17,13 +17,11 @@ from models.attention import attention, attention_probs
 
 # Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
 HEAD_ALIGNMENT = 8
-# Queries inside M_gen are taken in multiples of a bucket: so many queries, which fill a kernel's tile, or
-# 1 / QUERY_BUCKETS of the layer's (256 of 4096), which costs at most that part of the subject's and the
-# context's terms. M_gen moves a little with every step, and where each number of queries is a CUDA graph of
-# its own (moma/graphs.py), which takes as long as several steps, there are RECORDED_BUCKETS. Queries are not
-# picked at all if they are nearly all: moving them costs more than it saves.
+# Queries inside M_gen are taken in multiples of a bucket, which fills a kernel's tile. M_gen moves a little
+# with every step: where each number of queries is a CUDA graph of its own (moma/graphs.py), which takes as
+# long as several steps to record, a bucket is 1 / RECORDED_BUCKETS of the layer's. Queries are not picked at
+# all if they are nearly all: moving them costs more than it saves.
 QUERY_BUCKET = 64
-QUERY_BUCKETS = 16
 RECORDED_BUCKETS = 4
 QUERY_SHARE = 0.9
 
@@ -93,14 +91,15 @@ def subject_self_attention(
     return gate.add(z, z_ref * (lam * gate.m_gen * beta))
 
 
-def gate_inside(m_gen: Tensor, buckets: int = QUERY_BUCKETS) -> Gate:
+def gate_inside(m_gen: Tensor, recorded: bool = False) -> Gate:
     """The gate of M_gen (R, 1, N, 1) that asks only where it is not zero, or everywhere if that is nearly so.
 
-    Q is the largest row's count, rounded up to one of so many buckets; rows with fewer are filled up with
-    other queries, whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for the device: Q is a shape.
+    Q is the largest row's count, rounded up to a bucket, a large one if the call is to be recorded; rows with
+    fewer are filled up with other queries, whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for
+    the device: Q is a shape.
     """
     nonzero = (m_gen != 0).flatten(1)  # (R, N)
-    count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1], buckets)
+    count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1], recorded)
     if count is None:
         return Gate(m_gen)
     starts = torch.arange(0, nonzero.numel(), nonzero.shape[1], device=m_gen.device)  # (R,)
@@ -108,9 +107,9 @@ def gate_inside(m_gen: Tensor, buckets: int = QUERY_BUCKETS) -> Gate:
     return Gate(_take(m_gen, inside), inside)
 
 
-def queries_asked(inside: int, of: int, buckets: int = QUERY_BUCKETS) -> int | None:
+def queries_asked(inside: int, of: int, recorded: bool = False) -> int | None:
     """Q for so many queries inside M_gen out of `of`; None = all are asked."""
-    bucket = max(QUERY_BUCKET, of // buckets)
+    bucket = max(QUERY_BUCKET, of // RECORDED_BUCKETS) if recorded else QUERY_BUCKET
     count = -(-inside // bucket) * bucket
     return None if count > QUERY_SHARE * of else count
 
