@@ -106,7 +106,7 @@ def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.
             pipe.make_recorder = partial(Counting, recorded)
         cat = pipe.encode_subject(picture(0), mask(30), "cat")
         dog = pipe.encode_subject(picture(1), mask(12), "dog")
-        found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)], CONFIG))
+        found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]))
     assert recorded and not [w for w in recwarn if "CUDA graphs" in str(w.message)]
     assert far(found[0], found[1]) < most
     assert dtype == "bf16" or far(found[0], found[2]) < most
@@ -184,7 +184,7 @@ def test_streamed_blocks(stored: torch.dtype) -> None:
     first = streamed.each(embeds)
     block = sum(w.numel() for name, w in state.items() if name.startswith("layers.0.")) * dtype.itemsize
     states = sum(x.nbytes for x in embeds)
-    assert torch.cuda.max_memory_allocated() - before < 2 * block + 20 * states
+    assert torch.cuda.max_memory_allocated() - before < 2.5 * block + 20 * states
     resident = llama.to(dtype).to(CUDA)
     for found in (first, streamed.each(embeds), streamed.each(embeds)):
         for a, b in zip(found, resident.each(embeds), strict=True):
