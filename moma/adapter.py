@@ -252,6 +252,7 @@ class MoMAHook:
         return replace(self, gates=gates)
 
     def _gate(self, grid: Grid, recorded: bool = False) -> Gate:
+        """M_gen on a grid, made once per call; recorded: whether the call may be recorded."""
         if self.m_gen is None:
             return Gate(1.0)
         if grid not in self.gates:

@@ -176,8 +176,8 @@ def test_cross_fused_equals_explicit(share: list[float] | None, monkeypatch: pyt
         found.append([z, label_map, *torch.autograd.grad(z.square().sum() + label_map.sum(), q)])
         with torch.no_grad():
             assert all(map(torch.equal, cross(impl, gate, q), (z, label_map)))
-    for explicit, fused in zip(*found, strict=True):
-        torch.testing.assert_close(fused, explicit, rtol=1e-5, atol=1e-5)
+    for explicit, fused, most in zip(*found, (1e-6, 1e-6, 1e-5), strict=True):  # the last: gradients
+        torch.testing.assert_close(fused, explicit, rtol=0, atol=most)
     assert label_map.shape == (R, N) and (label_map[3] == 0).all() and (label_map[:3] > 0).all()
 
 

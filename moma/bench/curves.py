@@ -11,9 +11,7 @@ from moma.bench.measure import BenchConfig, Point, memory_of, seconds_of
 from moma.bench.step import Networks, make_step
 from moma.bundle import dtype_name
 from moma.chart import ChartConfig, Colour, Line, chart
-from moma.config import SampleConfig
-from moma.diffusion import Interval, ScheduleConfig, intervals
-from moma.sampler import Guide, TextOnly, denoise
+from moma.sampler import TextOnly
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,9 @@ def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: 
 def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
     """Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before."""
     step = make_step(networks, cfg)
-    start, guidance = step.x[:1].float(), SampleConfig().guidance  # (1, Z, h, w)
-
-    def loop(guide: Guide, path: Sequence[Interval]) -> None:
-        for _ in denoise(step.unet, guide, path, start, guidance, "ddim"):
-            pass
-
     for steps in cfg.lengths:
-        path = intervals(ScheduleConfig(), steps, "ddim")
-        plain, moma = (seconds_of(partial(loop, guide, path)) for guide in (TextOnly(step.text), step.cond))
+        guides = TextOnly(step.text), step.cond
+        plain, moma = (seconds_of(partial(step.loop, step.unet, guide, steps)) for guide in guides)
         yield Point("steps", steps, dtype_name(networks.dtype), plain, moma, None)
 
 

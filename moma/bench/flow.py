@@ -171,23 +171,25 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
     """The steps of as many pictures of the flow as the pipeline draws at once: one, or where steps are
     recorded, which takes its time, all of them."""
-    together, device = at_once(cfg, networks.device), networks.device
-    kind, what = dtype_name(networks.dtype), drawing_name(cfg, device)
+    together, kind = at_once(cfg, networks.device), dtype_name(networks.dtype)
     if networks.make_recorder is not None:
         step = make_step(networks, cfg, together)
-        yield Part(what, kind, median_of(lambda: step.drawing(cfg.steps), FlowConfig().repeats))
+        seconds = median_of(lambda: step.drawing(cfg.steps), FlowConfig().repeats)
+        yield Part(drawing_name(cfg.steps, together), kind, seconds)
     elif together > 1:  # `moma.bench.step.steps` has the other one
-        yield Part(what, kind, median_of(make_step(networks, cfg, together).moma, cfg.repeats))
+        yield Part(step_name(together), kind, median_of(make_step(networks, cfg, together).moma, cfg.repeats))
 
 
 def at_once(cfg: BenchConfig, device: torch.device) -> int:
     return pictures_at_once(cfg.pictures, prod(cfg.grid), device)
 
 
-def drawing_name(cfg: BenchConfig, device: torch.device) -> str:
-    together = at_once(cfg, device)
-    what = "MoMA step" if device.type != "cuda" else f"{cfg.steps} MoMA steps and their recording"
-    return what if together == 1 else f"{what}, {together} at once"
+def step_name(together: int) -> str:
+    return "MoMA step" if together == 1 else f"MoMA step, {together} at once"
+
+
+def drawing_name(steps: int, together: int) -> str:
+    return f"{steps} MoMA steps and their recording, {together} at once"
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
@@ -200,14 +202,13 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     kind, n, steps = dtype_name(dtype), cfg.pictures, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
-    drawn, batches = drawing_name(cfg, device), -(-n // at_once(cfg, device))
-    wanted = {"reference pass", "VAE, encode", "VAE, decode", drawn}
-    if not release or not wanted <= set(part):
+    together = at_once(cfg, device)
+    drawn = part.get(drawing_name(steps, together)) or steps * part.get(step_name(together), 0.0)  # a batch
+    if not release or not drawn or not {"reference pass", "VAE, encode", "VAE, decode"} <= set(part):
         return
     read = part.get("decoder, resident", 0.0)
     once = read + part["VAE, encode"] + part["reference pass"]
-    each = part[drawn] * (1 if device.type == "cuda" else steps)  # of a batch
-    fast = once + batches * each + n * part["VAE, decode"]
+    fast = once + -(-n // together) * drawn + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
     decoded = "with" if read else "without"

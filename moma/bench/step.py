@@ -43,7 +43,7 @@ from moma.config import DEFAULT, SampleConfig
 from moma.diffusion import ScheduleConfig, intervals
 from moma.graphs import GraphedUNet, Recorder, choose_recorder
 from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
-from moma.sampler import denoise
+from moma.sampler import Guide, denoise
 from moma.tiny import fill
 
 # --- Eq. 3 -------------------------------------------------------------------------------------------
@@ -180,10 +180,13 @@ class Step:
 
     def drawing(self, steps: int) -> None:
         """All steps of a drawing, its recordings among them, with M_gen held as it is."""
-        networks, start = self.networks, self.x[: len(self.m_gen)].float()  # (B, Z, h, w)
-        unet = GraphedUNet(networks.unet, networks.make_recorder)
-        path = intervals(ScheduleConfig(), steps, "ddim")
-        for _ in denoise(unet, HeldMask(self.cond, self.m_gen), path, start, SampleConfig().guidance, "ddim"):
+        unet = GraphedUNet(self.networks.unet, self.networks.make_recorder)
+        self.loop(unet, HeldMask(self.cond, self.m_gen), steps)
+
+    def loop(self, unet: GraphedUNet, guide: Guide, steps: int) -> None:
+        """All steps from the noise of this one."""
+        path, start = intervals(ScheduleConfig(), steps, "ddim"), self.x[: len(self.m_gen)].float()
+        for _ in denoise(unet, guide, path, start, SampleConfig().guidance, "ddim"):  # start (B, Z, h, w)
             pass
 
     def reference(self) -> list[ReferenceLayer]:
