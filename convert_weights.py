@@ -1,4 +1,4 @@
-"""Public checkpoints -> one bundle folder (see moma/bundle.py).
+"""Public checkpoints -> one bundle folder (see moma/weights/bundle.py).
 
     python convert_weights.py SOURCE [SOURCE ...] --out weights/moma
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from models.clip import CLIPConfig, CLIPVisionConfig
 from models.llava import LlavaConfig
-from models.loading import LazyTensor, does_not_fit, misfits, some_names, stored_bytes
-from models.quant import PRESETS, QuantConfig, quantise
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
-from moma.bundle import (
+from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
+from models.weights.quant import PRESETS, QuantConfig, quantise
+from moma.sampling.device import DTYPES
+from moma.weights.bundle import (
     CONFIGS,
-    DTYPES,
     LM_HEAD,
     SAMPLING,
     SCORERS,
@@ -48,8 +48,8 @@ from moma.bundle import (
     check_target,
     expected_shapes,
 )
-from moma.download import EXTRAS, DownloadConfig, download
-from moma.sources import Assumed, Network, Source, Tensors, from_public, read_json, read_source
+from moma.weights.download import EXTRAS, DownloadConfig, download
+from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, from_public, read_json, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
 LLM = ("llava", "vision")  # what --no-llm leaves out
@@ -66,17 +66,17 @@ def convert(
     llm: bool = True,
     llm_bits: int | None = None,
     overwrite: bool = False,
-    assumed: Assumed | None = None,
+    assumed: DefaultConfigs | None = None,
     say: Say = print,
 ) -> None:
     """Write the bundle `out` from the sources at `paths` and, for what they lack, `base`.
 
     dtype: of the networks from sources, None = as they are, as a base's files and scorers always are. ema:
     take a single file's averaged UNet. llm: False leaves LLaVA and its tower out. llm_bits: 8 or 4, to
-    store the matrices of LLaVA (a source's or the base's) as `models.quant` does. Raises ValueError, with
-    nothing written, for sources that cannot be used.
+    store the matrices of LLaVA (a source's or the base's) as `models.weights.quant` does. Raises ValueError,
+    with nothing written, for sources that cannot be used.
     """
-    assumed = (assumed or Assumed()).with_base(base)
+    assumed = (assumed or DefaultConfigs()).with_base(base)
     writer = BundleWriter(out, assumed.image_size, overwrite)
     sources = [read_source(path, assumed, ema) for path in paths]
     for source in sources:
@@ -247,7 +247,7 @@ def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> N
 def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Network:
     """The network without tensors that have no place in it; ValueError for missing or mis-shaped ones."""
     wanted = expected_shapes(name, network.config, unet)
-    problems = misfits(wanted, network.tensors)
+    problems = state_dict_mismatch(wanted, network.tensors)
     if set(problems) - {"unexpected"}:
         raise ValueError(does_not_fit(network.source, name, problems))
     if problems:
@@ -305,7 +305,7 @@ def difference(a: Tensors, b: Tensors) -> tuple[float, str]:
 
 
 def summarise(bundle: Bundle, say: Say) -> None:
-    """Sizes, types and origin of every network, and what is still lacking for pictures."""
+    """Sizes, types and origin of every network, and what is still lacking for images."""
     for name, entry in bundle.networks.items():
         tensors = bundle.tensors(name).values()
         kinds = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

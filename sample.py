@@ -1,4 +1,4 @@
-"""New pictures of the subject of one picture.
+"""New images of the subject of one image.
 
 python sample.py --ref examples/cat.png --prompt "a cat on the beach"
 """
@@ -21,41 +21,26 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, MoMA, Question, Result, Subject, load_decoder
-from moma.bundle import SAMPLING, Bundle, dtype_name
-from moma.cli import (
-    WEIGHTS,
-    Request,
-    check_writable,
-    parse_args,
-    request_of_args,
-    request_of_record,
-    weight_hashes,
-)
-from moma.diffusion import ScheduleConfig, intervals
-from moma.embeddings import EmbeddingCache, embeddings
-from moma.graphs import choose_recorder
+from moma import Job, MLLMInput, MoMA, Result, Subject, load_decoder
+from moma.app.feature_cache import EmbeddingCache, embeddings
+from moma.app.files import check_writable
+from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
+from moma.app.record import InputFile, Record, Segmented, read_record, save_png
+from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
+from moma.inputs.preprocess import FoundMask, find_mask, make_reference, on_white, open_image
+from moma.inputs.segment import Segmenter
+from moma.methods.prompts import check_prompt, sd_prompt
 from moma.mini import SOURCE as MINI_SOURCE
-from moma.output import (
-    Cell,
-    InputFile,
-    Record,
-    Segmented,
-    contact_sheet,
-    mask_picture,
-    numbered,
-    read_record,
-    save_png,
-)
-from moma.pipeline import check_method, choose_device, choose_dtype, set_precision
-from moma.preprocess import FoundMask, find_mask, make_reference, on_white, open_image
-from moma.prompts import check_prompt, sd_prompt
-from moma.segment import Segmenter
-from moma.tiny import SOURCE as TINY_SOURCE
-from moma.tiny import build_tiny_bundle
+from moma.sampling.cuda_graphs import choose_recorder
+from moma.sampling.device import choose_device, choose_dtype, dtype_name, set_precision
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.pipeline import check_method
+from moma.weights.bundle import SAMPLING, Bundle
+from moma.weights.tiny import SOURCE as TINY_SOURCE
+from moma.weights.tiny import build_tiny_bundle
 
 NOTES = {
-    TINY_SOURCE: "pseudo-random weights, so the pictures are noise",
+    TINY_SOURCE: "pseudo-random weights, so the images are noise",
     MINI_SOURCE: "MoMA-mini, a small model of a drawn world (cats, cars, teapots ... of 64 pixels)",
 }
 NO_CACHE = "off"  # in the place of a folder
@@ -90,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject = pipe.encode_subject(inputs.image, inputs.found.mask, request.subject, seed=request.subject_seed)
     jobs = [
         Job(subject, prompt, seed, request.negative, embedding=embedding[prompt])
-        for prompt, seed in request.pictures
+        for prompt, seed in request.images
     ]
     drawn = []
     with tqdm(unit="step") as bar:
@@ -105,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = free_path(args.out, f"{slug(request.subject)}-sheet")
     save_png(path, sheet(subject, drawn, args.debug))
     print(path)
-    print(f"{seconds:.2f} s per picture, peak memory {peak_memory(pipe.device)}")
+    print(f"{seconds:.2f} s per image, peak memory {peak_memory(pipe.device)}")
 
 
 # --- weights -----------------------------------------------------------------------------------------
@@ -163,12 +148,12 @@ def check(request: Request, image: Image.Image, args: argparse.Namespace, bundle
     if request.pick:
         check_sam("--point, --box and --object need", bundle)
         request.pick.check(image.size)
-    for prompt in dict.fromkeys(prompt for prompt, _ in request.pictures):
+    for prompt in dict.fromkeys(prompt for prompt, _ in request.images):
         check_prompt(request.subject, prompt, method.absent_label, tokenizer)
         if tokenizer.encode(sd_prompt(request.subject, prompt)).truncated:
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
     request.sample.check(configs["vae"].factor)
-    intervals(ScheduleConfig(), request.sample.steps, request.sample.solver)
+    solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver)
     device = choose_device(args.device)
     choose_dtype(request.dtype, device)
     choose_recorder(args.cuda_graph, device)
@@ -201,13 +186,13 @@ class Inputs(NamedTuple):
 def find_subject(request: Request, image: Image.Image, args: argparse.Namespace, bundle: Bundle) -> Inputs:
     """Where the subject is; the mask is kept in a file. SAM's memory is free again when this returns."""
 
-    def segment(picture: Image.Image) -> Image.Image:
-        return Segmenter.load(bundle, args.device).mask(picture, request.pick)
+    def segment(image: Image.Image) -> Image.Image:
+        return Segmenter.load(bundle, args.device).mask(image, request.pick)
 
     segmented = request.segmented
     if segmented:
-        found = FoundMask(segmented.picture(), "sam")
-    elif request.pick:  # whatever else the picture says
+        found = FoundMask(segmented.image(), "sam")
+    elif request.pick:  # whatever else the image says
         found = FoundMask(segment(image), "sam")
     else:
         asked = request.pick is not None and "sam" in bundle.networks
@@ -220,7 +205,7 @@ def find_subject(request: Request, image: Image.Image, args: argparse.Namespace,
     save_png(path, found.mask)
     ways = {
         "file": request.mask,
-        "alpha": "the picture's transparency",
+        "alpha": "the image's transparency",
         "sam": f"SAM ({segmented.how})" if segmented else None,
         "border": "its plain background",
     }
@@ -230,7 +215,7 @@ def find_subject(request: Request, image: Image.Image, args: argparse.Namespace,
 
 
 def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
-    """Write the picture with the numbers that --object takes, and say what they are."""
+    """Write the image with the numbers that --object takes, and say what they are."""
     image = open_image(args.ref)
     check_sam("--list-objects needs", bundle)
     check_writable("--out", args.out)
@@ -238,9 +223,9 @@ def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     objects = segmenter.objects(image)
     for i, found in enumerate(objects, 1):
         box = ",".join(map(str, found.box))
-        print(f"{i}: box {box}, {found.share:.1%} of the picture, score {found.score:.2f}")
+        print(f"{i}: box {box}, {found.share:.1%} of the image, score {found.score:.2f}")
     path = free_path(args.out, f"{slug(args.ref.stem)}-objects")
-    save_png(path, numbered(on_white(image), lambda size: [o.picture(segmenter.cfg, size) for o in objects]))
+    save_png(path, numbered(on_white(image), lambda size: [o.image(segmenter.cfg, size) for o in objects]))
     print(f"{path}: choose with --object N (default: 1)")
 
 
@@ -263,8 +248,8 @@ def decode(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: B
         folder = args.cache or user_cache() / "embeddings"
         cache = EmbeddingCache.of(folder, bundle, request.method, device, dtype)
     white = make_reference(inputs.image, inputs.found.mask, bundle.image_size, request.method).white
-    prompts = list(dict.fromkeys(prompt for prompt, _ in request.pictures))
-    questions = [Question(white, request.subject, prompt) for prompt in prompts]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
+    questions = [MLLMInput(white, request.subject, prompt) for prompt in prompts]
     found, how = embeddings(
         questions,
         cache,
@@ -279,14 +264,14 @@ def decode(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: B
 
 
 def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: MoMA) -> Record:
-    """Of the request's picture number i."""
+    """Of the request's image number i."""
     start = i - i % request.sample.batch_size
     return Record(
         subject=request.subject,
-        prompt=request.pictures[i][0],
+        prompt=request.images[i][0],
         negative=request.negative,
-        seed=request.pictures[i][1],
-        batch=request.pictures[start : start + request.sample.batch_size],
+        seed=request.images[i][1],
+        batch=request.images[start : start + request.sample.batch_size],
         subject_seed=request.subject_seed,
         sample=request.sample,
         method=request.method,
@@ -302,20 +287,20 @@ def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: Mo
 
 
 def sheet(subject: Subject, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
-    """Reference and mask above the pictures, a row per prompt; under `debug` their masks below them."""
+    """Reference and mask above the images, a row per prompt; under `debug` their masks below them."""
     reference = subject.reference
     rows = [
         [
             Cell(reference.photo, ("reference",)),
             Cell(reference.white, ("what the language model sees",)),
-            Cell(mask_picture(reference.mask), ("mask M_ref",)),
+            Cell(mask_image(reference.mask), ("mask M_ref",)),
         ]
     ]
     for prompt in dict.fromkeys(job.prompt for job, _ in drawn):
         row = [(job, result) for job, result in drawn if job.prompt == prompt]
         rows.append([Cell(result.image, (prompt, f"seed {job.seed}")) for job, result in row])
         if debug:
-            rows.append([Cell(mask_picture(r.m_gen, r.image.size), ("last M_gen",)) for _, r in row])
+            rows.append([Cell(mask_image(r.m_gen, r.image.size), ("last M_gen",)) for _, r in row])
     return contact_sheet(rows)
 
 
@@ -325,7 +310,7 @@ def advance(bar: tqdm, done: int, total: int) -> None:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower())[:SLUG].strip("-") or "picture"
+    return re.sub(r"\W+", "-", text.lower())[:SLUG].strip("-") or "image"
 
 
 def free_path(folder: Path, stem: str) -> Path:

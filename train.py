@@ -1,4 +1,4 @@
-"""Train MoMA on pairs of pictures and texts: stage 1 the decoder (Eq. 4), stage 2 the adapter (Eq. 1).
+"""Train MoMA on pairs of images and texts: stage 1 the decoder (Eq. 4), stage 2 the adapter (Eq. 1).
 
 python train.py stage2 --bundle weights/moma --data data/ --out out/stage2
 torchrun --nproc_per_node=8 train.py stage1 --bundle weights/moma --data "data/*.tar" --out out/stage1
@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from moma.bundle import DTYPES, Bundle
-from moma.config import PRESETS, MethodConfig, method_config, parse_field
 from moma.data.triplets import open_source
-from moma.pipeline import set_precision
+from moma.methods.moma.config import PRESETS, MethodConfig, method_config
+from moma.sampling.config import parse_field
+from moma.sampling.device import DTYPES, set_precision
 from moma.training import stage1, stage2
 from moma.training.checkpoint import Saved, best, check_same, checkpoints, load_weights
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
 from moma.training.task import Task
+from moma.weights.bundle import Bundle
 
 STAGES = {"stage1": (stage1.Stage1Config, stage1.build), "stage2": (stage2.Stage2Config, stage2.build)}
 COMMAND = "command.json"  # in the run's folder: how it was started, for an export
@@ -109,12 +110,17 @@ def add_stage(parser: argparse.ArgumentParser, name: str) -> None:
     add("--seed", **number, help=f"of all that is drawn (default: {TrainConfig.seed})")
     if name == "stage1":
         add("--train", choices=tuple(RATES), help="all of the MLLM, LoRA on it, or only what is new")
-        add("--workers", **number, help="processes that decode pictures")
+        add("--workers", **number, help="processes that decode images")
     else:
         add("--context", choices=("base", "ip_adapter"), dest="context_init", help="start of context K, V")
         add("--cache", metavar="DIR", help="for what the frozen networks compute once")
-        add("--workers", **number, dest="cache_workers", help="threads that decode pictures")
-    add("--preset", choices=tuple(PRESETS), default="default", help="of the method (moma/config.py)")
+        add("--workers", **number, dest="cache_workers", help="threads that decode images")
+    add(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="of the method (moma/methods/moma/config.py)",
+    )
     add("--set", action="append", type=parse_field, metavar="FIELD=VALUE", default=[],
         help="any field of TrainConfig, the stage's config or MethodConfig; may be repeated")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

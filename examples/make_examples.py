@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moma import MoMA  # noqa: E402 (the path comes first)
-from moma.cli import SCENES  # noqa: E402
-from moma.mini.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
-from moma.output import Cell, SheetConfig, contact_sheet, save_png  # noqa: E402
-from moma.preprocess import find_mask, open_image  # noqa: E402
+from moma.app.options import SCENES  # noqa: E402
+from moma.app.record import save_png  # noqa: E402
+from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
+from moma.inputs.preprocess import find_mask, open_image  # noqa: E402
+from moma.world.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 
 WORLD = WorldConfig(size=512)  # pixels: the world draws at any size
 UNSEEN = DEFAULT.identities + DEFAULT.unseen_identities  # the first number of the test split
@@ -30,8 +31,8 @@ def references() -> None:
     """Write <label>.png beside this file, the mask as transparency."""
     for label, number in SUBJECTS.items():
         sample = draw(Spec(label, number, "meadow", None, pose_seed=11, scene_seed=5), WORLD)
-        picture = np.dstack([sample.image, sample.mask])  # (S, S, 4)
-        Image.fromarray(picture).save(Path(__file__).with_name(f"{label}.png"), optimize=True)
+        rgba = np.dstack([sample.image, sample.mask])  # (S, S, 4)
+        Image.fromarray(rgba).save(Path(__file__).with_name(f"{label}.png"), optimize=True)
 
 
 def results() -> None:

@@ -344,7 +344,7 @@ class CLIPVision(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Texts and pictures in one space (transformers' CLIPModel; the projections are inside the towers)."""
+    """Texts and images in one space (transformers' CLIPModel; the projections are inside the towers)."""
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A picture as CLIP's image encoder wants it: the constants and steps of transformers' CLIPImageProcessor.
+"""An image as CLIP's image encoder wants it: the constants and steps of transformers' CLIPImageProcessor.
 
 Letters: S side of the square input in pixels.
 """
@@ -16,7 +16,7 @@ PAD_COLOUR = tuple(int(255 * m) for m in MEAN)
 
 
 def clip_image(image: Image.Image, size: int, *, pad: bool = False) -> Tensor:
-    """Picture of any size and mode -> (3, S, S) float32, normalised, S = `size`.
+    """Image of any size and mode -> (3, S, S) float32, normalised, S = `size`.
 
     pad=False: resize the shorter edge to S (bicubic), cut the centre square (CLIP's own way).
     pad=True: pad to a square with the mean colour first, so that nothing is cut (LLaVA's "pad").
@@ -42,14 +42,14 @@ def cut(image: Image.Image, size: int, left: int, top: int) -> Image.Image:
 
 
 def normalised(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """RGB picture -> (3, H, W) float32: [0, 1] less the channel's mean, over its deviation."""
+    """RGB image -> (3, H, W) float32: [0, 1] less the channel's mean, over its deviation."""
     x = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3) in [0, 1]
     x = (x - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """RGB picture centred on a square of its longer edge; an odd rest goes to the right or the bottom."""
+    """RGB image centred on a square of its longer edge; an odd rest goes to the right or the bottom."""
     w, h = image.size
     side = max(w, h)
     square = Image.new("RGB", (side, side), colour)

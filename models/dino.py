@@ -105,7 +105,7 @@ class DINO(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S), normalised by `models.dino_image` -> the class token after the last norm
-        (B, C), in the parameters' dtype. ValueError for pictures of another size."""
+        (B, C), in the parameters' dtype. ValueError for images of another size."""
         size = self.cfg.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"DINO image of shape {tuple(pixels.shape)}: expected (B, 3, {size}, {size})")

@@ -1,4 +1,4 @@
-"""A picture as DINO was evaluated: the official eval transform (torchvision's Resize, CenterCrop, Normalize).
+"""An image as DINO was evaluated: the official eval transform (torchvision's Resize, CenterCrop, Normalize).
 
 Letters: S side of the square input in pixels.
 """
@@ -15,7 +15,7 @@ SHORT, CROP = 256, 224  # pixels: the shorter edge, and the square that is cut o
 
 
 def dino_image(image: Image.Image, size: int = CROP) -> Tensor:
-    """Picture of any size and mode -> (3, S, S) float32, normalised, S = `size`.
+    """Image of any size and mode -> (3, S, S) float32, normalised, S = `size`.
 
     The shorter edge becomes 256 pixels (bicubic; in the same ratio for other S), the centre square is cut.
     """

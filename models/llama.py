@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention, merge_heads, split_heads
-from models.quant import QuantConfig, linear
+from models.weights.quant import QuantConfig, linear
 
 # What transformers' LlamaConfig means by a key that is absent from config.json.
 PUBLIC_DEFAULTS: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 Parameter names are those of the official files (sam_vit_b_01ec64.pth and its kind).
 
-Letters: B pictures, P prompts per picture, N points of a prompt, S side of the input in pixels, h and w the
+Letters: B images, P prompts per image, N points of a prompt, S side of the input in pixels, h and w the
 grid of patches, C channels (the encoder's width, after its neck and in the decoder `out_channels`), H heads,
 D channels per head, T tokens of the decoder.
 """
@@ -27,7 +27,7 @@ DECODER_EPS = 1e-5  # of the decoder's LayerNorms; transformers has 1e-6, which 
 
 
 class Prompts(NamedTuple):
-    """What to segment, P prompts for each of B pictures.
+    """What to segment, P prompts for each of B images.
 
     points: (B, P, N, 2) float, x and y in pixels of the S x S input; labels: (B, P, N) int64, the constants
     above. A box is two points, its upper left and lower right corners. Prompts without a box get the official
@@ -111,7 +111,7 @@ class _EncoderAttention(nn.Module):
 
 
 class _EncoderBlock(nn.Module):
-    """(B, h, w, C) -> the same; window: side of its windows, 0 = the whole picture."""
+    """(B, h, w, C) -> the same; window: side of its windows, 0 = the whole image."""
 
     def __init__(self, cfg: SAMConfig, window: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _ImageEncoder(nn.Module):
         return self.neck(x.movedim(-1, 1))  # (B, C, h, w)
 
     def _positions(self, grid: int) -> Tensor:
-        """(1, grid, grid, width), resampled where the picture has another size than cfg.image_size."""
+        """(1, grid, grid, width), resampled where the image has another size than cfg.image_size."""
         if grid == self.pos_embed.shape[1]:
             return self.pos_embed
         x = F.interpolate(self.pos_embed.movedim(-1, 1), (grid, grid), mode="bicubic", align_corners=False)
@@ -248,7 +248,7 @@ class _DecoderAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, known: Tensor | None = None) -> Tensor:
         """q (B, P, N, C), k and v (B, P, M, C), known: keys to attend to, bool (B, P, M) -> (B, P, N, C).
 
-        A picture's features come with P = 1 as long as they are the same for all its prompts, to be projected
+        An image's features come with P = 1 as long as they are the same for all its prompts, to be projected
         once.
         """
         prompts = max(q.shape[1], k.shape[1])
@@ -261,7 +261,7 @@ class _DecoderAttention(nn.Module):
 
 
 class _TwoWayBlock(nn.Module):
-    """Tokens look at each other and at the picture, then the picture looks at the tokens."""
+    """Tokens look at each other and at the image, then the image looks at the tokens."""
 
     def __init__(self, cfg: SAMConfig, first: bool) -> None:
         super().__init__()
@@ -351,7 +351,7 @@ class _MaskDecoder(nn.Module):
 
 
 class SAM(nn.Module):
-    """Pictures are encoded once, prompts decoded in batches of any size: `encode`, then `decode`."""
+    """Images are encoded once, prompts decoded in batches of any size: `encode`, then `decode`."""
 
     def __init__(self, cfg: SAMConfig) -> None:
         super().__init__()

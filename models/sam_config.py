@@ -58,7 +58,7 @@ class SAMConfig:
     layers: int = 12
     heads: int = 12
     mlp: int = 3072  # width of the hidden layer of each MLP
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # attend to the whole picture, the others within windows
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # attend to the whole image, the others within windows
     window: int = 14  # side in patches
     image_size: int = 1024  # S, pixels
     patch: int = 16  # pixels
@@ -68,7 +68,7 @@ class SAMConfig:
     decoder_layers: int = 2
     decoder_heads: int = 8
     decoder_mlp: int = 2048
-    downsample: int = 2  # the decoder attends between tokens and picture in C / downsample channels
+    downsample: int = 2  # the decoder attends between tokens and image in C / downsample channels
     iou_width: int = 256  # hidden layers of the head that predicts the IoU
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""A picture as SAM wants it, and SAM's masks as the picture wants them (segment-anything: ResizeLongestSide).
+"""An image as SAM wants it, and SAM's masks as the image wants them (segment-anything: ResizeLongestSide).
 
-Letters: S side of SAM's square input in pixels, H and W the picture's size.
+Letters: S side of SAM's square input in pixels, H and W the image's size.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture lies in SAM's input: the upper left corner, the rest is padding."""
+    """Where an image lies in SAM's input: the upper left corner, the rest is padding."""
 
     side: int  # S
-    picture: tuple[int, int]  # H, W
+    image: tuple[int, int]  # H, W
     inside: tuple[int, int]  # height and width in the input, pixels; the longer one is S
 
 
 def placement(height: int, width: int, side: int) -> Placement:
-    """Of a picture of height x width pixels: its longer edge becomes `side`."""
+    """Of an image of height x width pixels: its longer edge becomes `side`."""
     scale = side / max(height, width)
     # Half pixels go up, as in segment-anything; `round` would take them to the even number.
     inside = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
@@ -34,7 +34,7 @@ def placement(height: int, width: int, side: int) -> Placement:
 
 
 def preprocess(image: Image.Image, side: int) -> tuple[Tensor, Placement]:
-    """Picture of any size and mode -> (1, 3, S, S) float32, normalised, zero beyond the picture; S = side."""
+    """Image of any size and mode -> (1, 3, S, S) float32, normalised, zero beyond the image; S = side."""
     place = placement(image.height, image.width, side)
     height, width = place.inside
     image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
@@ -49,15 +49,15 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def to_input(points: Tensor, place: Placement) -> Tensor:
-    """Points (..., 2), x and y in pixels of the picture -> in pixels of SAM's input; float32."""
-    (height, width), (inside_h, inside_w) = place.picture, place.inside
+    """Points (..., 2), x and y in pixels of the image -> in pixels of SAM's input; float32."""
+    (height, width), (inside_h, inside_w) = place.image, place.inside
     return points.float() * torch.tensor([inside_w / width, inside_h / height], device=points.device)
 
 
-def to_picture(logits: Tensor, place: Placement) -> Tensor:
-    """Mask logits (..., h, w) of the whole input -> (..., H, W) of the picture alone; float32, bilinear."""
+def to_image(logits: Tensor, place: Placement) -> Tensor:
+    """Mask logits (..., h, w) of the whole input -> (..., H, W) of the image alone; float32, bilinear."""
     x = logits.float().reshape(1, -1, *logits.shape[-2:])  # (1, K, h, w)
     x = F.interpolate(x, (place.side, place.side), mode="bilinear", align_corners=False)  # (1, K, S, S)
     x = x[..., : place.inside[0], : place.inside[1]]
-    x = F.interpolate(x, place.picture, mode="bilinear", align_corners=False)  # (1, K, H, W)
-    return x.view(*logits.shape[:-2], *place.picture)
+    x = F.interpolate(x, place.image, mode="bilinear", align_corners=False)  # (1, K, H, W)
+    return x.view(*logits.shape[:-2], *place.image)

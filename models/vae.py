@@ -1,4 +1,4 @@
-"""The KL autoencoder of Stable Diffusion: pictures to latents and back.
+"""The KL autoencoder of Stable Diffusion: images to latents and back.
 
 Parameter names are diffusers' (`AutoencoderKL`). Sources: LDM (arXiv 2112.10752) and diffusers'
 autoencoder_kl.py; compared in tests/test_vae.py.
@@ -138,7 +138,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) -> the posterior's moments before `quant_conv`, (B, 2Z, h, w)."""
+    """Images (B, 3, H, W) -> the posterior's moments before `quant_conv`, (B, 2Z, h, w)."""
 
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, Z, h, w) after `post_quant_conv` -> pictures (B, 3, H, W)."""
+    """Latents (B, Z, h, w) after `post_quant_conv` -> images (B, 3, H, W)."""
 
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
@@ -195,11 +195,11 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, kernel_size=1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures x (B, 3, H, W) in [-1, 1], H and W multiples of f -> the posterior's mean and standard
+        """Images x (B, 3, H, W) in [-1, 1], H and W multiples of f -> the posterior's mean and standard
         deviation, each (B, Z, H/f, W/f), not scaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # 2 x (B, Z, h, w)
         return mean, torch.exp(0.5 * logvar.clamp(*self.cfg.logvar_range))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents z (B, Z, h, w), not scaled -> pictures (B, 3, h*f, w*f), about [-1, 1], not clamped."""
+        """Latents z (B, Z, h, w), not scaled -> images (B, 3, h*f, w*f), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))  # (B, 3, H, W)

@@ -1,7 +1,7 @@
 """What `moma.bench` compares with: diffusers' UNet, the released MoMA on it, and the same way trained.
 
 The release's attention processors are restated here: softmax with materialised probabilities, every key and
-every query, masks and label maps at the size of the picture.
+every query, masks and label maps at the size of the image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from models.attention import merge_heads, split_heads
 from models.unet import UNetConfig
-from moma.adapter import MoMAHook, ReferenceHook
-from moma.attention import ReferenceLayer
 from moma.bench.step import Step
 from moma.bench.training import Training
-from moma.config import DEFAULT
-from moma.masks import m_ref_of_layer
+from moma.methods.moma.adapter import MoMAHook, ReferenceHook
+from moma.methods.moma.attention import ReferenceLayer
+from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.masks import m_ref_of_layer
 from moma.training.stage2 import Stage2
 
-FACTOR = 8  # pixels per latent: masks are kept at the picture's size
+FACTOR = 8  # pixels per latent: masks are kept at the image's size
 EXPLICIT = replace(DEFAULT, attention="explicit")  # every key stays
 
 
@@ -217,7 +217,7 @@ class ContextProcessor(PlainProcessor):
         return attn.to_out[0](z + gate(self.m_gen, x.shape[1]) * z_context)
 
     def label_map(self, probs: Tensor, rows: int) -> Tensor:
-        """The attention that the label gets, scaled, at the picture's size (R, 1, H, W)."""
+        """The attention that the label gets, scaled, at the image's size (R, 1, H, W)."""
         side = int(probs.shape[1] ** 0.5)
         found = probs.unflatten(0, (rows, -1)).mean(dim=1)[..., self.label]  # (R, N)
         low, high = found.amin(1, keepdim=True), found.amax(1, keepdim=True)

@@ -10,8 +10,8 @@ SMALL = SAMConfig(
     width=16, layers=2, heads=2, mlp=32, global_blocks=(1,), window=2, image_size=64, out_channels=32,
     decoder_mlp=32, iou_width=16,
 )  # fmt: skip
-ALIKE = 0.2  # of normalised pixels: two colours of a test picture are further apart
-# Of the four masks: the region, its left part, the region, the whole picture.
+ALIKE = 0.2  # of normalised pixels: two colours of a test image are further apart
+# Of the four masks: the region, its left part, the region, the whole image.
 IOUS = (0.9, 0.9, 0.95, 0.99)
 
 
@@ -37,11 +37,11 @@ class FlatSAM(nn.Module):
         ]
         return torch.stack(answers)[None], torch.tensor(IOUS).expand(1, len(answers), 4)
 
-    def _answer(self, picture: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        """picture (3, S, S), points (N, 2), labels (N,) -> (4, S, S)"""
+    def _answer(self, image: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        """image (3, S, S), points (N, 2), labels (N,) -> (4, S, S)"""
         corners = points[labels >= 2]
         where = (corners.mean(dim=0, keepdim=True) if len(corners) else points).long()
-        seen = [(picture - picture[:, y, x, None, None]).abs().amax(dim=0) < ALIKE for x, y in where.tolist()]
+        seen = [(image - image[:, y, x, None, None]).abs().amax(dim=0) < ALIKE for x, y in where.tolist()]
         region = torch.stack(seen).any(dim=0)  # (S, S)
         part = region if region.all() else region & (torch.arange(region.shape[1]) < where[0, 0] + 2)
         return torch.stack([region, part, region, torch.ones_like(region)]) * 16.0 - 8

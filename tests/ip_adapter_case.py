@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.keymaps import convert, ip_adapter
-from models.loading import in_memory
 from models.unet import UNetConfig
-from moma.adapter import AdapterConfig
-from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
-from moma.tiny import TinyConfig, draw
+from models.weights.keymaps import convert, ip_adapter
+from models.weights.loading import in_memory
+from moma.methods.moma.adapter import AdapterConfig
+from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
+from moma.weights.tiny import TinyConfig, draw
 
 WIDTH = 24  # of the image encoder's embeddings: another one than the MoMA adapter's
 

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import keymaps
 from models.clip import PRESETS as CLIPS
 from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from models.dino import PRESETS as DINOS
 from models.dino import DINOConfig
-from models.keymaps import Row, Table
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
-from models.loading import LazyTensor, ShardConfig, write_safetensors
 from models.sam import DECODER_EPS, SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from moma.adapter import AdapterConfig
-from moma.bundle import expected_shapes
-from moma.tiny import build_tokenizers
+from models.weights import keymaps
+from models.weights.keymaps import Row, Table
+from models.weights.loading import LazyTensor, ShardConfig, write_safetensors
+from moma.methods.moma.adapter import AdapterConfig
+from moma.weights.bundle import expected_shapes
+from moma.weights.tiny import build_tokenizers
 
 SHARED_FREQUENCIES = "prompt_encoder.shared_embedding.positional_embedding"
 

@@ -71,7 +71,7 @@ def noise_prediction(cfg: UNetConfig, json: dict, size: int) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def autoencoder(part: str) -> tuple[Tensor, Tensor]:
-    """Posterior mean of, or picture from, 512 x 512."""
+    """Posterior mean of, or image from, 512 x 512."""
     assert VAEConfig.from_public(VAE_JSON) == VAEConfig()
     ours = build(lambda: VAE(VAEConfig()))
     theirs = share(lambda: diffusers.AutoencoderKL(**VAE_JSON), ours.state_dict())

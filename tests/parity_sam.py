@@ -13,12 +13,12 @@ from tests.parity_case import Case
 from tests.recipe import normal, uniform
 from tests.sam_reference import build_sam, reference, share_sam
 
-INSIDE = 768, 1024  # the picture within the square input, the rest is padding
+INSIDE = 768, 1024  # the image within the square input, the rest is padding
 
 
 @torch.no_grad()
 def sam(cfg: SAMConfig, part: Literal["masks", "iou"]) -> tuple[Tensor, Tensor]:
-    """From the picture: two prompts of two points, two boxes, and two of both, all four outputs of each."""
+    """From the image: two prompts of two points, two boxes, and two of both, all four outputs of each."""
     assert SAMConfig.from_public(sam_json(cfg)) == cfg
     ours = build_sam(cfg)
     theirs = share_sam(ours)

@@ -10,7 +10,7 @@ from models.clip import CLIP, CLIPConfig
 from models.clip import PRESETS as CLIPS
 from models.dino import DINO, DINOConfig
 from models.dino import PRESETS as DINOS
-from models.keymaps import CLIP_WHOLE, DINO_HF_NEW, convert
+from models.weights.keymaps import CLIP_WHOLE, DINO_HF_NEW, convert
 from tests.parity_case import Case
 from tests.parity_language import build, public_text, public_vision, text_ids
 from tests.recipe import normal
@@ -80,7 +80,7 @@ def dino_feature(cfg: DINOConfig) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def clip_features(cfg: CLIPConfig) -> tuple[Tensor, Tensor]:
-    """Two pictures' and two texts' features, each over their standard deviation, (4, P)."""
+    """Two images' and two texts' features, each over their standard deviation, (4, P)."""
     ours, theirs = clip_pair(cfg)
     ids = text_ids(cfg.text)
     pixels = torch.from_numpy(normal("parity/pixels", (2, 3, cfg.vision.image_size, cfg.vision.image_size)))

@@ -4,8 +4,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from models import keymaps
 from models.sam import SAM, SAMConfig
+from models.weights import keymaps
 from tests.make_checkpoints import SHARED_FREQUENCIES, sam_json
 from tests.recipe import fill, normal
 

@@ -10,23 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-from models.loading import read_checkpoint, save_tensors
-from models.packed import can_pack, pack_weights
 from models.unet import UNetConfig
-from moma.attention import ReferenceLayer
+from models.weights.loading import read_checkpoint, save_tensors
+from models.weights.packed import can_pack, pack_weights
 from moma.bench import __main__ as command
 from moma.bench import flow, measure, step, training
-from moma.bench.curves import curves, curves_picture
+from moma.bench.curves import curves, curves_image
 from moma.bench.measure import BenchConfig, Part, Ratio
-from moma.bundle import Bundle
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.methods.moma.attention import ReferenceLayer
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.test_graphs import Rerun
 
 SMALL = BenchConfig(
     unet=UNetConfig(
         channels=(32, 64), depth=(1, 1), heads=(4, 4), context_dim=(16, 16), resnets=1, norm_groups=8
     ),
-    size=128, repeats=1, text_tokens=9, peak=64, pictures=2, sizes=(64, 128), batches=(1, 2),
+    size=128, repeats=1, text_tokens=9, peak=64, images=2, sizes=(64, 128), batches=(1, 2),
     shares=(0.2, 1.0), lengths=(2, 3),
 )  # fmt: skip
 CPU = torch.device("cpu")
@@ -69,8 +69,8 @@ def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
     assert [type(x) for x in found] == [Part, Ratio, Ratio] and found[2].times > 1
 
 
-def test_a_batch_is_its_pictures(networks: step.Networks) -> None:
-    """The batch that the whole drawing is computed from has one row per picture and half."""
+def test_a_batch_is_its_images(networks: step.Networks) -> None:
+    """The batch that the whole drawing is computed from has one row per image and half."""
     two = step.make_step(networks, SMALL, batch=2)
     one = replace(two.cond, text=two.text[::2], label=two.cond.label[::2], beta=two.cond.beta[::2])
     rows = [ReferenceLayer(r.k[::2], r.v[::2], r.keep) for r in one.reference]  # one size: none is masked
@@ -143,8 +143,8 @@ def test_curves(networks: step.Networks) -> None:
         ("steps", 3),
     ]  # fmt: skip
     assert all(p.moma > 0 and p.plain > 0 for p in points)
-    picture = curves_picture(points)
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    image = curves_image(points)
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert (30, 90, 170) in colours and (150, 180, 220) in colours
 
 

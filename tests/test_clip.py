@@ -180,7 +180,7 @@ def test_golden_text() -> None:
 
 @pytest.mark.parametrize("mode", ["pad", "default"])
 def test_golden_image(mode: str) -> None:
-    """LLaVA's process_images on a 300 x 200 picture."""
+    """LLaVA's process_images on a 300 x 200 image."""
     golden = load_file(CARRIED / "clip_image.safetensors")[mode][0]
     rgb = u8("input/process_images/rgb", (25, 38, 3)).repeat(8, 0).repeat(8, 1)[:200, :300]
     pixels = clip_image(Image.fromarray(rgb), 336, pad=mode == "pad")
@@ -199,7 +199,7 @@ def test_image_parity(size: tuple[int, int]) -> None:
 
 
 def test_image_modes() -> None:
-    """Grey and RGBA pictures are read as RGB."""
+    """Grey and RGBA images are read as RGB."""
     rgb = Image.fromarray(u8("clip/image/rgb", (20, 30, 3)))
     assert torch.equal(clip_image(rgb.convert("RGBA"), 16), clip_image(rgb, 16))
     assert clip_image(rgb.convert("L"), 16, pad=True).shape == (3, 16, 16)

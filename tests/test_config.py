@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moma.config import PRESETS, TIMESTEPS, MethodConfig, SampleConfig, method_config
-from moma.diffusion import ScheduleConfig
+from moma.methods.moma.config import PRESETS, MethodConfig, method_config
+from moma.sampling.config import TIMESTEPS, SampleConfig
+from moma.sampling.diffusion import ScheduleConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -16,7 +17,8 @@ def test_presets_survive_json(name: str) -> None:
     assert again == PRESETS[name]
 
 
-# What the presets change, restated: a slip in moma/config.py must not pass unseen (docs/choices.md explains).
+# What the presets change, restated: a slip in moma/methods/moma/config.py must not pass unseen
+# (docs/choices.md explains).
 CHANGES = {
     "default": {},
     "release": {

@@ -1,4 +1,5 @@
-"""convert_weights.py, moma/bundle.py, moma/download.py: public formats in, one bundle out, or a clear no."""
+"""convert_weights.py, moma/weights/bundle.py, moma/weights/download.py: public formats in, one bundle out,
+or a clear no."""
 
 import hashlib
 import json
@@ -21,12 +22,12 @@ from transformers import SamConfig, SamModel
 
 from convert_weights import CHOICES, convert, main
 from models.clip import VISION_PRESETS
-from models.loading import LazyTensor, read_checkpoint
 from models.sam import Prompts
-from moma.bundle import SAMPLING, Bundle, BundleWriter, expected_shapes
-from moma.download import MOMA_FILE, DownloadConfig, by_hand, download
-from moma.sources import Assumed, guess_tower
-from moma.tiny import build_tokenizers
+from models.weights.loading import LazyTensor, read_checkpoint
+from moma.weights.bundle import SAMPLING, Bundle, BundleWriter, expected_shapes
+from moma.weights.download import MOMA_FILE, DownloadConfig, by_hand, download
+from moma.weights.sources import DefaultConfigs, guess_tower
+from moma.weights.tiny import build_tokenizers
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import (
     TINY,
@@ -50,7 +51,7 @@ from tests.make_checkpoints import (
 )
 from tests.recipe import normal, uniform
 
-ASSUMED = Assumed(
+ASSUMED = DefaultConfigs(
     unet=TINY.unet,
     vae=TINY.vae,
     text=TINY.text,
@@ -278,7 +279,7 @@ def test_known_tower_is_guessed_from_its_shapes() -> None:
             n: LazyTensor(shape, torch.float16, Path("x"), lambda: torch.empty(0))
             for n, shape in shapes.items()
         }
-        assert guess_tower(lazy, Assumed().towers) == wanted
+        assert guess_tower(lazy, DefaultConfigs().towers) == wanted
 
 
 @pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "ip-adapter_sd15.safetensors"])
@@ -482,7 +483,7 @@ def test_sam(complete: Bundle, tmp_path: Path, make: Callable[..., Path]) -> Non
     assert tuple(alone.networks) == ("sam",) and alone.config("sam") == TINY.sam
     assert_drawn(state(alone, "sam"), torch.float32)
     assert "unused" not in said
-    again, _ = run([source], tmp_path / "again", alone, assumed=Assumed())
+    again, _ = run([source], tmp_path / "again", alone, assumed=DefaultConfigs())
     assert again.config("sam") == TINY.sam, "the sizes of a file without any are the base's"
     beside, _ = run([source], tmp_path / "beside", complete, dtype=torch.float16)
     assert set(beside.networks) == {*complete.networks, "sam"}
@@ -831,12 +832,12 @@ def test_links_to_and_from_bundles(public: Path, complete: Bundle, tmp_path: Pat
 
 KILLED = """
 import os, signal, sys
-import moma.bundle, convert_weights
-add = moma.bundle.BundleWriter.add
+import moma.weights.bundle, convert_weights
+add = moma.weights.bundle.BundleWriter.add
 def add_one(self, *args, **options):
     add(self, *args, **options)
     os.kill(os.getpid(), signal.SIGKILL)
-moma.bundle.BundleWriter.add = add_one
+moma.weights.bundle.BundleWriter.add = add_one
 convert_weights.main(sys.argv[1:])
 """
 
@@ -873,7 +874,7 @@ def test_a_source_that_breaks_while_it_is_read(
 
 def test_no_room_on_the_disk(public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("moma.bundle.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("moma.weights.bundle.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB, the disk has 0\.0 GB"):
         run([public / "vae"], tmp_path / "b")
     assert not list(tmp_path.iterdir())

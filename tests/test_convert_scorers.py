@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.clip import PRESETS, CLIPConfig
-from models.loading import in_memory, joined
-from moma.bundle import CLIP_TOKENIZER, Bundle
+from models.weights.loading import in_memory, joined
 from moma.evaluate.scorers import load_scorers
-from moma.sources import Assumed, read_source
-from moma.tiny import build_tokenizers
+from moma.weights.bundle import CLIP_TOKENIZER, Bundle
+from moma.weights.sources import DefaultConfigs, read_source
+from moma.weights.tiny import build_tokenizers
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import (
     TINY,
@@ -84,7 +84,7 @@ def test_a_training_wrapped_once_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("name", ["dino_s16", "dino_b16"])
 def test_transformers_folder(tmp_path: Path, name: str, new: bool) -> None:
-    """transformers reads the same folder; both see the same in a picture."""
+    """transformers reads the same folder; both see the same in an image."""
     transformers = pytest.importorskip("transformers")
     folder = make_dino_hf(tmp_path / "dino", TINY, name, new)
     bundle, said = run([folder], tmp_path / "b")
@@ -168,7 +168,7 @@ def test_joined() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["clip_b32", "clip_l14"])
 def test_clip_folder(tmp_path: Path, tokenizers: Path, name: str) -> None:
-    """transformers reads the same folder; both see the same in a picture and in a text."""
+    """transformers reads the same folder; both see the same in an image and in a text."""
     transformers = pytest.importorskip("transformers")
     folder = make_clip_scorer(tmp_path / "clip", TINY, name, tokenizers)
     bundle, said = run([folder], tmp_path / "b")
@@ -212,13 +212,13 @@ def test_openais_configs(sizes: tuple[int, ...], name: str) -> None:
     }
     preset = PRESETS[name.removeprefix("clip_")]
     found = CLIPConfig(type(preset.text).from_public(public), type(preset.vision).from_public(public))
-    assert found == preset == Assumed().clips[name]
+    assert found == preset == DefaultConfigs().clips[name]
 
 
 def test_other_clips_stay_the_image_tower(tmp_path: Path, tokenizers: Path) -> None:
     """336 pixels (LLaVA's tower), another activation (OpenCLIP's), or no text tower."""
-    assert list(read_source(make_clip(tmp_path / "336", TINY), Assumed()).networks) == ["vision"]
-    wanted = Assumed(clips={"clip_b32": TINY.clip_b32})
+    assert list(read_source(make_clip(tmp_path / "336", TINY), DefaultConfigs()).networks) == ["vision"]
+    wanted = DefaultConfigs(clips={"clip_b32": TINY.clip_b32})
     folder = make_clip_scorer(tmp_path / "clip", TINY, "clip_b32", tokenizers)
     assert list(read_source(folder, wanted).networks) == ["clip_b32"]
     config = json.loads((folder / "config.json").read_text())

@@ -43,7 +43,7 @@ JPEGS = [encoded(grey(i), "JPEG") for i in range(64)]
 
 
 def number(triplet: Triplet) -> int:
-    """The transform of most tests: which sample it is, by its picture, not by its name."""
+    """The transform of most tests: which sample it is, by its image, not by its name."""
     return int(np.asarray(triplet.image).mean().round())
 
 
@@ -206,10 +206,10 @@ def test_fingerprint(tmp_path, six):
 HUGE = encoded(Image.new("1", (9000, 9000)))  # a small file with 81 megapixels
 BOMB = encoded(Image.new("1", (14000, 14000)))  # PIL refuses it
 DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
-    "cut": ({"jpg": JPEGS[1][: len(JPEGS[1]) // 2 + 100]}, "picture is broken or cut off"),
-    "text": ({"jpg": b"hello"}, "picture is no picture"),
-    "gif": ({"jpg": encoded(grey(1), "GIF")}, "picture is no picture"),
-    "noimage": ({"jpg": None}, "picture is missing"),
+    "cut": ({"jpg": JPEGS[1][: len(JPEGS[1]) // 2 + 100]}, "image is broken or cut off"),
+    "text": ({"jpg": b"hello"}, "image is no image"),
+    "gif": ({"jpg": encoded(grey(1), "GIF")}, "image is no image"),
+    "noimage": ({"jpg": None}, "image is missing"),
     "nomask": ({"mask.png": None}, "mask is missing"),
     "nojson": ({"json": None}, "json is missing"),
     "badjson": ({"json": b'{"label": "cat"'}, "JSON is damaged"),
@@ -228,7 +228,7 @@ DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
     "deepgrey": ({"jpg": encoded(Image.new("I;16", SIZE))}, "16-bit"),
     "twice": ({"png": JPEGS[1]}, "two files for its image"),
     "halfref": ({"ref.jpg": JPEGS[1]}, "mask of the reference is missing"),
-    "badref": ({"ref.jpg": b"x", "refmask.png": MASK_PNG}, "reference's picture is no picture"),
+    "badref": ({"ref.jpg": b"x", "refmask.png": MASK_PNG}, "reference's image is no image"),
     "large": ({"jpg": b"0" * 120_000}, "120,000 bytes"),
 }  # fmt: skip
 
@@ -574,7 +574,7 @@ REFUSED: list[tuple[Callable[[ShardWriter], None], str]] = [
     (lambda w: w.add("a.b", b"", "jpg", b"", "cat", "cat"), "key 'a.b'"),
     (lambda w: w.add("a/b", b"", "jpg", b"", "cat", "cat"), "key 'a/b'"),
     (lambda w: w.add("", b"", "jpg", b"", "cat", "cat"), "key ''"),
-    (lambda w: w.add("a", b"", "gif", b"", "cat", "cat"), "picture 'gif'"),
+    (lambda w: w.add("a", b"", "gif", b"", "cat", "cat"), "image 'gif'"),
     (lambda w: w.add("0", b"", "jpg", b"", "cat", "cat"), "already written"),
 ]
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moma.diffusion import SOLVERS, ScheduleConfig, add_noise, alphas_cumprod, intervals, timesteps
+from moma.sampling.diffusion import (
+    SOLVERS,
+    ScheduleConfig,
+    add_noise,
+    alphas_cumprod,
+    solver_steps,
+    timesteps,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -23,7 +30,7 @@ def eps_model(x: Tensor, t: int) -> Tensor:
 
 def solve(solver: str, steps: int, x: Tensor) -> Tensor:
     history = None
-    for step in intervals(CFG, steps, solver):
+    for step in solver_steps(CFG, steps, solver):
         x, history = SOLVERS[solver](x, eps_model(x, step.t), step, history)
     return x
 
@@ -64,7 +71,7 @@ def test_solvers_recover_a_point() -> None:
     """Where the data is one point, eps is known exactly and DPM-Solver++ must return that point."""
     target, x = noise(2), noise(3)
     history = None
-    for step in intervals(CFG, 10, "dpm"):
+    for step in solver_steps(CFG, 10, "dpm"):
         eps = (x - step.alpha.sqrt() * target) / (1 - step.alpha).sqrt()
         x, history = SOLVERS["dpm"](x, eps, step, history)
     torch.testing.assert_close(x, target, rtol=0, atol=1e-4)
@@ -75,7 +82,7 @@ def test_dpm_needs_fewer_steps() -> None:
     mean, std, start = 1.5, 1.5, noise(0)
     errors = {}
     for solver in SOLVERS:
-        x, history, path = start, None, intervals(CFG, 20, solver)
+        x, history, path = start, None, solver_steps(CFG, 20, solver)
         for step in path:
             variance = step.alpha * std**2 + 1 - step.alpha
             eps = (x - step.alpha.sqrt() * mean) * (1 - step.alpha).sqrt() / variance
@@ -102,4 +109,4 @@ def test_impossible_steps(steps: int) -> None:
 
 def test_unknown_solver() -> None:
     with pytest.raises(ValueError, match="ddim, dpm"):
-        intervals(CFG, 5, "euler")
+        solver_steps(CFG, 5, "euler")

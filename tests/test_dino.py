@@ -1,4 +1,4 @@
-"""Our DINO against transformers' ViTModel on the same pseudo-random weights; how pictures are prepared."""
+"""Our DINO against transformers' ViTModel on the same pseudo-random weights; how images are prepared."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_wrong_sizes() -> None:
         DINOConfig(patch=15)
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(300, 420), (500, 256), (97, 64)])  # the longer edge's rest is even

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from moma import DEFAULT, MethodConfig
-from moma.bundle import Bundle
-from moma.decoder import Decoder, Question
-from moma.embeddings import EmbeddingCache, embeddings
-from moma.pipeline import load_decoder
-from moma.preprocess import make_reference
-from moma.tiny import build_tiny_bundle
+from moma.app.feature_cache import EmbeddingCache, embeddings
+from moma.inputs.preprocess import make_reference
+from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
+from moma.sampling.pipeline import load_decoder
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import build_tiny_bundle
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def white(seed: int = 0, radius: int = 30) -> Image.Image:
     return make_reference(photo, mask, 128, DEFAULT).white
 
 
-QUESTIONS = [Question(white(), "cat", prompt) for prompt in ("a cat", "two cats")]
+QUESTIONS = [MLLMInput(white(), "cat", prompt) for prompt in ("a cat", "two cats")]
 
 
 def cache_of(
@@ -45,11 +45,11 @@ def cache_of(
     return EmbeddingCache.of(place, Bundle.open(weights), method, CPU, dtype)
 
 
-def decoder(weights: Path) -> Decoder:
+def decoder(weights: Path) -> FeatureDecoder:
     return load_decoder(weights, "cpu", "bf16", stream="on")
 
 
-def no_decoder() -> Decoder:
+def no_decoder() -> FeatureDecoder:
     raise AssertionError("the decoder was loaded")
 
 
@@ -71,7 +71,7 @@ def test_only_what_is_missing_is_computed(folders: list[Path], tmp_path: Path) -
     cache, asked = cache_of(tmp_path, folders[0]), []
     expected, _ = embeddings(QUESTIONS[:1], cache, lambda: decoder(folders[0]))
 
-    def watched() -> Decoder:
+    def watched() -> FeatureDecoder:
         real = decoder(folders[0])
         row = real.llava.last_hidden_each
         real.llava.last_hidden_each = lambda rows, layers: asked.append(len(rows)) or row(rows, layers)
@@ -82,7 +82,7 @@ def test_only_what_is_missing_is_computed(folders: list[Path], tmp_path: Path) -
 
 
 def test_any_change_misses(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Picture, mask, words, weights, template, layers, dtype, settings of a network, tokenizer, processor,
+    """Image, mask, words, weights, template, layers, dtype, settings of a network, tokenizer, processor,
     library: each makes a file of its own."""
     question = QUESTIONS[0]
     cache = cache_of(tmp_path, folders[0])

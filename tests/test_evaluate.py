@@ -1,4 +1,4 @@
-"""`python -m moma.evaluate` as a whole: on MoMA-mini's world, on photos, and on others' pictures."""
+"""`python -m moma.evaluate` as a whole: on MoMA-mini's world, on photos, and on others' images."""
 
 import json
 import shutil
@@ -10,21 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.bundle import Bundle
 from moma.evaluate import __main__ as evaluate
 from moma.evaluate import draw as drawing
 from moma.evaluate import plan as planning
+from moma.evaluate import world as evaluation
 from moma.evaluate.options import parse
 from moma.evaluate.protocol import limited, open_dataset, tasks_of
-from moma.mini import evaluation
-from moma.mini.evaluation import WorldEvaluation, mini_scorers, photos_of, write_world
-from moma.mini.probes import draw_all
-from moma.mini.words import words_of
-from moma.mini.world import DEFAULT, SCENES, prompt, spec
-from moma.segment import Segmenter
-from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from moma.evaluate.world import WorldEvaluation, mini_scorers, photos_of, write_world
+from moma.inputs.segment import Segmenter
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from moma.world.classifiers import draw_all
+from moma.world.words import words_of
+from moma.world.world import DEFAULT, SCENES, prompt, spec
 from tests.test_mini_weights import MINI
-from tests.test_pipeline import mask, picture
+from tests.test_pipeline import image, mask
 
 FEW = ["--prompts", "2", "1", "--per-prompt", "1", "--device", "cpu", "--dtype", "fp32"]
 
@@ -65,7 +65,7 @@ def test_the_world_as_a_dataset(tmp_path: Path) -> None:
 
 
 def test_the_small_scorers_know_the_world() -> None:
-    """CLIP finds the caption of a picture, by the projections that it was trained with; the judge, twins."""
+    """CLIP finds the caption of an image, by the projections that it was trained with; the judge, twins."""
     judge, clip = mini_scorers(MINI)
     specs = [spec(i, "test") for i in range(24)]
     images = [Image.fromarray(array) for array in draw_all(specs)[0].permute(0, 2, 3, 1).numpy()]
@@ -127,7 +127,7 @@ def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
     assert row["values"]["CLIP-T MoMA-mini"] == pytest.approx(told, abs=1e-4)
 
     theirs = tmp_path / "theirs"
-    for path in (out / "moma").glob("*/*.png"):  # somebody else's pictures, as JPEG would be
+    for path in (out / "moma").glob("*/*.png"):  # somebody else's images, as JPEG would be
         (theirs / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).save(theirs / path.parent.name / f"{path.stem}.webp", lossless=True)
     again = tmp_path / "again"
@@ -143,7 +143,7 @@ def test_the_world_is_evaluated_and_goes_on_where_it_was_killed(
     capsys.readouterr()
     assert command(again, *few, "--images", f"theirs={theirs}") == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and "1 of 6 pictures are missing, the first is" in error[0]
+    assert len(error) == 1 and "1 of 6 images are missing, the first is" in error[0]
 
 
 # --- photos ------------------------------------------------------------------------------------------
@@ -155,10 +155,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, cfg = tmp_path_factory.mktemp("place"), TinyConfig()
     build_tiny_bundle(folder / "tiny", cfg=replace(cfg, networks=cfg.networks | tiny_scorers()))
     for i, name in enumerate(("hat", "my_cat")):
-        for kind, image in (("data", picture), ("masks", lambda n: mask(20 + n))):
+        for kind, make in (("data", image), ("masks", lambda n: mask(20 + n))):
             (folder / kind / name).mkdir(parents=True)
             for n in range(2):
-                image(2 * i + n).save(folder / kind / name / f"{n}.png")
+                make(2 * i + n).save(folder / kind / name / f"{n}.png")
     (folder / "data" / "subjects.json").write_text('{"my_cat": "cat", "hat": "top hat"}')
     return folder
 
@@ -171,7 +171,7 @@ def photos(place: Path, *more: str) -> list[str]:
 
 def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
-    assert capsys.readouterr().err.splitlines()[-2:] == ["moma: 6 of 6 pictures", "moma: scoring 6 pictures"]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["moma: 6 of 6 images", "moma: scoring 6 images"]
     found = rows(tmp_path)
     assert [row["prompt"] for row in found] == [
         "a top hat in the jungle", "a top hat in the snow", "a red top hat",
@@ -181,9 +181,9 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert found[1]["file"] == "moma/hat/a-top-hat-in-the-snow-0.png"
     table = (tmp_path / "table.md").read_text()
     assert "- masks: 2 given" in table and "read 'photo of a {subject}. {prompt}'" in table
-    assert "picture n for the n-th of a prompt" in table and "Textual Inversion" not in table
+    assert "image n for the n-th of a prompt" in table and "Textual Inversion" not in table
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
-    assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 pictures"], "nothing is drawn again"
+    assert capsys.readouterr().err.splitlines() == ["moma: scoring 6 images"], "nothing is drawn again"
 
 
 def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,11 +215,11 @@ def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch
         "masks/hat/0.png", "masks/my_cat/0.png",
     ]  # fmt: skip
     assert Image.open(next(iter(found.values())).mask).tobytes() == mask(25).tobytes()
-    with pytest.raises(ValueError, match="2 of 2 pictures have no usable mask"):
+    with pytest.raises(ValueError, match="2 of 2 images have no usable mask"):
         planning.open_references(options, None, tasks, runs[:1], "cpu")
 
 
-def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
+def test_real_images_alone(place: Path, tmp_path: Path) -> None:
     """A check of the scorers: no generator takes part."""
     given = ["--dataset", str(place / "data"), "--scorers", str(place / "tiny")]
     assert command(tmp_path / "new" / "out", *given) == 0
@@ -243,11 +243,11 @@ def test_real_pictures_alone(place: Path, tmp_path: Path) -> None:
         (["--images", "a=x", "--images", "a=y"], "--images a: given twice, x and y"),
         (["--method", "moma", "--method", "moma=x"], "--method moma: given twice"),
         (["--magic"], "unrecognized arguments: --magic"),
-        (["--images", "theirs={}/data"], "6 of 6 pictures are missing"),
-        (["--masks", "{}/data/hat"], "holds no mask of these pictures"),
+        (["--images", "theirs={}/data"], "6 of 6 images are missing"),
+        (["--masks", "{}/data/hat"], "holds no mask of these images"),
         (["--scorers", str(MINI)], "has no network that scores"),
         (["--subjects", "0"], "0 subjects: expected 1 or more"),
-        (["--per-prompt", "0"], "0 pictures per prompt"),
+        (["--per-prompt", "0"], "0 images per prompt"),
         (["--steps", "1000"], "expected 1 to 999"),
         (["--size", "33"], "expected a multiple of 8"),
         (["--batch-size", "0"], "expected 1 or more"),
@@ -261,17 +261,17 @@ def test_mistakes_take_one_line(
 ) -> None:  # fmt: skip
     """Before any weight is read."""
     monkeypatch.delattr(evaluate, "draw")
-    monkeypatch.setattr("moma.bundle.Bundle.build", None)
+    monkeypatch.setattr("moma.weights.bundle.Bundle.build", None)
     assert command(tmp_path / "out", *photos(place, *(text.format(place) for text in more))) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("evaluate: error: ") and words in error[0]
     assert not (tmp_path / "out" / "moma").exists()
 
 
-def test_pictures_that_cannot_be_read_are_found_first(
+def test_images_that_cannot_be_read_are_found_first(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A photo that only scorers would see, and somebody else's picture."""
+    """A photo that only scorers would see, and somebody else's image."""
     monkeypatch.delattr(evaluate, "draw")
     data = tmp_path / "data"
     shutil.copytree(place / "data", data)
@@ -279,7 +279,7 @@ def test_pictures_that_cannot_be_read_are_found_first(
     theirs = tmp_path / "theirs"
     for task in tasks_of(limited(open_dataset(data), None, (2, 1)), 1):
         (theirs / task.file).parent.mkdir(parents=True, exist_ok=True)
-        picture(0).save(theirs / task.file)
+        image(0).save(theirs / task.file)
     for path in (theirs / task.file, data / "my_cat" / "1.png"):
         path.write_bytes(path.read_bytes()[:-200])
         assert command(tmp_path / "out", *scoring, "--images", f"theirs={theirs}") == 2

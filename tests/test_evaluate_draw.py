@@ -1,4 +1,4 @@
-"""Drawing that goes on: killed anywhere and started again it leaves the pictures of a run that was not."""
+"""Drawing that goes on: killed anywhere and started again it leaves the images of a run that was not."""
 
 import io
 import json
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from models.unet import UNet
 from moma import DEFAULT, MoMA, SampleConfig
-from moma.bundle import Bundle
-from moma.diffusion import intervals
 from moma.evaluate import draw as drawing
 from moma.evaluate.draw import DRAFTS, SETTINGS, DraftFile, Run, batches, begun, draw, missing
-from moma.evaluate.ip_adapter import IPAdapterConfig
 from moma.evaluate.methods import METHODS, Loader, Method
 from moma.evaluate.protocol import Prompt, ProtocolConfig, Subject, tasks_of
 from moma.evaluate.references import Masks, find_references
-from moma.graphs import GraphedUNet
-from moma.sampler import TextOnly, denoise
+from moma.methods.ip_adapter import IPAdapterConfig
+from moma.sampling.cuda_graphs import GraphedUNet
+from moma.sampling.diffusion import solver_steps
+from moma.sampling.sampler import TextOnly, denoise
 from moma.training.parallel import Ranks
+from moma.weights.bundle import Bundle
 from tests.test_graphs import Rerun
-from tests.test_pipeline import mask, picture, same
+from tests.test_pipeline import image, mask, same
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 STEPS, BATCH = 5, 2  # the state is kept after steps 2, 4 and 5
@@ -73,7 +73,7 @@ def run(pipe: MoMA, folder: str, tmp_path: Path) -> Run:
     photos.mkdir(parents=True)
     (tmp_path / "masks" / "cat").mkdir(parents=True)
     for i in range(2):
-        picture(i).save(photos / f"{i}.png")
+        image(i).save(photos / f"{i}.png")
         mask(20 + i).save(tmp_path / "masks" / "cat" / f"{i}.png")
     prompts = (Prompt("a cat in the snow", "context"), Prompt("a red cat", "texture"))
     cat = Subject("cat", "cat", tuple(sorted(photos.iterdir())), prompts)
@@ -102,7 +102,7 @@ def test_a_drawing_goes_on_from_any_step(pipe: MoMA, solver: str, tmp_path: Path
     """Bit for bit, with what was on the disk; with recorded steps to their accuracy."""
     text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    path = intervals(pipe.schedule, 6, solver)
+    path = solver_steps(pipe.schedule, 6, solver)
     steps = list(denoise(pipe.unet, TextOnly(text), path, x, 7.5, solver))
     for step in steps:
         file = DraftFile(tmp_path / f"{step.index}.pt", ("a",), steps=step.index + 1)
@@ -116,9 +116,9 @@ def test_a_drawing_goes_on_from_any_step(pipe: MoMA, solver: str, tmp_path: Path
 
 
 def test_a_draft_is_of_one_batch(pipe: MoMA, tmp_path: Path) -> None:
-    subject = pipe.encode_subject(picture(0), mask(30), "cat")
+    subject = pipe.encode_subject(image(0), mask(30), "cat")
     jobs = [drawing.moma.Job(subject, "a cat", seed) for seed in range(3)]
-    with pytest.raises(ValueError, match="3 pictures with a draft: expected a batch, 2"):
+    with pytest.raises(ValueError, match="3 images with a draft: expected a batch, 2"):
         pipe.run(jobs, SMALL, draft=DraftFile(tmp_path / "draft.pt", (), STEPS))
 
 
@@ -137,7 +137,7 @@ def whole(run: Run, unet: Counted) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("solver", "points"), [("ddim", (3, 6)), ("dpm", (1, 7))])
 def test_killed_at_any_step(run: Run, unet: Counted, solver: str, points: tuple[int, ...]) -> None:
-    """The same pictures; what is lost is at most as many steps as one picture takes."""
+    """The same images; what is lost is at most as many steps as one image takes."""
     run = replace(run, sample=replace(SMALL, solver=solver))
     draw(run, ONE)
     whole = files(run)
@@ -190,7 +190,7 @@ def test_killed_while_writing(
     )
     draw(run, ONE)
     assert len(unet.steps) == CALLS and files(run) == whole
-    assert len(written) == len(set(written)) == 4, "no picture is written twice"
+    assert len(written) == len(set(written)) == 4, "no image is written twice"
 
 
 def test_only_what_is_missing_is_drawn(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
@@ -220,7 +220,7 @@ def test_a_damaged_draft_is_drawn_anew(run: Run, unet: Counted, whole: dict[str,
     draw(run, ONE)
     assert files(run) == whole and not (run.folder / DRAFTS).exists()
     draft.parent.mkdir()
-    draft.write_bytes(state)  # killed after the last picture: nothing is drawn, nothing stays
+    draft.write_bytes(state)  # killed after the last image: nothing is drawn, nothing stays
     unet.left = 0
     draw(run, ONE)
     assert left_over(run) == [SETTINGS]
@@ -247,12 +247,12 @@ def test_a_draft_goes_on_in_smaller_batches(run: Run, unet: Counted) -> None:
     unet.steps.clear()
     draw(replace(run, sample=replace(run.sample, batch_size=1)), ONE)
     assert len(unet.steps) == 2 * (STEPS - 2) and not draft.exists() and left_over(run) == [SETTINGS]
-    for name, image in files(other).items():
-        drawn, expected = (Image.open(io.BytesIO(data)) for data in (files(run)[name], image))
+    for name, data in files(other).items():
+        drawn, expected = (Image.open(io.BytesIO(data)) for data in (files(run)[name], data))
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_pictures_of_two_drafts_are_drawn_once(run: Run, unet: Counted) -> None:
+def test_images_of_two_drafts_are_drawn_once(run: Run, unet: Counted) -> None:
     """As a run leaves them that was killed while it cut a draft up: the larger one counts."""
     unet.left = 3
     with pytest.raises(Killed):
@@ -263,8 +263,8 @@ def test_pictures_of_two_drafts_are_drawn_once(run: Run, unet: Counted) -> None:
     assert begun(run, run.tasks) == [stamps] and list(path.parent.iterdir()) == [path]
 
 
-def test_a_step_of_a_batch_is_no_more_than_a_picture(run: Run, unet: Counted) -> None:
-    """Batches have no more pictures than these have steps, lest a kill costs more than a picture's work."""
+def test_a_step_of_a_batch_is_no_more_than_an_image(run: Run, unet: Counted) -> None:
+    """Batches have no more images than these have steps, lest a kill costs more than an image's work."""
     short = replace(run, sample=replace(SMALL, steps=1))
     draw(short, ONE)
     assert len(unet.steps) == 4 and len(files(short)) == 4
@@ -272,7 +272,7 @@ def test_a_step_of_a_batch_is_no_more_than_a_picture(run: Run, unet: Counted) ->
     assert drawing.batch_size(replace(short, method=batch), run.loader(run.bundle.folder)) == BATCH
 
 
-def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
+def test_another_runs_images_are_refused(run: Run, unet: Counted) -> None:
     draw(run, ONE)
     unet.steps.clear()
 
@@ -295,13 +295,13 @@ def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
     refused(replace(run, bundle=replace(run.bundle, networks=hashes)), "weights.unet.safetensors")
     shown = next(iter(run.references.values()))
     changed = {photo: replace(shown, digest="0") for photo in run.references}
-    refused(replace(run, references=changed), "made from another reference picture or mask")
+    refused(replace(run, references=changed), "made from another reference image or mask")
     draw(replace(run, sample=replace(SMALL, batch_size=1)), ONE)  # another machine's way to draw the same
     for damaged in ('{"name": ', "[]"):
         (run.folder / SETTINGS).write_text(damaged)
         refused(run, f"{SETTINGS}: damaged; choose another --out, or delete")
     (run.folder / SETTINGS).unlink()
-    refused(run, f"has pictures, but no {SETTINGS}")
+    refused(run, f"has images, but no {SETTINGS}")
 
 
 # --- ranks -------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_another_runs_pictures_are_refused(run: Run, unet: Counted) -> None:
 def test_batches_are_the_same_however_much_is_done(run: Run) -> None:
     """Of one subject and of the size asked for; those under way come first and stay as they are."""
     cat = run.tasks[0].subject
-    run = replace(run, tasks=tasks_of([cat, replace(cat, name="cat2")], 3))  # 6 pictures of each
+    run = replace(run, tasks=tasks_of([cat, replace(cat, name="cat2")], 3))  # 6 images of each
     every = batches(run, run.tasks, [], 4)
     assert [len(batch) for batch in every] == [4, 2, 4, 2]
     assert all(len({task.subject for task in batch}) == 1 for batch in every)
@@ -360,7 +360,7 @@ def test_all_ranks_stop_at_what_stops_one(error: Exception) -> None:
 
 
 def test_each_reference_in_turn(run: Run) -> None:
-    """Picture n of the subject conditions the n-th picture of a prompt."""
+    """Image n of the subject conditions the n-th image of a prompt."""
     run = replace(run, protocol=ProtocolConfig(reference="each"))
     seen: list[str] = []
 

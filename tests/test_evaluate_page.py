@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.chart import DotsConfig, Panel, Series, dots
-from moma.estimates import estimate
+from moma.app.chart import DotsConfig, Panel, Series, dots
+from moma.evaluate.estimates import estimate
 from moma.evaluate.page import PageConfig, write_outputs, write_page
 from moma.evaluate.published import DREAMBOOTH, UNSTATED
 from moma.evaluate.rate import embed_files
@@ -49,7 +49,7 @@ FOUND = {"cat": {DINO: 0.7}, "dog": {DINO: 0.8}}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An output folder with a picture, and photos beside it."""
+    """An output folder with an image, and photos beside it."""
     out = tmp_path / "out"
     out.mkdir()
     Image.new("RGB", (40, 40), (200, 40, 40)).save(out / "x.png")
@@ -117,17 +117,17 @@ def test_means_and_missing_columns():
     assert context["two"] == ["2", "0.200 (0.100 to 0.300)", NONE, NONE]
     # One subject says nothing about others; a column that no row has is left out.
     assert texture["one"] == ["1", "0.200", "0.900"]
-    assert tables(Results(SCORES, FOUND, FACTS))[1].head == ["method", "pictures", DINO, CLIP_I]
+    assert tables(Results(SCORES, FOUND, FACTS))[1].head == ["method", "images", DINO, CLIP_I]
 
 
-def test_interval_is_of_subjects_not_of_pictures():
-    """Copies of a picture add nothing: 2 subjects of 50 equal pictures are known as well as 2 pictures."""
+def test_interval_is_of_subjects_not_of_images():
+    """Copies of an image add nothing: 2 subjects of 50 equal images are known as well as 2 images."""
     values = torch.tensor([0.0] * 50 + [1.0] * 50)
     few, many = estimate(values[[0, -1]], ["a", "b"]), estimate(values, ["a"] * 50 + ["b"] * 50)
     assert (few.mean, few.low, few.high) == (many.mean, many.low, many.high) == (0.5, 0.0, 1.0)
     alone = estimate(values)
     assert 0.38 < alone.low < 0.42 and 0.58 < alone.high < 0.62
-    # Groups of other sizes weigh as many pictures as they have.
+    # Groups of other sizes weigh as many images as they have.
     assert estimate(torch.tensor([0.0, 0.0, 0.0, 1.0]), [1, 1, 1, 2]).mean == 0.25
 
 
@@ -156,7 +156,7 @@ def test_json_and_csv_hold_every_score(folder):
 
 
 def whole_protocol() -> tuple[list[Score], dict[str, dict[str, float]], set[str]]:
-    """30 subjects, 4 pictures of each of 20 contexts and 5 textures; and another texture of each."""
+    """30 subjects, 4 images of each of 20 contexts and 5 textures; and another texture of each."""
     subjects = [f"s{i}" for i in range(30)]
     kinds = ["context"] * 20 + ["texture"] * 5
     scores = [
@@ -200,16 +200,16 @@ def test_published_rows_fill_no_column_of_another_variant():
 
 
 @pytest.mark.parametrize(
-    "case", ["a picture less", "a subject less", "a prompt less", "other prompts", "real ones alone"]
+    "case", ["an image less", "a subject less", "a prompt less", "other prompts", "real ones alone"]
 )
 def test_published_rows_only_beside_the_whole_protocol(case):
     scores, real, prompts = whole_protocol()
-    if case == "a picture less":
+    if case == "an image less":
         scores = scores[1:]
     elif case == "a subject less":
         scores = [replace(s, subject="s0") if s.subject == "s1" else s for s in scores]
         del real["s1"]
-    elif case == "a prompt less":  # and as many pictures of the others
+    elif case == "a prompt less":  # and as many images of the others
         scores = [s for s in scores if s.prompt != "prompt 0"]
         again = (" 1", " 2", " 3", " 4")
         scores += [replace(s, number=4) for s in scores if s.prompt[-2:] in again][::4]
@@ -285,12 +285,12 @@ def test_page_refers_only_to_files_beside_it(folder):
     }
     assert all((folder / unquote(link)).is_file() for link in page.links)
     assert max(Image.open(folder / "real/000-0.jpg").size) == PageConfig().side
-    pictures = page.of("img", loading="lazy")
-    assert len(pictures) == len(SCORES) + 2 and all(image["alt"] for image in page.of("img"))
-    # The photos come first, then the pictures by prompt and method, each with its scores.
-    assert [image["alt"] for image in pictures[:4]] == [
+    images = page.of("img", loading="lazy")
+    assert len(images) == len(SCORES) + 2 and all(image["alt"] for image in page.of("img"))
+    # The photos come first, then the images by prompt and method, each with its scores.
+    assert [image["alt"] for image in images[:4]] == [
         "Real image 1 of cat", "Real image 2 of cat",
-        "one: a cat in the snow (cat, picture 1)", "one: a cat in the snow (cat, picture 2)",
+        "one: a cat in the snow (cat, image 1)", "one: a cat in the snow (cat, image 2)",
     ]  # fmt: skip
     (texture,) = page.of("figure", **{"data-kind": "texture"})
     assert texture["data-values"] == "0.2 0.9 -" and "0.900 CLIP-I" in page.text
@@ -321,8 +321,8 @@ def test_embedded_page_is_a_single_file(folder, tmp_path):
     assert page.links and all(link.startswith("data:image/") for link in page.links)
     rest = re.sub(r"data:image/[^\"]*", "", path.read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|//", rest)
-    # One subject, one picture of each method and prompt, of seven.
-    assert len(page.of("figure", **{"class": "shot"})) == 2 and "2 of 7 pictures are shown" in page.text
+    # One subject, one image of each method and prompt, of seven.
+    assert len(page.of("figure", **{"class": "shot"})) == 2 and "2 of 7 images are shown" in page.text
     assert not (folder / "real").exists()
 
 
@@ -350,8 +350,8 @@ def test_real_images_alone(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"file": "missing.png"}, "expected the path of a picture"),
-        ({"file": "/etc/passwd"}, "expected the path of a picture"),
+        ({"file": "missing.png"}, "expected the path of an image"),
+        ({"file": "/etc/passwd"}, "expected the path of an image"),
         ({"values": {DINO: float("nan")}}, "DINO ViT-S/16 is nan"),
         ({"kind": "style"}, "kind 'style', expected context or texture"),
         ({"method": "Real images"}, "another name"),

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma.config import DEFAULT
 from moma.evaluate import protocol
 from moma.evaluate.protocol import ProtocolConfig, limited, open_dataset, prompts_for, tasks_of
 from moma.evaluate.references import Masks, Reference, find_references
-from tests.test_pipeline import mask, picture
+from moma.methods.moma.config import DEFAULT
+from tests.test_pipeline import image as example
+from tests.test_pipeline import mask
 
 # Of the lines of google/dreambooth's dataset/prompts_and_classes.txt (commit e9b8c01): "folder,class", then
 # both lists of prompts with {} in the place of token and class.
@@ -125,12 +126,12 @@ def test_own_subjects_and_folders_that_do_not_fit(tmp_path: Path) -> None:
     own.write_text("{")
     refused("not JSON")
     own.write_text('{"my_mug": "mug"}')
-    refused("holds no picture")
+    refused("holds no image")
     (tmp_path / "my_mug" / "b.PNG").touch()
     (tmp_path / "my_mug" / "a.jpg").touch()
     (tmp_path / "my_mug" / "notes.txt").touch()
     (tmp_path / "my_mug" / "a.webp").touch()
-    refused("my_mug/a: 2 pictures of that name, expected one")
+    refused("my_mug/a: 2 images of that name, expected one")
     (tmp_path / "my_mug" / "a.webp").unlink()
     (subject,) = open_dataset(tmp_path)
     assert [path.name for path in subject.photos] == ["a.jpg", "b.PNG"] and subject.word == "mug"
@@ -152,17 +153,17 @@ def photos(tmp_path: Path) -> list[Path]:
     """Two photos without any hint, one with transparency, one on a plain background."""
     folder = tmp_path / "data" / "cat"
     folder.mkdir(parents=True)
-    plain = Image.composite(picture(3), Image.new("RGB", (120, 90), "white"), mask(30))
-    clear = picture(2)
+    plain = Image.composite(example(3), Image.new("RGB", (120, 90), "white"), mask(30))
+    clear = example(2)
     clear.putalpha(mask(20))
-    images = {"a.jpg": picture(0), "b.jpg": picture(1), "c.png": clear, "d.png": plain}
-    for name, image in images.items():
-        image.save(folder / name)
+    images = {"a.jpg": example(0), "b.jpg": example(1), "c.png": clear, "d.png": plain}
+    for name, one in images.items():
+        one.save(folder / name)
     return [folder / name for name in images]
 
 
 def found(photos: list[Path], masks: Masks, out: Path) -> dict[str, int]:
-    """How many pixels of each picture are subject."""
+    """How many pixels of each one are subject."""
     references = find_references(photos, masks, out, 64, DEFAULT)
     return {
         photo.name: int((np.asarray(Image.open(one.mask)) > 127).sum()) for photo, one in references.items()
@@ -216,13 +217,13 @@ def test_references_are_known_by_their_pixels(photos: list[Path], tmp_path: Path
     assert first == again != other and first != Reference.of(photos[1], covers[0], "file").digest
 
 
-def test_pictures_without_a_mask_are_named_together(photos: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^2 of 4 pictures .*a.jpg, .*b.jpg \(the first: where.*--masks"):
+def test_images_without_a_mask_are_named_together(photos: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^2 of 4 images .*a.jpg, .*b.jpg \(the first: where.*--masks"):
         find_references(photos, Masks(), tmp_path / "out", 64, DEFAULT)
     (tmp_path / "masks").mkdir()
-    with pytest.raises(ValueError, match=r"holds no mask of these pictures, expected names like .*cat/a.png"):
+    with pytest.raises(ValueError, match=r"holds no mask of these images, expected names like .*cat/a.png"):
         find_references(photos, Masks(tmp_path / "masks"), tmp_path / "out", 64, DEFAULT)
     (tmp_path / "masks" / "cat").mkdir()
     Image.new("L", (300, 90), 255).save(tmp_path / "masks" / "cat" / "d.png")
-    with pytest.raises(ValueError, match=r"^1 of 1 pictures .*d.png .*same shape"):
+    with pytest.raises(ValueError, match=r"^1 of 1 images .*d.png .*same shape"):
         find_references(photos[3:], Masks(tmp_path / "masks"), tmp_path / "out", 64, DEFAULT)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.bundle import SAMPLING, Bundle
+from moma.app.sheets import mask_image
 from moma.evaluate import figures, methods
 from moma.evaluate.methods import METHODS, Blended
 from moma.evaluate.scorers import load_scorers
-from moma.output import mask_picture
-from moma.preprocess import find_mask, on_white, open_image
-from moma.sampler import TextOnly
-from moma.segment import Segmenter
-from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from moma.inputs.preprocess import find_mask, on_white, open_image
+from moma.inputs.segment import Segmenter
+from moma.sampling.sampler import TextOnly
+from moma.weights.bundle import SAMPLING, Bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.fake_sam import SMALL, FlatSAM
 from tests.ip_adapter_case import build_ip_bundle
 from tests.test_mini_weights import MINI
@@ -98,7 +98,7 @@ def drawn(pipe, job):
 
 
 def far(first, second):
-    """Largest difference of two pictures, 0..255."""
+    """Largest difference of two images, 0..255."""
     return np.abs(np.asarray(first).astype(int) - np.asarray(second).astype(int)).max()
 
 
@@ -115,7 +115,7 @@ def test_masking_keeps_all_some_or_nothing_of_m_gen(folder):
     plain, free = drawn(pipe, job), drawn(pipe.changed(lambda cond: Blended(cond, keep=0.0)), job)
     assert full.images[0].tobytes() == plain.image.tobytes()
     assert none.images[0].tobytes() == free.image.tobytes()
-    assert masks.images[0].tobytes() == mask_picture(plain.m_gen, (64, 64)).tobytes()
+    assert masks.images[0].tobytes() == mask_image(plain.m_gen, (64, 64)).tobytes()
     assert far(full.images[0], half.images[0]) > 0 and far(half.images[0], none.images[0]) > 0
     unmasked = pipe.changed(lambda cond: Everywhere(cond))  # the same noise, and no M_gen from the start
     assert drawn(unmasked, job).image.tobytes() == none.images[0].tobytes()
@@ -156,7 +156,7 @@ def test_grids_are_moma_by_subjects_and_prompts(folder, pipe, what, tmp_path):
 
 
 def test_community_of_one_model_twice_and_of_another(folder, judges, capsys):
-    """Identical columns from identical weights, and another picture from others."""
+    """Identical columns from identical weights, and another image from others."""
     once, again, other = columns_of("community", folder, "--bundle", folder, "--bundle", judges)
     assert once.images[0].tobytes() == again.images[0].tobytes()
     assert far(once.images[0], other.images[0]) > 0 and other.name == str(judges)
@@ -240,7 +240,7 @@ def test_table_of_scores_beside_the_sheet(folder, judges, tmp_path, capsys):
     given = {"prompts": (SNOW, "a golden {subject}"), "refs": (CAT, DOG)}
     assert figures.run(options("beta", folder, *more, **given)) == 0
     text = out.with_suffix(".md").read_text()
-    assert text in capsys.readouterr().out and "Means over 4 pictures" in text
+    assert text in capsys.readouterr().out and "Means over 4 images" in text
     head, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[:4]]
     assert head == ["", "DINO ViT-S/16", "CLIP-I ViT-B/32", "CLIP-T ViT-B/32"]
     dino, clip = load_scorers(Bundle.open(judges))
@@ -315,7 +315,7 @@ def test_examples_are_drawn_where_nothing_is_given(folder):
         ("beta", ["--seed", 2**64], "--seed 18446744073709551616: expected 0 to"),
         ("beta", ["--seed", "-1"], "--seed -1: expected 0 to"),
         ("methods", ["--scorers", "{}"], "has none of dino_s16"),
-        ("pictures", [], "invalid choice"),
+        ("images", [], "invalid choice"),
     ],
 )
 def test_mistakes_take_one_line_before_weights_are_read(folder, monkeypatch, capsys, what, more, words):

@@ -10,23 +10,35 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each floor may import the floors above it in this list, never those below it. One entry per module.
 FLOORS = [
-    {"models.attention", "models.loading", "models.keymaps", "models.tokenizers", "models.clip_image"}
-    | {"models.quant", "models.packed", "models.sam_image", "models.sam_config"},
+    {
+        "models.attention",
+        "models.weights.loading",
+        "models.weights.keymaps",
+        "models.tokenizers",
+        "models.clip_image",
+    }
+    | {"models.weights.quant", "models.weights.packed", "models.sam_image", "models.sam_config"},
     {"models.unet", "models.vae", "models.clip", "models.llama", "models.sam", "models.dino"}
     | {"models.dino_image"},
     {"models.llava"},
-    {"models.stream"},
-    {"moma.config", "moma.diffusion", "moma.memory", "moma.regions"},
-    {"moma.masks", "moma.prompts", "moma.preprocess", "moma.graphs", "moma.tiles"},
-    {"moma.chart", "moma.estimates"},
-    {"moma.attention", "moma.output"},
-    {"moma.adapter"},
-    {"moma.decoder", "moma.sampler", "moma.bundle"},
-    {"moma.download", "moma.embeddings", "moma.tiny"},
-    {"moma.sources"},
-    {"moma.pipeline"},
-    {"moma.segment"},
-    {"moma.cli"},
+    {"models.weights.stream"},
+    {"moma.methods.moma.config", "moma.sampling.diffusion", "moma.sampling.memory", "moma.inputs.regions"},
+    {
+        "moma.methods.moma.masks",
+        "moma.methods.prompts",
+        "moma.inputs.preprocess",
+        "moma.sampling.cuda_graphs",
+        "moma.sampling.tiles",
+    },
+    {"moma.app.chart", "moma.evaluate.estimates"},
+    {"moma.methods.moma.attention", "moma.app.record"},
+    {"moma.methods.moma.adapter"},
+    {"moma.methods.moma.feature_decoder", "moma.sampling.sampler", "moma.weights.bundle"},
+    {"moma.weights.download", "moma.app.feature_cache", "moma.weights.tiny"},
+    {"moma.weights.sources"},
+    {"moma.sampling.pipeline"},
+    {"moma.inputs.segment"},
+    {"moma.app.options"},
     {"moma"},
     # training data
     {"moma.data", "moma.data.words", "moma.data.shards", "moma.training", "moma.training.task"},
@@ -34,35 +46,35 @@ FLOORS = [
     {"moma.data.stream", "moma.data.captions"},
     {"moma.data.openimages"},
     # training
-    {"moma.training.config", "moma.training.order", "moma.training.lora", "moma.training.log"},
+    {"moma.training.config", "moma.training.order", "models.lora", "moma.training.log"},
     {"moma.training.parallel", "moma.training.common"},
     {"moma.training.checkpoint", "moma.training.cache"},
     {"moma.training.loop", "moma.training.stage1", "moma.training.stage2"},
-    {"moma.training.memory"},
+    {"moma.bench.training_memory"},
     # the benchmark
     {"moma.bench", "moma.bench.measure"},
     {"moma.bench.step"},
     {"moma.bench.flow", "moma.bench.training", "moma.bench.curves"},
     {"moma.bench.__main__"},
     # evaluation
-    {"moma.evaluate", "moma.evaluate.scores", "moma.evaluate.ip_adapter", "moma.evaluate.published"}
+    {"moma.evaluate", "moma.evaluate.scores", "moma.methods.ip_adapter", "moma.evaluate.published"}
     | {"moma.evaluate.protocol", "moma.evaluate.references"},
     {"moma.evaluate.scorers", "moma.evaluate.methods", "moma.evaluate.tables"},
     {"moma.evaluate.rate", "moma.evaluate.page", "moma.evaluate.draw", "moma.evaluate.options"}
     | {"moma.evaluate.figures"},
     # MoMA-mini
-    {"moma.mini", "moma.mini.drawing", "moma.mini.measures"},
-    {"moma.mini.scenes", "moma.mini.subjects"},
-    {"moma.mini.world"},
-    {"moma.mini.words", "moma.mini.base"},
-    {"moma.mini.probes"},
-    {"moma.mini.config", "moma.mini.report", "moma.mini.evaluation"},
+    {"moma.mini", "moma.world.drawing", "moma.world.measures"},
+    {"moma.world.scenes", "moma.world.subjects"},
+    {"moma.world.world"},
+    {"moma.world.words", "moma.training.pretraining"},
+    {"moma.world.classifiers"},
+    {"moma.mini.config", "moma.mini.report", "moma.evaluate.world"},
     {"moma.mini.tasks", "moma.mini.approximations"},
     {"moma.mini.segmenting"},
     {"moma.evaluate.plan"},
     {"moma.evaluate.__main__"},
     {"sample", "convert_weights", "train"},
-    {"moma.mini.pretrain", "moma.rounding"},
+    {"moma.mini.pretrain", "moma.bench.rounding"},
 ]
 # What a module of its own floor may import all the same.
 SAME_FLOOR: set[tuple[str, str]] = set()

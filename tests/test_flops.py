@@ -6,10 +6,10 @@ from torch import Tensor
 
 from models.attention import attention
 from models.unet import UNet, UNetConfig, attention_grids, attention_layers
-from moma.adapter import Adapter, AdapterConfig, condition, reference_features
-from moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
 from moma.bench.measure import operations
-from moma.config import MethodConfig
+from moma.methods.moma.adapter import Adapter, AdapterConfig, condition, reference_features
+from moma.methods.moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
+from moma.methods.moma.config import MethodConfig
 
 SIDE, TEXT, TOKENS, ROWS = 32, 12, 4, 2
 CONFIG = UNetConfig(
@@ -26,7 +26,7 @@ def square(share: float) -> Tensor:
 
 
 def step(share: float, impl: str) -> tuple[int, int, int]:
-    """Operations of a MoMA step with a subject of that share in both pictures, of a plain step, and of the
+    """Operations of a MoMA step with a subject of that share in both images, of a plain step, and of the
     former without guidance."""
     g = torch.Generator().manual_seed(0)
     unet = UNet(CONFIG)

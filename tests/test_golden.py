@@ -18,11 +18,11 @@ from models.tokenizers import Encoding
 from models.unet import Attention, UNet, UNetConfig, attention_layers
 from models.vae import VAE, VAEConfig
 from moma import RELEASE, Job, MoMA, SampleConfig, Subject
-from moma.adapter import Adapter, AdapterConfig, Conditioning, MoMAHook, ReferenceHook
-from moma.attention import Gate, ReferenceLayer, context_cross_attention, drop_background
-from moma.diffusion import intervals
-from moma.masks import min_max
-from moma.sampler import Step, denoise
+from moma.methods.moma.adapter import Adapter, AdapterConfig, Conditioning, MoMAHook, ReferenceHook
+from moma.methods.moma.attention import Gate, ReferenceLayer, context_cross_attention, drop_background
+from moma.methods.moma.masks import min_max
+from moma.sampling.diffusion import solver_steps
+from moma.sampling.sampler import Step, denoise
 from tests.golden_files import assert_recorded, excerpt, golden
 from tests.recipe import ellipse, fill, normal, uniform
 
@@ -256,7 +256,7 @@ def test_sampling_loop(
     pipe = pipe.with_method(replace(RELEASE, attention=impl, subject_below_t=below))
     one = job(reference(pipe), name, init, strength)
     guide = pipe.guide([one], [one.embedding], SampleConfig())
-    path = intervals(pipe.schedule, steps, "ddim")
+    path = solver_steps(pipe.schedule, steps, "ddim")
     assert [step.t for step in path] == recorded[f"{name}.timesteps"].tolist()
     trace: list[Step] = list(denoise(pipe.unet, guide, path, one.latents, 7.5, "ddim"))
     for part, tolerance in (("noise_pred", PIPELINE), ("latents", None), ("m_gen", 1e-4)):
@@ -266,7 +266,7 @@ def test_sampling_loop(
 
 
 @torch.no_grad()
-def test_finished_picture(pipe: MoMA) -> None:
+def test_finished_image(pipe: MoMA) -> None:
     """`MoMA.run` from start noise to bytes."""
     config = SampleConfig(steps=6, height=256, width=256)
     (result,) = pipe.run([job(reference(pipe), "s1.0", 1, 1.0)], config)
@@ -289,7 +289,9 @@ def test_wrong_semantics_are_seen(pipe: MoMA) -> None:
         other = pipe.with_method(replace(RELEASE, **change))
         one = job(reference(other), "s1.0", 1, 1.0)
         guide = other.guide([one], [one.embedding], SampleConfig())
-        steps = denoise(other.unet, guide, intervals(other.schedule, 6, "ddim")[:2], one.latents, 7.5, "ddim")
+        steps = denoise(
+            other.unet, guide, solver_steps(other.schedule, 6, "ddim")[:2], one.latents, 7.5, "ddim"
+        )
         ours = torch.cat([step.noise_pred for step in steps])
         with pytest.raises(AssertionError):
             assert_recorded(ours, recorded["s1.0.noise_pred"][:2], 10 * PIPELINE)

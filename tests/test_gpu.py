@@ -16,11 +16,12 @@ from torch import Tensor
 
 import train
 from models.llama import Llama, LlamaConfig
-from models.loading import in_memory
-from models.stream import StreamedLlama
+from models.weights.loading import in_memory
+from models.weights.stream import StreamedLlama
 from moma import Job, MoMA
-from moma.adapter import Conditioning, MoMAHook
-from moma.attention import (
+from moma.inputs.segment import Segmenter
+from moma.methods.moma.adapter import Conditioning, MoMAHook
+from moma.methods.moma.attention import (
     Gate,
     ReferenceLayer,
     context_cross_attention,
@@ -28,14 +29,13 @@ from moma.attention import (
     gate_inside,
     subject_self_attention,
 )
-from moma.diffusion import intervals
-from moma.graphs import CudaRecorder, GraphedUNet, Output, Run
-from moma.mini.world import render
-from moma.sampler import denoise
-from moma.segment import Segmenter
+from moma.sampling.cuda_graphs import CudaRecorder, GraphedUNet, Output, Run
+from moma.sampling.diffusion import solver_steps
+from moma.sampling.sampler import denoise
 from moma.training.log import read_log
+from moma.world.world import render
 from tests.test_graphs import CONFIG, SHORT, latents
-from tests.test_pipeline import mask, picture
+from tests.test_pipeline import image, mask
 from tests.training_data import write_bundle, write_data
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -104,8 +104,8 @@ def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.
         pipe = MoMA.load(folder, device, dtype, cuda_graph=graph)
         if graph == "on":
             pipe.make_recorder = partial(Counting, recorded)
-        cat = pipe.encode_subject(picture(0), mask(30), "cat")
-        dog = pipe.encode_subject(picture(1), mask(12), "dog")
+        cat = pipe.encode_subject(image(0), mask(30), "cat")
+        dog = pipe.encode_subject(image(1), mask(12), "dog")
         found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]))
     assert recorded and not [w for w in recwarn if "CUDA graphs" in str(w.message)]
     assert far(found[0], found[1]) < most
@@ -144,13 +144,13 @@ class WaitingGuide:
 def test_what_cannot_be_recorded_runs_eagerly(folder: str, recwarn: pytest.WarningsRecorder) -> None:
     """One warning, the same result; after it memory is given and taken, and other drawings are recorded."""
     pipe = MoMA.load(folder, "cuda", "fp32", cuda_graph="on")
-    cat = pipe.encode_subject(picture(0), mask(30), "cat")
+    cat = pipe.encode_subject(image(0), mask(30), "cat")
     jobs = [Job(cat, "a cat in the snow", 0)]
     before = latents(pipe, jobs)
     assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
     guide = pipe.guide(jobs, [pipe.embed(cat, jobs[0].prompt)], CONFIG)
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
-    path = intervals(pipe.schedule, SHORT.steps, "ddim")
+    path = solver_steps(pipe.schedule, SHORT.steps, "ddim")
     *_, expected = denoise(pipe.unet, guide, path, start, 7.5, "ddim")
     unet = GraphedUNet(pipe.unet, lambda: CudaRecorder(CUDA))
     with pytest.warns(UserWarning, match="CUDA graphs are off for the rest of this drawing"):

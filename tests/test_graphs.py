@@ -11,13 +11,21 @@ from torch import Tensor
 
 from models.attention import attention
 from moma import DEFAULT, Job, MoMA, SampleConfig
-from moma.adapter import Conditioning, MoMAHook
-from moma.config import TIMESTEPS
-from moma.diffusion import intervals
-from moma.graphs import CudaRecorder, GraphedUNet, Output, RecordableHook, Recording, Run, choose_recorder
-from moma.sampler import Step, TextOnly, denoise
-from moma.tiles import decode
-from tests.test_pipeline import mask, picture, same
+from moma.methods.moma.adapter import Conditioning, MoMAHook
+from moma.sampling.config import TIMESTEPS
+from moma.sampling.cuda_graphs import (
+    CudaGraph,
+    CudaRecorder,
+    GraphedUNet,
+    Output,
+    RecordableHook,
+    Run,
+    choose_recorder,
+)
+from moma.sampling.diffusion import solver_steps
+from moma.sampling.sampler import Step, TextOnly, denoise
+from moma.sampling.tiles import decode
+from tests.test_pipeline import image, mask, same
 
 SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
 CONFIG = SampleConfig(steps=8, height=SIZE, width=SIZE)
@@ -70,8 +78,8 @@ class Wrong(Rerun):
 @pytest.fixture(scope="module")
 def jobs(pipe: MoMA) -> list[Job]:
     """Two subjects of different size."""
-    cat = pipe.encode_subject(picture(0), mask(30), "cat")
-    dog = pipe.encode_subject(picture(1), mask(12), "dog")
+    cat = pipe.encode_subject(image(0), mask(30), "cat")
+    dog = pipe.encode_subject(image(1), mask(12), "dog")
     return [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1, strength=0.4)]
 
 
@@ -88,7 +96,7 @@ def latents(pipe: MoMA, jobs: list[Job], config: SampleConfig = SHORT) -> Tensor
 
 @dataclass
 class Shrinking:
-    """A guide whose subject takes three quarters of the picture's rows at first, then half of them."""
+    """A guide whose subject takes three quarters of the image's rows at first, then half of them."""
 
     cond: Conditioning
 
@@ -116,7 +124,7 @@ def steps(
     """All steps of one batch, kept until the last one is done."""
     guide = Shrinking(pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG))
     start = torch.randn(len(jobs), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
-    path = intervals(pipe.schedule, CONFIG.steps, solver)
+    path = solver_steps(pipe.schedule, CONFIG.steps, solver)
     return list(denoise(unet, guide, path, start, 7.5, solver, interval))
 
 
@@ -154,7 +162,7 @@ def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch)
         return made[-1]
 
     def recordings() -> int:
-        return sum(type(one) is Recording for one in gc.get_objects())
+        return sum(type(one) is CudaGraph for one in gc.get_objects())
 
     gc.collect()
     before = recordings()
@@ -163,7 +171,7 @@ def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch)
         assert recordings() <= before
         return decode(*args)
 
-    monkeypatch.setattr("moma.pipeline.decode", watched)
+    monkeypatch.setattr("moma.sampling.pipeline.decode", watched)
     eager, graphed = latents(pipe, jobs), with_recorder(pipe, make)
     same(latents(graphed, jobs), eager, 1e-5)
     same(latents(graphed, jobs, replace(SHORT, batch_size=1)), eager)
@@ -176,7 +184,7 @@ def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch)
     [(Refusing, "cannot be recorded .operation not permitted when"), (Wrong, "differs from the eager")],
 )
 def test_fallback(pipe: MoMA, jobs: list[Job], kind: type[Rerun], message: str) -> None:
-    """One warning, then everything is eager, in the next batch too; the pictures are the same."""
+    """One warning, then everything is eager, in the next batch too; the images are the same."""
     made: list[Rerun] = []
 
     def make() -> Rerun:
@@ -196,7 +204,7 @@ def test_kinds_of_calls(pipe: MoMA, jobs: list[Job]) -> None:
     guide = pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG)
 
     def key(t: int, filled: int | None) -> tuple:
-        """filled: rows of 16 cells of both pictures that are inside M_gen."""
+        """filled: rows of 16 cells of both images that are inside M_gen."""
         m_gen = None if filled is None else torch.zeros(2, 1, 16, 16)
         if filled:
             m_gen[:, :, :filled] = torch.rand(2, 1, filled, 16) / 2 + 0.5
@@ -236,7 +244,7 @@ def test_without_a_hook_and_with_a_foreign_one(pipe: MoMA) -> None:
     unet = GraphedUNet(pipe.unet, lambda: recorder)
     text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    path = intervals(pipe.schedule, 4, "ddim")
+    path = solver_steps(pipe.schedule, 4, "ddim")
     *_, eager = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim")
     *_, graphed = denoise(unet, TextOnly(text), path, x, 7.5, "ddim")
     same(graphed.latents, eager.latents, 1e-5)

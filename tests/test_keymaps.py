@@ -1,4 +1,5 @@
-"""models/keymaps.py against the public implementations' own names and converters, and both ways round.
+"""models/weights/keymaps.py against the public implementations' own names and converters, and both ways
+round.
 
 Everything runs on meta tensors, so that the real models' sizes cost nothing.
 """
@@ -13,17 +14,17 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration, SamConfig, SamModel, ViTModel
 from transformers import LlavaConfig as PublicLlavaConfig
 
-from models import keymaps
 from models.clip import PRESETS as CLIPS
 from models.clip import VISION_PRESETS, CLIPTextConfig
 from models.dino import PRESETS as DINOS
-from models.keymaps import CONV, COPY, Row, Table, convert
 from models.llava import LlavaConfig
 from models.sam_config import PRESETS as SAM_PRESETS
 from models.unet import UNetConfig, attention_layers
 from models.vae import VAEConfig
-from moma.adapter import AdapterConfig
-from moma.bundle import expected_shapes
+from models.weights import keymaps
+from models.weights.keymaps import CONV, COPY, Row, Table, convert
+from moma.methods.moma.adapter import AdapterConfig
+from moma.weights.bundle import expected_shapes
 from tests.make_checkpoints import FULL, TINY, clip_json, llava_hf_json, sam_json, unet_json, vae_json
 from tests.parity_scorers import public_clip, public_dino
 

@@ -9,9 +9,9 @@ from models.llama import LlamaConfig
 from models.llava import Llava, LlavaConfig
 from models.tokenizers import IMAGE_TOKEN
 from models.unet import UNetConfig
-from moma.adapter import Adapter, AdapterConfig
-from moma.config import RELEASE
-from moma.decoder import Decoder
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.config import RELEASE
+from moma.methods.moma.feature_decoder import FeatureDecoder
 from tests.compare import assert_close_to_std
 from tests.golden_files import CARRIED
 from tests.recipe import fill, ints, normal
@@ -140,7 +140,7 @@ def test_golden() -> None:
     for rows in ([0], [1], [0, 1]):
         close(model(images[rows], [ids[row] for row in rows]), "hidden_last", rows)
         features = model.encode_images(images[rows])
-        embedding = Decoder(model, adapter, RecordedTokenizer(ids), RELEASE).embed(features, rows)
+        embedding = FeatureDecoder(model, adapter, RecordedTokenizer(ids), RELEASE).embed(features, rows)
         close(embedding, "mllm", rows)
         close(adapter.projector(embedding), "image_prompt", rows)
 

@@ -1,4 +1,5 @@
-"""models/loading.py: exact reading and writing, refusal of hostile and damaged files, bounded memory."""
+"""models/weights/loading.py: exact reading and writing, refusal of hostile and damaged files, bounded
+memory."""
 
 import argparse
 import collections
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.loading import (
+from models.weights.loading import (
     ShardConfig,
     check_safetensors,
     in_memory,
@@ -443,7 +444,7 @@ MEMORY = """
     import sys
     from pathlib import Path
     import torch
-    from models.loading import load_into, read_checkpoint, write_safetensors
+    from models.weights.loading import load_into, read_checkpoint, write_safetensors
 
     def status(field):
         line = next(x for x in open("/proc/self/status") if x.startswith(field))

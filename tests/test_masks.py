@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moma.config import DEFAULT, PAPER, RELEASE
-from moma.masks import m_gen_of_layer, m_ref_of_layer, min_max, next_m_gen
+from moma.methods.moma.config import DEFAULT, PAPER, RELEASE
+from moma.methods.moma.masks import m_gen_of_layer, m_ref_of_layer, min_max, next_m_gen
 
 
 def maps(*peaks: float, rows: int = 2, seed: int = 0) -> list[Tensor]:

@@ -9,15 +9,15 @@ from PIL import Image
 
 from models.clip_image import clip_image
 from moma import SampleConfig
-from moma.bundle import Bundle
-from moma.diffusion import ScheduleConfig, intervals
 from moma.evaluate import methods
-from moma.evaluate.ip_adapter import IPAdapterConfig
-from moma.graphs import RecordableHook
+from moma.methods.ip_adapter import IPAdapterConfig
+from moma.methods.prompts import sd_prompt
 from moma.mini import report
-from moma.pipeline import DRAWING, to_images
-from moma.prompts import sd_prompt
-from moma.sampler import TextOnly, denoise
+from moma.sampling.cuda_graphs import RecordableHook
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.pipeline import DRAWING, to_images
+from moma.sampling.sampler import TextOnly, denoise
+from moma.weights.bundle import Bundle
 from tests.baseline import diffusers_unet
 from tests.compare import assert_close_to_std
 from tests.ip_adapter_case import WIDTH, build_ip_bundle, public_layout
@@ -39,7 +39,7 @@ def ip(ip_folder):
     return methods.METHODS["ip-adapter"](ip_folder, "cpu", "fp32")
 
 
-def picture():
+def example_image():
     """A photo, wider than high, and where its subject is."""
     values = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     mask = np.zeros((60, 90), np.uint8)
@@ -79,27 +79,27 @@ def test_ip_adapter_predicts_the_noise_that_diffusers_predicts(ip_folder, scale)
     eps, _ = ours(x, t, alone.text, alone.hook(41, None))
     assert_close_to_std(eps, expected[2:])
     plain, _ = ours(rows, times, guide.text)
-    assert (plain - expected).abs().max() > 0.05, "the picture has a say"
+    assert (plain - expected).abs().max() > 0.05, "the image has a say"
 
 
 @torch.no_grad()
 def test_ip_adapter_looks_at_the_photo_or_at_the_subject_on_white(ip_folder, ip):
-    image, mask = picture()
+    image, mask = example_image()
     vision = Bundle.open(ip_folder).build("ip_vision", dtype=torch.float32)
     subject = ip.subject(image, mask, "cat")
     assert subject.layers == [] and subject.reference.white.size == (128, 128)
     photo = vision(clip_image(image, vision.cfg.image_size)[None])[1]
     assert photo.shape == (1, WIDTH) and torch.equal(ip.job(subject, PROMPT, 0).embedding, photo)
-    white = methods.METHODS["ip-adapter"](ip_folder, "cpu", "fp32", cfg=IPAdapterConfig(picture="white"))
+    white = methods.METHODS["ip-adapter"](ip_folder, "cpu", "fp32", cfg=IPAdapterConfig(image="white"))
     seen = white.subject(image, mask, "cat")
     expected = vision(clip_image(seen.reference.white, vision.cfg.image_size)[None])[1]
     assert torch.equal(seen.embedding, expected) and not torch.allclose(expected, photo)
     with pytest.raises(ValueError, match="expected photo or white"):
-        IPAdapterConfig(picture="mask")
+        IPAdapterConfig(image="mask")
 
 
 def test_ip_adapter_draws_the_batch_as_it_draws_one(ip):
-    image, mask = picture()
+    image, mask = example_image()
     subject = ip.subject(image, mask, "cat")
     other = ip.subject(Image.eval(image, lambda v: 255 - v), mask, "cat")
     jobs = [ip.job(subject, PROMPT, 0, strength=1.0), ip.job(other, PROMPT, 0)]
@@ -117,13 +117,13 @@ def test_text_is_plain_sampling_of_the_base_model(ip_folder):
     method = methods.METHODS["text"](ip_folder, "cpu", "fp32")
     pipe = method.pipe
     assert pipe.llava is None and pipe.adapter is None
-    image, mask = picture()
+    image, mask = example_image()
     jobs = [method.job(method.subject(image, mask, "cat"), PROMPT, seed, strength=0.4) for seed in (3, 4)]
     results = list(pipe.run(jobs, SMALL))
     with torch.no_grad():
         ids = pipe.clip_tokenizer.ids(["", "", *[sd_prompt("cat", PROMPT)] * 2])
         guide, x = TextOnly(pipe.text(ids)[0]), torch.cat([tensor(seed, 1, 4, 8, 8) for seed in (3, 4)])
-        path = intervals(ScheduleConfig(), 2, "ddim")
+        path = solver_steps(ScheduleConfig(), 2, "ddim")
         *_, last = denoise(pipe.unet, guide, path, x, SMALL.guidance, "ddim")
         pixels = pipe.vae.decode(last.latents[:1] / pipe.vae.cfg.scaling)
     assert torch.equal(torch.cat([r.latents for r in results]), last.latents)
@@ -132,7 +132,7 @@ def test_text_is_plain_sampling_of_the_base_model(ip_folder):
 
 def test_text_is_moma_without_context_and_subject(folder, pipe):
     text, moma = (methods.METHODS[name](folder, "cpu", "fp32") for name in ("text", "moma"))
-    image, mask = picture()
+    image, mask = example_image()
     silent = moma.pipe.changed(methods.text_alone)
     job = moma.job(moma.subject(image, mask, "cat"), PROMPT, 0)
     expected = next(silent.run([job], SMALL)).latents
@@ -146,7 +146,7 @@ def test_text_is_moma_without_context_and_subject(folder, pipe):
 
 def test_masks_as_strong_as_the_name_says(folder):
     """From the same noise; what `Blended` does is tested with the figures."""
-    image, mask = picture()
+    image, mask = example_image()
     moma, *others = (methods.EVALUATED[name](folder, "cpu", "fp32") for name in ("moma", *methods.MASKING))
     job = moma.job(moma.subject(image, mask, "cat"), PROMPT, 0)
     drawn = [next(moma.pipe.run([job], SMALL)).latents]
@@ -165,7 +165,7 @@ def test_moma_reads_each_pair_of_subject_and_prompt_once(folder, monkeypatch):
     monkeypatch.setattr(
         method.pipe, "decoder", lambda questions: asked.append(questions) or decoder(questions)
     )
-    image, mask = picture()
+    image, mask = example_image()
     first, second = method.subject(image, mask, "cat"), method.subject(image, mask, "cat", seed=1)
     for prompt in (PROMPT, "a cat"):
         jobs = [method.job(subject, prompt, seed) for seed in (0, 1) for subject in (first, second)]

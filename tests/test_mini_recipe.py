@@ -15,16 +15,16 @@ from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from moma.adapter import AdapterConfig
-from moma.bundle import Bundle
-from moma.config import SampleConfig
+from moma.evaluate.world import mini_scorers
+from moma.methods.moma.adapter import AdapterConfig
 from moma.mini.config import MiniConfig
-from moma.mini.evaluation import mini_scorers
-from moma.mini.pretrain import STAGES, Shop, add_scorers, recipe
-from moma.mini.words import colour_name, words_of
-from moma.mini.world import render
-from moma.pipeline import MoMA
+from moma.mini.pretrain import STAGES, Workspace, add_scorers, recipe
+from moma.sampling.config import SampleConfig
+from moma.sampling.pipeline import MoMA
 from moma.training.parallel import Ranks, start_ranks
+from moma.weights.bundle import Bundle
+from moma.world.words import colour_name, words_of
+from moma.world.world import render
 from tests.fake_sam import SMALL
 from tests.test_training_loop import ROOT
 
@@ -56,7 +56,7 @@ def smallest() -> MiniConfig:
     probes = replace(short(cfg.probes), pairs=8, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
-        cfg, networks=networks, pictures=12, unseen_pictures=40, tokenizer_captions=12, triplets=6,
+        cfg, networks=networks, images=12, unseen_images=40, tokenizer_captions=12, triplets=6,
         stage_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         segmenting=replace(short(cfg.segmenting), asked=2),
@@ -71,7 +71,7 @@ def smallest() -> MiniConfig:
 def work(out: Path) -> None:
     """What each of the two ranks does."""
     with start_ranks("cpu") as ranks:
-        recipe(Shop(smallest(), out, ranks), "stage2")
+        recipe(Workspace(smallest(), out, ranks), "stage2")
         (out / f"rank-{ranks.rank}").touch()
 
 
@@ -83,7 +83,7 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank-0").exists() and (tmp_path / "rank-1").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*")}
-    recipe(Shop(smallest(), tmp_path, ONE), "stage2")
+    recipe(Workspace(smallest(), tmp_path, ONE), "stage2")
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert all((tmp_path / f"{name}.json").exists() for name in STAGES)
 
@@ -96,7 +96,7 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
     (image,) = pipe.sample(subject, f"a {sample.label} in the snow", seeds=[0], config=SampleConfig(steps=2))
     assert image.size == (64, 64)
 
-    add_scorers(Shop(smallest(), tmp_path, ONE), folder)
+    add_scorers(Workspace(smallest(), tmp_path, ONE), folder)
     judge, clip = mini_scorers(folder)
     assert judge.embed_images([image]).shape == (1, smallest().probes.embedding)
     assert clip.embed_images([image]).shape == clip.embed_texts(["a cat"]).shape == (1, 96)
@@ -105,7 +105,7 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
 def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
     cfg = replace(smallest(), gates={"vae": {"psnr": 99.0}})
     with pytest.raises(ValueError, match=r"vae: psnr is .* expected 99"):
-        recipe(Shop(cfg, tmp_path, ONE), "clip")
+        recipe(Workspace(cfg, tmp_path, ONE), "clip")
     assert not (tmp_path / "vae.json").exists() and not (tmp_path / "clip").exists()
 
 

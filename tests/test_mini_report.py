@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.diffusion import ScheduleConfig, intervals
-from moma.estimates import estimate
-from moma.mini import approximations, probes, report, world
-from moma.mini.measures import iou, retrieved
-from moma.sampler import TextOnly, denoise
-from moma.tiny import build_tiny_bundle
+from moma.evaluate.estimates import estimate
+from moma.mini import approximations, report
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.sampler import TextOnly, denoise
+from moma.weights.tiny import build_tiny_bundle
+from moma.world import classifiers as probes
+from moma.world import world
+from moma.world.measures import iou, retrieved
 from tests.test_training_loop import ROOT
 
 SMALL = world.WorldConfig(identities=40, unseen_identities=30)
@@ -163,14 +165,14 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     page, readme = (place / "docs/mini.md").read_text(), (place / "README.md").read_text()
-    pictures = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
+    images = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
     for text in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
         assert text in page
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert set(pictures) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
+    assert set(images) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
     with Image.open(place / "docs/mini/masking.png") as sheet:
         assert np.asarray(sheet).std() > 0
-    numbers = json.loads(pictures["numbers.json"])
+    numbers = json.loads(images["numbers.json"])
     assert all(0 <= row["class"][0] <= 1 for row in numbers["Methods (Table 1)"].values())
 
     drawn = sorted((place / "work").iterdir())
@@ -181,7 +183,7 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1, "only the missing batch is drawn"
     assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == times
     assert (place / "docs/mini.md").read_text() == page
-    assert {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()} == pictures
+    assert {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()} == images
 
 
 def test_settings_differ_where_they_should(place):
@@ -241,7 +243,7 @@ def test_unet_rows_are_those_of_the_sampler():
     for setting in approximations.settings(50).values():
         rows.clear()
         sample = report.replace(report.ReportConfig().sample, **setting.sample)
-        path = intervals(ScheduleConfig(), sample.steps, sample.solver)
+        path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
         guide, x = TextOnly(torch.zeros(6, 1, 1)), torch.zeros(3, 1, 1, 1)
         steps = list(denoise(unet, guide, path, x, 7.5, sample.solver, sample.guidance_interval))
         assert len(steps) == sample.steps and sum(rows) == 3 * approximations.unet_rows(sample)

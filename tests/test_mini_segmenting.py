@@ -8,8 +8,8 @@ import torch
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM
 from moma.mini.config import SegmentTrainingConfig
 from moma.mini.segmenting import SegmentTask, dice, focal, prompts
-from moma.mini.tasks import Pictures
-from moma.mini.world import render
+from moma.mini.tasks import Images
+from moma.world.world import render
 from tests.fake_sam import SMALL
 
 CFG = SegmentTrainingConfig()
@@ -56,7 +56,7 @@ def test_the_loss_takes_the_best_of_three_masks_and_reaches_every_part() -> None
     images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in shown])
     masks = torch.stack([torch.from_numpy(s.mask)[None] for s in shown])
     sam = SAM(SMALL)
-    task = SegmentTask(sam, Pictures(images, masks, []), replace(CFG, held_out=1), seed=3)
+    task = SegmentTask(sam, Images(images, masks, []), replace(CFG, held_out=1), seed=3)
     batch = task.assemble(torch.tensor([0, 2]), torch.tensor([10, 11]))
     assert batch["target"].shape == (2, 5, 64, 64)
     assert torch.equal(batch["target"][:, 4], 1 - batch["target"][:, 0])

@@ -8,16 +8,18 @@ import torch
 from PIL import Image
 
 import sample
-from moma import MoMA, cli
-from moma.bundle import SAMPLING, Bundle
-from moma.config import SampleConfig
-from moma.mini import SOURCE, probes
-from moma.mini.measures import iou
-from moma.mini.scenes import PLACES, SCENES
-from moma.mini.world import CLASSES, render
-from moma.preprocess import find_mask, open_image
-from moma.regions import middle
-from moma.segment import Segmenter
+from moma import MoMA
+from moma.app import options as cli
+from moma.inputs.preprocess import find_mask, open_image
+from moma.inputs.regions import middle
+from moma.inputs.segment import Segmenter
+from moma.mini import SOURCE
+from moma.sampling.config import SampleConfig
+from moma.weights.bundle import SAMPLING, Bundle
+from moma.world import classifiers as probes
+from moma.world.measures import iou
+from moma.world.scenes import PLACES, SCENES
+from moma.world.world import CLASSES, render
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "weights" / "mini"
@@ -65,14 +67,14 @@ def test_its_sam_takes_what_is_pointed_at() -> None:
         assert found[point[1], point[0]] and (found & wanted).sum() / (found | wanted).sum() >= 0.9
 
 
-def test_its_sam_sees_nothing_in_an_empty_picture() -> None:
+def test_its_sam_sees_nothing_in_an_empty_image() -> None:
     empty = np.full((64, 64, 3), (120, 160, 200), np.uint8)
     empty[::2] += 3  # as compression leaves it
     with pytest.raises(ValueError, match="SAM finds no object"):
         Segmenter.load(MINI, "cpu").objects(Image.fromarray(empty))
 
 
-def test_a_picture_without_transparency_needs_no_mask(
+def test_an_image_without_transparency_needs_no_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sample, "WEIGHTS", sample.WEIGHTS[1:])

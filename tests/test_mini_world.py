@@ -1,18 +1,18 @@
-"""The picture world of MoMA-mini."""
+"""The image world of MoMA-mini."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moma.mini import world
-from moma.mini.scenes import PLACES
+from moma.world import world
+from moma.world.scenes import PLACES
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 PLAIN = world.Spec("cat", 5, "beach", None, 11, 12)
 
 
-def test_a_picture_follows_from_split_and_index():
+def test_an_image_follows_from_split_and_index():
     first, again, other = world.render(7), world.render(7), world.render(8)
     assert first.image.shape == (64, 64, 3) and first.mask.shape == (64, 64)
     assert first.image.dtype == first.mask.dtype == np.uint8
@@ -23,7 +23,7 @@ def test_a_picture_follows_from_split_and_index():
 
 
 def test_streams_stay_what_they_were():
-    """A change of the seeding would silently make a trained model's test pictures its training pictures."""
+    """A change of the seeding would silently make a trained model's test images its training images."""
     assert world.spec(0) == world.Spec("backpack", 3494, "desert", "golden", 500865184, 500146216)
 
 
@@ -61,7 +61,7 @@ def test_mask_is_where_the_subject_is(label, material):
     assert rows.max() > 0.78 * 64 and 0.1 < (sample.mask > 127).mean() < 0.5
 
 
-def test_subjects_stay_inside_the_picture():
+def test_subjects_stay_inside_the_image():
     cut = 0
     for i in range(120):
         mask = world.render(i).mask

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moma.attention import (
+from moma.methods.moma.attention import (
     Gate,
     ReferenceLayer,
     context_cross_attention,
@@ -82,7 +82,7 @@ def test_queries_inside_suffice(
     counts: list[int], share: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the queries where M_gen is not zero are asked: same values, same gradients, whatever the batch."""
-    monkeypatch.setattr("moma.attention.QUERY_BUCKET", 8)
+    monkeypatch.setattr("moma.methods.moma.attention.QUERY_BUCKET", 8)
     m_gen, ref = soft_m_gen(share), reference(counts)
     gate = gate_inside(m_gen)
     if max(share) == 1:
@@ -165,10 +165,10 @@ def cross(impl: str, gate: Gate, q: Tensor, rows: slice = slice(None)) -> tuple[
 @pytest.mark.parametrize("share", [None, [0.1, 0.5, 0.0, 0.3], [0.0] * R, [1.0] * R])
 def test_cross_fused_equals_explicit(share: list[float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before there is an M_gen (None), and asked only where it is not zero."""
-    monkeypatch.setattr("moma.attention.QUERY_BUCKET", 4)
+    monkeypatch.setattr("moma.methods.moma.attention.QUERY_BUCKET", 4)
     m_gen = 1.0 if share is None else soft_m_gen(share, N)
     inside = Gate(m_gen) if share is None else gate_inside(m_gen)
-    assert (inside.inside is None) == (share in (None, [1.0] * R)) and inside.closed == (share == [0.0] * R)
+    assert (inside.inside is None) == (share in (None, [1.0] * R)) and inside.empty == (share == [0.0] * R)
     found = []
     for impl, gate in (("explicit", Gate(m_gen)), ("fused", inside)):
         q = rand(R, H, N, D, seed=11).requires_grad_()

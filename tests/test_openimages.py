@@ -18,8 +18,8 @@ from moma.data.shards import ShardWriter, read_shard
 from moma.data.tables import FLAGS, OpenImagesConfig
 from moma.data.triplets import ShardSource, load
 from moma.data.words import HUMAN_CLASSES, WORN_CLASSES
-from moma.prompts import check_prompt
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.methods.prompts import check_prompt
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 
 CLASSES = {
     "/m/01yrx": "Cat",
@@ -62,7 +62,7 @@ class World:
         self, number: int, label: str = "cat", box=BOX, size=(160, 120), mask_size=(80, 60), iou="0.9",
         flags=None, caption="a red cat on a wooden table", image=True, box_id="9a041d52",
     ) -> str:  # fmt: skip
-        """An object of picture `number`; returns the mask's name without suffix, the sample's key."""
+        """An object of image `number`; returns the mask's name without suffix, the sample's key."""
         image_id = f"{number:016x}"
         mid = MID.get(label, label)
         key = f"{image_id}_{mid.replace('/', '')}_{box_id}"
@@ -161,11 +161,11 @@ def test_a_sample(world):
     }
     assert stats == json.loads(world.info("stats.json"))
     assert stats == {
-        "rows": 1, "written": 1, "pictures missing": 0, "dropped": {}, "classes": {"cat": 1},
+        "rows": 1, "written": 1, "images missing": 0, "dropped": {}, "classes": {"cat": 1},
     }  # fmt: skip
 
 
-def test_large_and_odd_pictures_are_encoded_again(world):
+def test_large_and_odd_images_are_encoded_again(world):
     big = world.add(1, size=(320, 240))
     cmyk = world.add(2)
     Image.open(world.image(2)).convert("CMYK").save(world.image(2))
@@ -212,11 +212,11 @@ def test_class_files_of_all_ages(world):
         ({"caption": None}, "no caption"),
         ({"caption": "  "}, "no caption"),
         ({"caption": "a <image> of a cat"}, "caption unusable"),
-        ({"size": (160, 60), "mask_size": (80, 30)}, "picture too small"),
+        ({"size": (160, 60), "mask_size": (80, 30)}, "image too small"),
         ({"mask_size": (60, 60)}, "mask of another shape"),
         ({"box": (0.05, 0.97, 0.05, 0.97)}, "subject too large"),
-        ({"box": (0, 0.5, 0, 0.5)}, "touches the picture's edges"),
-        ({"image": False}, "picture missing"),
+        ({"box": (0, 0.5, 0, 0.5)}, "touches the image's edges"),
+        ({"image": False}, "image missing"),
         *(({"flags": [int(i == j) for j in range(5)]}, flag) for i, flag in enumerate(FLAGS)),
     ],
 )
@@ -261,7 +261,7 @@ def test_small_masks_in_large_boxes(world):
     assert world.convert(cfg={"min_pixels": 2000})["dropped"] == {"subject too small": 2}
 
 
-def test_turned_pictures(world):
+def test_turned_images(world):
     world.add(1), world.add(2), world.add(3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -272,7 +272,7 @@ def test_turned_pictures(world):
     assert [key[:16] for key in world.samples()] == [f"{2:016x}"]
 
 
-def test_the_largest_objects_of_a_picture(world):
+def test_the_largest_objects_of_an_image(world):
     small = world.add(1, "dog", box=(0.1, 0.5, 0.1, 0.5), caption="a dog and a cat")
     large = world.add(1, "cat")
     middle = world.add(1, "cat", box=(0.3, 0.75, 0.3, 0.75), box_id="b")
@@ -308,14 +308,14 @@ def test_excluded_classes():
 # --- files -------------------------------------------------------------------------------------------
 
 
-def test_missing_pictures_are_listed_and_taken_up_later(world):
+def test_missing_images_are_listed_and_taken_up_later(world):
     filled(world, 6)
     kept = {number: world.image(number).read_bytes() for number in (2, 4)}
     for number in kept:
         world.image(number).unlink()
     stats = world.convert()
     assert world.info("missing_images.txt") == f"train/{2:016x}\ntrain/{4:016x}\n"
-    assert (stats["written"], stats["pictures missing"], stats["dropped"]) == (4, 2, {"picture missing": 2})
+    assert (stats["written"], stats["images missing"], stats["dropped"]) == (4, 2, {"image missing": 2})
     before = world.bytes()
     for number, data in kept.items():
         world.image(number).write_bytes(data)
@@ -325,16 +325,16 @@ def test_missing_pictures_are_listed_and_taken_up_later(world):
     assert len(world.samples()) == 6 and before.items() <= world.bytes().items()
 
 
-def test_a_call_without_captions_or_pictures_lists_what_to_get(world, capsys):
+def test_a_call_without_captions_or_images_lists_what_to_get(world, capsys):
     world.add(7, image=False), world.add(1)
     world.write()
     args = arguments(world)[:-2]
     assert main(args) == 2
-    assert capsys.readouterr().err.startswith("openimages: 1 of 2 pictures are not in ")
+    assert capsys.readouterr().err.startswith("openimages: 1 of 2 images are not in ")
     assert world.info("missing_images.txt") == f"train/{7:016x}\n"
     world.image(1).unlink()
     assert main(arguments(world)) == 2
-    assert "2 of 2 pictures" in capsys.readouterr().err
+    assert "2 of 2 images" in capsys.readouterr().err
     assert not world.bytes()
 
 
@@ -342,10 +342,10 @@ def test_broken_files_are_skipped_named_and_tried_again(world):
     keys = [world.add(number) for number in range(4)]
     whole = world.image(0).read_bytes()
     world.image(0).write_bytes(whole[: len(whole) // 2])
-    world.mask(keys[1]).write_bytes(b"no picture")
+    world.mask(keys[1]).write_bytes(b"no image")
     world.mask(keys[2]).unlink()
     stats = world.convert()
-    assert stats["dropped"] == {"mask broken or missing": 2, "picture broken": 1}
+    assert stats["dropped"] == {"mask broken or missing": 2, "image broken": 1}
     lines = world.info("broken_files.txt").splitlines()
     names = (world.image(0).name, f"{keys[1]}.png", f"{keys[2]}.png")
     assert len(lines) == 3 and all(any(name in line for line in lines) for name in names)

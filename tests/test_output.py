@@ -10,24 +10,13 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from moma.config import RELEASE, SampleConfig
-from moma.output import (
-    CHUNK,
-    Cell,
-    InputFile,
-    NumberedConfig,
-    Record,
-    Segmented,
-    SheetConfig,
-    contact_sheet,
-    mask_picture,
-    numbered,
-    read_record,
-    save_png,
-)
+from moma.app.record import CHUNK, InputFile, Record, Segmented, read_record, save_png
+from moma.app.sheets import Cell, NumberedConfig, SheetConfig, contact_sheet, mask_image, numbered
+from moma.methods.moma.config import RELEASE
+from moma.sampling.config import SampleConfig
 from tests import recipe
 
-PICTURE = Image.fromarray(recipe.u8("picture", (40, 60, 3)))
+IMAGE = Image.fromarray(recipe.u8("picture", (40, 60, 3)))
 
 
 def a_record() -> Record:
@@ -53,9 +42,9 @@ def a_record() -> Record:
 @pytest.mark.parametrize("mask", [None, InputFile("m.png", "2" * 64)])
 def test_record_survives_the_file(tmp_path, mask):
     record = replace(a_record(), mask=mask)
-    save_png(tmp_path / "x.png", PICTURE, record)
+    save_png(tmp_path / "x.png", IMAGE, record)
     assert read_record(tmp_path / "x.png") == record
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(PICTURE))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(IMAGE))
 
 
 def test_records_from_before_an_option_have_its_default():
@@ -64,27 +53,27 @@ def test_records_from_before_an_option_have_its_default():
 
 
 def test_segmented_masks_come_back_to_the_pixel(tmp_path):
-    """Also from pictures made before there were any, as none."""
+    """Also from images made before there were any, as none."""
     mask = Image.new("L", (301, 77))
     ImageDraw.Draw(mask).ellipse((20, 5, 130, 60), fill=255)
     record = replace(a_record(), segmented=Segmented.of(mask, "point 30,40"))
-    save_png(tmp_path / "x.png", PICTURE, record)
+    save_png(tmp_path / "x.png", IMAGE, record)
     found = read_record(tmp_path / "x.png")
     assert found == record and len(found.segmented.png) < 1000
-    assert found.segmented.picture().mode == "L"
-    assert np.array_equal(np.asarray(found.segmented.picture()), np.asarray(mask))
+    assert found.segmented.image().mode == "L"
+    assert np.array_equal(np.asarray(found.segmented.image()), np.asarray(mask))
     old = a_record().to_json().replace(', "segmented": null', "")
     assert "segmented" not in old and Record.from_json(old) == a_record()
     for png in ("no base64!", "AAAA", found.segmented.png[:80]):
-        with pytest.raises(ValueError, match="mask in the picture's settings is damaged"):
-            Segmented("point 30,40", png).picture()
+        with pytest.raises(ValueError, match="mask in the image's settings is damaged"):
+            Segmented("point 30,40", png).image()
     damaged = record.to_json().replace(f'"{record.segmented.png}"', "7")
     with pytest.raises(ValueError, match="settings of another version or damaged"):
         Record.from_json(damaged)
 
 
 def test_numbers_and_outlines():
-    """The picture grows; each object has its outline, and its number where no smaller object is."""
+    """The image grows; each object has its outline, and its number where no smaller object is."""
     image, large, small = (
         Image.new("RGB", (64, 48), "grey"),
         Image.new("L", (64, 48)),
@@ -107,7 +96,7 @@ def test_numbers_and_outlines():
 
 def test_nothing_half_written(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    save_png(path, PICTURE)
+    save_png(path, IMAGE)
     before = path.read_bytes()
 
     def fails(self: Image.Image, target: Path, *args: object, **options: object) -> None:
@@ -116,7 +105,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fails)
     with pytest.raises(OSError, match="disk full"):
-        save_png(path, PICTURE, a_record())
+        save_png(path, IMAGE, a_record())
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.png"]
 
 
@@ -124,7 +113,7 @@ def write(path: Path, text: str | None) -> Path:
     info = PngInfo()
     if text is not None:
         info.add_itxt(CHUNK, text)
-    PICTURE.save(path, pnginfo=info)
+    IMAGE.save(path, pnginfo=info)
     return path
 
 
@@ -141,15 +130,15 @@ def write(path: Path, text: str | None) -> Path:
         (a_record().to_json().replace('"prompt"', '"promt"'), "damaged"),
     ],
 )
-def test_foreign_pictures_are_refused(tmp_path, text, message):
+def test_foreign_images_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_record(write(tmp_path / "x.png", text))
     assert "x.png" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_files_that_are_no_pictures_are_refused(tmp_path):
-    (tmp_path / "x.png").write_text("no picture")
-    for name, message in (("x.png", "not a picture"), ("y.png", "no such file")):
+def test_files_that_are_no_images_are_refused(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    for name, message in (("x.png", "not an image"), ("y.png", "no such file")):
         with pytest.raises(ValueError, match=message):
             read_record(tmp_path / name)
 
@@ -160,7 +149,7 @@ def test_input_file_hash(tmp_path):
     assert InputFile.of(tmp_path / "a") == InputFile(str(tmp_path / "a"), known)
 
 
-def test_sheet_holds_every_picture_whole():
+def test_sheet_holds_every_image_whole():
     cfg = SheetConfig(cell=40, gap=5, caption=20)
     red, wide = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (80, 20), "blue")
     sheet = contact_sheet([[Cell(red), Cell(wide, ("two", "lines"))], [Cell(Image.new("L", (10, 10)))]], cfg)
@@ -185,8 +174,8 @@ def test_long_captions_stay_in_their_cell():
     assert (below[:, 70:] == cfg.background).all()
 
 
-def test_mask_picture():
+def test_mask_image():
     mask = torch.tensor([[[0.0, 0.5], [1.0, 2.0]]])
-    assert np.array_equal(np.asarray(mask_picture(mask)), [[0, 128], [255, 255]])
-    large = np.asarray(mask_picture(mask[None], (4, 4)))
+    assert np.array_equal(np.asarray(mask_image(mask)), [[0, 128], [255, 255]])
+    large = np.asarray(mask_image(mask[None], (4, 4)))
     assert np.array_equal(large, np.array([[0, 128], [255, 255]]).repeat(2, 0).repeat(2, 1))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from models.packed import can_pack, lay_out, pack_weights
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.weights.packed import can_pack, optimize_layout, pack_weights
 from moma.bench.measure import relative_error
-from moma.tiny import fill
+from moma.weights.tiny import fill
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -83,6 +83,6 @@ def test_channels_last_for_a_gpu(kind: torch.dtype, last: bool) -> None:
         torch.arange(2),
     )
     expected = unet(x, t, text)[0]
-    assert lay_out(unet, torch.device("cuda"), kind) is unet
+    assert optimize_layout(unet, torch.device("cuda"), kind) is unet
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == last
     close(unet(x, t, text)[0], expected)

@@ -15,17 +15,18 @@ from models.clip import CLIPVision
 from models.clip_image import clip_image
 from models.llama import Llama
 from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMA, SampleConfig, Subject
-from moma.adapter import Adapter
-from moma.diffusion import SOLVERS, intervals
-from moma.pipeline import REFERENCE_STREAM, choose_device, choose_dtype
-from moma.preprocess import make_reference
-from moma.sampler import TextOnly, denoise
+from moma.inputs.preprocess import make_reference
+from moma.methods.moma.adapter import Adapter
+from moma.sampling.device import choose_device, choose_dtype
+from moma.sampling.diffusion import SOLVERS, solver_steps
+from moma.sampling.pipeline import REFERENCE_STREAM
+from moma.sampling.sampler import TextOnly, denoise
 
 QUICK = SampleConfig(steps=3, height=64, width=64)
 SOME = (300, 600)  # of QUICK's timesteps, 667, 334 and 1, the middle one
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 
 
@@ -36,12 +37,12 @@ def mask(radius: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def cat(pipe: MoMA) -> Subject:
-    return pipe.encode_subject(picture(0), mask(30), "cat")
+    return pipe.encode_subject(image(0), mask(30), "cat")
 
 
 @pytest.fixture(scope="module")
 def dog(pipe: MoMA) -> Subject:
-    return pipe.encode_subject(picture(1), mask(12), "dog")
+    return pipe.encode_subject(image(1), mask(12), "dog")
 
 
 def latents(pipe: MoMA, jobs: list[Job], config: SampleConfig = QUICK) -> Tensor:
@@ -84,14 +85,14 @@ def test_batch_equals_singles(
 
 
 def test_release_preset_leaks_across_a_batch(pipe: MoMA, cat: Subject, dog: Subject) -> None:
-    """The point mended by `m_gen_norm`: in the release, pictures of a batch change each other."""
+    """The point mended by `m_gen_norm`: in the release, images of a batch change each other."""
     pipe = pipe.with_method(replace(DEFAULT, m_gen_norm="batch"))
     jobs = [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]
     together, alone = latents(pipe, jobs), torch.cat([latents(pipe, [job]) for job in jobs])
     assert (together - alone).abs().max() > 1e-3
 
 
-def test_seeds_make_the_picture(pipe: MoMA, cat: Subject) -> None:
+def test_seeds_make_the_image(pipe: MoMA, cat: Subject) -> None:
     first, again, other = (latents(pipe, [Job(cat, "a cat", seed)]) for seed in (5, 5, 6))
     assert torch.equal(first, again) and far(first, other)
 
@@ -119,10 +120,10 @@ def test_given_noise_and_embedding(pipe: MoMA, cat: Subject) -> None:
     noises = {
         name: torch.randn(shape, generator=generator) for name in ("posterior_noise", "reference_noise")
     }
-    drawn = pipe.encode_subject(picture(0), mask(30), "cat", seed=7)
-    passed = pipe.encode_subject(picture(0), mask(30), "cat", seed=8, **noises)
+    drawn = pipe.encode_subject(image(0), mask(30), "cat", seed=7)
+    passed = pipe.encode_subject(image(0), mask(30), "cat", seed=8, **noises)
     assert torch.equal(drawn.layers[3].k, passed.layers[3].k)
-    assert far(drawn.layers[3].k, pipe.encode_subject(picture(0), mask(30), "cat", seed=8).layers[3].k)
+    assert far(drawn.layers[3].k, pipe.encode_subject(image(0), mask(30), "cat", seed=8).layers[3].k)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 40), (8, 16)])
@@ -132,7 +133,7 @@ def test_any_size(pipe: MoMA, cat: Subject, height: int, width: int) -> None:
 
 
 def test_work_is_done_once(pipe: MoMA, cat: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The MLLM sees the picture and reads each prompt once, however many pictures of them are drawn."""
+    """The MLLM sees the image and reads each prompt once, however many images of them are drawn."""
     calls = []
 
     def counted(kind: type, name: str) -> None:
@@ -169,7 +170,7 @@ def test_adapter_off_is_plain_stable_diffusion(pipe: MoMA, interval: tuple[tuple
     timesteps, nowhere."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     text = texts(pipe, "", "a cat in the snow")
-    path = intervals(pipe.schedule, 4, "ddim")
+    path = solver_steps(pipe.schedule, 4, "ddim")
     *_, last = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim", *interval)
     guided = {(): (751, 501, 251, 1), ((251, 751),): (501, 251), ((0, 0),): ()}[interval]
     assert last.m_gen is None
@@ -188,7 +189,7 @@ def test_adapter_off_is_plain_stable_diffusion(pipe: MoMA, interval: tuple[tuple
 
 @pytest.mark.parametrize("impl", ["fused", "explicit"])
 def test_left_out_guidance_is_guidance_one(pipe: MoMA, cat: Subject, dog: Subject, impl: str) -> None:
-    """The conditional rows alone compute what they do beside the others: pictures and masks."""
+    """The conditional rows alone compute what they do beside the others: images and masks."""
     pipe = pipe.with_method(replace(DEFAULT, attention=impl, m_gen_norm="none"))
     jobs = [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1, strength=0.4, negative="snow")]
     one = replace(QUICK, guidance=1.0)
@@ -267,7 +268,7 @@ def test_reference_noise(pipe: MoMA) -> None:
     def keys(method: MethodConfig, subject_seed: int, global_seed: int) -> Tensor:
         torch.manual_seed(global_seed)
         one = pipe.with_method(replace(DEFAULT, reference_noise=method.reference_noise))
-        return one.encode_subject(picture(0), mask(30), "cat", seed=subject_seed).layers[0].k
+        return one.encode_subject(image(0), mask(30), "cat", seed=subject_seed).layers[0].k
 
     assert torch.equal(keys(DEFAULT, 0, 1), keys(DEFAULT, 0, 2)) and far(
         keys(DEFAULT, 0, 1), keys(DEFAULT, 1, 1)
@@ -299,7 +300,7 @@ def test_reference_noise(pipe: MoMA) -> None:
 def test_every_field_acts(pipe: MoMA, change: dict) -> None:
     def draw(method: MethodConfig) -> Tensor:
         one = pipe.with_method(method)
-        return latents(one, [Job(one.encode_subject(picture(0), mask(30), "cat"), "a cat in the snow", 0)])
+        return latents(one, [Job(one.encode_subject(image(0), mask(30), "cat"), "a cat in the snow", 0)])
 
     assert (draw(DEFAULT) - draw(replace(DEFAULT, **change))).abs().max() > 1e-4
 
@@ -313,10 +314,10 @@ def test_subject_term_starts_below_its_timestep(pipe: MoMA, cat: Subject) -> Non
 def test_absent_label(pipe: MoMA) -> None:
     """A prompt that does not name the subject: an error by default; the release draws with its template's."""
     with pytest.raises(ValueError, match="does not name the subject"):
-        dog = pipe.encode_subject(picture(0), mask(30), "dog")
+        dog = pipe.encode_subject(image(0), mask(30), "dog")
         pipe.run([Job(dog, "on the beach", 0)], QUICK)
     release = pipe.with_method(RELEASE)
-    dog = release.encode_subject(picture(0), mask(30), "dog")
+    dog = release.encode_subject(image(0), mask(30), "dog")
     assert latents(release, [Job(dog, "on the beach", 0)]).isfinite().all()
 
 
@@ -326,7 +327,7 @@ def test_decoder_looks_at_the_subject_and_reads_the_instruction(pipe: MoMA, cat:
     prompt = "a cat in the snow"
     text = f"\n A photo of a cat. Describe a new image of the same cat in: {prompt}. ASSISTANT: *"
     ids = pipe.llama_tokenizer.encode("USER: "), pipe.llama_tokenizer.encode(text, bos=False)
-    white = np.asarray(picture(0).convert("RGB"))
+    white = np.asarray(image(0).convert("RGB"))
     reference = make_reference(Image.fromarray(white), mask(30), pipe.image_size, DEFAULT)
     pixels = clip_image(reference.white, pipe.llava.cfg.vision.image_size)[None]
     patches = pipe.llava.projector(pipe.llava.tower.hidden(pixels, -2)[:, 1:])
@@ -336,7 +337,7 @@ def test_decoder_looks_at_the_subject_and_reads_the_instruction(pipe: MoMA, cat:
 
 
 def test_noise_streams_differ(pipe: MoMA, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's noise is not the start noise of a picture with the same seed and size."""
+    """The reference's noise is not the start noise of an image with the same seed and size."""
     method = replace(DEFAULT, reference_noise="seeded")
     zero, one = torch.zeros(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
     latent = pipe.with_method(method)._reference_latent(zero, one, 5, None, zero)
@@ -346,16 +347,16 @@ def test_noise_streams_differ(pipe: MoMA, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_not_finite_is_an_error(pipe: MoMA, cat: Subject) -> None:
-    """Never a black picture without a word."""
+    """Never a black image without a word."""
     with pytest.raises(ValueError, match="not finite"):
         list(pipe.run([Job(cat, "a cat", 0, strength=1e30)], replace(QUICK, steps=4)))
 
 
 def test_empty_mask(pipe: MoMA) -> None:
     with pytest.raises(ValueError, match="mask"):
-        pipe.encode_subject(picture(0), mask(0), "cat")
+        pipe.encode_subject(image(0), mask(0), "cat")
     release = pipe.with_method(RELEASE)
-    subject = release.encode_subject(picture(0), mask(0), "cat")
+    subject = release.encode_subject(image(0), mask(0), "cat")
     assert latents(release, [Job(subject, "a cat", 0)]).isfinite().all()
 
 
@@ -382,7 +383,7 @@ def test_empty_mask(pipe: MoMA) -> None:
     ],
 )
 def test_refusals(pipe: MoMA, cat: Subject, job: dict, config: dict, message: str) -> None:
-    """Before anything is computed: `run` itself raises, not its first picture."""
+    """Before anything is computed: `run` itself raises, not its first image."""
     with pytest.raises(ValueError, match=message) as error:
         pipe.run([Job(**{"subject": cat, "prompt": "a cat", "seed": 0} | job)], replace(QUICK, **config))
     assert "\n" not in str(error.value)
@@ -442,7 +443,7 @@ COMMANDS = (
     "sample",
     "train",
     "moma.bench.__main__",
-    "moma.rounding",
+    "moma.bench.rounding",
     "moma.data.openimages",
     "moma.mini.pretrain",
     "moma.mini.approximations",
@@ -475,7 +476,7 @@ def test_bf16_is_near_fp32(folder: str, pipe: MoMA) -> None:
     )
     results = []
     for one in (pipe, low):
-        subject = one.encode_subject(picture(0), mask(30), "cat")
+        subject = one.encode_subject(image(0), mask(30), "cat")
         results.append(latents(one, [Job(subject, "a cat", 0, latents=noise)], config))
     assert results[1].dtype == torch.float32
     assert (results[0] - results[1]).abs().mean() < 0.05 * results[0].abs().mean()

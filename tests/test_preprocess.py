@@ -1,4 +1,4 @@
-"""Picture files of every kind, the three ways to a mask, geometry, and the release's tensors."""
+"""Image files of every kind, the three ways to a mask, geometry, and the release's tensors."""
 
 import hashlib
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from moma.config import DEFAULT, RELEASE, MethodConfig, method_config
-from moma.preprocess import InputConfig, find_mask, make_reference, open_image
+from moma.inputs.preprocess import InputConfig, find_mask, make_reference, open_image
+from moma.methods.moma.config import DEFAULT, RELEASE, MethodConfig, method_config
 from tests import recipe
 from tests.golden_files import CARRIED
 
@@ -19,7 +19,7 @@ RED, BLUE = (200, 30, 40), (30, 60, 200)
 
 
 def scene(width: int = 120, height: int = 80) -> Image.Image:
-    """A red disc, diameter 40, left of the middle of a picture whose background varies."""
+    """A red disc, diameter 40, left of the middle of an image whose background varies."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 255 // width, y * 255 // height, 180 + (x + y) % 20], axis=2).astype(np.uint8)
     image = Image.fromarray(pixels)
@@ -113,8 +113,8 @@ def broken_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     files = {
         "cut off": (whole[: len(whole) // 2], "broken or cut off"),
         "damaged": (whole[:60] + bytes(40) + whole[100:], "broken or cut off"),
-        "text": (b"not a picture at all", "is not a picture"),
-        "empty": (b"", "is not a picture"),
+        "text": (b"not an image at all", "is not an image"),
+        "empty": (b"", "is not an image"),
     }
     cases = {}
     for name, (content, message) in files.items():
@@ -147,7 +147,7 @@ def test_bad_files_are_one_line_errors(tmp_path, name):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_huge_pictures_are_refused_from_the_header(tmp_path):
+def test_huge_images_are_refused_from_the_header(tmp_path):
     path = saved(tmp_path, Image.new("1", (10_000, 8_001)))  # 80 million pixels in a few kB
     with pytest.raises(ValueError, match="at most 80,000,000"):
         open_image(path)
@@ -234,7 +234,7 @@ def test_subject_may_touch_a_little_of_the_border():
     assert found.mask.getpixel((95, 159)) == 255 and found.mask.getpixel((5, 159)) == 0
 
 
-def test_large_pictures_give_a_mask_of_bounded_size_and_the_same_shape():
+def test_large_images_give_a_mask_of_bounded_size_and_the_same_shape():
     found = find_mask(plain().resize((2400, 1920)), limits=InputConfig(border_side=300))
     assert max(found.mask.size) == 300
     make_reference(plain(), found.mask, 64)
@@ -323,7 +323,7 @@ def test_pad_repeats_the_edge_and_masks_nothing_there():
     assert mask[:25].sum() == 0 and mask[75:].sum() == 0 and mask[26:74].mean() == 1
 
 
-def test_pad_centres_the_picture():
+def test_pad_centres_the_image():
     for width, height in ((100, 50), (50, 100)):
         image, mask = Image.new("RGB", (width, height), BLUE), Image.new("L", (width, height))
         mask.paste(255, (width // 2 - 10, height // 2 - 10, width // 2 + 10, height // 2 + 10))
@@ -351,13 +351,13 @@ def test_mask_of_another_size_is_scaled():
 
 
 def test_mask_of_another_shape_is_an_error():
-    with pytest.raises(ValueError, match="the mask is 80x120 and the picture 120x80"):
+    with pytest.raises(ValueError, match="the mask is 80x120 and the image 120x80"):
         make_reference(scene(), disc(80, 120), 64)
 
 
 @pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
 def test_empty_and_full_masks(geometry):
-    for value, message in ((0, "no subject"), (255, "whole picture")):
+    for value, message in ((0, "no subject"), (255, "whole image")):
         mask = Image.new("L", (120, 80), value)
         with pytest.raises(ValueError, match=message):
             make_reference(scene(), mask, 64, method_config(geometry=geometry))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from models.tokenizers import ClipTokenizer
-from moma.prompts import check_prompt, instruction, label_positions, sd_prompt
-from moma.tiny import build_tokenizers
+from moma.methods.moma.feature_decoder import instruction
+from moma.methods.prompts import check_prompt, label_positions, sd_prompt
+from moma.weights.tiny import build_tokenizers
 
 
 @pytest.fixture(scope="module")

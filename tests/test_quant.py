@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: models/quant.py, bundles that hold them, and what they refuse."""
+"""Weights of 8 and 4 bits: models/weights/quant.py, bundles that hold them, and what they refuse."""
 
 import json
 import re
@@ -13,15 +13,25 @@ from torch import Tensor
 
 from convert_weights import convert, main
 from models.llama import LlamaBlock, LlamaConfig
-from models.quant import PRESETS, SCALE_DTYPE, QuantConfig, QuantLinear, dequantise, pack, quantise, unpack
-from moma import rounding
-from moma.bundle import Bundle, config_from_json
-from moma.config import DEFAULT, SampleConfig
+from models.weights.quant import (
+    PRESETS,
+    SCALE_DTYPE,
+    QuantConfig,
+    QuantLinear,
+    dequantise,
+    pack,
+    quantise,
+    unpack,
+)
+from moma.bench import rounding
+from moma.methods.moma.config import DEFAULT
 from moma.mini import pretrain
-from moma.pipeline import MoMA, Subject
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.sampling.config import SampleConfig
+from moma.sampling.pipeline import MoMA, Subject
 from moma.training import stage1, stage2
 from moma.training.config import TrainConfig
+from moma.weights.bundle import Bundle, config_from_json
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.make_checkpoints import TINY, make_clip, make_llava
 from tests.training_data import write_data
 
@@ -75,7 +85,7 @@ def test_clipping_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
         return (rounded - weight).unflatten(1, (-1, 128)).square().sum(dim=-1)  # of each group
 
     clipped = errors()
-    monkeypatch.setattr("models.quant.CLIPS", {4: (1.0,)})
+    monkeypatch.setattr("models.weights.quant.CLIPS", {4: (1.0,)})
     assert (clipped <= errors()).all() and clipped.sum() < 0.95 * errors().sum()
 
 
@@ -87,7 +97,7 @@ def test_parts_and_dtypes(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     full = dequantise(codes, scale, cfg, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(dequantise(codes, scale, cfg, dtype), full.to(dtype))
-    monkeypatch.setattr("models.quant.CHUNK", 2 * weight.shape[1])  # two rows
+    monkeypatch.setattr("models.weights.quant.CHUNK", 2 * weight.shape[1])  # two rows
     for a, b in zip(quantise(weight, cfg), (codes, scale), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(dequantise(codes, scale, cfg, torch.float32), full)
@@ -237,10 +247,10 @@ def test_streamed_equals_resident(few: dict[int, Bundle], bits: int) -> None:
     assert torch.equal(streamed.llama(x), resident.llama(x))
 
 
-def test_a_picture(few: dict[int, Bundle]) -> None:
+def test_an_image(few: dict[int, Bundle]) -> None:
     pipe = MoMA.load(few[4].folder, device="cpu")
-    (picture,) = pipe.sample(subject_of(pipe), "a cat on the beach", config=SampleConfig(steps=2))
-    assert picture.size == (64, 64)
+    (image,) = pipe.sample(subject_of(pipe), "a cat on the beach", config=SampleConfig(steps=2))
+    assert image.size == (64, 64)
 
 
 def test_stage_2_reads_its_embeddings(few: dict[int, Bundle], tmp_path: Path) -> None:
@@ -312,7 +322,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **options: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("moma.bundle.load_into", load)
+    monkeypatch.setattr("moma.weights.bundle.load_into", load)
 
 
 @pytest.mark.parametrize("train", ["mllm", "lora", "new"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moma.regions import components, eroded, middle, outline, tidied
+from moma.inputs.regions import components, eroded, middle, outline, tidied
 from tests import recipe
 
 
@@ -90,7 +90,7 @@ def test_outline_and_middle():
     assert eroded(mask).sum() == 81 and outline(mask, 1).sum() == 121 - 81
     assert outline(mask, 2).sum() == 121 - 49 and np.array_equal(outline(mask, 9), mask)
     assert middle(mask) == (7, 9)
-    assert eroded(np.ones((5, 5), bool)).sum() == 9  # beyond the picture there is nothing
+    assert eroded(np.ones((5, 5), bool)).sum() == 9  # beyond the image there is nothing
     bar = np.zeros((20, 30), bool)
     bar[3, 5:12] = True
     x, y = middle(bar)

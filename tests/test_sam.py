@@ -25,7 +25,7 @@ from models.sam import (
     to_windows,
 )
 from models.sam_config import PRESETS, SAMConfig
-from models.sam_image import MEAN, STD, placement, preprocess, to_input, to_picture
+from models.sam_image import MEAN, STD, placement, preprocess, to_image, to_input
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import TINY as SCALE
 from tests.make_checkpoints import sam_json
@@ -178,13 +178,13 @@ def test_masks_refine_masks(ours: SAM, theirs: torch.nn.Module, features: Tensor
 
 
 @pytest.mark.parametrize("size", [(50, 80), (97, 61), (80, 80), (33, 200), (7, 5)])
-def test_pictures(size: tuple[int, int]) -> None:
+def test_images(size: tuple[int, int]) -> None:
     """Size, values and padding; the way back cuts the padding off."""
     processor = transformers.models.sam.image_processing_pil_sam.SamImageProcessorPil(
         size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
         image_mean=[m / 255 for m in MEAN], image_std=[s / 255 for s in STD],
     )  # fmt: skip
-    image = Image.fromarray(u8("sam/picture", (*size, 3)))
+    image = Image.fromarray(u8("sam/image", (*size, 3)))
     theirs = processor(image, return_tensors="pt")
     x, place = preprocess(image, 64)
     assert x.shape == (1, 3, 64, 64)
@@ -195,10 +195,10 @@ def test_pictures(size: tuple[int, int]) -> None:
         [logits], theirs["original_sizes"], theirs["reshaped_input_sizes"], binarize=False
     )[0]
     assert back.shape[-2:] == size
-    torch.testing.assert_close(to_picture(logits, place), back, rtol=0, atol=1e-5)
+    torch.testing.assert_close(to_image(logits, place), back, rtol=0, atol=1e-5)
 
 
-def test_points_follow_the_picture() -> None:
+def test_points_follow_the_image() -> None:
     place = placement(50, 100, 64)
     assert place.inside == (32, 64)
     points = to_input(torch.tensor([[0, 0], [100, 50], [25, 25]]), place)
@@ -211,7 +211,7 @@ def test_the_way_there_and_back() -> None:
     x, y = to_input(torch.tensor([67.0, 20.0]), place).tolist()
     rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
     logits = 36 - (rows - y) ** 2 - (columns - x) ** 2  # a disc of radius 6 pixels
-    where = (to_picture(logits, place) > 0).nonzero().float()
+    where = (to_image(logits, place) > 0).nonzero().float()
     torch.testing.assert_close(where.mean(dim=0) + 0.5, torch.tensor([20.0, 67.0]), rtol=0, atol=0.3)
 
 
@@ -262,7 +262,7 @@ def test_attention_with_relative_positions() -> None:
 
 @torch.no_grad()
 def test_each_prompt_is_by_itself(ours: SAM, features: Tensor) -> None:
-    """A picture and a prompt alone are as in a batch, of prompts of unequal kinds and lengths too."""
+    """An image and a prompt alone are as in a batch, of prompts of unequal kinds and lengths too."""
     points, labels = torch.cat([POINTS, CORNERS], dim=2), torch.cat([LABELS, BOX_LABELS], dim=2)
     labels[0, 0, 2:] = IGNORED  # two points
     labels[1, 2, 1:] = IGNORED  # a point
@@ -279,7 +279,7 @@ def test_each_prompt_is_by_itself(ours: SAM, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_other_sizes_of_pictures(ours: SAM) -> None:
+def test_other_sizes_of_images(ours: SAM) -> None:
     """Positions are resampled: a ramp over the trained grid stays one, with its ends where they were."""
     ramp = (torch.arange(10) + 0.5) / 10
     encoder = SAM(TINY).image_encoder
@@ -361,7 +361,7 @@ def test_it_learns() -> None:
 
 
 def test_input_by_hand() -> None:
-    """A grey picture."""
+    """A grey image."""
     x, _ = preprocess(Image.new("L", (8, 4), 100), 8)
     expected = (100 - np.float32(MEAN)) / np.float32(STD)
     torch.testing.assert_close(x[0, :, 2, 3], torch.from_numpy(expected))

@@ -1,4 +1,4 @@
-"""sample.py from the outside: pictures, replay, and one line for every mistake, before weights are read."""
+"""sample.py from the outside: images, replay, and one line for every mistake, before weights are read."""
 
 import json
 import os
@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageDraw
 
 import sample
-from moma.cli import SCENES
-from moma.output import read_record
-from moma.segment import Segmenter
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.app.options import SCENES
+from moma.app.record import read_record
+from moma.inputs.segment import Segmenter
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
 
@@ -59,14 +59,14 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------
 
 
 def test_command_and_replay_in_new_processes(tmp_path, weights, cat):
-    """The same picture comes out of another process, started elsewhere, from the PNG alone."""
+    """The same image comes out of another process, started elsewhere, from the PNG alone."""
     done = command("--ref", cat, "--weights", weights, "--out", "a", "--seed", 7, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("pseudo-random", "transparency", "loaded", "s per picture", "peak memory", "GB"):
+    for word in ("pseudo-random", "transparency", "loaded", "s per image", "peak memory", "GB"):
         assert word in done.stdout
     assert "3/3" in done.stderr and "Traceback" not in done.stderr  # the progress bar
     first = only(tmp_path / "a", "a-cat-on-the-beach-at-sunset-seed7.png")
@@ -84,7 +84,7 @@ def test_command_and_replay_in_new_processes(tmp_path, weights, cat):
 def test_mistake_in_a_new_process_is_one_line(tmp_path):
     done = command("--ref", "no.png", "--subject", "cat", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "sample.py: picture 'no.png': no such file\n"
+    assert done.stderr == "sample.py: image 'no.png': no such file\n"
 
 
 @pytest.mark.parametrize("preset", ["default", "release", "paper"])
@@ -126,7 +126,7 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     record = read_record(out / "two-cats-seed6.png")
     assert (record.prompt, record.seed, record.subject_seed) == ("two CATS", 6, 0)
     assert not np.array_equal(pixels(out / "two-cats-seed5.png"), pixels(out / "two-cats-seed6.png"))
-    # One row for the reference, two (pictures, masks) for each of three prompts.
+    # One row for the reference, two (images, masks) for each of three prompts.
     assert Image.open(out / "cat-sheet.png").height > 6 * 256
 
     kept = {name: (out / name).read_bytes() for name in names}
@@ -136,7 +136,7 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
 
 
 def test_seeds_do_not_depend_on_the_run(tmp_path, weights, cat):
-    """Seed 6 of two pictures from seed 5 is seed 6 asked for by itself."""
+    """Seed 6 of two images from seed 5 is seed 6 asked for by itself."""
     options = ["--ref", cat, "--weights", weights, "--batch-size", 1, *QUICK]
     assert run(*options, "--num", 2, "--seed", 5, "--out", tmp_path / "two") == 0
     assert run(*options, "--seed", 6, "--out", tmp_path / "one") == 0
@@ -145,7 +145,7 @@ def test_seeds_do_not_depend_on_the_run(tmp_path, weights, cat):
     )
 
 
-def test_options_reach_the_picture(tmp_path, weights, cat):
+def test_options_reach_the_image(tmp_path, weights, cat):
     variants = [[], ["--guidance", 2], ["--strength", 0], ["--solver", "dpm"], ["--negative", "a dog"],
                 ["--steps", 4], ["--set", "m_gen_threshold=0.6"], ["--guidance-interval", 300, 600],
                 ["--subject", "ginger cat", "--prompt", "a ginger cat"]]  # fmt: skip
@@ -169,7 +169,7 @@ def test_guidance_interval_is_recorded_and_replayed(tmp_path, weights, cat):
 
 
 def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, capsys):
-    """The MLLM resident, streamed or not there at all: the same pictures. It goes before the UNet comes."""
+    """The MLLM resident, streamed or not there at all: the same images. It goes before the UNet comes."""
     load_decoder, load, decoders = sample.load_decoder, sample.MoMA.load, []
 
     def watched_decoder(*args: object) -> object:
@@ -204,7 +204,7 @@ def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, cap
 
 
 def test_tiles_on_request(tmp_path, weights, cat):
-    """Near the whole picture, but not the same; the small one has no tiles."""
+    """Near the whole image, but not the same; the small one has no tiles."""
     results = {}
     for size in ("136x64", "128"):
         for choice in ("on", "off"):
@@ -315,7 +315,7 @@ SHOT = ["--subject", "toy", "--prompt", "a toy in the snow", "--dtype", "fp32", 
 def test_sam_finds_the_subject_and_replay_needs_no_sam(
     tmp_path, weights, weights_with_sam, sams, street, monkeypatch, capsys
 ):
-    """It is gone before other networks come. The picture itself keeps the mask, for any other machine."""
+    """It is gone before other networks come. The image itself keeps the mask, for any other machine."""
 
     def gone(load):
         def watched(*args: object, **options: object) -> object:
@@ -332,7 +332,7 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     assert Image.open(mask).size == (160, 120) and alike(mask, colour(street, 0))
     first = only(tmp_path / "a", "*seed0.png")
     kept = read_record(first).segmented
-    assert np.array_equal(np.asarray(kept.picture()), pixels(mask)) and kept.how == "its main object"
+    assert np.array_equal(np.asarray(kept.image()), pixels(mask)) and kept.how == "its main object"
 
     mask.unlink()
     assert run("--replay", first, "--weights", weights, "--out", tmp_path / "b") == 0
@@ -340,7 +340,7 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     second = only(tmp_path / "b", "*seed0.png")
     assert np.array_equal(pixels(first), pixels(second))
     assert read_record(second).segmented == kept
-    assert np.array_equal(np.asarray(kept.picture()), pixels(tmp_path / "b" / "toy-mask.png"))
+    assert np.array_equal(np.asarray(kept.image()), pixels(tmp_path / "b" / "toy-mask.png"))
 
 
 def test_objects_points_and_boxes(tmp_path, weights_with_sam, sams, masks_only, street, capsys):
@@ -430,13 +430,13 @@ def no_loading(monkeypatch) -> None:
 
 CAT_ALONE, DOG = "--ref {}/cat.png", "--ref {}/dog.png"
 MISTAKES = {  # {} = the folder of `files`
-    "": "Give its picture with --ref",
+    "": "Give its image with --ref",
     "--ref no.png --subject cat": "'no.png': no such file",
-    "--ref {}/empty.txt --subject cat": "is not a picture",
+    "--ref {}/empty.txt --subject cat": "is not an image",
     DOG: "give a mask (--mask FILE",
     f"{DOG} --mask no.png": "'no.png': no such file",
     f"{DOG} --mask {{}}/black.png": "no subject",
-    f"{DOG} --mask {{}}/white.png": "covers the whole picture",
+    f"{DOG} --mask {{}}/white.png": "covers the whole image",
     f"{DOG} --mask {{}}/tall.png": "expected the same shape",
     "--ref {}/IMG_1234.png": "--subject",
     "--ref {}/photo.png": "--subject",
@@ -523,8 +523,8 @@ def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_load
 
 
 SAM_MISTAKES = {
-    "--point 160,5": "point 160,5 is outside the picture",
-    "--box 0,0,200,10": "within the picture's 160x120",
+    "--point 160,5": "point 160,5 is outside the image",
+    "--box 0,0,200,10": "within the image's 160x120",
     "--object 0": "expected 1 or more",
     "--object 99": "object 99: expected 1 to",
 }

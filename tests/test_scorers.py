@@ -9,15 +9,15 @@ from PIL import Image
 
 from models.clip_image import clip_image
 from models.dino_image import dino_image
-from moma.bundle import Bundle
 from moma.evaluate.scorers import COLUMNS, ImageScorer, TextScorer, load_scorers, measure, measure_real
-from moma.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.recipe import u8
 
 TEXTS = ["a cat in the snow", "a dog", "", "a vase on the beach at sunset " * 30]
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images_of(count: int) -> list[Image.Image]:
     """Of several sizes and modes."""
     modes = ("RGB", "L", "RGBA", "P")
     sizes = ((40, 64), (90, 50), (32, 32))
@@ -52,9 +52,9 @@ def test_what_a_bundle_has(bundle: Bundle, scorers: list[ImageScorer], folder: s
 
 @torch.no_grad()
 def test_embeddings_are_the_networks(bundle: Bundle, scorers: list[ImageScorer]) -> None:
-    """Each picture and text alone through the network, its length divided out."""
+    """Each image and text alone through the network, its length divided out."""
     dino, clip = bundle.build("dino_s16").eval(), bundle.build("clip_b32").eval()
-    tokenizer, images = bundle.clip_tokenizer("clip_b32"), pictures(7)
+    tokenizer, images = bundle.clip_tokenizer("clip_b32"), images_of(7)
     alone = [
         [dino(dino_image(image, 32)[None]) for image in images],
         [clip.image_features(clip_image(image, 32)[None]) for image in images],
@@ -68,7 +68,7 @@ def test_embeddings_are_the_networks(bundle: Bundle, scorers: list[ImageScorer])
 
 
 def test_the_batch_does_not_matter(bundle: Bundle, scorers: list[ImageScorer]) -> None:
-    images = pictures(5)
+    images = images_of(5)
     for one, other in zip(scorers, load_scorers(bundle, batch=5), strict=True):
         torch.testing.assert_close(one.embed_images(images), other.embed_images(images), rtol=0, atol=1e-5)
         torch.testing.assert_close(
@@ -79,13 +79,13 @@ def test_the_batch_does_not_matter(bundle: Bundle, scorers: list[ImageScorer]) -
 def test_half_precision(bundle: Bundle, scorers: list[ImageScorer]) -> None:
     half = load_scorers(bundle, dtype=torch.bfloat16)
     for one, other in zip(scorers, half, strict=True):
-        rounded = other.embed_images(pictures(2))
+        rounded = other.embed_images(images_of(2))
         assert rounded.dtype == torch.float32
-        assert (rounded * one.embed_images(pictures(2))).sum(dim=1).min() > 0.99
+        assert (rounded * one.embed_images(images_of(2))).sum(dim=1).min() > 0.99
 
 
 def test_measures(scorers: list[ImageScorer]) -> None:
-    real, drawn = pictures(3), pictures(6)[3:5]
+    real, drawn = images_of(3), images_of(6)[3:5]
     for scorer in scorers:
         ours, theirs = scorer.embed_images(drawn), scorer.embed_images(real)
         rows = measure(scorer, ours, theirs, TEXTS[:2])
@@ -103,9 +103,9 @@ def test_measures(scorers: list[ImageScorer]) -> None:
         assert alone[0][scorer.columns[0]] == pytest.approx(first, abs=1e-5)
 
 
-def test_a_picture_is_like_itself(scorers: list[ImageScorer]) -> None:
+def test_an_image_is_like_itself(scorers: list[ImageScorer]) -> None:
     for scorer in scorers:
-        found = scorer.embed_images(pictures(2))
+        found = scorer.embed_images(images_of(2))
         assert measure(scorer, found[:1], found[:1], TEXTS[:1])[0][scorer.columns[0]] == pytest.approx(1)
         assert measure(scorer, found[:1], found[1:], TEXTS[:1])[0][scorer.columns[0]] < 0.999
 

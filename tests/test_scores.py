@@ -41,15 +41,15 @@ def test_known_angles() -> None:
     assert prompt_similarity(at(0, 10), at(60, 100)).tolist() == pytest.approx([0.5, 0], abs=1e-6)
 
 
-def test_identical_and_orthogonal_pictures() -> None:
+def test_identical_and_orthogonal_images() -> None:
     same, axes = at(33, 33, 33), torch.eye(4)
     assert similarity(same, same).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
     assert real_similarity(same).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
-    assert similarity(axes, axes).tolist() == [0.25] * 4, "all real pictures count, itself too"
+    assert similarity(axes, axes).tolist() == [0.25] * 4, "all real images count, itself too"
     assert real_similarity(axes).tolist() == [0] * 4, "never with itself"
 
 
-def test_real_pictures_are_compared_with_the_others() -> None:
+def test_real_images_are_compared_with_the_others() -> None:
     # 0, 60, 120 degrees: pairs at 60, 60 and 120
     found = real_similarity(at(0, 60, 120))
     assert found.tolist() == pytest.approx([0, 0.5, 0], abs=1e-6)
@@ -57,11 +57,11 @@ def test_real_pictures_are_compared_with_the_others() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="1 real picture of the subject: expected two or more"):
+    with pytest.raises(ValueError, match="1 real image of the subject: expected two or more"):
         real_similarity(at(0))
-    with pytest.raises(ValueError, match="no real picture"):
+    with pytest.raises(ValueError, match="no real image"):
         similarity(at(0), torch.zeros(0, 2))
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
         prompt_similarity(at(0, 1), at(0))
 
 
@@ -69,24 +69,24 @@ def test_what_cannot_be_compared() -> None:
 
 
 def test_against_loops() -> None:
-    pictures, real, prompts = unit("pictures", 5), unit("real", 3), unit("prompts", 5)
-    p, r, t = (x.double().numpy() for x in (pictures, real, prompts))
+    images, real, prompts = unit("pictures", 5), unit("real", 3), unit("prompts", 5)
+    p, r, t = (x.double().numpy() for x in (images, real, prompts))
     mean = [sum(cosine(a, b) for b in r) / len(r) for a in p]
-    assert similarity(pictures, real).tolist() == pytest.approx(mean, abs=1e-6)
+    assert similarity(images, real).tolist() == pytest.approx(mean, abs=1e-6)
     own = [cosine(a, b) for a, b in zip(p, t, strict=True)]
-    assert prompt_similarity(pictures, prompts).tolist() == pytest.approx(own, abs=1e-6)
+    assert prompt_similarity(images, prompts).tolist() == pytest.approx(own, abs=1e-6)
     pairs = [cosine(p[i], p[j]) for i in range(5) for j in range(i)]
-    assert real_similarity(pictures).mean().item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert real_similarity(images).mean().item() == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
     for i in range(5):
         others = [cosine(p[i], p[j]) for j in range(5) if j != i]
-        assert real_similarity(pictures)[i].item() == pytest.approx(sum(others) / 4, abs=1e-6)
+        assert real_similarity(images)[i].item() == pytest.approx(sum(others) / 4, abs=1e-6)
 
 
-def test_a_picture_does_not_depend_on_the_others() -> None:
-    pictures, real = unit("pictures", 4), unit("real", 3)
+def test_an_image_does_not_depend_on_the_others() -> None:
+    images, real = unit("pictures", 4), unit("real", 3)
     for i in range(4):
-        assert similarity(pictures[i : i + 1], real).item() == pytest.approx(
-            similarity(pictures, real)[i].item(), abs=1e-6
+        assert similarity(images[i : i + 1], real).item() == pytest.approx(
+            similarity(images, real)[i].item(), abs=1e-6
         )
 
 
@@ -114,7 +114,7 @@ def test_averages() -> None:
     assert averages([], "method") == {}
 
 
-def test_every_picture_counts_alike() -> None:
-    """Three pictures of one subject and one of another: the mean is over pictures, not over subjects."""
+def test_every_image_counts_alike() -> None:
+    """Three images of one subject and one of another: the mean is over images, not over subjects."""
     scores = [score(values={"DINO": 0.5})] * 3 + [score(values={"DINO": 0.1}, subject="cat")]
     assert averages(scores, "method")["moma",].values["DINO"] == pytest.approx(0.4)

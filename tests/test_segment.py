@@ -10,17 +10,17 @@ from PIL import Image, ImageDraw
 
 from models.sam import SAM
 from models.sam_image import Placement, placement
-from moma.regions import eroded, middle
-from moma.segment import (
+from moma.inputs.regions import eroded, middle
+from moma.inputs.segment import (
     Candidate,
     Pick,
     SegmentConfig,
     Segmenter,
     candidates_of,
     distinct,
-    likeness,
     meant,
     rank,
+    saliency,
     stability,
     tidy,
 )
@@ -28,7 +28,7 @@ from tests.fake_sam import SMALL, FlatSAM
 from tests.golden_files import CARRIED
 
 CFG = SegmentConfig()
-GRID = 64  # of the drawn candidates: the picture has four times as many pixels, as with SAM
+GRID = 64  # of the drawn candidates: the image has four times as many pixels, as with SAM
 SQUARE = placement(4 * GRID, 4 * GRID, 4 * GRID)
 
 
@@ -72,7 +72,7 @@ def portrait() -> list[np.ndarray]:
 
 
 def close_up() -> list[np.ndarray]:
-    """A subject on 70% of the picture that touches two borders; its half, the rest, corners of the rest."""
+    """A subject on 70% of the image that touches two borders; its half, the rest, corners of the rest."""
     whole = shape("ellipse", 1, -2, 62, 68)
     return [whole, whole & TOP, whole & LEFT, ~whole, ~whole & LEFT & TOP, ALL]
 
@@ -84,7 +84,7 @@ def on_a_floor() -> list[np.ndarray]:
 
 
 def aside() -> list[np.ndarray]:
-    """A cat at the left of a dark picture, its half nearer the middle, its head, the dark, a spot of light in
+    """A cat at the left of a dark image, its half nearer the middle, its head, the dark, a spot of light in
     the very middle."""
     cat = shape("ellipse", 2, 10, 31, 60)
     half = cat & ~shape("rectangle", 0, 0, 16, 63)
@@ -170,10 +170,10 @@ def test_specks_go_and_holes_close():
     (found,) = rank([candidate], CFG)
     assert np.array_equal(found.mask, whole) and found.box == (64, 64, 192, 192)
     assert candidate.box == (8, 8, 208, 244) and np.array_equal(candidate.mask, rough)  # as it was
-    picture = np.asarray(found.picture(CFG))  # the large mask, from the changed logits
-    clean = np.asarray(seen([whole])[0].picture(CFG))
-    assert picture.shape == (256, 256) and set(np.unique(picture)) == {0, 255}
-    assert (picture != clean).mean() < 0.001 and picture[122, 122] == 255 and not picture[242, 204]
+    image = np.asarray(found.image(CFG))  # the large mask, from the changed logits
+    clean = np.asarray(seen([whole])[0].image(CFG))
+    assert image.shape == (256, 256) and set(np.unique(image)) == {0, 255}
+    assert (image != clean).mean() < 0.001 and image[122, 122] == 255 and not image[242, 204]
 
 
 def test_handles_stay_open():
@@ -196,14 +196,14 @@ def test_stability_counts_pixels():
 
 
 def test_likeness_by_hand():
-    """A fifth of the picture in its middle: 0.2 / (0.2 + 0.1), nothing taken off."""
+    """A fifth of the image in its middle: 0.2 / (0.2 + 0.1), nothing taken off."""
     mask = np.zeros((1, 40, 40), bool)
     mask[0, 12:28, 10:30] = True
-    assert likeness(mask, CFG)[0] == pytest.approx(2 / 3)
+    assert saliency(mask, CFG)[0] == pytest.approx(2 / 3)
     moved = np.roll(mask, 10, axis=2)  # its centre half way to the border, still free of it
-    assert likeness(moved, CFG)[0] == pytest.approx(2 / 3 * (0.2 + 0.8 * np.exp(-((0.5 / 0.7) ** 4))))
-    assert likeness(moved, CFG, centred=False)[0] == pytest.approx(2 / 3)
-    assert likeness(np.ones((1, 40, 40), bool), CFG)[0] == 0
+    assert saliency(moved, CFG)[0] == pytest.approx(2 / 3 * (0.2 + 0.8 * np.exp(-((0.5 / 0.7) ** 4))))
+    assert saliency(moved, CFG, centred=False)[0] == pytest.approx(2 / 3)
+    assert saliency(np.ones((1, 40, 40), bool), CFG)[0] == 0
 
 
 def test_distinct_by_hand():
@@ -214,8 +214,8 @@ def test_distinct_by_hand():
     assert distinct([a, b, a], CFG) == [0, 1]
 
 
-def test_padding_is_not_the_picture():
-    """A wide picture: the lower half of SAM's input is padding, whatever SAM says there."""
+def test_padding_is_not_the_image():
+    """A wide image: the lower half of SAM's input is padding, whatever SAM says there."""
     place = placement(100, 200, 256)
     assert place.inside == (128, 256)
     mask = shape("ellipse", 20, 4, 43, 27)
@@ -223,14 +223,14 @@ def test_padding_is_not_the_picture():
     (found,) = rank(seen([mask], place=place), CFG)
     assert found.mask.shape == (32, 64) and found.share == pytest.approx(np.pi * 12**2 / 2048, rel=0.05)
     assert found.box == (62, 12, 138, 88)  # 3.125 pixels per cell
-    assert found.picture(CFG).size == (200, 100)
+    assert found.image(CFG).size == (200, 100)
 
 
-@pytest.mark.parametrize("picture", ["0", "7", "11", "26"])
-def test_recorded_answers_of_a_trained_network(picture):
+@pytest.mark.parametrize("image", ["0", "7", "11", "26"])
+def test_recorded_answers_of_a_trained_network(image):
     """What MoMA-mini's SAM said of a render: its surest answers are mostly the background."""
     with np.load(CARRIED / "sam_candidates.npz") as recorded:
-        logits, ious, true = (recorded[f"{name}.{picture}"] for name in ("logits", "ious", "mask"))
+        logits, ious, true = (recorded[f"{name}.{image}"] for name in ("logits", "ious", "mask"))
     found = candidates_of(logits / np.float32(2), ious, placement(GRID, GRID, GRID), CFG)
     ranked = rank(found, CFG)
     assert overlap(ranked[0].mask, true) > 0.94
@@ -275,7 +275,7 @@ def test_clicks_on_real_photos(name):
     masks, place = photographed(name)
     true, rest = masks[0], masks[-2]
     part = max((m & true for m in masks[1:-2]), key=lambda m: m.sum() * (m.sum() < 0.9 * true.sum()))
-    cell = max(place.picture) / place.side  # pixels of the picture
+    cell = max(place.image) / place.side  # pixels of the image
     for where, wanted in ((part, true), (rest, rest)):
         point = tuple((v + 0.5) * cell for v in middle(where))
         found = meant(seen([part, rest, true], [0.92, 0.95, 0.9], place), CFG, [point])
@@ -315,7 +315,7 @@ def test_a_point_on_the_background_does_not_mean_the_object():
 
 
 def test_points_and_boxes_agree_where_the_last_cells_are_cut():
-    """129 of SAM's 256 pixels show the picture: 32 cells and a quarter."""
+    """129 of SAM's 256 pixels show the image: 32 cells and a quarter."""
     place = placement(126, 250, 256)
     assert place.inside == (129, 256)
     for row in (0, 16, 31, 32):
@@ -378,7 +378,7 @@ def test_subjects_of_a_photo():
     assert np.allclose(first.box, (80, 30, 180, 130), atol=2) and first.share == pytest.approx(
         red.mean(), abs=0.01
     )
-    number = 2 + [iou(c.picture(CFG), green) > 0.88 for c in others].index(True)
+    number = 2 + [iou(c.image(CFG), green) > 0.88 for c in others].index(True)
     assert iou(segmenter.subject_mask(image, object=number), green) > 0.88
     assert np.array_equal(mask, segmenter.subject_mask(image))
 
@@ -420,10 +420,10 @@ def test_nothing_to_find():
     [
         (
             {"point": (240, 5)},
-            "point 240,5 is outside the picture: expected x from 0 to 239, y from 0 to 159",
+            "point 240,5 is outside the image: expected x from 0 to 239, y from 0 to 159",
         ),
         ({"point": [(3, 4), (5, -1)]}, "point 5,-1 is outside"),
-        ({"box": (10, 10, 241, 20)}, "within the picture's 240x160"),
+        ({"box": (10, 10, 241, 20)}, "within the image's 240x160"),
         ({"box": (20, 10, 20, 30)}, "left, top, right, bottom"),
         ({"object": 99}, "object 99: expected 1 to"),
         ({"object": 0}, "expected 1 or more"),
@@ -446,4 +446,4 @@ def test_the_real_network_is_asked_in_the_same_way():
     for one, other in zip(found, single, strict=True):
         assert np.allclose(one.logits, other.logits, rtol=2e-3, atol=2e-3)
         assert one.predicted_iou == pytest.approx(other.predicted_iou, abs=1e-4)
-    assert Segmenter(sam).subject(image, Pick(((30, 120),))).picture(CFG).size == image.size
+    assert Segmenter(sam).subject(image, Pick(((30, 120),))).image(CFG).size == image.size

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from convert_weights import convert
 from models.clip_image import clip_image
+from models.lora import LoRALinear
 from moma import DEFAULT, MoMA, SampleConfig
-from moma.bundle import Bundle
-from moma.config import MethodConfig, method_config
 from moma.data.triplets import load, open_source
-from moma.diffusion import ScheduleConfig, alphas_cumprod
-from moma.pipeline import Job
+from moma.methods.moma.config import MethodConfig, method_config
+from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
+from moma.sampling.pipeline import Job
 from moma.training import stage1, stage2
 from moma.training.cache import clip_embedding
 from moma.training.common import pack, unpack
 from moma.training.config import TrainConfig
-from moma.training.lora import LoRALinear
 from moma.training.stage1 import Stage1Config, Stage1Task
 from moma.training.stage2 import Stage2Config, Stage2Task
 from moma.training.task import Batch, Task
+from moma.weights.bundle import Bundle
 from tests.training_data import SIDE, write_bundle, write_data
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -290,7 +290,7 @@ def test_training_is_the_samplers_computation(
 ) -> None:
     """The sampler's conditional row, given the same noises, timestep and M_gen, has the training's loss."""
     method = replace(MOVED, attention=impl, reference_background=background)
-    task = two(method, validation_samples=3, validation_batch=3)  # the third has another picture as reference
+    task = two(method, validation_samples=3, validation_batch=3)  # the third has another image as reference
     (batch,) = task.validation()
     task.export(tmp_path / "export")
     convert([tmp_path / "export"], tmp_path / "new", Bundle.open(folder / "bundle"), say=lambda text: None)
@@ -425,7 +425,7 @@ def test_the_reference_is_moved(two: Callable[..., Stage2Task]) -> None:
 
 
 def test_stage_2_export_draws(two: Callable[..., Stage2Task], folder: Path, tmp_path: Path) -> None:
-    """Export -> bundle -> picture; the baseline's bundle knows that its context tokens are not gated."""
+    """Export -> bundle -> image; the baseline's bundle knows that its context tokens are not gated."""
     for fields, context_masked in (({}, True), ({"parts": "ip_adapter", "embedding": "clip"}, False)):
         task, name = two(**fields), fields.get("parts", "moma")
         steps(task, first(task), 2, 1e-2)

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.loading import LazyTensor
-from models.stream import StreamedLlava, one_after_another
 from models.tokenizers import IMAGE_TOKEN
+from models.weights.loading import LazyTensor
+from models.weights.stream import StreamedLlava, one_after_another
 from moma import Job, MethodConfig, MoMA, SampleConfig
-from moma.bundle import Bundle
-from moma.decoder import QUESTIONS_AT_ONCE, Question
-from moma.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, pictures_at_once
-from moma.pipeline import load_decoder
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, MLLMInput
+from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, max_batch
+from moma.sampling.pipeline import load_decoder
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 
 CPU = torch.device("cpu")
 BLOCKS = 4
@@ -37,17 +37,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (90, 90, 3), dtype=np.uint8))
 
 
-def questions() -> list[Question]:
+def questions() -> list[MLLMInput]:
     """Two subjects, prompts of different length."""
-    cat, dog = picture(0), picture(1)
+    cat, dog = image(0), image(1)
     return [
-        Question(cat, "cat", "a cat in the snow"),
-        Question(dog, "dog", "a dog reading a book in a library, studio light"),
-        Question(cat, "cat", "two cats"),
+        MLLMInput(cat, "cat", "a cat in the snow"),
+        MLLMInput(dog, "dog", "a dog reading a book in a library, studio light"),
+        MLLMInput(cat, "cat", "two cats"),
     ]
 
 
@@ -94,12 +94,12 @@ def test_pipeline(folder: Path) -> None:
         pipe = MoMA.load(folder, "cpu", "fp32", stream="on", decoder=stream != "none")
         if stream == "off":
             pipe = MoMA.load(folder, "cpu", "fp32", stream="off")
-        subject = pipe.encode_subject(picture(0), mask, "cat")
+        subject = pipe.encode_subject(image(0), mask, "cat")
         jobs = [Job(subject, prompt, 0) for prompt in ("a cat", "two cats")]
         if stream == "none":
             with pytest.raises(ValueError, match="every job must bring its embedding"):
                 pipe.run(jobs, size)
-            asked = [Question(subject.reference.white, "cat", job.prompt) for job in jobs]
+            asked = [MLLMInput(subject.reference.white, "cat", job.prompt) for job in jobs]
             found = load_decoder(folder, "cpu", "fp32", stream="on")(asked)
             jobs = [replace(job, embedding=e) for job, e in zip(jobs, found, strict=True)]
         drawn.append(torch.cat([result.latents for result in pipe.run(jobs, size)]))
@@ -182,8 +182,8 @@ def test_every_block_is_read_once_for_all(folder: Path) -> None:
     tower = reads["front"]
 
     reads.clear()
-    cat = picture(0)
-    many = [Question(cat, "cat", f"a cat {i}") for i in range(QUESTIONS_AT_ONCE + 1)]
+    cat = image(0)
+    many = [MLLMInput(cat, "cat", f"a cat {i}") for i in range(MAX_MLLM_BATCH + 1)]
     watched_decoder(folder, reads, mllm_layers=2)(many)
     assert reads == {"front": tower, "block 0": 2 * parts, "block 1": 2 * parts}
 
@@ -234,10 +234,10 @@ def test_choice_follows_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatc
     llava = sum(p.nbytes for p in bundle.build("llava").parameters())
     assert bundle.nbytes(("llava",), torch.float32) == llava
     assert bundle.nbytes(("llava",), torch.bfloat16) == llava // 2
-    monkeypatch.setattr("moma.pipeline.free_memory", lambda device: with_margin[decoder] + 1)
+    monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[decoder] + 1)
     assert load_decoder(folder, "cpu", "fp32").how.startswith("resident: 0.00 GB needed")
     assert type(MoMA.load(folder, "cpu", "fp32").llava) is StreamedLlava
-    monkeypatch.setattr("moma.pipeline.free_memory", lambda device: with_margin[everything] + 1)
+    monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[everything] + 1)
     assert type(MoMA.load(folder, "cpu", "fp32").llava) is not StreamedLlava
     with pytest.raises(ValueError, match="stream 'maybe'"):
         MoMA.load(folder, "cpu", "fp32", stream="maybe")
@@ -282,12 +282,12 @@ def test_unknown_system(tmp_path: Path) -> None:
     assert available_ram(tmp_path) is None
 
 
-def test_pictures_at_once() -> None:
+def test_images_at_once() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [pictures_at_once(4, n, cpu) for n in (16, CPU_LATENTS // 2, CPU_LATENTS, 9 * CPU_LATENTS)] == [
+    assert [max_batch(4, n, cpu) for n in (16, CPU_LATENTS // 2, CPU_LATENTS, 9 * CPU_LATENTS)] == [
         4,
         2,
         1,
         1,
     ]
-    assert pictures_at_once(4, 9 * CPU_LATENTS, gpu) == 4
+    assert max_batch(4, 9 * CPU_LATENTS, gpu) == 4

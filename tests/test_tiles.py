@@ -1,4 +1,4 @@
-"""Decoding in the memory there is: tiles against the whole picture, and when they are taken."""
+"""Decoding in the memory there is: tiles against the whole image, and when they are taken."""
 
 import warnings
 from pathlib import Path
@@ -12,9 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.vae import SD15, VAE, VAEConfig
-from moma.bundle import Bundle
-from moma.memory import MARGIN
-from moma.tiles import BUFFERS, SIDES, decode, decode_tiles, decoder_bytes, ramp, starts, tile_side
+from moma.sampling.memory import MARGIN
+from moma.sampling.tiles import BUFFERS, SIDES, decode, decode_tiles, decoder_bytes, ramp, starts, tile_side
+from moma.weights.bundle import Bundle
 from tests.recipe import fill, normal
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
@@ -51,18 +51,18 @@ def test_blending_is_linear() -> None:
 
 
 @torch.no_grad()
-def test_tiles_of_a_smooth_picture() -> None:
-    """MoMA-mini's trained autoencoder on a picture that runs from colour to colour, values -0.6 to 0.6."""
+def test_tiles_of_a_smooth_image() -> None:
+    """MoMA-mini's trained autoencoder on an image that runs from colour to colour, values -0.6 to 0.6."""
     vae = Bundle.open(MINI).build("vae", dtype=torch.float32).eval()
     side = 16 * vae.cfg.factor * 2
     across = torch.linspace(-0.6, 0.6, side).expand(side, side)
-    picture = torch.stack([across, across.T, -across])[None]  # (1, 3, side, side)
-    z = vae.encode(picture)[0]
+    image = torch.stack([across, across.T, -across])[None]  # (1, 3, side, side)
+    z = vae.encode(image)[0]
     whole, tiled = vae.decode(z), decode_tiles(vae, z, 16)
     assert tiled.shape == whole.shape and tiled.dtype == torch.float32
     difference = (tiled - whole).abs()
     assert difference.mean() < 0.03 and difference.max() < 0.15
-    assert difference.mean() < (whole - picture).abs().mean()  # less than the autoencoder itself loses
+    assert difference.mean() < (whole - image).abs().mean()  # less than the autoencoder itself loses
 
 
 @torch.no_grad()
@@ -122,14 +122,14 @@ def test_when_tiles_are_taken() -> None:
 def test_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short; not where tiles, or none, were asked for."""
     vae, z = small_vae(), latents(1, 4, 20, 20)
-    monkeypatch.setattr("moma.tiles.free_memory", lambda device: 0)
-    with pytest.warns(UserWarning, match="pictures of 80x80 pixels are decoded in tiles of 64"):
+    monkeypatch.setattr("moma.sampling.tiles.free_memory", lambda device: 0)
+    with pytest.warns(UserWarning, match="images of 80x80 pixels are decoded in tiles of 64"):
         tiled = decode(vae, z)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(decode(vae, z, "on"), tiled)
         assert torch.equal(decode(vae, z, "off"), vae.decode(z))
-        monkeypatch.setattr("moma.tiles.free_memory", lambda device: None)
+        monkeypatch.setattr("moma.sampling.tiles.free_memory", lambda device: None)
         assert torch.equal(decode(vae, z), vae.decode(z))
     with pytest.raises(ValueError, match="tiles 'maybe': expected auto, on, off"):
         decode(vae, z, "maybe")

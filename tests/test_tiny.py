@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
-from moma.bundle import Bundle
-from moma.prompts import instruction
-from moma.tiny import SOURCE, TinyConfig, build_tiny_bundle, build_tokenizers
+from moma.methods.moma.feature_decoder import instruction
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import SOURCE, TinyConfig, build_tiny_bundle, build_tokenizers
 
 ROOT = Path(__file__).parent.parent
 TEXT = "Photo of a teddy bear's Ünïcode 猫 🐈, 2 cats!"
@@ -83,7 +83,7 @@ def test_tokenizers_know_every_text(bundle):
 def test_tokenizer_files_do_not_depend_on_the_process(tmp_path):
     """Python and the libraries hash strings differently in every process; the files must not show it."""
     build_tokenizers(tmp_path / "here")
-    code = f"from moma.tiny import build_tokenizers; build_tokenizers({str(tmp_path / 'there')!r})"
+    code = f"from moma.weights.tiny import build_tokenizers; build_tokenizers({str(tmp_path / 'there')!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     for name in ("vocab.json", "merges.txt", "tokenizer.model"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name

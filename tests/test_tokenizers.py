@@ -232,7 +232,7 @@ def test_image_in_the_prompt(llama_file: Path) -> None:
     assert tokenizer.encode_with_image("USER: <image>\n a dog") == [*before, IMAGE_TOKEN, *after]
     assert tokenizer.encode_with_image("<image>") == [tokenizer.bos, IMAGE_TOKEN]
     assert tokenizer.decode([*before, tokenizer.eos]) == "USER: "
-    for text in ("no picture", "<image><image>"):
+    for text in ("no image", "<image><image>"):
         with pytest.raises(ValueError, match="expected exactly one"):
             tokenizer.encode_with_image(text)
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 import train
-from models.loading import read_checkpoint
-from moma.bundle import Bundle
-from moma.tiny import build_tiny_bundle
+from models.weights.loading import read_checkpoint
 from moma.training.log import read_log
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import build_tiny_bundle
 
 QUICK = ["--steps", "2", "--batch-size", "1", "--dtype", "fp32", "--device", "cpu", "--workers", "0"]
 QUICK += ["--set", "validation_samples=2", "--set", "warmup=1", "--set", "save_every=1"]
@@ -26,8 +26,8 @@ def place(tmp_path_factory) -> Path:
     lines = []
     for i, colour in enumerate(("red", "green", "blue", "black")):
         image, mask = Image.new("RGB", (64, 64), "white"), Image.new("L", (64, 64))
-        for picture, fill in ((image, colour), (mask, 255)):
-            ImageDraw.Draw(picture).ellipse((10, 10, 40 + 4 * i, 50), fill)
+        for shown, fill in ((image, colour), (mask, 255)):
+            ImageDraw.Draw(shown).ellipse((10, 10, 40 + 4 * i, 50), fill)
         image.save(folder / "data" / f"{i}.png")
         mask.save(folder / "data" / f"{i}-mask.png")
         sample = {"image": f"{i}.png", "mask": f"{i}-mask.png", "label": "cat", "caption": "a cat on a table"}

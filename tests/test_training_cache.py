@@ -12,13 +12,13 @@ import torch
 from convert_weights import convert
 from models.clip_image import clip_image
 from moma import DEFAULT, MoMA
-from moma.bundle import Bundle
-from moma.config import MethodConfig
 from moma.data.triplets import load, open_source
-from moma.preprocess import make_reference
-from moma.prompts import sd_prompt
+from moma.inputs.preprocess import make_reference
+from moma.methods.moma.config import MethodConfig
+from moma.methods.prompts import sd_prompt
 from moma.training.cache import Cache, CacheConfig, Encoder, build_cache, clip_embedding, identity
 from moma.training.common import Prepare, export_networks, start_adapter, unpack
+from moma.weights.bundle import Bundle
 from tests.training_data import SIDE, write_bundle, write_data
 
 COUNT, BROKEN = 8, 4
@@ -90,7 +90,7 @@ def test_holds_what_the_pipeline_computes(bundle: Bundle, data: Path, cache: Cac
             same(batch[name][i], pipe.text(pipe.clip_tokenizer.ids([text]))[0][0])
 
 
-def test_a_picture_that_is_its_own_reference_is_kept_once(cache: Cache) -> None:
+def test_an_image_that_is_its_own_reference_is_kept_once(cache: Cache) -> None:
     own = torch.tensor([i % 3 != 2 for i in range(COUNT) if i != BROKEN])
     assert torch.equal(cache.target == cache.reference, own)
     assert (len(cache.text.unique()), len(cache.label.unique())) == (4, 2)
@@ -109,7 +109,7 @@ def test_clip_embeddings(bundle: Bundle, data: Path, tmp_path: Path) -> None:
 
 
 def test_white_background(bundle: Bundle, data: Path, tmp_path: Path) -> None:
-    """The paper's reference is another picture than the target, of the same mask."""
+    """The paper's reference is another image than the target, of the same mask."""
     white = make(tmp_path / "white", bundle, data, replace(DEFAULT, reference_background="white"))
     batch = white.batch(torch.tensor([0]))
     assert not torch.equal(batch["mean"], batch["ref_mean"]) and torch.equal(batch["m_gen"], batch["m_ref"])
@@ -117,7 +117,7 @@ def test_white_background(bundle: Bundle, data: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_is_named(cache: Cache) -> None:
     assert list(cache.skipped) == [f"metadata.jsonl:{BROKEN + 1}"]
-    assert "covers the whole picture" in next(iter(cache.skipped.values()))
+    assert "covers the whole image" in next(iter(cache.skipped.values()))
     assert len(cache) == COUNT - 1
 
 

@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.loading import read_checkpoint
-from moma.chart import ticks
+from models.weights.loading import read_checkpoint
+from moma.app.chart import ticks
+from moma.data.stream import Position
 from moma.training import checkpoint
 from moma.training.checkpoint import best, check_same, checkpoints, load_weights, read_state
 from moma.training.config import TrainConfig, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, smoothed, write_log
 from moma.training.loop import fit
 from moma.training.parallel import Ranks
-from moma.training.task import Batch, Delivery, Position
+from moma.training.task import Batch, Delivery
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -356,7 +357,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, count: int)
 MOMENTS = [
     *[(os, "fsync", n) for n in (1, 4, 6, 7, 9, 13)],  # files, folders of the first and second checkpoint
     *[(os, "rename", n) for n in (1, 2, 4)],  # a checkpoint appears, is removed
-    *[(os, "replace", n) for n in (1, 3, 7)],  # log, pictures
+    *[(os, "replace", n) for n in (1, 3, 7)],  # log, images
     *[(checkpoint, "save_file", n) for n in (1, 4, 6)],  # the files of a checkpoint
     *[(shutil, "rmtree", n) for n in (1, 3, 6, 12)],
     (Regression, "forward", 19),

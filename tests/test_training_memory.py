@@ -1,6 +1,6 @@
 """The counter behind the README's table of GPU memory."""
 
-from moma.training.memory import MemoryConfig, stage2
+from moma.bench.training_memory import MemoryConfig, stage2
 
 
 def test_stage_2_in_figures() -> None:

@@ -71,7 +71,7 @@ def losses(out: Path, name: str = "loss") -> list[float]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["pair", "one-to-pair", "pair-to-one"])
 def test_equals_one_process(runs, kind, name):
-    """Losses, gradient norms, validation, weights, averages and moments, exported file and picture."""
+    """Losses, gradient norms, validation, weights, averages and moments, exported file and image."""
     one, other = runs / kind / "one", runs / kind / name
     for number in ("loss", "grad_norm", "validation"):
         assert len(losses(one, number)) == (5 if number == "validation" else STEPS)
@@ -86,8 +86,8 @@ def test_equals_one_process(runs, kind, name):
     assert exported[0].keys() == exported[1].keys()
     for key in exported[0]:
         np.testing.assert_allclose(exported[0][key], exported[1][key], rtol=1e-4, atol=1e-6)
-    pictures = [out / "samples" / f"step-{STEPS:08}.png" for out in (one, other)]
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    images = [out / "samples" / f"step-{STEPS:08}.png" for out in (one, other)]
+    assert images[0].read_bytes() == images[1].read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""A handful of generated pictures in the triplet format, and a tiny bundle that suits them."""
+"""A handful of generated images in the triplet format, and a tiny bundle that suits them."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moma.tiny import TinyConfig, build_tiny_bundle
+from moma.weights.tiny import TinyConfig, build_tiny_bundle
 
 SIDE = 64  # pixels: 8x8 latents
 SCENES = ("in the snow", "on the beach at sunset")
@@ -22,7 +22,7 @@ class Drawing:
     radius: int
     seed: int
 
-    def picture(self) -> tuple[Image.Image, Image.Image]:
+    def image(self) -> tuple[Image.Image, Image.Image]:
         colours = np.random.default_rng(self.seed).integers(0, 256, (2, 3))
         y, x = np.ogrid[:SIDE, :SIDE]
         inside = (y - self.centre[0]) ** 2 + (x - self.centre[1]) ** 2 < self.radius**2
@@ -31,12 +31,12 @@ class Drawing:
 
 
 def write_data(folder: Path, count: int, broken: int | None = None) -> Path:
-    """Triplets; every third has another picture as its reference. broken: a number whose mask is full."""
+    """Triplets; every third has another image as its reference. broken: a number whose mask is full."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(count):
         drawing = Drawing(("cat", "teddy bear")[i % 2], (24 + 3 * (i % 5), 36 - 2 * (i % 4)), 10 + i, seed=i)
-        image, mask = drawing.picture()
+        image, mask = drawing.image()
         if i == broken:
             mask = Image.new("L", mask.size, 255)
         image.save(folder / f"{i}.png")

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from moma.bench.curves import curves, curves_picture
+from moma.app.files import exit_status, markdown_table, write_text
+from moma.app.record import save_png
+from moma.bench.curves import curves, curves_image
 from moma.bench.flow import FlowConfig, autoencoder, build_bundle, decoder, drawing, flow, pipeline
 from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
 from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
-from moma.bundle import DTYPES, Bundle
-from moma.output import exit_status, markdown_table, save_png, write_text
-from moma.pipeline import choose_device, set_precision
+from moma.sampling.device import DTYPES, choose_device, set_precision
+from moma.weights.bundle import Bundle
 
 BASELINE = "tests.baseline"  # the same on diffusers: not a part of what runs
 PARTS = ("eq3", "step", "flow", "decoder", "training", "curves")
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios, parts, points = sorted_out(found)
     print(ratio_table(ratios), part_table(parts), point_table(points), sep="\n")
     if points:
-        save_png(args.out.with_suffix(".png"), curves_picture(points))
+        save_png(args.out.with_suffix(".png"), curves_image(points))
 
 
 def prepare_bundle(args: argparse.Namespace, cfg: BenchConfig) -> None:

@@ -1,4 +1,4 @@
-"""How a step's time grows with what is drawn, as points and as a picture."""
+"""How a step's time grows with what is drawn, as points and as an image."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,25 +7,25 @@ from functools import partial
 import torch
 from PIL import Image
 
+from moma.app.chart import ChartConfig, Colour, Line, chart
 from moma.bench.measure import BenchConfig, Point, memory_of, seconds_of
 from moma.bench.step import Networks, make_step
-from moma.bundle import dtype_name
-from moma.chart import ChartConfig, Colour, Line, chart
-from moma.sampler import TextOnly
+from moma.sampling.device import dtype_name
+from moma.sampling.sampler import TextOnly
 
 
 @dataclass(frozen=True)
 class LooksConfig:
-    """Of the picture."""
+    """Of the image."""
 
     chart: ChartConfig = field(default_factory=lambda: ChartConfig(size=(860, 480)))
     plain: tuple[Colour, ...] = ((150, 180, 220), (230, 180, 140))  # a tint for each dtype
     moma: tuple[Colour, ...] = ((30, 90, 170), (200, 80, 30))
     labels: tuple[tuple[str, str], ...] = (
-        ("size", "side of the picture in pixels, one picture, seconds per step"),
-        ("batch", "pictures at once, seconds per step"),
-        ("share", "subject's share of reference and picture, seconds per step"),
-        ("steps", "steps of the whole loop, one picture, seconds for all of them"),
+        ("size", "side of the image in pixels, one image, seconds per step"),
+        ("batch", "images at once, seconds per step"),
+        ("share", "subject's share of reference and image, seconds per step"),
+        ("steps", "steps of the whole loop, one image, seconds for all of them"),
     )
 
 
@@ -57,7 +57,7 @@ def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
         yield Point("steps", steps, dtype_name(networks.dtype), plain, moma, None)
 
 
-def curves_picture(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:
+def curves_image(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:
     """A chart for each axis, two beside each other."""
     cfg = cfg or LooksConfig()
     dtypes = list(dict.fromkeys(p.dtype for p in points))

@@ -1,6 +1,6 @@
 """What surrounds the steps: the decoder, the VAE, a whole drawing, and the memory of all of it.
 
-Letters: B pictures, S side of the pictures.
+Letters: B images, S side of the images.
 """
 
 import re
@@ -20,11 +20,10 @@ from PIL import Image, ImageDraw
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
-from models.loading import LazyTensor
 from models.unet import SD15
 from models.vae import SD15 as VAE_SD15
 from models.vae import VAE
-from moma.adapter import AdapterConfig
+from models.weights.loading import LazyTensor
 from moma.bench.measure import (
     GIB,
     OWN,
@@ -41,11 +40,13 @@ from moma.bench.measure import (
     watched,
 )
 from moma.bench.step import Networks, make_step, pseudo_random
-from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, dtype_name, expected_shapes
-from moma.decoder import Question
-from moma.memory import Choice, pictures_at_once
-from moma.pipeline import load_decoder
-from moma.tiny import SOURCE, TinyConfig, build_tokenizers, draw
+from moma.methods.moma.adapter import AdapterConfig
+from moma.methods.moma.feature_decoder import MLLMInput
+from moma.sampling.device import dtype_name
+from moma.sampling.memory import Toggle, max_batch
+from moma.sampling.pipeline import load_decoder
+from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
+from moma.weights.tiny import SOURCE, TinyConfig, build_tokenizers, draw
 
 SCRIPT = Path(__file__).parents[2] / "sample.py"
 PEAK_MEMORY = re.compile(r"peak memory ([\d.]+) GB")  # in the last line of sample.py
@@ -101,7 +102,7 @@ def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int
             writer.add(name, config, tensors, SOURCE)
 
 
-def picture(size: int) -> Image.Image:
+def image(size: int) -> Image.Image:
     """A disc on white: RGB (S, S)."""
     image = Image.new("RGB", (size, size), "white")
     ImageDraw.Draw(image).ellipse([size // 4, size // 4, 3 * size // 4, 3 * size // 4], (150, 90, 40))
@@ -114,7 +115,7 @@ def picture(size: int) -> Image.Image:
 def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """One question to the MLLM, its weights in memory or read from the file block by block."""
     kind, repeats = dtype_name(dtype), min(cfg.repeats, FlowConfig().repeats)
-    question = [Question(picture(cfg.size), WORD, PROMPT)]
+    question = [MLLMInput(image(cfg.size), WORD, PROMPT)]
     streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
     error = relative_error(streamed(question)[0], resident(question)[0])
     slow, fast = in_turn(partial(resident, question), partial(streamed, question), repeats)
@@ -129,7 +130,7 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
     memory = memory_of(partial(streamed, question), device, mapped=True)
     del resident, streamed  # 14 GB
 
-    def loaded(how: Choice) -> None:
+    def loaded(how: Toggle) -> None:
         load_decoder(folder, str(device), kind, stream=how)(question)
 
     seconds = in_turn(partial(loaded, "off"), partial(loaded, "on"), 1)
@@ -154,7 +155,7 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
 
 @torch.no_grad()
 def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """One picture to latents and one back."""
+    """One image to latents and one back."""
     vae = pseudo_random(lambda: VAE(VAE_SD15), cfg.seed, device, dtype)
     generator, peak = torch.Generator().manual_seed(cfg.seed), matmul_peak(cfg, device, dtype)
     x = torch.randn(1, VAE_SD15.in_channels, cfg.size, cfg.size, generator=generator).to(device, dtype)
@@ -169,7 +170,7 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
 
 @torch.no_grad()
 def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
-    """The steps of as many pictures of the flow as the pipeline draws at once: one, or where steps are
+    """The steps of as many images of the flow as the pipeline draws at once: one, or where steps are
     recorded, which takes its time, all of them."""
     together, kind = at_once(cfg, networks.device), dtype_name(networks.dtype)
     if networks.make_recorder is not None:
@@ -181,7 +182,7 @@ def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
 
 
 def at_once(cfg: BenchConfig, device: torch.device) -> int:
-    return pictures_at_once(cfg.pictures, prod(cfg.grid), device)
+    return max_batch(cfg.images, prod(cfg.grid), device)
 
 
 def step_name(together: int) -> str:
@@ -193,13 +194,13 @@ def drawing_name(steps: int, together: int) -> str:
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Several pictures of one subject for one prompt, the sum of the parts that were measured.
+    """Several images of one subject for one prompt, the sum of the parts that were measured.
 
-    Ours: the decoder and the reference pass once, pictures in the pipeline's batches. The release's: all of
-    it anew for each picture, with its own step; what else it does is taken to be as fast as ours. Loading
+    Ours: the decoder and the reference pass once, images in the pipeline's batches. The release's: all of
+    it anew for each image, with its own step; what else it does is taken to be as fast as ours. Loading
     and text encoding are in neither.
     """
-    kind, n, steps = dtype_name(dtype), cfg.pictures, cfg.steps
+    kind, n, steps = dtype_name(dtype), cfg.images, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
     together = at_once(cfg, device)
@@ -213,7 +214,7 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
     decoded = "with" if read else "without"
     what = (
-        f"{n} pictures of one prompt, {steps} steps, {decoded} the decoder, summed from parts, release / ours"
+        f"{n} images of one prompt, {steps} steps, {decoded} the decoder, summed from parts, release / ours"
     )
     yield Ratio(what, kind, least, slow, fast)
 
@@ -222,7 +223,7 @@ def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.
     """Most memory of `sample.py` from its start to its end; on CPUs without the files that are mapped."""
     kind, least = dtype_name(dtype), f"pipeline {device.type}"
     with tempfile.TemporaryDirectory() as out:
-        picture(cfg.size).save(Path(out, "ref.png"))
+        image(cfg.size).save(Path(out, "ref.png"))
         options = {
             "--ref": Path(out, "ref.png"), "--subject": WORD, "--prompt": PROMPT, "--weights": folder,
             "--out": out, "--cache": "off", "--stream": "on", "--steps": FlowConfig().steps, "--num": 1,

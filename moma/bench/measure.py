@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from models.unet import SD15, UNetConfig
-from moma.bundle import dtype_name
-from moma.masks import Grid
+from moma.methods.moma.masks import Grid
+from moma.sampling.device import dtype_name
 
 GIB = 2**30
 POLL = 0.005  # seconds between two looks at a process's memory: a buffer of a UNet step lives longer
@@ -34,7 +34,7 @@ class BenchConfig:
 
     unet: UNetConfig = SD15
     size: int = 512  # pixels
-    share: float = 0.35  # of the subject in the reference and in the picture
+    share: float = 0.35  # of the subject in the reference and in the image
     repeats: int = 3  # of each side, in turn; the median counts
     factor: int = 8  # pixels per latent
     text_tokens: int = 77
@@ -44,7 +44,7 @@ class BenchConfig:
     # Free memory, as a multiple of what a sample of the training's baseline keeps, without which its second
     # sample is left out: two of them, buffers of operators, another UNet.
     room: float = 3.0
-    pictures: int = 4  # of the whole flow
+    images: int = 4  # of the whole flow
     steps: int = 50
     # Of the curves. Each point varies one thing and leaves the others.
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)

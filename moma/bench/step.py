@@ -2,7 +2,7 @@
 
 Pseudo-random weights: times do not depend on what the weights are.
 
-Letters: B pictures, R = 2B rows of a UNet call (both of guidance), H heads, N tokens of a layer, D channels
+Letters: B images, R = 2B rows of a UNet call (both of guidance), H heads, N tokens of a layer, D channels
 per head, T text tokens, h w latents.
 """
 
@@ -16,17 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import split_heads
-from models.packed import lay_out
 from models.unet import UNet, attention_grids, attention_layers
-from moma.adapter import (
-    Adapter,
-    AdapterConfig,
-    Conditioning,
-    MoMAHook,
-    condition,
-    reference_features,
-)
-from moma.attention import Gate, ReferenceLayer, drop_background, gate_inside, subject_self_attention
+from models.weights.packed import optimize_layout
 from moma.bench.measure import (
     BenchConfig,
     Found,
@@ -38,19 +29,35 @@ from moma.bench.measure import (
     part_of,
     relative_error,
 )
-from moma.bundle import dtype_name
-from moma.config import DEFAULT, SampleConfig
-from moma.diffusion import ScheduleConfig, intervals
-from moma.graphs import GraphedUNet, Recorder, choose_recorder
-from moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
-from moma.sampler import Guide, denoise
-from moma.tiny import fill
+from moma.methods.moma.adapter import (
+    Adapter,
+    AdapterConfig,
+    Conditioning,
+    MoMAHook,
+    condition,
+    reference_features,
+)
+from moma.methods.moma.attention import (
+    Gate,
+    ReferenceLayer,
+    drop_background,
+    gate_inside,
+    subject_self_attention,
+)
+from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
+from moma.sampling.config import SampleConfig
+from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
+from moma.sampling.device import dtype_name
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.sampler import Guide, denoise
+from moma.weights.tiny import fill
 
 # --- Eq. 3 -------------------------------------------------------------------------------------------
 
 
 def square(cfg: BenchConfig) -> Tensor:
-    """A subject of `share` of the picture in its middle: (1, 1, h, w) in {0, 1}."""
+    """A subject of `share` of the image in its middle: (1, 1, h, w) in {0, 1}."""
     h, w = cfg.grid
     side = cfg.share**0.5
     tall, wide = round(h * side), round(w * side)
@@ -124,7 +131,7 @@ def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ke
     unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
     adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
     weights = unet.state_dict() if keep else {}
-    return Networks(lay_out(unet, device, dtype), weights, adapter, choose_recorder("auto", device))
+    return Networks(optimize_layout(unet, device, dtype), weights, adapter, choose_recorder("auto", device))
 
 
 def pseudo_random(
@@ -162,7 +169,7 @@ class HeldMask:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One denoising step of B pictures: networks and inputs."""
+    """One denoising step of B images: networks and inputs."""
 
     networks: Networks
     unet: GraphedUNet  # the networks' as the pipeline calls it: on CUDA devices the calls below are recorded
@@ -185,7 +192,7 @@ class Step:
 
     def loop(self, unet: GraphedUNet, guide: Guide, steps: int) -> None:
         """All steps from the noise of this one."""
-        path, start = intervals(ScheduleConfig(), steps, "ddim"), self.x[: len(self.m_gen)].float()
+        path, start = solver_steps(ScheduleConfig(), steps, "ddim"), self.x[: len(self.m_gen)].float()
         for _ in denoise(unet, guide, path, start, SampleConfig().guidance, "ddim"):  # start (B, Z, h, w)
             pass
 

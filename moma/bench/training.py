@@ -1,6 +1,6 @@
 """A training step of stage 2: forward, loss and backward of the full-size UNet.
 
-Letters: B samples, Z latent channels, h w latents, S side of the pictures, T text tokens, E embedding.
+Letters: B samples, Z latent channels, h w latents, S side of the images, T text tokens, E embedding.
 """
 
 import sys
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from models.unet import UNet
 from models.vae import SD15 as VAE_SD15
-from moma.adapter import Adapter, AdapterConfig
 from moma.bench.measure import (
     BenchConfig,
     Found,
@@ -26,11 +25,12 @@ from moma.bench.measure import (
     relative_error,
 )
 from moma.bench.step import pseudo_random, square
-from moma.bundle import dtype_name
-from moma.config import DEFAULT
-from moma.memory import free_memory
+from moma.bench.training_memory import kept_for_backward
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.config import DEFAULT
+from moma.sampling.device import dtype_name
+from moma.sampling.memory import free_memory
 from moma.training.common import pack, train_only
-from moma.training.memory import kept_for_backward
 from moma.training.stage2 import PARTS, Stage2, Stage2Config, draw
 from moma.training.task import Batch
 

@@ -1,6 +1,6 @@
-"""Captions for training: written by LLaVA, freed of what the picture shall say, and naming the subject.
+"""Captions for training: written by LLaVA, freed of what the image shall say, and naming the subject.
 
-The paper leaves colour, shape and texture words out, so that the model learns to take them from the picture.
+The paper leaves colour, shape and texture words out, so that the model learns to take them from the image.
 `training_caption` does that by word lists and the words around, without a parser: it leaves no dangling
 article or joiner behind, but where a word may be an attribute or a thing it can err.
 """
@@ -18,10 +18,10 @@ from PIL import Image
 from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import IMAGE_TEXT, LlamaTokenizer
-from moma.bundle import Bundle
 from moma.data import words
-from moma.pipeline import choose_device, choose_dtype
-from moma.prompts import check_prompt
+from moma.methods.prompts import check_prompt
+from moma.sampling.device import choose_device, choose_dtype
+from moma.weights.bundle import Bundle
 
 TOKEN = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 # Phrases whose noun is the attribute: "in the shape of a heart", "shaped like a heart".
@@ -41,10 +41,10 @@ class CaptionConfig:
     prompt: str = (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives"
         " helpful, detailed, and polite answers to the human's questions."
-        f" USER: {IMAGE_TEXT}\nDescribe this picture in one short sentence. ASSISTANT:"
+        f" USER: {IMAGE_TEXT}\nDescribe this image in one short sentence. ASSISTANT:"
     )
     max_new: int = 40  # tokens; one sentence of about 25 words, after which LLaVA ends by itself
-    batch: int = 8  # pictures at once; 600 tokens each: 7B in bf16 fits a 24 GB card
+    batch: int = 8  # images at once; 600 tokens each: 7B in bf16 fits a 24 GB card
     max_words: int = 45  # of a caption; more would not fit the text encoder's 77 tokens with SD's template
 
 
@@ -52,7 +52,7 @@ CAPTIONS = CaptionConfig()
 
 
 class Captioner:
-    """LLaVA with its language head, describing pictures."""
+    """LLaVA with its language head, describing images."""
 
     def __init__(self, llava: Llava, tokenizer: LlamaTokenizer, cfg: CaptionConfig = CAPTIONS) -> None:
         self.llava, self.cfg = llava, cfg
@@ -70,7 +70,7 @@ class Captioner:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """A caption for each picture of any size, the likeliest; one line each, as written."""
+        """A caption for each image of any size, the likeliest; one line each, as written."""
         weight = self.llava.projector[0].weight
         side = self.llava.cfg.vision.image_size
         pixels = torch.stack([clip_image(image, side, pad=True) for image in images])  # (B, 3, S, S)
@@ -82,7 +82,7 @@ class Captioner:
 
 
 def read_captions(path: Path, wanted: Collection[str]) -> dict[str, str]:
-    """image_id -> caption of the wanted pictures, without empty ones. ValueError: not such a JSONL file."""
+    """image_id -> caption of the wanted images, without empty ones. ValueError: not such a JSONL file."""
     captions = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -107,7 +107,7 @@ def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) ->
     """
     label = " ".join(label.split())
     if not caption.strip() or IMAGE_TEXT in caption:
-        raise ValueError(f"the caption {caption!r} is empty or holds {IMAGE_TEXT}, reserved for the picture")
+        raise ValueError(f"the caption {caption!r} is empty or holds {IMAGE_TEXT}, reserved for the image")
     tokens = _tokens(PHRASES.sub("", MARKS.sub(" ", caption)), label)
     if len(tokens) > cfg.max_words:
         del tokens[cfg.max_words :]

@@ -1,16 +1,16 @@
-"""OpenImages' segmentations -> shards of (picture, subject mask, label, caption), the paper's training data.
+"""OpenImages' segmentations -> shards of (image, subject mask, label, caption), the paper's training data.
 
     python -m moma.data.openimages --images images/ --masks masks/ --csv csv/ --captions captions.jsonl \
         --out shards/
 
 csv/ holds OpenImages' own files: `*-annotations-object-segmentation.csv` and `*class-descriptions*.csv`; with
 `*-annotations-bbox.csv` occluded and other unclear objects are dropped, with `*-images-*rotation.csv` turned
-pictures. Captions are lines {"image_id": ..., "caption": ...}, or LLaVA's (--caption-bundle).
+images. Captions are lines {"image_id": ..., "caption": ...}, or LLaVA's (--caption-bundle).
 
-Nothing is downloaded: a call without captions lists the pictures to get, in the form that OpenImages'
+Nothing is downloaded: a call without captions lists the images to get, in the form that OpenImages'
 downloader.py takes, in `missing_images.txt` of the folder `<out>-info`. This folder also gets `stats.json`,
 `broken_files.txt`, LLaVA's captions and the record by which an interrupted run, called again, goes on. The
-pictures' order is drawn from the seed; the shards are the same bytes whatever the number of workers and
+images' order is drawn from the seed; the shards are the same bytes whatever the number of workers and
 interruptions.
 """
 
@@ -38,21 +38,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from moma.bundle import DTYPES, Bundle
 from moma.data.captions import CAPTIONS, CaptionConfig, Captioner, read_captions, training_caption
 from moma.data.shards import ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
 from moma.data.triplets import HALF
 from moma.data.words import WORN_CLASSES
-from moma.pipeline import set_precision
-from moma.preprocess import INPUT, find_mask, open_image
+from moma.inputs.preprocess import INPUT, find_mask, open_image
+from moma.sampling.device import DTYPES, set_precision
+from moma.weights.bundle import Bundle
 
-# Where a file may lie in its folder: {s} split, {h} first character of the picture's id, as in the archives.
+# Where a file may lie in its folder: {s} split, {h} first character of the image's id, as in the archives.
 LAYOUTS = ("{n}", "{h}/{n}", "{s}/{n}", "{s}/{h}/{n}", "{s}_{h}/{n}", "{s}-masks-{h}/{n}")
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
 CAPTIONS_FILE = "captions.jsonl"  # what LLaVA wrote
 TOP = 20  # classes named at the end; stats.json has all
-AHEAD = 4  # pictures per worker that are decoded before they are written: bounds the memory
+AHEAD = 4  # images per worker that are decoded before they are written: bounds the memory
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def convert(request: Request) -> dict[str, Any]:
     """Write the shards and what goes with them; returns the statistics, as in stats.json.
 
     Goes on where an earlier call with the same settings stopped; broken files are tried again. ValueError,
-    with nothing written: unusable CSV or caption files or settings; with the list of missing pictures: all
+    with nothing written: unusable CSV or caption files or settings; with the list of missing images: all
     are missing, or no captions are given.
     """
     cfg, info, dropped = request.cfg, request.info, Counter[str]()
@@ -106,7 +106,7 @@ def convert(request: Request) -> dict[str, Any]:
     _write(info / "missing_images.txt", missing)
     if len(missing) == len(images) or not (request.captions or request.caption_bundle):
         raise ValueError(
-            f"{len(missing)} of {len(images)} pictures are not in {request.images}, see"
+            f"{len(missing)} of {len(images)} images are not in {request.images}, see"
             f" {info}/missing_images.txt; get them, then give --captions or --caption-bundle"
         )
     captioner = load_captioner(request, images, captions)
@@ -114,11 +114,11 @@ def convert(request: Request) -> dict[str, Any]:
     tasks = []
     for i in new:
         if paths[i] is None or not (captioner or i in captions):
-            dropped["picture missing" if paths[i] is None else "no caption"] += len(images[i])
+            dropped["image missing" if paths[i] is None else "no caption"] += len(images[i])
         else:
             tasks.append(Task(paths[i], images[i]))
     outcomes = ordered(partial(examine, masks=request.masks, cfg=cfg), tasks, request.workers)
-    with progress, closing(outcomes), writer, tqdm(total=len(tasks), unit="picture") as bar:
+    with progress, closing(outcomes), writer, tqdm(total=len(tasks), unit="image") as bar:
         for outcome in with_captions(outcomes, captions, captioner, info / CAPTIONS_FILE):
             progress.add(outcome, captions.get(outcome.image_id, ""), request.caption_cfg)
             bar.update()
@@ -130,7 +130,7 @@ def convert(request: Request) -> dict[str, Any]:
     stats = {
         "rows": count,
         "written": classes.total(),
-        "pictures missing": len(missing),
+        "images missing": len(missing),
         "dropped": dict(dropped.most_common()),
         "classes": dict(classes.most_common()),
     }
@@ -160,11 +160,11 @@ def check_settings(request: Request, tables: Mapping[str, Sequence[Path]]) -> st
     return text
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
-    path: Path  # of the picture
+    path: Path  # of the image
     rows: Sequence[Row]
 
 
@@ -176,7 +176,7 @@ class Sample(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a picture's objects."""
+    """What became of an image's objects."""
 
     image_id: str
     samples: list[Sample]
@@ -191,7 +191,7 @@ def find(folder: Path, split: str, name: str) -> Path | None:
 
 
 def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
-    """Read a picture and its masks, apply the filters that need them. Runs in a worker."""
+    """Read an image and its masks, apply the filters that need them. Runs in a worker."""
     outcome, limits = Outcome(task.rows[0].image_id, [], Counter(), []), replace(INPUT, min_side=1)
     try:
         image, data = open_image(task.path, limits), task.path.read_bytes()
@@ -200,10 +200,10 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
             upright = file.getexif().get(EXIF_ORIENTATION, UPRIGHT) == UPRIGHT
     except (ValueError, OSError) as error:
         outcome.broken.append(str(error))
-        outcome.dropped["picture broken"] = len(task.rows)
+        outcome.dropped["image broken"] = len(task.rows)
         return outcome
-    if not upright or min(image.size) < cfg.min_side:  # how the mask of a turned picture lies is not known
-        outcome.dropped["picture too small" if upright else "rotated"] = len(task.rows)
+    if not upright or min(image.size) < cfg.min_side:  # how the mask of a turned image lies is not known
+        outcome.dropped["image too small" if upright else "rotated"] = len(task.rows)
         return outcome
     kept = []
     for row in task.rows:
@@ -227,13 +227,13 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
         image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         data = _encode(image, "JPEG", quality=cfg.jpeg_quality)
     for mask, row in kept[: cfg.per_image]:
-        picture = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-        outcome.samples.append(Sample(Path(row.mask).stem, data, _encode(picture, "PNG"), row))
+        mask_image = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+        outcome.samples.append(Sample(Path(row.mask).stem, data, _encode(mask_image, "PNG"), row))
     return outcome
 
 
 def _fault(mask: np.ndarray, size: tuple[int, int], cfg: OpenImagesConfig) -> str | None:
-    """Why a mask, bool (H, W), of a picture of `size` is no subject."""
+    """Why a mask, bool (H, W), of an image of `size` is no subject."""
     height, width = mask.shape
     if abs(size[0] * height / (size[1] * width) - 1) > INPUT.aspect_tolerance:
         return "mask of another shape"
@@ -243,7 +243,7 @@ def _fault(mask: np.ndarray, size: tuple[int, int], cfg: OpenImagesConfig) -> st
     if share > cfg.max_share:
         return "subject too large"
     edges = sum(bool(edge.any()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
-    return "touches the picture's edges" if edges > cfg.max_edges else None
+    return "touches the image's edges" if edges > cfg.max_edges else None
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -307,7 +307,7 @@ def load_captioner(request: Request, images: Collection[str], captions: dict[str
 def with_captions(
     outcomes: Iterable[Outcome], captions: dict[str, str], captioner: Captioner | None, path: Path
 ) -> Iterator[Outcome]:
-    """The outcomes; before one with samples comes, its picture's caption is in `captions` and in the file."""
+    """The outcomes; before one with samples comes, its image's caption is in `captions` and in the file."""
     if captioner is None:
         yield from outcomes
         return
@@ -322,14 +322,14 @@ def with_captions(
         yield from batch
 
 
-Result = tuple[str, dict[str, str], dict[str, int]]  # picture; key -> label of its samples; reason -> dropped
+Result = tuple[str, dict[str, str], dict[str, int]]  # image; key -> label of its samples; reason -> dropped
 
 
 class Progress:
-    """Writes samples and remembers which pictures are done: a line each, once its shards are complete.
+    """Writes samples and remembers which images are done: a line each, once its shards are complete.
 
-    An interrupted run loses at most lines, never samples: its pictures are looked at again, and samples that
-    are in a complete shard are not written twice. Pictures with broken files are never done.
+    An interrupted run loses at most lines, never samples: its images are looked at again, and samples that
+    are in a complete shard are not written twice. Images with broken files are never done.
     """
 
     def __init__(self, path: Path, writer: ShardWriter, per_shard: int) -> None:
@@ -347,7 +347,7 @@ class Progress:
         _write(path, map(json.dumps, self.done.values()))
 
     def add(self, outcome: Outcome, raw_caption: str, cfg: CaptionConfig) -> None:
-        """Write a picture's samples."""
+        """Write an image's samples."""
         written: dict[str, str] = {}
         for key, image, mask, row in outcome.samples:
             try:
@@ -367,11 +367,11 @@ class Progress:
         self._flush(self.added - self.added % self.per_shard)
 
     def results(self, images: Collection[str]) -> list[Result]:
-        """Of these pictures, earlier runs' included."""
+        """Of these images, earlier runs' included."""
         return [result for result in (*self.done.values(), *self.new) if result[0] in images]
 
     def _flush(self, complete: int) -> None:
-        """Write the lines of pictures whose samples are among the first `complete`."""
+        """Write the lines of images whose samples are among the first `complete`."""
         if self._waiting and self._waiting[0][0] <= complete:
             with self.path.open("a", encoding="utf-8") as file:
                 while self._waiting and self._waiting[0][0] <= complete:
@@ -405,7 +405,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     """ValueError: wrong options."""
     parser = Parser(prog="python -m moma.data.openimages", description=(__doc__ or "").split("\n")[0])
     add = partial(parser.add_argument, metavar="DIR")
-    add("--images", type=Path, required=True, help="pictures, <ImageID>.jpg")
+    add("--images", type=Path, required=True, help="images, <ImageID>.jpg")
     add("--masks", type=Path, required=True, help="mask PNGs")
     add("--csv", type=Path, required=True, nargs="+", metavar="PATH", help="CSV files or folders of them")
     source = parser.add_mutually_exclusive_group()
@@ -416,7 +416,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     add("--allow", **names, help="only these classes, or a file with one on each line")
     add("--deny", **names, help="not these classes, or a file of them")
     parser.add_argument("--keep-worn", action="store_true", help="keep clothes, mostly cut-outs of people")
-    add("--max-side", type=int, metavar="N", help="pixels; larger pictures are scaled down (default: 1024)")
+    add("--max-side", type=int, metavar="N", help="pixels; larger images are scaled down (default: 1024)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     add("--device", default="auto", metavar="NAME", help="of LLaVA: auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", *DTYPES), metavar="NAME", help="of LLaVA: auto, bf16 ...")

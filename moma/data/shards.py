@@ -1,7 +1,7 @@
 """Samples in tar shards: one reader that never seeks, and one writer that can be interrupted.
 
 A sample is a run of neighbouring members, in any order: `<key>.jpg` (or another of `IMAGE_SUFFIXES`),
-`<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, where there is another picture of the same
+`<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, where there is another image of the same
 subject, `<key>.ref.jpg` and `<key>.refmask.png`. Other members are passed over.
 """
 
@@ -32,7 +32,7 @@ KEY = re.compile(r"[\w-]+")
 class ReadConfig:
     """What reading a file may take."""
 
-    file_bytes: int = 2**27  # of one picture, mask or description; the largest JPEGs of cameras take 2**26
+    file_bytes: int = 2**27  # of one image, mask or description; the largest JPEGs of cameras take 2**26
     buffer_bytes: int = 2**20  # read at once from a shard: network disks are slow with small reads
 
 
@@ -150,14 +150,14 @@ class ShardWriter:
         extra: dict[str, Any] | None = None,
         reference: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """One sample: encoded picture and PNG mask, texts; `extra` goes into its JSON file as well.
+        """One sample: encoded image and PNG mask, texts; `extra` goes into its JSON file as well.
 
-        reference: another picture of the same subject (JPEG, PNG or WebP) and its PNG mask.
-        ValueError: a key that is taken or no plain word, another kind of picture.
+        reference: another image of the same subject (JPEG, PNG or WebP) and its PNG mask.
+        ValueError: a key that is taken or no plain word, another kind of image.
         """
         suffix = image_suffix.removeprefix(".").lower()
         if suffix not in IMAGE_SUFFIXES:
-            raise ValueError(f"sample {key!r}: a picture {image_suffix!r}, expected one of {IMAGE_SUFFIXES}")
+            raise ValueError(f"sample {key!r}: an image {image_suffix!r}, expected one of {IMAGE_SUFFIXES}")
         if not KEY.fullmatch(key):
             raise ValueError(f"sample key {key!r}: expected letters, digits, - and _ only")
         if key in self._keys:
@@ -231,7 +231,7 @@ def _keys(path: Path) -> set[str]:
 
 
 def _suffix(image: bytes) -> str:
-    """The usual name of a picture's format."""
+    """The usual name of an image's format."""
     if image.startswith(b"\xff\xd8"):
         return "jpg"
     return "webp" if image.startswith(b"RIFF") else "png"

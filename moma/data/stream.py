@@ -21,8 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moma.data.shards import Raw
 from moma.data.triplets import SkipLog, Source, Triplet, load
-from moma.preprocess import INPUT, InputConfig
-from moma.training.task import Position
+from moma.inputs.preprocess import INPUT, InputConfig
+
+# Where the data stands; JSON. Ranks' positions are united key by key, the larger value of a key winning.
+Position = dict[str, int]
+
 
 # Run in the worker; its ValueError or OSError makes the sample a skipped one.
 Transform = Callable[[Triplet], Any]

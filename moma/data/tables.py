@@ -1,6 +1,6 @@
 """OpenImages' CSV files: which segmentations become training samples.
 
-Files are recognised by their headers; box attributes are matched by picture, class and coordinates.
+Files are recognised by their headers; box attributes are matched by image, class and coordinates.
 """
 
 import csv
@@ -30,7 +30,7 @@ TABLES = {
 NEEDED = ("segmentation", "class-descriptions")
 CLASS_HEADERS = (["LabelName", "DisplayName"], ["id", "name"])  # older files have none
 SPLITS = ("train", "validation", "test")  # one of them is in a segmentation file's name
-NAME = re.compile(r"[\w-]+")  # of a picture or a mask: becomes a path and a key
+NAME = re.compile(r"[\w-]+")  # of an image or a mask: becomes a path and a key
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class OpenImagesConfig:
     # most boxes have, there are more samples.
     drop_flags: frozenset[str] = frozenset(FLAGS)
     min_iou: float = 0.7  # OpenImages' own estimate of the mask's quality, where it gives one
-    min_share: float = 0.05  # of the picture: three of the UNet's smallest, 8x8 map
-    max_share: float = 0.8  # of the picture; beyond it there is no context that a caption could describe
+    min_share: float = 0.05  # of the image: three of the UNet's smallest, 8x8 map
+    max_share: float = 0.8  # of the image; beyond it there is no context that a caption could describe
     min_pixels: int = 128**2  # of the subject; below it its details are gone
-    min_side: int = 256  # of the picture: half of what the UNet is trained at
-    max_edges: int = 1  # of the picture that the mask may touch: at more it is cut off, or scenery
-    per_image: int = 1  # the largest masks; several subjects of one picture share a caption and its words
+    min_side: int = 256  # of the image: half of what the UNet is trained at
+    max_edges: int = 1  # of the image that the mask may touch: at more it is cut off, or scenery
+    per_image: int = 1  # the largest masks; several subjects of one image share a caption and its words
     box_tolerance: float = 2e-3  # between a mask's and its box's coordinates, rounded differently
     max_side: int = 1024  # pixels stored; training takes 512, the rest is room for crops
-    jpeg_quality: int = 95  # of pictures scaled down; others keep their bytes
+    jpeg_quality: int = 95  # of images scaled down; others keep their bytes
     per_shard: int = 1000  # samples; some 200 MB, large enough to read fast and small enough to shuffle
-    seed: int = 0  # of the pictures' order, which mixes the classes within a shard
+    seed: int = 0  # of the images' order, which mixes the classes within a shard
 
     def check(self) -> None:
         """ValueError for values that make no sense."""
@@ -125,7 +125,7 @@ def read_table(path: Path, kind: str) -> Iterator[list[str]]:
 def select_rows(
     tables: Mapping[str, Sequence[Path]], cfg: OpenImagesConfig, dropped: Counter[str]
 ) -> tuple[list[Row], int]:
-    """The objects that pass all filters which need no picture, and how many there are; counts the others."""
+    """The objects that pass all filters which need no image, and how many there are; counts the others."""
     lines = (line for path in tables["class-descriptions"] for line in read_table(path, "class-descriptions"))
     names = {label_id: _display(name) for label_id, name in lines}
     if unknown := sorted(cfg.only - set(names.values())):
@@ -136,7 +136,7 @@ def select_rows(
     for path in tables["segmentation"]:
         split = next((split for split in SPLITS if split in path.name), None)
         if split is None:
-            raise ValueError(f"{path}: expected {', '.join(SPLITS)} in its name: it is the pictures' folder")
+            raise ValueError(f"{path}: expected {', '.join(SPLITS)} in its name: it is the images' folder")
         for mask, image_id, label_id, *values, iou in read_table(path, "segmentation"):
             count += 1
             box = _numbers(values, path)
@@ -173,7 +173,7 @@ def _numbers(values: Sequence[str], path: Path) -> tuple[float, ...]:
 def without_flags(
     rows: Sequence[Row], paths: Iterable[Path], cfg: OpenImagesConfig, dropped: Counter[str]
 ) -> list[Row]:
-    """The rows whose box has none of `drop_flags`; boxes are found by picture, class and coordinates."""
+    """The rows whose box has none of `drop_flags`; boxes are found by image, class and coordinates."""
     wanted: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         wanted.setdefault((row.image_id, row.label_id), []).append(i)
@@ -193,7 +193,7 @@ def without_flags(
 
 
 def by_image(rows: Iterable[Row], seed: int, dropped: Counter[str]) -> dict[str, list[Row]]:
-    """Rows by picture, pictures in the seed's order, in which no picture depends on the others."""
+    """Rows by image, images in the seed's order, in which no image depends on the others."""
     masks: dict[str, dict[str, Row]] = {}
     for row in rows:
         if masks.setdefault(row.image_id, {}).setdefault(row.mask, row) is not row:

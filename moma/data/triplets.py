@@ -14,14 +14,16 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moma.data.shards import READ, Raw, ReadConfig, read_shard
-from moma.preprocess import GREY16, INPUT, InputConfig
-from moma.prompts import check_prompt
+from moma.inputs.preprocess import GREY16, INPUT, InputConfig
+from moma.methods.prompts import check_prompt
 
 METADATA = "metadata.jsonl"
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's others are rare in data sets, and some of them start programs
 # A pixel of a mask is subject above this; between 0 and it lie soft edges and JPEG noise.
 HALF = 127
-Picture = tuple[Image.Image, Image.Image]  # RGB, and its subject's mask: L of the same size, 255 = subject
+ImageAndMask = tuple[
+    Image.Image, Image.Image
+]  # RGB, and its subject's mask: L of the same size, 255 = subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class Triplet:
     mask: Image.Image  # L, of the image's size, 255 = subject
     label: str
     caption: str  # names the label
-    reference: Picture | None = None  # another picture of the same subject; None: the picture itself is it
+    reference: ImageAndMask | None = None  # another image of the same subject; None: the image itself is it
 
 
 class Files(NamedTuple):
@@ -41,7 +43,7 @@ class Files(NamedTuple):
 
     key: str
     texts: dict[str, Any]
-    pictures: list[tuple[bytes, bytes]]  # (picture, mask) and, if there is one, (reference, its mask)
+    images: list[tuple[bytes, bytes]]  # (image, mask) and, if there is one, (reference, its mask)
 
 
 class Source(Protocol):
@@ -99,7 +101,7 @@ class FolderSource:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _content(self, name: Any) -> bytes:
-        # Links are followed: whoever made the folder may keep its pictures elsewhere.
+        # Links are followed: whoever made the folder may keep its images elsewhere.
         if (
             not isinstance(name, str)
             or os.path.isabs(name)
@@ -130,8 +132,8 @@ class ShardSource:
     def files(self, raw: Raw) -> Files:
         if "json" not in raw.fields:
             raise ValueError("its .json is missing")
-        pictures = _pairs([raw.fields.get(name) for name in ("image", "mask", "ref", "refmask")])
-        return Files(raw.key, _texts(raw.fields["json"]), pictures)
+        images = _pairs([raw.fields.get(name) for name in ("image", "mask", "ref", "refmask")])
+        return Files(raw.key, _texts(raw.fields["json"]), images)
 
     def fingerprint(self) -> str:
         sizes = [(name, path.stat().st_size) for name, path in zip(self.shards, self.paths, strict=True)]
@@ -186,8 +188,8 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"its {name} is {text!r}: expected a text")
     check_prompt(label, caption)
-    pairs = zip(files.pictures, ("", "reference's "), strict=False)
-    (image, mask), *others = (_picture(*pair, whose, limits) for pair, whose in pairs)
+    pairs = zip(files.images, ("", "reference's "), strict=False)
+    (image, mask), *others = (_image(*pair, whose, limits) for pair, whose in pairs)
     return Triplet(files.key, image, mask, label, caption, others[0] if others else None)
 
 
@@ -202,8 +204,8 @@ def _texts(line: bytes) -> dict[str, Any]:
 
 
 def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
-    """From picture, mask, reference, its mask; the last two may both be None."""
-    names = ("picture", "mask", "reference", "mask of the reference")
+    """From image, mask, reference, its mask; the last two may both be None."""
+    names = ("image", "mask", "reference", "mask of the reference")
     wanted = names if any(content is not None for content in contents[2:]) else names[:2]
     found = [content for content in contents if content is not None]
     if len(found) < len(wanted):
@@ -212,16 +214,14 @@ def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _picture(content: bytes, mask_content: bytes, whose: str, limits: InputConfig) -> Picture:
-    image = _decode(content, f"{whose}picture", limits)
+def _image(content: bytes, mask_content: bytes, whose: str, limits: InputConfig) -> ImageAndMask:
+    image = _decode(content, f"{whose}image", limits)
     mask = _decode(mask_content, f"{whose}mask", limits).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if abs(image.width * mask.height / (image.height * mask.width) - 1) > limits.aspect_tolerance:
-        raise ValueError(
-            f"its {whose}mask is {mask.size} pixels, the picture {image.size}: expected one shape"
-        )
+        raise ValueError(f"its {whose}mask is {mask.size} pixels, the image {image.size}: expected one shape")
     if mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
     if mask.getextrema()[1] <= HALF:
@@ -230,13 +230,13 @@ def _picture(content: bytes, mask_content: bytes, whose: str, limits: InputConfi
 
 
 def _decode(content: bytes, what: str, limits: InputConfig) -> Image.Image:
-    """The picture, upright, in its own mode; its size is checked before its pixels are decoded."""
+    """The image, upright, in its own mode; its size is checked before its pixels are decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"its {what} is no picture: expected one of {', '.join(FORMATS)}") from None
+        raise ValueError(f"its {what} is no image: expected one of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise ValueError(
             f"its {what} has far more than the {limits.max_pixels:,} pixels that are allowed"

@@ -1,7 +1,7 @@
 """How good a model is, by DreamBooth's protocol: `python -m moma.evaluate --dataset DIR --bundle DIR`.
 
-Draws the protocol's pictures by the methods asked for, scores them and those that others have drawn
-(`--images NAME=DIR`), and writes numbers, tables, the chart of the paper's Fig. 7 and a page of the pictures.
+Draws the protocol's images by the methods asked for, scores them and those that others have drawn
+(`--images NAME=DIR`), and writes numbers, tables, the chart of the paper's Fig. 7 and a page of the images.
 `--world` takes MoMA-mini's world in the place of photos. A run that was killed goes on when it is started
 again; under torchrun the ranks share the drawing.
 """
@@ -10,17 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moma.bundle import Bundle
+from moma.app.files import exit_status
 from moma.evaluate.draw import draw
 from moma.evaluate.options import Options, parse
 from moma.evaluate.page import write_outputs
 from moma.evaluate.plan import prepare
 from moma.evaluate.rate import embed_real, rate, rate_real
 from moma.evaluate.scorers import ImageScorer, load_scorers
-from moma.mini.evaluation import mini_scorers
-from moma.output import exit_status
-from moma.pipeline import set_precision
+from moma.evaluate.world import mini_scorers
+from moma.sampling.device import set_precision
 from moma.training.parallel import Ranks, start_ranks
+from moma.weights.bundle import Bundle
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,9 +40,9 @@ def evaluate(options: Options, ranks: Ranks) -> None:
     scorers = open_scorers(options, ranks)
     real = embed_real(scorers, plan.subjects)
     scores = []
-    for name, pictures in plan.pictures.items():
-        print(f"{name}: scoring {len(pictures)} pictures", file=sys.stderr)
-        scores += rate(name, pictures, real, scorers, options.out)
+    for name, images in plan.images.items():
+        print(f"{name}: scoring {len(images)} images", file=sys.stderr)
+        scores += rate(name, images, real, scorers, options.out)
     photos = {subject.name: subject.photos for subject in plan.subjects}
     write_outputs(options.out, scores, rate_real(real, scorers), plan.facts, photos, plan.dreambooth)
     print((options.out / "table.md").read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
-"""Draws what is missing of a method's pictures, so that a run that was killed goes on.
+"""Draws what is missing of a method's images, so that a run that was killed goes on.
 
-    <folder>/settings.json               what decided the pictures; another run's are refused
+    <folder>/settings.json               what decided the images; another run's are refused
              <subject>/<prompt>-<n>.png  each with a stamp of the settings, its task and its reference
              .drafts/                    batches under way: their latents after some steps
 
-A batch's state is kept as often as one picture's worth of steps has been done, and until all its pictures are
+A batch's state is kept as often as one image's worth of steps has been done, and until all its images are
 written: whenever a run ends, no more than that is lost. Batches do not depend on where a run was killed, so
-that the pictures are those of a run that was not, bit for bit where the device repeats itself; where they
+that the images are those of a run that was not, bit for bit where the device repeats itself; where they
 have to be smaller than before, a batch under way is cut up and goes on in parts.
 """
 
@@ -28,27 +28,29 @@ import torch
 from PIL import Image
 
 import moma
-from moma.bundle import Bundle
-from moma.config import MethodConfig, SampleConfig
-from moma.diffusion import History
+from moma.app.files import write_text
+from moma.app.record import read_stamp, save_png
 from moma.evaluate.methods import Loader, Method
 from moma.evaluate.protocol import ProtocolConfig, Task
 from moma.evaluate.references import Reference
-from moma.output import read_stamp, save_png, write_text
-from moma.preprocess import open_image
-from moma.sampler import Step
+from moma.inputs.preprocess import open_image
+from moma.methods.moma.config import MethodConfig
+from moma.sampling.config import SampleConfig
+from moma.sampling.diffusion import History
+from moma.sampling.sampler import Step
 from moma.training.checkpoint import differences
 from moma.training.parallel import Ranks
+from moma.weights.bundle import Bundle
 
 SETTINGS, DRAFTS = "settings.json", ".drafts"
-SUBJECTS_KEPT = 6  # in memory: as many pictures as a subject of DreamBooth's has
+SUBJECTS_KEPT = 6  # in memory: as many images as a subject of DreamBooth's has
 NAME = 16  # characters of a digest in a file name: 64 bits, enough for any number of batches
-PER_MACHINE = ("batch_size", "max_side", "strength")  # fields that decide no picture; tasks have strengths
+PER_MACHINE = ("batch_size", "max_side", "strength")  # fields that decide no image; tasks have strengths
 
 
 @dataclass(frozen=True)
 class Run:
-    """A method's pictures: where they go and all that decides them."""
+    """A method's images: where they go and all that decides them."""
 
     name: str
     folder: Path
@@ -64,7 +66,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         sample = {name: value for name, value in asdict(self.sample).items() if name not in PER_MACHINE}
-        if self.method.m_gen_norm == "batch":  # there the batch decides what its pictures are
+        if self.method.m_gen_norm == "batch":  # there the batch decides what its images are
             sample["batch_size"] = self.sample.batch_size
         files = {path.name for name in self.loader.networks for path in self.bundle.files(name)}
         return {
@@ -81,7 +83,7 @@ class Run:
         }
 
     def stamps(self) -> dict[Task, str]:
-        """What each picture is known by."""
+        """What each image is known by."""
         settings = json.dumps(self.settings, sort_keys=True)
         facts = {
             task: [settings, str(task.file), task.subject.word, task.prompt, task.kind] for task in self.tasks
@@ -101,11 +103,11 @@ def _digest(facts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class DraftFile:
-    """A `moma.sampler.Draft` on the disk."""
+    """A `moma.sampling.sampler.ResumeState` on the disk."""
 
     path: Path
-    stamps: tuple[str, ...]  # of the batch's pictures
-    steps: int  # of a picture
+    stamps: tuple[str, ...]  # of the batch's images
+    steps: int  # of an image
 
     @classmethod
     def of(cls, run: Run, stamps: Sequence[str]) -> "DraftFile":
@@ -117,7 +119,7 @@ class DraftFile:
         return kept and kept.step
 
     def keep(self, step: Step) -> None:
-        """After as many steps of the batch as take no longer than all steps of one picture."""
+        """After as many steps of the batch as take no longer than all steps of one image."""
         last = step.index + 1 == self.steps
         if last or (step.index + 1) % max(1, self.steps // len(self.stamps)) == 0:
             self.write(step)
@@ -137,7 +139,7 @@ class Kept(NamedTuple):
     step: Step
 
     def rows(self, part: slice) -> "Kept":
-        """The state of some of the pictures."""
+        """The state of some of the images."""
         s = self.step
         cut = {"latents": s.latents[part].clone(), "noise_pred": s.noise_pred[part].clone()}
         m_gen = None if s.m_gen is None else s.m_gen[part].clone()
@@ -172,7 +174,7 @@ def check_settings(run: Run) -> None:
                 f"{run.folder}: drawn with other settings: {listed}; choose another --out, or delete it"
             )
     elif next(run.folder.glob("*/*.png"), None):
-        raise ValueError(f"{run.folder}: has pictures, but no {SETTINGS}; choose another --out")
+        raise ValueError(f"{run.folder}: has images, but no {SETTINGS}; choose another --out")
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -184,14 +186,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def missing(run: Run) -> list[Task]:
-    """The tasks without a whole picture. ValueError for a picture of another run's."""
+    """The tasks without a whole image. ValueError for an image of another run's."""
     check_settings(run)
     absent = []
     for task, stamp in run.stamps().items():
         found = read_stamp(run.folder / task.file)
         if found not in (None, stamp):
             raise ValueError(
-                f"{run.folder / task.file}: made from another reference picture or mask; choose another"
+                f"{run.folder / task.file}: made from another reference image or mask; choose another"
                 f" --out, or delete {run.folder}"
             )
         if found is None:
@@ -200,9 +202,9 @@ def missing(run: Run) -> list[Task]:
 
 
 def begun(run: Run, absent: Sequence[Task]) -> list[tuple[str, ...]]:
-    """The batches that were under way, as stamps of their pictures.
+    """The batches that were under way, as stamps of their images.
 
-    Drafts of which nothing is wanted are removed, and so are those that share a picture with a larger one.
+    Drafts of which nothing is wanted are removed, and so are those that share an image with a larger one.
     """
     stamps = run.stamps()
     known, wanted, taken, found = set(stamps.values()), {stamps[task] for task in absent}, set(), []
@@ -260,13 +262,13 @@ def begin(run: Run) -> tuple[list[Task], list[tuple[str, ...]]]:
 
 
 def end(run: Run) -> None:
-    """Nothing but pictures is left, unless batches are under way of tasks that this run was not asked for."""
+    """Nothing but images is left, unless batches are under way of tasks that this run was not asked for."""
     with suppress(OSError):
         (run.folder / DRAFTS).rmdir()
 
 
 def draw(run: Run, ranks: Ranks) -> None:
-    """Draw all missing pictures; the ranks take equal, connected parts of the batches."""
+    """Draw all missing images; the ranks take equal, connected parts of the batches."""
     absent, drafts = ranks.once(lambda: begin(run))
     if not absent:
         return
@@ -280,14 +282,14 @@ def draw(run: Run, ranks: Ranks) -> None:
     for batch in own:
         draw_batch(run, method, open_subject, batch, [stamps[task] for task in batch], wanted)
         done += len(batch)
-        print(f"{run.name}: {done} of {sum(map(len, own))} pictures", file=sys.stderr)
+        print(f"{run.name}: {done} of {sum(map(len, own))} images", file=sys.stderr)
     ranks.gather(None)  # until all have drawn
     if ranks.main:
         end(run)
 
 
 def batch_size(run: Run, method: Method) -> int:
-    """Pictures at once; no more than steps, so that one step of all is no more work than one picture."""
+    """Images at once; no more than steps, so that one step of all is no more work than one image."""
     size = method.pipe.at_once(run.sample)
     return size if run.method.m_gen_norm == "batch" else min(size, run.sample.steps)
 
@@ -319,7 +321,7 @@ def draw_batch(
     stamps: Sequence[str],
     wanted: Collection[Task],
 ) -> None:
-    """Draw a batch, from its draft if there is one, and write those of its pictures that are wanted."""
+    """Draw a batch, from its draft if there is one, and write those of its images that are wanted."""
     jobs = [
         method.job(
             open_subject(run.reference(task), task.subject.word),

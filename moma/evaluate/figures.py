@@ -2,9 +2,9 @@
 
 One command each: masking (Table 3, Fig. 9), beta (Table 4, Fig. 8), context and texture (Figs. 4, 5),
 community (Fig. 10), methods (Table 1). Without --ref the repository's examples are drawn, without --prompt
-scenes and materials that MoMA-mini knows, too. All pictures start from the same noise.
+scenes and materials that MoMA-mini knows, too. All images start from the same noise.
 
-Letters: N pictures of one photo, E embedding.
+Letters: N images of one photo, E embedding.
 """
 
 import argparse
@@ -20,28 +20,23 @@ from typing import NamedTuple, get_args
 
 from PIL import Image
 
-from moma.bundle import DTYPES, SCORERS, Bundle
-from moma.cli import MAX_SEED, SCENES, WEIGHTS, Parser, check_writable, parse_size, subject_of_file
-from moma.config import MethodConfig, SampleConfig, method_config
-from moma.diffusion import SOLVERS, ScheduleConfig, intervals
+from moma.app.files import Parser, check_writable, exit_status, markdown_table, write_text
+from moma.app.options import MAX_SEED, SCENES, WEIGHTS, parse_size, subject_of_file
+from moma.app.record import save_png
+from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered, check_baseline
 from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, load_scorers, measure
 from moma.evaluate.scores import Score, averages
-from moma.output import (
-    Cell,
-    SheetConfig,
-    contact_sheet,
-    exit_status,
-    markdown_table,
-    mask_picture,
-    save_png,
-    write_text,
-)
-from moma.pipeline import Job, Result, check_method, choose_device, choose_dtype, set_precision
-from moma.preprocess import find_mask, make_reference, on_white, open_image
-from moma.prompts import check_prompt
-from moma.segment import segment_by
+from moma.inputs.preprocess import find_mask, make_reference, on_white, open_image
+from moma.inputs.segment import segment_by
+from moma.methods.moma.config import MethodConfig, method_config
+from moma.methods.prompts import check_prompt
+from moma.sampling.config import SampleConfig
+from moma.sampling.device import DTYPES, choose_device, choose_dtype, set_precision
+from moma.sampling.diffusion import SOLVERS, ScheduleConfig, solver_steps
+from moma.sampling.pipeline import Job, Result, check_method
+from moma.weights.bundle import SCORERS, Bundle
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
@@ -64,8 +59,8 @@ class FigureConfig:
     # How much of M_gen is kept, the rest being 1 (Table 3).
     masks: tuple[tuple[str, float], ...] = (("full mask", 1.0), ("half mask", 0.5), ("no mask", 0.0))
     strengths: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # β of Fig. 8
-    cell: int = 256  # pixels of a picture on the sheet, at most
-    blow_up: int = 2  # pictures smaller than half a cell, such as MoMA-mini's, grow by this
+    cell: int = 256  # pixels of an image on the sheet, at most
+    blow_up: int = 2  # images smaller than half a cell, such as MoMA-mini's, grow by this
     letter: int = 6  # pixels, the mean width of the captions' letters
     sheet: SheetConfig = field(default_factory=lambda: SheetConfig(gap=6, caption=30, font=11))
 
@@ -75,7 +70,7 @@ class FigureConfig:
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A picture of a subject."""
+    """An image of a subject."""
 
     image: Image.Image
     mask: Image.Image | None  # None until SAM has been asked (`with_masks`)
@@ -84,7 +79,7 @@ class Photo:
 
 
 class Wanted(NamedTuple):
-    """What every column has a picture of."""
+    """What every column has an image of."""
 
     photo: Photo
     prompt: str
@@ -96,7 +91,7 @@ class Request:
 
     bundles: tuple[Path, ...]
     wanted: tuple[Wanted, ...]
-    seed: int  # of the start noise, the same for all pictures
+    seed: int  # of the start noise, the same for all images
     sample: SampleConfig
     device: str
     dtype: str
@@ -104,7 +99,7 @@ class Request:
 
 
 class Column(NamedTuple):
-    """A picture of each `Wanted`."""
+    """An image of each `Wanted`."""
 
     name: str
     images: list[Image.Image]
@@ -119,7 +114,7 @@ def load(loader: Loader, folder: Path, request: Request) -> Method:
 
 
 def make_jobs(method: Method, request: Request) -> list[Job]:
-    """A picture of each `Wanted`; a photo is encoded once, and the MLLM reads all prompts together."""
+    """An image of each `Wanted`; a photo is encoded once, and the MLLM reads all prompts together."""
     photos = dict.fromkeys(photo for photo, _ in request.wanted)
     subjects = {photo: method.subject(photo.image, photo.mask, photo.word) for photo in photos}
     method.read([(subjects[photo], prompt) for photo, prompt in request.wanted])
@@ -127,7 +122,7 @@ def make_jobs(method: Method, request: Request) -> list[Job]:
 
 
 def draw(name: str, method: Method, jobs: Sequence[Job], request: Request) -> list[Result]:
-    print(f"{name}: {len(jobs)} pictures", file=sys.stderr)
+    print(f"{name}: {len(jobs)} images", file=sys.stderr)
     return list(method.pipe.run(jobs, request.sample))
 
 
@@ -143,7 +138,7 @@ def masking(request: Request) -> Iterator[Column]:
         results = draw(name, replace(method, pipe=method.pipe.changed(change)), jobs, request)
         first = first or results
         yield Column(name, [result.image for result in results])
-    masks = [mask_picture(result.m_gen, result.image.size) for result in first]
+    masks = [mask_image(result.m_gen, result.image.size) for result in first]
     yield Column(f"M_gen, {request.cfg.masks[0][0]}", masks, scored=False)
 
 
@@ -170,7 +165,7 @@ def methods(request: Request, loaders: Loaders) -> Iterator[Column]:
 
 
 def sheet(request: Request, columns: Sequence[Column], by_photo: bool, method: MethodConfig) -> Image.Image:
-    """Photos and their pictures. by_photo: a row holds all that one column has of a photo, else the pictures
+    """Photos and their images. by_photo: a row holds all that one column has of a photo, else the images
     of one `Wanted` in all columns.
     """
     cfg, sides = request.cfg, (request.sample.width, request.sample.height)
@@ -200,13 +195,13 @@ def sheet(request: Request, columns: Sequence[Column], by_photo: bool, method: M
 
 
 def wrapped(text: str, side: int, cfg: FigureConfig) -> tuple[str, ...]:
-    """A caption below a picture of that width; PIL's font lacks the Greek letter."""
+    """A caption below an image of that width; PIL's font lacks the Greek letter."""
     first, *rest = textwrap.wrap(text.replace("β", "beta"), side // cfg.letter)
     return (first, " ".join(rest)) if rest else (first,)
 
 
 def score(request: Request, columns: Sequence[Column], scorers: Sequence[ImageScorer]) -> list[Score]:
-    """What the scorers say of each picture; the only real picture of a subject is its photo."""
+    """What the scorers say of each image; the only real image of a subject is its photo."""
     rows = [
         (column, photo, [i for i, what in enumerate(request.wanted) if what.photo is photo])
         for column in columns
@@ -235,7 +230,7 @@ def table(scores: Sequence[Score], request: Request) -> str:
     rows = [[name, *(f"{mean.values[head]:.3f}" for head in heads)] for (name,), mean in found.items()]
     count = next(iter(found.values())).count
     note = (
-        f"Means over {count} pictures; the photo itself is the one real picture that they are compared with. "
+        f"Means over {count} images; the photo itself is the one real image that they are compared with. "
         f"{sample.steps} steps, guidance {sample.guidance:g}, seed {request.seed}."
     )
     return f"{markdown_table(['', *heads], rows)}\n{note}\n"
@@ -292,7 +287,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     many = "one for each base model" if name == "community" else "default: weights/moma, weights/mini"
     files = {
         "--bundle": ("DIR", f"weights; {many}"),
-        "--ref": ("FILE", "picture of a subject; may be repeated (default: the repository's examples)"),
+        "--ref": ("FILE", "image of a subject; may be repeated (default: the repository's examples)"),
         "--mask": ("FILE", "its mask, for each --ref in turn (default: found as sample.py finds it)"),
     }
     for option, (metavar, text) in files.items():
@@ -302,11 +297,11 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     add("--subject", action="append", metavar="WORD", help=text)
     text = f"for each subject, whose word stands in the place of {SUBJECT}; may be repeated"
     add("--prompt", action="append", metavar="TEXT", help=text)
-    add("--seed", type=int, default=0, metavar="N", help="of the start noise of all pictures (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of the start noise of all images (default: 0)")
     add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
     add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"default: {base.solver}")
     add("--size", type=parse_size, metavar="S|WxH", help="pixels (default: the weights' own)")
-    text = f"pictures drawn at once (default: {base.batch_size})"
+    text = f"images drawn at once (default: {base.batch_size})"
     add("--batch-size", type=int, default=base.batch_size, metavar="N", help=text)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (default: auto)")
@@ -371,7 +366,7 @@ def open_photos(args: argparse.Namespace, bundle: Bundle) -> list[Photo]:
     for option in ("mask", "subject"):
         given[option] = getattr(args, option) or [None] * len(files)
         if len(given[option]) != len(files):
-            expected = f"expected {len(files)}, one for each picture"
+            expected = f"expected {len(files)}, one for each image"
             raise ValueError(f"--{option}: {len(given[option])} given, {expected}")
     photos, later = [], (lambda _: None) if "sam" in bundle.networks else None
     for path, mask, word in zip(files, given["mask"], given["subject"], strict=True):
@@ -430,7 +425,7 @@ def check(args: argparse.Namespace, request: Request, loaders: Loaders) -> Metho
     """ValueError for whatever would fail later; what the first bundle's weights need of the method."""
     for _, loader, folder in loaders:
         check_way(Bundle.open(folder), loader, args, request)
-    intervals(ScheduleConfig(), request.sample.steps, request.sample.solver)
+    solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver)
     choose_dtype(request.dtype, choose_device(request.device))
     if args.scorers and not set(SCORERS) & set(Bundle.open(args.scorers).networks):
         raise ValueError(f"--scorers {args.scorers}: has none of {', '.join(SCORERS)}; convert one into it")

@@ -1,7 +1,7 @@
 """What is compared: ways to draw a subject by a prompt, under one interface.
 
 A `Method` makes subjects and jobs, and its pipe draws them; `METHODS` says how each is loaded from a bundle.
-All of them read the same text (`moma.prompts.sd_prompt`) and start from the same noise.
+All of them read the same text (`moma.methods.prompts.sd_prompt`) and start from the same noise.
 
 Letters: B images, R = 2B rows of a UNet call, C context tokens, h w latents, E embedding.
 """
@@ -17,27 +17,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.loading import load_into
-from moma.adapter import Conditioning, MoMAHook
-from moma.bundle import Bundle
-from moma.config import SampleConfig, method_config
-from moma.evaluate.ip_adapter import ImagePrompt, IPAdapter, IPAdapterConfig
-from moma.graphs import choose_recorder
-from moma.masks import Grid
-from moma.pipeline import (
-    DRAWING,
-    Job,
-    MoMA,
-    Subject,
-    choose_device,
-    choose_dtype,
-    load_drawing,
-)
-from moma.preprocess import make_reference
-from moma.sampler import Guide, TextOnly
+from models.weights.loading import load_into
+from moma.inputs.preprocess import make_reference
+from moma.methods.ip_adapter import ImagePrompt, IPAdapter, IPAdapterConfig
+from moma.methods.moma.adapter import Conditioning, MoMAHook
+from moma.methods.moma.config import method_config
+from moma.methods.moma.masks import Grid
+from moma.sampling.config import SampleConfig
+from moma.sampling.cuda_graphs import choose_recorder
+from moma.sampling.device import choose_device, choose_dtype
+from moma.sampling.pipeline import DRAWING, Job, MoMA, Subject, load_drawing
+from moma.sampling.sampler import Guide, TextOnly
+from moma.weights.bundle import Bundle
 
 BASE = ("unet", "vae", "text")  # the networks that every method draws with
-AS_PUBLISHED, ON_WHITE = IPAdapterConfig(), IPAdapterConfig(picture="white")
+AS_PUBLISHED, ON_WHITE = IPAdapterConfig(), IPAdapterConfig(image="white")
 TRAINED = ("mapping.", "subject.", "token")  # of an adapter, what is no IP-Adapter's
 
 
@@ -95,7 +89,7 @@ class BaseModel(MoMA):
     embed_dim = 0  # a text needs no embedding
 
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, *, seed: int = 0) -> Subject:
-        """The subject as people see it; the pictures depend on its word alone."""
+        """The subject as people see it; the images depend on its word alone."""
         return Subject(word, make_reference(image, mask, self.image_size, self.method), [])
 
     def embed(self, subject: Subject, prompt: str) -> Tensor:
@@ -112,7 +106,7 @@ class BaseModel(MoMA):
 
 @dataclass(frozen=True, eq=False)
 class SeenSubject(Subject):
-    """A subject with the embedding of its picture."""
+    """A subject with the embedding of its image."""
 
     embedding: Tensor  # (1, E)
 
@@ -163,7 +157,7 @@ class Method:
             known.setdefault(subject, {})[prompt] = embedding
 
     def job(self, subject: Subject, prompt: str, seed: int, strength: float | None = None) -> Job:
-        """One picture to draw, with its embedding. strength: MoMA's β; other methods have none."""
+        """One image to draw, with its embedding. strength: MoMA's β; other methods have none."""
         self.read([(subject, prompt)])
         return Job(subject, prompt, seed, strength=strength, embedding=self._embeddings[subject][prompt])
 
@@ -179,7 +173,7 @@ class Loader:
 
     load: Callable[..., Method]
     networks: tuple[str, ...]  # of the bundle, that the method draws with
-    settings: Any = None  # a frozen dataclass of what else decides its pictures
+    settings: Any = None  # a frozen dataclass of what else decides its images
 
     def __call__(
         self, folder: str | Path, device: str = "auto", dtype: str = "auto", **options: Any

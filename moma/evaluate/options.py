@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from moma.bundle import DTYPES
-from moma.cli import Parser
-from moma.config import SampleConfig
-from moma.diffusion import SOLVERS
+from moma.app.files import Parser
 from moma.evaluate.methods import EVALUATED, check_baseline
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
+from moma.sampling.config import SampleConfig
+from moma.sampling.device import DTYPES
+from moma.sampling.diffusion import SOLVERS
 
 MINI = Path("weights/mini")
 MASKS, WORLD = "masks", "world"  # folders in the output's, beside those of methods
@@ -25,7 +25,7 @@ class Options:
     dataset: Path | None  # or the world
     world: bool
     methods: Mapping[str, Path]  # name -> bundle
-    images: Mapping[str, Path]  # name -> folder of pictures drawn by others
+    images: Mapping[str, Path]  # name -> folder of images drawn by others
     scorers: Path
     masks: Path | None
     subjects: int | None
@@ -95,23 +95,23 @@ def _parser(description: str) -> Parser:
     parser = Parser("python -m moma.evaluate", description=description)
     add = parser.add_argument_group("the subjects").add_argument
     add("--dataset", type=Path, metavar="DIR", help="google/dreambooth's `dataset`, or one of its form:"
-        f" a folder of pictures for each subject; {OWN} in it names their classes")  # fmt: skip
+        f" a folder of images for each subject; {OWN} in it names their classes")  # fmt: skip
     add("--world", action="store_true", help="MoMA-mini's world in the place of photos")
-    add("--masks", type=Path, metavar="DIR", help="masks as DIR/SUBJECT/PICTURE.png (default: transparency,"
+    add("--masks", type=Path, metavar="DIR", help="masks as DIR/SUBJECT/IMAGE.png (default: transparency,"
         " else the bundle's SAM, else what stands out from a plain background)")  # fmt: skip
     add("--reference", choices=get_args(References), default=protocol.reference, help="what methods are"
-        " shown: a subject's first picture, or number n for the n-th one drawn (default: first)")  # fmt: skip
+        " shown: a subject's first image, or number n for the n-th one drawn (default: first)")  # fmt: skip
     add("--subjects", type=int, metavar="N", help="the first N only")
     add(
         "--prompts", type=int, nargs="+", metavar="N", help="the first N contexts and N textures only, or N M"
     )
-    add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt, help="pictures (default: 4)")
+    add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt, help="images (default: 4)")
     add("--no-added", action="store_true", help="DreamBooth's 25 prompts without ten more for textures")
     add = parser.add_argument_group("the methods").add_argument
     add("--bundle", type=Path, metavar="DIR", help=f"weights (with --world: {MINI})")
     add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(EVALUATED)}; may be repeated"
         " (default: moma if there is a --bundle and no --images)")  # fmt: skip
-    add("--images", action="append", default=[], metavar="NAME=DIR", help="score the pictures of another"
+    add("--images", action="append", default=[], metavar="NAME=DIR", help="score the images of another"
         " method: DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
     add("--context-strength", type=float, default=protocol.context_strength, metavar="BETA")
     add("--texture-strength", type=float, default=protocol.texture_strength, metavar="BETA")

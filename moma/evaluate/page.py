@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: its numbers, the chart of Fig. 7, and a page of its pictures.
+"""What an evaluation leaves behind: its numbers, the chart of Fig. 7, and a page of its images.
 
-The page shows the pictures with their scores; it opens from the disk and needs nothing from elsewhere.
+The page shows the images with their scores; it opens from the disk and needs nothing from elsewhere.
 """
 
 import base64
@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from moma.chart import Colour, DotsConfig, Panel, Series, dots
+from moma.app.chart import Colour, DotsConfig, Panel, Series, dots
+from moma.app.files import write_bytes, write_text
+from moma.app.record import save_png
 from moma.evaluate.scores import Score, averages
 from moma.evaluate.tables import KINDS, REAL, Results, scores_csv, scores_json, tables_html, tables_markdown
-from moma.output import save_png, write_bytes, write_text
-from moma.preprocess import on_white, open_image
+from moma.inputs.preprocess import on_white, open_image
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHART = "subjects.png"
@@ -29,15 +30,15 @@ CHART = "subjects.png"
 
 @dataclass(frozen=True)
 class PageConfig:
-    """What is shown of the pictures, and how."""
+    """What is shown of the images, and how."""
 
-    embed: bool = False  # the page is a single file, its pictures small
-    side: int = 192  # pixels of the longer side of an embedded picture and of a real photo
+    embed: bool = False  # the page is a single file, its images small
+    side: int = 192  # pixels of the longer side of an embedded image and of a real photo
     quality: int = 85  # of those as JPEG
     real: int = 6  # photos shown of a subject: DreamBooth has no more of any
     subjects: int | None = None  # on the page, the first ones; None = all
-    numbers: int | None = None  # pictures on the page for a method, subject and prompt; None = all
-    across: int = 6  # most pictures beside each other for one prompt
+    numbers: int | None = None  # images on the page for a method, subject and prompt; None = all
+    across: int = 6  # most images beside each other for one prompt
     colours: tuple[Colour, ...] = (  # of methods; colour-blind eyes tell them apart, too
         (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233),
     )  # fmt: skip
@@ -54,11 +55,11 @@ def write_outputs(
     dreambooth: Collection[str] = (),
     cfg: PageConfig | None = None,
 ) -> None:
-    """Write scores.json, scores.csv, table.md, subjects.png and index.html into the folder of the pictures.
+    """Write scores.json, scores.csv, table.md, subjects.png and index.html into the folder of the images.
 
     real: subject -> column -> score of its own photos. photos: subject -> its photos, the reference first;
     small copies go to `real/`. dreambooth: the texts of DreamBooth's own prompts, if the subjects are its
-    own, too: methods that did them all are compared with published averages. ValueError for a picture that
+    own, too: methods that did them all are compared with published averages. ValueError for an image that
     is missing or a score that is no number, before anything is written.
     """
     cfg, results = cfg or PageConfig(), Results(scores, real, facts, dreambooth)
@@ -122,7 +123,7 @@ def method_colours(results: Results, cfg: PageConfig) -> dict[str, Colour]:
 def write_page(
     path: Path, folder: Path, results: Results, photos: Mapping[str, Sequence[Path]], cfg: PageConfig
 ) -> None:
-    """Write the page of the pictures in `folder`; unless it embeds them, it belongs there, too."""
+    """Write the page of the images in `folder`; unless it embeds them, it belongs there, too."""
     link = partial(_embedded, folder, cfg) if cfg.embed else quote
     groups = _groups(results, cfg)
     sections = []
@@ -131,7 +132,7 @@ def write_page(
         links = [_photo(folder, f"{number:03d}-{i}.jpg", file, cfg) for i, file in enumerate(files)]
         sections.append(_section(results, subject, links, prompts, link, cfg))
     shown = sum(len(group) for prompts in groups.values() for group in prompts.values())
-    every = f"{shown} of {len(results.scores)} pictures are shown." if shown < len(results.scores) else ""
+    every = f"{shown} of {len(results.scores)} images are shown." if shown < len(results.scores) else ""
     orders = [
         (f"{i}{sign}", f"{column}, {way} first")
         for i, column in enumerate(results.columns)
@@ -154,11 +155,11 @@ def write_page(
     write_text(path, page)
 
 
-Prompts = dict[tuple[str, str], list[Score]]  # kind and prompt -> pictures
+Prompts = dict[tuple[str, str], list[Score]]  # kind and prompt -> images
 
 
 def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
-    """The subjects and pictures that are shown. Those of a prompt stand by method, then by number."""
+    """The subjects and images that are shown. Those of a prompt stand by method, then by number."""
     groups: dict[str, Prompts] = {subject: {} for subject in list(results.subjects)[: cfg.subjects]}
     for score in results.scores:
         if score.subject in groups:
@@ -173,7 +174,7 @@ def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
 
 
 def _across(groups: Mapping[str, Prompts], cfg: PageConfig) -> int:
-    """Pictures beside each other: the pictures of a method, or the methods where each has one."""
+    """Images beside each other: the images of a method, or the methods where each has one."""
     every = [Counter(s.method for s in scores) for prompts in groups.values() for scores in prompts.values()]
     most = max((max(counts.values()) for counts in every), default=1)
     return min(cfg.across, most if most > 1 else max(map(len, every), default=1))
@@ -187,7 +188,7 @@ def _section(
     link: Callable[[str], str],
     cfg: PageConfig,
 ) -> str:
-    """A subject: its photos, then its pictures by prompt."""
+    """A subject: its photos, then its images by prompt."""
     name, label = escape(subject), results.subjects[subject]
     real = "".join(
         f'<figure><img loading="lazy" src="{source}" alt="Real image {i} of {name}"></figure>\n'
@@ -209,9 +210,9 @@ def _section(
 
 
 def _shot(results: Results, score: Score, source: str, cfg: PageConfig) -> str:
-    """One picture with its scores."""
+    """One image with its scores."""
     method, subject, prompt = escape(score.method), escape(score.subject), escape(score.prompt)
-    alt = f"{method}: {prompt} ({subject}, picture {score.number + 1})"
+    alt = f"{method}: {prompt} ({subject}, image {score.number + 1})"
     image = f'<img loading="lazy" src="{source}" alt="{alt}">'
     if not cfg.embed:
         image = f'<a href="{source}">{image}</a>'
@@ -230,7 +231,7 @@ def _options(choices: Iterable[tuple[str, str]]) -> str:
 
 
 def _photo(folder: Path, name: str, file: Path, cfg: PageConfig) -> str:
-    """Where the page finds a real photo: in itself, or as a small copy beside the pictures."""
+    """Where the page finds a real photo: in itself, or as a small copy beside the images."""
     data = _small(file, cfg)
     if cfg.embed:
         return _data_uri("jpeg", data)
@@ -244,7 +245,7 @@ def _embedded(folder: Path, cfg: PageConfig, file: str) -> str:
 
 
 def _small(file: Path, cfg: PageConfig) -> bytes:
-    """A picture as JPEG, no larger than asked."""
+    """An image as JPEG, no larger than asked."""
     small = on_white(open_image(file))
     small.thumbnail((cfg.side, cfg.side))
     buffer = io.BytesIO()

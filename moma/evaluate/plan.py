@@ -10,10 +10,7 @@ from pathlib import Path
 
 import torch
 
-from moma.bundle import SCORERS, Bundle, dtype_name
-from moma.cli import check_writable
-from moma.config import method_config
-from moma.diffusion import ScheduleConfig, intervals
+from moma.app.files import check_writable
 from moma.evaluate.draw import Run, check_settings
 from moma.evaluate.methods import BASELINE, EVALUATED, Loader
 from moma.evaluate.options import MASKS, WORLD, Options
@@ -30,13 +27,17 @@ from moma.evaluate.protocol import (
     prompts_for,
     tasks_of,
 )
-from moma.evaluate.rate import find_pictures
+from moma.evaluate.rate import find_images
 from moma.evaluate.references import Masks, Reference, find_references
-from moma.mini.evaluation import WorldEvaluation, check_scorers, write_world
-from moma.pipeline import check_method, choose_dtype
-from moma.preprocess import MaskSource, open_image
-from moma.prompts import SD_TEMPLATE, check_prompt
-from moma.segment import segment_by
+from moma.evaluate.world import WorldEvaluation, check_scorers, write_world
+from moma.inputs.preprocess import MaskSource, open_image
+from moma.inputs.segment import segment_by
+from moma.methods.moma.config import method_config
+from moma.methods.prompts import SD_TEMPLATE, check_prompt
+from moma.sampling.device import choose_dtype, dtype_name
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.pipeline import check_method
+from moma.weights.bundle import SCORERS, Bundle
 
 SOURCES: dict[MaskSource, str] = {
     "file": "given", "alpha": "by transparency", "sam": "by SAM", "border": "by a plain background",
@@ -50,7 +51,7 @@ class Plan:
 
     subjects: Sequence[Subject]
     runs: Sequence[Run]
-    pictures: Mapping[str, Mapping[Task, Path]]  # of each method, those of others too
+    images: Mapping[str, Mapping[Task, Path]]  # of each method, those of others too
     facts: Mapping[str, str]
     dreambooth: frozenset[str]  # its prompts, where the subjects are its own, too
 
@@ -60,19 +61,19 @@ def prepare(options: Options, device: torch.device) -> Plan:
     check_scorer_files(options)
     subjects, masks = open_data(options)
     tasks = tasks_of(subjects, options.protocol.per_prompt)
-    pictures = {name: find_pictures(folder, tasks) for name, folder in options.images.items()}
+    images = {name: find_images(folder, tasks) for name, folder in options.images.items()}
     runs = [make_run(name, folder, options, tasks, device) for name, folder in options.methods.items()]
     for run in runs:
         check_settings(run)
-        pictures[run.name] = {task: run.folder / task.file for task in tasks}
+        images[run.name] = {task: run.folder / task.file for task in tasks}
     check_readable(photo for subject in subjects for photo in subject.photos)
-    check_readable(path for name in options.images for path in pictures[name].values())
+    check_readable(path for name in options.images for path in images[name].values())
     check_writable("--out", options.out)
     references = open_references(options, masks, tasks, runs, str(device)) if runs else {}
     runs = [replace(run, references=references) for run in runs]
     own = options.world or (options.dataset / OWN).exists() or not is_dreambooth(subjects)
     known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
-    return Plan(subjects, runs, pictures, facts(options, subjects, runs), frozenset(known))
+    return Plan(subjects, runs, images, facts(options, subjects, runs), frozenset(known))
 
 
 def open_data(options: Options) -> tuple[list[Subject], Path | None]:
@@ -97,13 +98,13 @@ def check_scorer_files(options: Options) -> None:
 
 
 def check_readable(files: Iterable[Path]) -> None:
-    """ValueError for a picture that cannot be read to its end."""
+    """ValueError for an image that cannot be read to its end."""
     for file in files:
         open_image(file)
 
 
 def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], device: torch.device) -> Run:
-    """A method's pictures, without references; reads no weights."""
+    """A method's images, without references; reads no weights."""
     bundle, loader = Bundle.open(folder), loader_of(name, options)
     loader.check(bundle)
     method = method_config(**bundle.method)
@@ -112,7 +113,7 @@ def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], d
     sample = options.sample.sized(bundle.image_size)
     for strength in (options.protocol.context_strength, options.protocol.texture_strength):
         replace(sample, strength=strength).check(bundle.config("vae").factor)
-    intervals(ScheduleConfig(), sample.steps, sample.solver)
+    solver_steps(ScheduleConfig(), sample.steps, sample.solver)
     tokenizer = bundle.clip_tokenizer()
     for word, prompt in dict.fromkeys((task.subject.word, task.prompt) for task in tasks):
         check_prompt(word, prompt, method.absent_label, tokenizer)
@@ -129,7 +130,7 @@ def loader_of(name: str, options: Options) -> Loader:
 def open_references(
     options: Options, masks: Path | None, tasks: Sequence[Task], runs: Sequence[Run], device: str
 ) -> dict[Path, Reference]:
-    """Of all pictures that methods are shown."""
+    """Of all images that methods are shown."""
     photos = list(dict.fromkeys(task.photo(options.protocol.reference) for task in tasks))
     bundle, method = runs[0].bundle, runs[0].method
     segmenting = next((run.bundle for run in runs if "sam" in run.bundle.networks), None)
@@ -145,10 +146,10 @@ def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) ->
     protocol, prompts = options.protocol, max(len(subject.prompts) for subject in subjects)
     texts = {prompt.text for subject in subjects for prompt in subject.prompts}
     added = any(text.format(s.word) in texts for text in ADDED for s in subjects)
-    shown = {"first": "the first picture of each subject", "each": "picture n for the n-th of a prompt"}
+    shown = {"first": "the first image of each subject", "each": "image n for the n-th of a prompt"}
     asked = {
         "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
-        "pictures": f"{protocol.per_prompt} of each prompt",
+        "images": f"{protocol.per_prompt} of each prompt",
     }
     drawn = {  # not so with what others have drawn
         "reference": shown[protocol.reference],

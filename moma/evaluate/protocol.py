@@ -1,6 +1,6 @@
 """What is asked of a method: DreamBooth's protocol (arXiv 2208.12242, Sec. 4), as MoMA's paper uses it.
 
-30 subjects, 25 prompts for each, 4 pictures for each prompt. Names, classes and prompts are those of
+30 subjects, 25 prompts for each, 4 images for each prompt. Names, classes and prompts are those of
 `dataset/prompts_and_classes.txt` in github.com/google/dreambooth; the unique token before the class, which
 stands for a subject that a model was tuned to, is left out. Five prompts ask for another look of the subject
 (red, shiny, ...) and count as textures, the others as contexts. MoMA's paper adds ten prompts for textures
@@ -80,17 +80,17 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 class ProtocolConfig:
     """How the protocol is followed."""
 
-    per_prompt: int = 4  # pictures; number n starts from the noise of seed n, whatever the method and prompt
+    per_prompt: int = 4  # images; number n starts from the noise of seed n, whatever the method and prompt
     context_strength: float = 1.0  # β of MoMA: the release's advice
     texture_strength: float = 0.4
-    # Which of a subject's 4 to 6 pictures is shown to the method, on which the protocol is silent: the first
-    # by name, or picture n for the n-th picture of a prompt (from the start again where there are fewer).
+    # Which of a subject's 4 to 6 images is shown to the method, on which the protocol is silent: the first
+    # by name, or image n for the n-th image of a prompt (from the start again where there are fewer).
     reference: References = "first"
     added: bool = True  # with the ten prompts for textures that are not DreamBooth's
 
     def __post_init__(self) -> None:
         if self.per_prompt < 1:
-            raise ValueError(f"{self.per_prompt} pictures per prompt: expected 1 or more")
+            raise ValueError(f"{self.per_prompt} images per prompt: expected 1 or more")
         if self.reference not in get_args(References):
             raise ValueError(f"reference {self.reference!r}: expected {' or '.join(get_args(References))}")
 
@@ -106,7 +106,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Subject:
-    """A thing, its real pictures, and what is asked for."""
+    """A thing, its real images, and what is asked for."""
 
     name: str  # of its folder
     word: str  # its class, which stands in the prompts
@@ -116,7 +116,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw."""
+    """One image to draw."""
 
     subject: Subject
     prompt: str
@@ -129,7 +129,7 @@ class Task:
         return Path(self.subject.name, f"{slug(self.prompt)}-{self.number}.png")
 
     def photo(self, how: References) -> Path:
-        """The real picture that the method is shown."""
+        """The real image that the method is shown."""
         photos = self.subject.photos
         return photos[0] if how == "first" else photos[self.number % len(photos)]
 
@@ -148,7 +148,7 @@ def prompts_for(word: str, live: bool, added: bool = True) -> tuple[Prompt, ...]
 
 
 def tasks_of(subjects: Sequence[Subject], per_prompt: int) -> list[Task]:
-    """All pictures, subject by subject, prompt by prompt."""
+    """All images, subject by subject, prompt by prompt."""
     return [
         Task(subject, prompt.text, prompt.kind, number)
         for subject in subjects
@@ -188,7 +188,7 @@ def check_limits(number: int | None, prompts: Sequence[int] | None) -> None:
 
 
 def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
-    """The subjects of a folder, one folder of pictures for each, sorted by name; reads no picture.
+    """The subjects of a folder, one folder of images for each, sorted by name; reads no image.
 
     Which there are and of what class: `subjects.json`, if it is there, {"folder": "class"}; else DreamBooth's
     list, with which a `prompts_and_classes.txt` has to agree. ValueError for folders that do not fit.
@@ -209,18 +209,18 @@ def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
     for name in sorted(there):
         word = classes[name]
         prompts = prompts_for(word, word in LIVE, added)
-        subjects.append(Subject(name, word, pictures_in(folder / name), prompts))
+        subjects.append(Subject(name, word, images_in(folder / name), prompts))
     return subjects
 
 
-def pictures_in(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
+def images_in(folder: Path) -> tuple[Path, ...]:
+    """The images of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(f"{folder}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
     names = Counter(path.stem for path in found)
     if (name := next((name for name in names if names[name] > 1), None)) is not None:
-        raise ValueError(f"{folder / name}: {names[name]} pictures of that name, expected one; rename them")
+        raise ValueError(f"{folder / name}: {names[name]} images of that name, expected one; rename them")
     return tuple(found)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SUBJECTS, PROMPTS, PER_PROMPT = 30, 25, 4  # of the protocol
-PICTURES = SUBJECTS * PROMPTS * PER_PROMPT
+IMAGES = SUBJECTS * PROMPTS * PER_PROMPT
 # Who does not say which network was used cannot stand in the column of one.
 UNSTATED = ("DINO, variant not stated", "CLIP-I, variant not stated", "CLIP-T, variant not stated")
-NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 pictures of each: from the papers of
+NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 images of each: from the papers of
 DreamBooth (arXiv 2208.12242, Table 1) and BLIP-Diffusion (arXiv 2305.14720), the others as later comparisons
 give them. DreamBooth's DINO is ViT-S/16; where the network is not known, figures have columns of their own.
 Figures of other protocols are not included; MoMA's own (arXiv 2404.05674, Table 1) were not at hand."""
@@ -15,28 +15,28 @@ Figures of other protocols are not included; MoMA's own (arXiv 2404.05674, Table
 
 @dataclass(frozen=True)
 class Published:
-    """A method's averages over all pictures, or the real pictures' own."""
+    """A method's averages over all images, or the real images' own."""
 
     name: str
     values: Mapping[str, float]
-    pictures: int = PICTURES  # 0: real ones
+    images: int = IMAGES  # 0: real ones
 
 
 def _unstated(name: str, *values: float) -> Published:
     return Published(name, dict(zip(UNSTATED, values, strict=True)))
 
 
-def _first(name: str, pictures: int, dino: float, *clip: float) -> Published:
+def _first(name: str, images: int, dino: float, *clip: float) -> Published:
     """Of DreamBooth's own paper."""
     values = dict(zip(UNSTATED[1:], clip, strict=False))
-    return Published(name, {"DINO ViT-S/16": dino, **values}, pictures)
+    return Published(name, {"DINO ViT-S/16": dino, **values}, images)
 
 
 DREAMBOOTH = (
     _first("Real images", 0, 0.774, 0.885),
-    _first("DreamBooth (Imagen)", PICTURES, 0.696, 0.812, 0.306),
-    _first("DreamBooth (Stable Diffusion)", PICTURES, 0.668, 0.803, 0.305),
-    _first("Textual Inversion", PICTURES, 0.569, 0.780, 0.255),
+    _first("DreamBooth (Imagen)", IMAGES, 0.696, 0.812, 0.306),
+    _first("DreamBooth (Stable Diffusion)", IMAGES, 0.668, 0.803, 0.305),
+    _first("Textual Inversion", IMAGES, 0.569, 0.780, 0.255),
     _unstated("BLIP-Diffusion, zero-shot", 0.594, 0.779, 0.300),
     _unstated("BLIP-Diffusion, fine-tuned", 0.670, 0.805, 0.302),
     _unstated("Custom Diffusion", 0.643, 0.790, 0.305),

@@ -1,4 +1,4 @@
-"""Files to scores: embeds the pictures of each method and the real ones, subject by subject."""
+"""Files to scores: embeds the images of each method and the real ones, subject by subject."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from moma.evaluate.protocol import SUFFIXES, Subject, Task
 from moma.evaluate.scorers import ImageScorer, measure, measure_real
 from moma.evaluate.scores import Score
-from moma.preprocess import on_white, open_image
+from moma.inputs.preprocess import on_white, open_image
 
 LAYOUT = (
     "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in small letters with - for all that is no letter or"
@@ -18,8 +18,8 @@ LAYOUT = (
 )
 
 
-def find_pictures(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
-    """The picture of each task among those that somebody else has drawn, with any usual extension.
+def find_images(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
+    """The image of each task among those that somebody else has drawn, with any usual extension.
 
     ValueError if one is missing: averages over other prompts do not compare.
     """
@@ -31,7 +31,7 @@ def find_pictures(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
     found = {task: there.get((folder / task.file).with_suffix("")) for task in tasks}
     if missing := [task for task, path in found.items() if path is None]:
         raise ValueError(
-            f"{folder}: {len(missing)} of {len(tasks)} pictures are missing, the first is {missing[0].file};"
+            f"{folder}: {len(missing)} of {len(tasks)} images are missing, the first is {missing[0].file};"
             f" {LAYOUT}; --no-added asks for DreamBooth's 25 prompts alone, --subjects, --prompts and"
             " --per-prompt for fewer"
         )
@@ -51,22 +51,22 @@ def embed_real(scorers: Sequence[ImageScorer], subjects: Sequence[Subject]) -> d
 
 def rate(
     method: str,
-    pictures: Mapping[Task, Path],
+    images: Mapping[Task, Path],
     real: Mapping[str, Sequence[Tensor]],
     scorers: Sequence[ImageScorer],
     out: Path,
 ) -> list[Score]:
-    """A score for each picture; real: of `embed_real`; files are named as seen from `out`."""
+    """A score for each image; real: of `embed_real`; files are named as seen from `out`."""
     scores = []
-    for subject, group in groupby(pictures, key=lambda task: task.subject):
+    for subject, group in groupby(images, key=lambda task: task.subject):
         tasks = list(group)
-        prompts, seen = [task.prompt for task in tasks], embed_files(scorers, (pictures[t] for t in tasks))
+        prompts, seen = [task.prompt for task in tasks], embed_files(scorers, (images[t] for t in tasks))
         values: list[dict[str, float]] = [{} for _ in tasks]
         for scorer, embedded, photos in zip(scorers, seen, real[subject.name], strict=True):
             for row, found in zip(values, measure(scorer, embedded, photos, prompts), strict=True):
                 row |= found
         for task, row in zip(tasks, values, strict=True):
-            file = Path(os.path.relpath(pictures[task], out)).as_posix()
+            file = Path(os.path.relpath(images[task], out)).as_posix()
             facts = method, subject.name, subject.word, task.kind, task.prompt, task.number
             scores.append(Score(*facts, file, row))
     return scores

@@ -1,4 +1,4 @@
-"""The real pictures that methods are shown, each with the mask of its subject."""
+"""The real images that methods are shown, each with the mask of its subject."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from moma.config import MethodConfig
-from moma.output import read_stamp, save_png
-from moma.preprocess import MaskSource, find_mask, make_reference, open_image
+from moma.app.record import read_stamp, save_png
+from moma.inputs.preprocess import MaskSource, find_mask, make_reference, open_image
+from moma.methods.moma.config import MethodConfig
 
-LISTED = 8  # pictures named in an error
+LISTED = 8  # images named in an error
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture and its mask, both as files."""
+    """An image and its mask, both as files."""
 
     photo: Path
     mask: Path  # mode L, 255 = subject
-    digest: str  # of both: of their pixels, which another PNG of the same picture has, too
+    digest: str  # of both: of their pixels, which another PNG of the same image has, too
     source: MaskSource  # of the mask
 
     @classmethod
@@ -34,13 +34,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Masks:
-    """Where masks come from (`moma.preprocess.find_mask`).
+    """Where masks come from (`moma.inputs.preprocess.find_mask`).
 
-    A mask's file has the name of its subject and picture in `folder`, and any extension.
+    A mask's file has the name of its subject and image in `folder`, and any extension.
     """
 
     folder: Path | None = None
-    segment: Callable[[Image.Image], Image.Image] | None = None  # picture -> mask, mode L, 255 = subject
+    segment: Callable[[Image.Image], Image.Image] | None = None  # image -> mask, mode L, 255 = subject
     weights: str = ""  # stands for those of `segment`
 
     def given(self, photo: Path) -> Path | None:
@@ -49,7 +49,7 @@ class Masks:
         return next(iter(sorted((self.folder / photo.parent.name).glob(f"{escape(photo.stem)}.*"))), None)
 
     def save(self, photo: Path, target: Path) -> MaskSource:
-        """Write the mask of a picture, unless `segment` has found it there before, and say where it is from.
+        """Write the mask of an image, unless `segment` has found it there before, and say where it is from.
 
         ValueError for none.
         """
@@ -64,13 +64,13 @@ class Masks:
 def find_references(
     photos: Sequence[Path], masks: Masks, out: Path, size: int, method: MethodConfig
 ) -> dict[Path, Reference]:
-    """Each picture's reference; the masks used are written to `out`, as `<subject>/<picture>.png`.
+    """Each image's reference; the masks used are written to `out`, as `<subject>/<image>.png`.
 
-    size, method: of the square that methods see. ValueError that names all pictures without a usable mask.
+    size, method: of the square that methods see. ValueError that names all images without a usable mask.
     """
     if masks.folder is not None and not any(map(masks.given, photos)):
         example = masks.folder / photos[0].parent.name / f"{photos[0].stem}.png"
-        raise ValueError(f"{masks.folder}: holds no mask of these pictures, expected names like {example}")
+        raise ValueError(f"{masks.folder}: holds no mask of these images, expected names like {example}")
     found, problems = {}, {}
     for photo in photos:
         target = out / photo.parent.name / f"{photo.stem}.png"
@@ -91,6 +91,6 @@ def _told(problems: Mapping[Path, ValueError], number: int) -> str:
     more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     first = next(iter(problems.values()))
     return (
-        f"{len(problems)} of {number} pictures have no usable mask: {names}{more} (the first: {first}); give"
-        " masks with --masks DIR, as DIR/SUBJECT/PICTURE.png, or a bundle with a segmenter"
+        f"{len(problems)} of {number} images have no usable mask: {names}{more} (the first: {first}); give"
+        " masks with --masks DIR, as DIR/SUBJECT/IMAGE.png, or a bundle with a segmenter"
     )

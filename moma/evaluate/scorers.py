@@ -1,9 +1,9 @@
-"""Networks that judge pictures: DINO and CLIP as embeddings of unit length, each named with its variant.
+"""Networks that judge images: DINO and CLIP as embeddings of unit length, each named with its variant.
 
 Which network a published figure comes from is often left open, and the figures differ between variants: a
 column is called by measure and network, so that no table is without it.
 
-Letters: N pictures or texts, E embedding.
+Letters: N images or texts, E embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,30 +20,30 @@ from models.clip_image import clip_image
 from models.dino import DINO
 from models.dino_image import dino_image
 from models.tokenizers import ClipTokenizer
-from moma.bundle import SCORERS, Bundle
 from moma.evaluate.scores import prompt_similarity, real_similarity, similarity
+from moma.weights.bundle import SCORERS, Bundle
 
-COLUMNS = {  # network of a bundle -> what it measures: likeness to real pictures, then to the prompt
+COLUMNS = {  # network of a bundle -> what it measures: likeness to real images, then to the prompt
     "dino_s16": ("DINO ViT-S/16",),
     "dino_b16": ("DINO ViT-B/16",),
     "clip_b32": ("CLIP-I ViT-B/32", "CLIP-T ViT-B/32"),
     "clip_l14": ("CLIP-I ViT-L/14", "CLIP-T ViT-L/14"),
 }
 Item = TypeVar("Item")
-BATCH = 32  # pictures or texts at once: fills a GPU, and a CPU gains nothing from more
+BATCH = 32  # images or texts at once: fills a GPU, and a CPU gains nothing from more
 
 
 @runtime_checkable
 class ImageScorer(Protocol):
-    """Judges likeness to real pictures."""
+    """Judges likeness to real images."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it measures; the first is the mean cosine with the real pictures of the subject."""
+        """What it measures; the first is the mean cosine with the real images of the subject."""
         ...
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """N pictures of any size and mode -> (N, E) float32 of unit length, on the CPU."""
+        """N images of any size and mode -> (N, E) float32 of unit length, on the CPU."""
         ...
 
 
@@ -52,7 +52,7 @@ class TextScorer(ImageScorer, Protocol):
     """Judges likeness to the prompt, too, as the second of its columns."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts -> (N, E) float32 of unit length, on the CPU, in the space of the pictures."""
+        """N texts -> (N, E) float32 of unit length, on the CPU, in the space of the images."""
         ...
 
 
@@ -102,7 +102,7 @@ class CLIPScorer:
 def _unit(items: Sequence[Item], embed: Callable[[Sequence[Item]], Tensor], batch: int) -> Tensor:
     """A few at a time, made float32 of unit length."""
     if not items:
-        raise ValueError("nothing to score: expected at least one picture or text")
+        raise ValueError("nothing to score: expected at least one image or text")
     rows = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]  # (n, E) each
     return F.normalize(torch.cat(rows), dim=1)  # (N, E)
 
@@ -128,20 +128,20 @@ def load_scorers(
 
 
 def measure(
-    scorer: ImageScorer, pictures: Tensor, real: Tensor, prompts: Sequence[str]
+    scorer: ImageScorer, images: Tensor, real: Tensor, prompts: Sequence[str]
 ) -> list[dict[str, float]]:
-    """Column -> score of each picture of one subject.
+    """Column -> score of each image of one subject.
 
-    pictures (N, E) and real (R, E): embeddings by the same scorer; prompts: N.
+    images (N, E) and real (R, E): embeddings by the same scorer; prompts: N.
     """
-    found = [similarity(pictures, real)]  # (N,) each
+    found = [similarity(images, real)]  # (N,) each
     if isinstance(scorer, TextScorer):
-        found.append(prompt_similarity(pictures, scorer.embed_texts(prompts)))
+        found.append(prompt_similarity(images, scorer.embed_texts(prompts)))
     return _rows(scorer.columns, found)
 
 
 def measure_real(scorer: ImageScorer, real: Tensor) -> list[dict[str, float]]:
-    """The same of each real picture (R, E) of one subject against the others; they have no prompt."""
+    """The same of each real image (R, E) of one subject against the others; they have no prompt."""
     return _rows(scorer.columns[:1], [real_similarity(real)])
 
 

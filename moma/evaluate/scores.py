@@ -1,9 +1,9 @@
 """Arithmetic of the scores: cosines of embeddings, and their averages.
 
-DreamBooth's measures (Ruiz et al., arXiv 2208.12242): DINO and CLIP-I are the mean cosine of a picture with
-all real pictures of its subject, CLIP-T is the cosine of a picture with its prompt.
+DreamBooth's measures (Ruiz et al., arXiv 2208.12242): DINO and CLIP-I are the mean cosine of an image with
+all real images of its subject, CLIP-T is the cosine of an image with its prompt.
 
-Letters: N pictures, R real pictures of a subject, E embedding; embeddings are of unit length.
+Letters: N images, R real images of a subject, E embedding; embeddings are of unit length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,53 +15,53 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """One picture, and what each measure says of it."""
+    """One image, and what each measure says of it."""
 
     method: str
     subject: str  # its folder's name
     label: str  # the word for it in the prompts
     kind: str  # of the prompt: "context" or "texture"
     prompt: str
-    number: int  # of the picture among those of its prompt
+    number: int  # of the image among those of its prompt
     file: str
     values: Mapping[str, float]  # column -> cosine; a column names measure and network
 
 
 class Average(NamedTuple):
-    """Mean over pictures."""
+    """Mean over images."""
 
-    values: dict[str, float]  # column -> mean over the pictures that have it
-    count: int  # pictures
+    values: dict[str, float]  # column -> mean over the images that have it
+    count: int  # images
 
 
-def similarity(pictures: Tensor, real: Tensor) -> Tensor:
-    """Mean cosine of each picture with all real ones: (N, E), (R, E) -> (N,)."""
+def similarity(images: Tensor, real: Tensor) -> Tensor:
+    """Mean cosine of each image with all real ones: (N, E), (R, E) -> (N,)."""
     if not len(real):
-        raise ValueError("no real picture of the subject: expected at least one to compare with")
-    return (pictures @ real.T).mean(dim=1)  # (N, R) -> (N,)
+        raise ValueError("no real image of the subject: expected at least one to compare with")
+    return (images @ real.T).mean(dim=1)  # (N, R) -> (N,)
 
 
-def prompt_similarity(pictures: Tensor, prompts: Tensor) -> Tensor:
-    """Cosine of each picture with its own prompt: (N, E) each -> (N,)."""
-    if pictures.shape != prompts.shape:
-        raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts: expected one prompt for each")
-    return (pictures * prompts).sum(dim=1)
+def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
+    """Cosine of each image with its own prompt: (N, E) each -> (N,)."""
+    if images.shape != prompts.shape:
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: expected one prompt for each")
+    return (images * prompts).sum(dim=1)
 
 
 def real_similarity(real: Tensor) -> Tensor:
-    """Mean cosine of each real picture with each other one, never with itself: (R, E) -> (R,).
+    """Mean cosine of each real image with each other one, never with itself: (R, E) -> (R,).
 
-    Their mean is the mean over all pairs, the row "Real images". ValueError for a single picture.
+    Their mean is the mean over all pairs, the row "Real images". ValueError for a single image.
     """
     count = len(real)
     if count < 2:
-        raise ValueError(f"{count} real picture of the subject: expected two or more to compare them")
+        raise ValueError(f"{count} real image of the subject: expected two or more to compare them")
     cosines = real @ real.T  # (R, R)
     return (cosines.sum(dim=1) - cosines.diagonal()) / (count - 1)
 
 
 def averages(scores: Sequence[Score], *by: str) -> dict[tuple[str, ...], Average]:
-    """Mean over the pictures that share the fields `by` of Score, in the order in which they first come.
+    """Mean over the images that share the fields `by` of Score, in the order in which they first come.
 
     averages(scores, "method", "kind") are a table's rows, with "method" and "subject" a chart's bars.
     """

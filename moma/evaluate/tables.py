@@ -14,28 +14,28 @@ from typing import NamedTuple
 
 import torch
 
-from moma.estimates import Estimate, estimate
+from moma.app.files import markdown_table
+from moma.evaluate.estimates import Estimate, estimate
 from moma.evaluate.published import (
     DREAMBOOTH,
+    IMAGES,
     NOTE,
     PER_PROMPT,
-    PICTURES,
     PROMPTS,
     SUBJECTS,
     UNSTATED,
     Published,
 )
 from moma.evaluate.scores import Score
-from moma.output import markdown_table
 
 FORMAT, VERSION = "moma-scores", 1
 REAL = "Real images"
 KINDS = {"context": "New contexts", "texture": "New textures"}  # of prompts, and their titles
-WHOLE = "dreambooth"  # name of the pictures that published averages are of, whatever their kind
+WHOLE = "dreambooth"  # name of the images that published averages are of, whatever their kind
 TITLES = KINDS | {WHOLE: "DreamBooth's 25 prompts"}
 FIELDS = ("method", "subject", "label", "kind", "prompt", "number", "file")  # of the CSV, then the columns
 NONE = "—"  # in a table, where there is no value
-INTERVAL = """Means over pictures; brackets hold 95% intervals, by bootstrap over subjects, where there are
+INTERVAL = """Means over images; brackets hold 95% solver_steps, by bootstrap over subjects, where there are
 several. Real images: the photos of each subject against each other, every subject counting alike."""
 
 Means = Mapping[str, Estimate]  # column -> average
@@ -61,7 +61,7 @@ class Results:
 
     @cached_property
     def kinds(self) -> dict[str, list[Score]]:
-        """The pictures of each kind that there is; none of the first kind where there are only real ones."""
+        """The images of each kind that there is; none of the first kind where there are only real ones."""
         found = {kind: [score for score in self.scores if score.kind == kind] for kind in KINDS}
         return {kind: scores for kind, scores in found.items() if scores} or {"context": []}
 
@@ -69,7 +69,7 @@ class Results:
     def whole(self) -> list[Score] | None:
         """DreamBooth's protocol, of the methods that did all of it; None where there is no such method.
 
-        Only this can be compared with published averages, as can real pictures alone.
+        Only this can be compared with published averages, as can real images alone.
         """
         if not self.dreambooth or len(self.subjects) != SUBJECTS:
             return None
@@ -85,7 +85,7 @@ class Results:
 
     @cached_property
     def means(self) -> dict[str, dict[str, Means]]:
-        """Kind of prompts, or `WHOLE` -> the real pictures and each method that drew any -> averages."""
+        """Kind of prompts, or `WHOLE` -> the real images and each method that drew any -> averages."""
         groups = self.kinds if self.whole is None else self.kinds | {WHOLE: self.whole}
         return {name: self._rows(scores) for name, scores in groups.items()}
 
@@ -117,7 +117,7 @@ class Results:
         for score in self.scores:
             place = PurePosixPath(score.file)
             if place.is_absolute() or not (folder / place).is_file():
-                raise ValueError(f"score of {score.file!r}: expected the path of a picture from {folder}")
+                raise ValueError(f"score of {score.file!r}: expected the path of an image from {folder}")
             if score.kind not in KINDS:
                 raise ValueError(
                     f"score of {score.file!r}: kind {score.kind!r}, expected {' or '.join(KINDS)}"
@@ -128,10 +128,10 @@ class Results:
 
 
 def _complete(scores: Sequence[Score]) -> bool:
-    """Whether a method's pictures of DreamBooth's prompts are the protocol's: each prompt of each subject."""
+    """Whether a method's images of DreamBooth's prompts are the protocol's: each prompt of each subject."""
     counts = Counter((score.subject, score.prompt) for score in scores)
     numbers = {(score.subject, score.prompt, score.number) for score in scores if score.number < PER_PROMPT}
-    return len(counts) == SUBJECTS * PROMPTS and len(numbers) == len(scores) == PICTURES
+    return len(counts) == SUBJECTS * PROMPTS and len(numbers) == len(scores) == IMAGES
 
 
 # --- numbers -----------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def _numbers(found: Estimate) -> dict[str, float | int | None]:
 
 
 def scores_csv(results: Results) -> str:
-    """A line for each picture; a column that it lacks stays empty."""
+    """A line for each image; a column that it lacks stays empty."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow([*FIELDS, *results.columns])
@@ -176,7 +176,7 @@ def scores_csv(results: Results) -> str:
 
 
 class Row(NamedTuple):
-    cells: Sequence[str]  # name, pictures, then one for each column
+    cells: Sequence[str]  # name, images, then one for each column
     published: bool = False
 
 
@@ -202,10 +202,10 @@ def _table(results: Results, name: str, published: Sequence[Published]) -> Table
         said = _subjects(len(results.real)) if row == REAL else str(count)
         rows.append(Row([row, said, *(_cell(means.get(column)) for column in columns)]))
     for paper in published:
-        said = str(paper.pictures) if paper.pictures else _subjects(SUBJECTS)
+        said = str(paper.images) if paper.images else _subjects(SUBJECTS)
         cells = (f"{paper.values[column]:.3f}" if column in paper.values else NONE for column in columns)
         rows.append(Row([f"{paper.name} (published)", said, *cells], published=True))
-    return Table(TITLES[name], ["method", "pictures", *columns], rows)
+    return Table(TITLES[name], ["method", "images", *columns], rows)
 
 
 def _subjects(count: int) -> str:

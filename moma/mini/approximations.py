@@ -3,7 +3,7 @@
 Draws held-out subjects in every setting, has the report's judges look at them, and rewrites the tables of
 docs/approximations.md. Each batch is drawn in all settings in turn, so that their times can be compared.
 
-Letters: N pairs, S picture side.
+Letters: N pairs, S image side.
 """
 
 import argparse
@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moma.config import TIMESTEPS, SampleConfig
-from moma.diffusion import ScheduleConfig, intervals
-from moma.mini.probes import load_probes
+from moma.app.files import exit_status
 from moma.mini.report import (
     FIDELITY,
     Drawn,
@@ -37,9 +35,12 @@ from moma.mini.report import (
     measure,
     rewrite,
 )
-from moma.output import exit_status
-from moma.pipeline import Job, set_precision
-from moma.sampler import is_guided
+from moma.sampling.config import TIMESTEPS, SampleConfig
+from moma.sampling.device import set_precision
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.pipeline import Job
+from moma.sampling.sampler import is_guided
+from moma.world.classifiers import load_probes
 
 TITLE = "Approximate speed-ups"  # of the page
 PAIRS = 64  # a quarter of an hour on one core; a share is then known to about 12 points
@@ -55,9 +56,9 @@ INTRO = """`{command}`, {day}: torch {torch} on {device}, {dtype}, CPU threads: 
 
 {pairs} subjects that nothing was trained on, β = {strength:g}, guidance {guidance:g}, the same noise in every
 row but the second. UNet rows and seconds (of the processor, on CPUs) are shares of the baseline's, which took
-{seconds:.2f} s per picture, drawing alone (neither language model nor reference pass); after seconds, the
-least and the largest share of a batch. Difference: mean absolute one to the baseline's pictures, 0..255. The
-other measures, their judges and 95% intervals: [mini.md](mini.md).
+{seconds:.2f} s per image, drawing alone (neither language model nor reference pass); after seconds, the
+least and the largest share of a batch. Difference: mean absolute one to the baseline's images, 0..255. The
+other measures, their judges and 95% solver_steps: [mini.md](mini.md).
 """
 
 
@@ -67,7 +68,7 @@ class Setting:
 
     sample: Mapping[str, Any] = field(default_factory=dict)  # fields of SampleConfig
     method: Mapping[str, Any] = field(default_factory=dict)  # fields of MethodConfig
-    seeds: int = 0  # added to those of the pictures
+    seeds: int = 0  # added to those of the images
 
 
 def settings(steps: int) -> dict[str, Setting]:
@@ -88,8 +89,8 @@ def settings(steps: int) -> dict[str, Setting]:
 
 
 def unet_rows(sample: SampleConfig) -> int:
-    """Rows of UNet calls that one picture takes: two where guidance acts, else one."""
-    path = intervals(ScheduleConfig(), sample.steps, sample.solver)
+    """Rows of UNet calls that one image takes: two where guidance acts, else one."""
+    path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
     return sum(1 + is_guided(step.t, sample.guidance_interval) for step in path)
 
 
@@ -103,7 +104,7 @@ class Shot(NamedTuple):
 def draw_batch(
     pipe: Steered, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
 ) -> tuple[Drawn, float]:
-    """Pictures and seconds: on a CPU its own, so that other work on the machine does not count.
+    """Images and seconds: on a CPU its own, so that other work on the machine does not count.
 
     The settings' fields of MethodConfig leave what jobs bring along as it is.
     """
@@ -137,7 +138,7 @@ def draw_in_turn(
 
 
 def judged(values: Mapping[str, Values], shots: Mapping[str, Shot]) -> tuple[dict[str, Values], ...]:
-    """Setting -> measures with the difference to the first setting's pictures; and less its measures."""
+    """Setting -> measures with the difference to the first setting's images; and less its measures."""
     base, *others = values
     then = shots[base].drawn.images.float()  # (N, 3, S, S)
     shown, less = {base: values[base]}, {}

@@ -11,12 +11,12 @@ from models.llava import LlavaConfig
 from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from moma.adapter import AdapterConfig
-from moma.config import SampleConfig
-from moma.mini.probes import ProbeConfig
-from moma.mini.world import WorldConfig
-from moma.prompts import INSTRUCTIONS
+from moma.methods.moma.adapter import AdapterConfig
+from moma.methods.moma.feature_decoder import INSTRUCTIONS
+from moma.sampling.config import SampleConfig
 from moma.training.config import TrainConfig
+from moma.world.classifiers import ProbeConfig
+from moma.world.world import WorldConfig
 
 
 def networks() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def networks() -> dict[str, Any]:
             context_dim=(128, 128, 128), resnets=1, norm_groups=16,
         ),
         "llava": LlavaConfig(llama=llama, vision=vision),
-        # patches of 4 pixels, so that masks have the pictures' own resolution
+        # patches of 4 pixels, so that masks have the images' own resolution
         "sam": SAMConfig(
             width=128, layers=4, heads=4, mlp=256, global_blocks=(1, 3), window=8, image_size=64, patch=4,
             out_channels=64, decoder_heads=4, decoder_mlp=128, iou_width=64,
@@ -47,8 +47,8 @@ def networks() -> dict[str, Any]:
 class VAETrainingConfig:
     """The autoencoder."""
 
-    held_out: int = 256  # pictures of the validation loss
-    crop: int = 32  # pixels: four times as many pictures in the same time as whole ones
+    held_out: int = 256  # images of the validation loss
+    crop: int = 32  # pixels: four times as many images in the same time as whole ones
     subject_weight: float = 2.0  # of errors on the subject: identity is what everything else needs
     absolute_weight: float = 0.1  # of |error| beside its square: keeps outlines crisp
     kl_weight: float = 5e-5  # so small that reconstruction decides; it only keeps the latents near unit size
@@ -67,7 +67,7 @@ class ClipConfig:
     held_out: int = 256
     projection: int = 96  # of the joint space, which only this training uses
     initial_scale: float = 14.3  # of the logits, CLIP's own (1 / 0.07)
-    cut_out: float = 0.4  # share of pictures with the subject alone on white: what the decoder will be shown
+    cut_out: float = 0.4  # share of images with the subject alone on white: what the decoder will be shown
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=1200, batch_size=96, lr=1e-3, warmup=100, schedule="cosine", weight_decay=0.05,
@@ -81,7 +81,7 @@ class SegmentTrainingConfig:
     """SAM, which finds the subject where no mask is given."""
 
     held_out: int = 256
-    asked: int = 256  # held-out pictures whose subject is looked for, without a click, for the gate
+    asked: int = 256  # held-out images whose subject is looked for, without a click, for the gate
     box_jitter: float = 0.05  # deviation of a box's edges, of its side: users' boxes are not tight
     frame_margin: float = 0.15  # at most, of the side, that a box around nearly everything leaves
     focal_weight: float = 20.0  # SAM's own: the focal loss is small beside the dice loss
@@ -100,7 +100,7 @@ class TextToImageConfig:
     """The base UNet."""
 
     held_out: int = 512
-    drawn: int = 128  # pictures that the judges see for the gate
+    drawn: int = 128  # images that the judges see for the gate
     shown: int = 16  # of them, as a sheet to look at
     attention: str = "explicit"  # with gradients on CPUs faster than SDPA, whose backward is slow there
     snr_limit: float = 5.0  # min-SNR's gamma, its paper's value: the nearly clean steps do not dominate
@@ -120,13 +120,13 @@ class CaptionerConfig:
     """LLaVA."""
 
     held_out: int = 256
-    asked: int = 128  # pictures that it describes for the gate
+    asked: int = 128  # images that it describes for the gate
     answer_tokens: int = 24  # of a description, at most
     eos: int = 2  # ends an answer
-    # (question, answer): of the whole picture, of the subject alone, and MoMA's own task in words.
+    # (question, answer): of the whole image, of the subject alone, and MoMA's own task in words.
     dialogues: tuple[tuple[str, str], ...] = (
-        ("USER: <image>\n Describe the picture. ASSISTANT:", "{rich}"),
-        ("USER: <image>\n Describe the picture. ASSISTANT:", "{subject}"),
+        ("USER: <image>\n Describe the image. ASSISTANT:", "{rich}"),
+        ("USER: <image>\n Describe the image. ASSISTANT:", "{subject}"),
         (INSTRUCTIONS["paper"].replace("{subject}", "{label}").replace("{prompt}", "{caption}"), "{rich}"),
     )
     train: TrainConfig = field(
@@ -138,7 +138,7 @@ class CaptionerConfig:
 
 
 def gates() -> dict[str, dict[str, float]]:
-    """Least values of what a stage measures on held-out pictures; later stages cannot repair a miss."""
+    """Least values of what a stage measures on held-out images; later stages cannot repair a miss."""
     return {
         "vae": {"psnr": 28.0},  # dB; below it, faces are lost
         "clip": {"retrieval": 0.5},  # of captions that differ in colours too, most of them nearly alike
@@ -162,12 +162,12 @@ class MiniConfig:
     seeds: dict[str, int] = field(
         default_factory=lambda: {"vae": 0, "text": 1, "vision": 2, "unet": 3, "llava": 4, "sam": 5}
     )
-    pictures: int = 40_000  # renders to train on: each is seen a few times
-    unseen_pictures: int = 1024  # renders of identities kept apart, for the gates
-    tokenizer_captions: int = 6000  # pictures whose captions the vocabularies are learned from
+    images: int = 40_000  # renders to train on: each is seen a few times
+    unseen_images: int = 1024  # renders of identities kept apart, for the gates
+    tokenizer_captions: int = 6000  # images whose captions the vocabularies are learned from
     clip_merges: int = 300
     llama_pieces: int = 420
-    encode_batch: int = 250  # pictures per call of the VAE when all are encoded
+    encode_batch: int = 250  # images per call of the VAE when all are encoded
     vae: VAETrainingConfig = field(default_factory=VAETrainingConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     probes: ProbeConfig = field(default_factory=ProbeConfig)
@@ -177,7 +177,7 @@ class MiniConfig:
     gates: dict[str, dict[str, float]] = field(default_factory=gates)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=25, guidance=5.0, batch_size=32))
     dtype: torch.dtype = torch.float16  # of the bundle: 2 bytes, and finer steps than bf16's
-    # What these networks need otherwise than the released weights (moma/config.py).
+    # What these networks need otherwise than the released weights (moma/methods/moma/config.py).
     method: dict[str, Any] = field(
         default_factory=lambda: {
             "template": "paper",  # the decoder has a learnable token
@@ -191,13 +191,13 @@ class MiniConfig:
         }
     )
     stage_batch: int = 32  # samples of a step of the two stages, over all ranks
-    triplets: int = 20_000  # pictures of the two stages: each is seen a few times
+    triplets: int = 20_000  # images of the two stages: each is seen a few times
     stage1_options: tuple[str, ...] = (
         "--steps", "600", "--lr", "5e-4", "--workers", "0",
         "--set", "schedule=cosine", "--set", "warmup=50", "--set", "lanes=16",
     )  # fmt: skip
     # Without snr_gamma most of what is learned is fine detail, and colours stay wrong; without
-    # reference_shift it is copied from the same place of the reference, whatever is there in the picture.
+    # reference_shift it is copied from the same place of the reference, whatever is there in the image.
     stage2_options: tuple[str, ...] = (
         "--steps", "1200", "--lr", "8e-3", "--ema", "0.99", "--set", "weight_decay=0",
         "--set", "schedule=cosine", "--set", "warmup=20", "--set", "attention=explicit",

@@ -5,7 +5,7 @@ on shards of triplets as for any other data. Every stage can be interrupted and 
 a gate, a number that must be reached before the next stage begins. Under torchrun the ranks train together,
 and rank 0 does the rest; on CPUs, one process for each core is the fastest.
 
-Letters: N pictures, S picture side, Z latent channels, h w latents.
+Letters: N images, S image side, Z latent channels, h w latents.
 """
 
 import argparse
@@ -28,48 +28,51 @@ from torch import Tensor, nn
 
 import convert_weights
 import train
-from models.loading import load_into, read_checkpoint, save_tensors
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
-from moma.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, build_network
+from models.weights.loading import load_into, read_checkpoint, save_tensors
+from moma.app.files import exit_status, write_text
+from moma.app.record import save_png
+from moma.app.sheets import Cell, contact_sheet
 from moma.data.shards import ShardWriter
-from moma.diffusion import ScheduleConfig, intervals
-from moma.mini import SOURCE, probes
+from moma.evaluate.world import write_scorers
+from moma.inputs.segment import Segmenter
+from moma.methods.prompts import sd_prompt
+from moma.mini import SOURCE
 from moma.mini.config import MiniConfig
-from moma.mini.drawing import stream
-from moma.mini.evaluation import write_scorers
-from moma.mini.measures import iou
-from moma.mini.probes import BYTE
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
     CaptionTask,
     ClipTask,
-    Pictures,
+    Images,
     PretrainingTask,
     TextToImageTask,
     VAETask,
     to_clip,
     to_vae,
 )
-from moma.mini.words import Words, words_of_renders
-from moma.mini.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
-from moma.output import Cell, contact_sheet, exit_status, save_png, write_text
-from moma.pipeline import set_precision
-from moma.prompts import sd_prompt
-from moma.sampler import TextOnly, denoise
-from moma.segment import Segmenter
-from moma.sources import exact_frequencies
-from moma.tiny import learn_tokenizers, with_vocabularies
+from moma.sampling.device import set_precision
+from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.sampler import TextOnly, denoise
 from moma.training.checkpoint import check_same, checkpoints
 from moma.training.common import refuse_quantised
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
+from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, build_network
+from moma.weights.sources import exact_frequencies
+from moma.weights.tiny import learn_tokenizers, with_vocabularies
+from moma.world import classifiers as probes
+from moma.world.classifiers import BYTE
+from moma.world.drawing import stream
+from moma.world.measures import iou
+from moma.world.words import Words, words_of_renders
+from moma.world.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Shop:
+class Workspace:
     """Where the recipe works. `work` keeps every stage's result, so that a stage is never done twice."""
 
     cfg: MiniConfig
@@ -99,11 +102,11 @@ class Shop:
         with np.load(self.work / f"{name}.npz") as found:
             return dict(found)
 
-    def pictures(self, split: str) -> Pictures:
+    def images(self, split: str) -> Images:
         found = self.arrays(split)
         images = torch.from_numpy(found["image"]).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
         masks = torch.from_numpy(found["mask"])[:, None]  # (N, 1, S, S)
-        return Pictures(images, masks, words_of_renders(found, self.cfg.world))
+        return Images(images, masks, words_of_renders(found, self.cfg.world))
 
     @property
     def tokenizers(self) -> Path:
@@ -170,105 +173,117 @@ class Shop:
 # --- the stages: all ranks run them ------------------------------------------------------------------
 
 
-def tokenizers(shop: Shop) -> None:
+def tokenizers(workspace: Workspace) -> None:
     """The renders; BPE and sentencepiece vocabularies of their captions."""
-    for split, number in (("train", shop.cfg.pictures), ("val", shop.cfg.unseen_pictures)):
-        given = range(number), split, shop.cfg.world, os.cpu_count() or 1
-        shop.keep(split, partial(render_many, *given))
-    words = shop.pictures("train").words[: shop.cfg.tokenizer_captions]
-    shop.once(lambda: learn_vocabularies(shop, words))
+    for split, number in (("train", workspace.cfg.images), ("val", workspace.cfg.unseen_images)):
+        given = range(number), split, workspace.cfg.world, os.cpu_count() or 1
+        workspace.keep(split, partial(render_many, *given))
+    words = workspace.images("train").words[: workspace.cfg.tokenizer_captions]
+    workspace.once(lambda: learn_vocabularies(workspace, words))
 
 
-def vae(shop: Shop) -> None:
+def vae(workspace: Workspace) -> None:
     """The autoencoder."""
-    cfg, pictures = shop.cfg.vae, shop.pictures("train")
-    shop.fit("vae", VAETask(shop.new("vae"), pictures, cfg, cfg.train.seed), cfg.train)
+    cfg, images = workspace.cfg.vae, workspace.images("train")
+    workspace.fit("vae", VAETask(workspace.new("vae"), images, cfg, cfg.train.seed), cfg.train)
 
 
-def clip(shop: Shop) -> None:
+def clip(workspace: Workspace) -> None:
     """Text and image encoder."""
-    cfg, pictures, tokenizer = shop.cfg.clip, shop.pictures("train"), shop.clip_tokenizer()
-    task = ClipTask(shop.new("text"), shop.new("vision"), pictures, tokenizer, cfg, cfg.train.seed)
-    shop.fit("clip", task, cfg.train)
+    cfg, images, tokenizer = workspace.cfg.clip, workspace.images("train"), workspace.clip_tokenizer()
+    task = ClipTask(workspace.new("text"), workspace.new("vision"), images, tokenizer, cfg, cfg.train.seed)
+    workspace.fit("clip", task, cfg.train)
 
 
-def judges(shop: Shop) -> None:
+def judges(workspace: Workspace) -> None:
     """The probes, trained on renders alone; only gates and the report ask them."""
-    first = {name: values[: shop.cfg.probes.pairs] for name, values in shop.arrays("train").items()}
-    shop.keep("second", lambda: probes.second_pictures(first, shop.cfg.world))
-    task = probes.task(first, shop.arrays("second"), shop.cfg.world, shop.cfg.probes)
-    shop.fit("judges", task, shop.cfg.probes.train)
+    first = {name: values[: workspace.cfg.probes.pairs] for name, values in workspace.arrays("train").items()}
+    workspace.keep("second", lambda: probes.second_images(first, workspace.cfg.world))
+    task = probes.task(first, workspace.arrays("second"), workspace.cfg.world, workspace.cfg.probes)
+    workspace.fit("judges", task, workspace.cfg.probes.train)
 
 
-def sam(shop: Shop) -> None:
+def sam(workspace: Workspace) -> None:
     """SAM, for references without a mask."""
-    cfg = shop.cfg.segmenting
-    shop.fit("sam", SegmentTask(shop.new("sam"), shop.pictures("train"), cfg, cfg.train.seed), cfg.train)
+    cfg = workspace.cfg.segmenting
+    workspace.fit(
+        "sam", SegmentTask(workspace.new("sam"), workspace.images("train"), cfg, cfg.train.seed), cfg.train
+    )
 
 
-def unet(shop: Shop) -> None:
+def unet(workspace: Workspace) -> None:
     """The text-to-image UNet."""
-    cfg, text, tokenizer = shop.cfg.text_to_image, shop.trained("clip", "text"), shop.clip_tokenizer()
-    pictures = shop.pictures("train")
-    shop.once(lambda: encode_latents(shop, pictures.images))
-    found = read_checkpoint(shop.latents)
-    latents, words = (found["mean"].read(), found["std"].read()), pictures.words
-    network = shop.new("unet").to(memory_format=torch.channels_last)
-    if shop.start is None:
+    cfg, text, tokenizer = (
+        workspace.cfg.text_to_image,
+        workspace.trained("clip", "text"),
+        workspace.clip_tokenizer(),
+    )
+    images = workspace.images("train")
+    workspace.once(lambda: encode_latents(workspace, images.images))
+    found = read_checkpoint(workspace.latents)
+    latents, words = (found["mean"].read(), found["std"].read()), images.words
+    network = workspace.new("unet").to(memory_format=torch.channels_last)
+    if workspace.start is None:
         nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
     task = TextToImageTask(network, latents, words, text, tokenizer, cfg, cfg.train.seed)
-    shop.fit("unet", task, cfg.train)
+    workspace.fit("unet", task, cfg.train)
 
 
-def captioner(shop: Shop) -> None:
+def captioner(workspace: Workspace) -> None:
     """LLaVA on the frozen image tower."""
-    cfg, llava = shop.cfg.captioner, shop.new("llava")
-    llava.tower = shop.trained("clip", "vision")
-    task = CaptionTask(llava, shop.pictures("train"), shop.llama_tokenizer(), cfg, cfg.train.seed)
-    shop.fit("captioner", task, cfg.train)
+    cfg, llava = workspace.cfg.captioner, workspace.new("llava")
+    llava.tower = workspace.trained("clip", "vision")
+    task = CaptionTask(llava, workspace.images("train"), workspace.llama_tokenizer(), cfg, cfg.train.seed)
+    workspace.fit("captioner", task, cfg.train)
 
 
-def base(shop: Shop) -> None:
+def base(workspace: Workspace) -> None:
     """The frozen networks as a bundle, and the training data as shards."""
-    shop.once(lambda: write_bundle(shop))
-    shop.once(lambda: write_triplets(shop))
+    workspace.once(lambda: write_bundle(workspace))
+    workspace.once(lambda: write_triplets(workspace))
 
 
-def stage1(shop: Shop) -> None:
+def stage1(workspace: Workspace) -> None:
     """The decoder (Eq. 4) by train.py."""
-    run_training("stage1", shop, shop.work / "base", shop.work / "stage1", shop.cfg.stage1_options)
-    shop.once(lambda: put_in(shop.work / "stage1" / EXPORT, shop.work / "base", shop.work / "decoder"))
+    run_training(
+        "stage1", workspace, workspace.work / "base", workspace.work / "stage1", workspace.cfg.stage1_options
+    )
+    workspace.once(
+        lambda: put_in(
+            workspace.work / "stage1" / EXPORT, workspace.work / "base", workspace.work / "decoder"
+        )
+    )
 
 
-def stage2(shop: Shop) -> None:
+def stage2(workspace: Workspace) -> None:
     """The adapter (Eq. 1) by train.py, and the variants that the report compares it with."""
-    for name, options in {"moma": (), **shop.cfg.variants}.items():
-        own = [option.format(work=shop.work) for option in options]
-        out, target = shop.work / "stage2" / name, shop.work / "bundles" / name
-        given = (*shop.cfg.stage2_options, *own, "--cache", str(shop.work / "caches" / name))
-        run_training("stage2", shop, shop.work / "decoder", out, given)
-        shop.once(partial(put_in, out / EXPORT, shop.work / "decoder", target))
+    for name, options in {"moma": (), **workspace.cfg.variants}.items():
+        own = [option.format(work=workspace.work) for option in options]
+        out, target = workspace.work / "stage2" / name, workspace.work / "bundles" / name
+        given = (*workspace.cfg.stage2_options, *own, "--cache", str(workspace.work / "caches" / name))
+        run_training("stage2", workspace, workspace.work / "decoder", out, given)
+        workspace.once(partial(put_in, out / EXPORT, workspace.work / "decoder", target))
 
 
-STAGES: dict[str, Callable[[Shop], None]] = {
+STAGES: dict[str, Callable[[Workspace], None]] = {
     stage.__name__: stage
     for stage in (tokenizers, vae, clip, judges, sam, unet, captioner, base, stage1, stage2)
 }
 
 
-# --- what the gates read: rank 0 measures on held-out pictures ----------------------------------------
+# --- what the gates read: rank 0 measures on held-out images ----------------------------------------
 
 
 @torch.no_grad()
-def vae_numbers(shop: Shop) -> dict[str, float]:
-    """PSNR in dB, of pictures and of all subjects together; also fixes the scaling of the latents."""
-    network, held = shop.trained("vae", "vae"), shop.pictures("val")
-    pixels = to_vae(held.images[: shop.cfg.vae.held_out])  # (N, 3, S, S)
+def vae_numbers(workspace: Workspace) -> dict[str, float]:
+    """PSNR in dB, of images and of all subjects together; also fixes the scaling of the latents."""
+    network, held = workspace.trained("vae", "vae"), workspace.images("val")
+    pixels = to_vae(held.images[: workspace.cfg.vae.held_out])  # (N, 3, S, S)
     mean, _ = network.encode(pixels)  # (N, Z, h, w)
     error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
     on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
-    write_json(shop.work / "scaling.json", {"scaling": 1 / mean.std().item()})
-    shop.latents.unlink(missing_ok=True)  # those of an earlier autoencoder
+    write_json(workspace.work / "scaling.json", {"scaling": 1 / mean.std().item()})
+    workspace.latents.unlink(missing_ok=True)  # those of an earlier autoencoder
     return {
         "psnr": decibels(error.mean(dim=(1, 2, 3))).mean().item(),
         "subject_psnr": decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
@@ -276,12 +291,12 @@ def vae_numbers(shop: Shop) -> dict[str, float]:
 
 
 @torch.no_grad()
-def clip_numbers(shop: Shop) -> dict[str, float]:
-    """Share of pictures whose own caption is the nearest of a batch."""
-    cfg, tokenizer = shop.cfg.clip, shop.clip_tokenizer()
-    text, vision = shop.trained("clip", "text"), shop.trained("clip", "vision")
-    heads = {name: t.read() for name, t in read_checkpoint(shop.weights("clip", "heads")).items()}
-    held, hits = shop.pictures("val"), []
+def clip_numbers(workspace: Workspace) -> dict[str, float]:
+    """Share of images whose own caption is the nearest of a batch."""
+    cfg, tokenizer = workspace.cfg.clip, workspace.clip_tokenizer()
+    text, vision = workspace.trained("clip", "text"), workspace.trained("clip", "vision")
+    heads = {name: t.read() for name, t in read_checkpoint(workspace.weights("clip", "heads")).items()}
+    held, hits = workspace.images("val"), []
     for start in range(0, cfg.held_out, cfg.train.batch_size):
         rows = slice(start, start + cfg.train.batch_size)
         seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
@@ -291,19 +306,19 @@ def clip_numbers(shop: Shop) -> dict[str, float]:
     return {"retrieval": torch.cat(hits).float().mean().item()}
 
 
-def judges_numbers(shop: Shop) -> dict[str, float]:
+def judges_numbers(workspace: Workspace) -> dict[str, float]:
     """How often the judges are right about renders."""
-    return probes.accuracy(shop.judges(), shop.arrays("val"), shop.cfg.world)
+    return probes.accuracy(workspace.judges(), workspace.arrays("val"), workspace.cfg.world)
 
 
 @torch.no_grad()
-def sam_numbers(shop: Shop) -> dict[str, float]:
+def sam_numbers(workspace: Workspace) -> dict[str, float]:
     """Mean IoU of the subjects that are found without a click."""
-    network, held = shop.trained("sam", "sam"), shop.pictures("val")
+    network, held = workspace.trained("sam", "sam"), workspace.images("val")
     for parameter in network.parameters():
-        parameter.data = parameter.to(shop.cfg.dtype).float()  # as the bundle keeps them
+        parameter.data = parameter.to(workspace.cfg.dtype).float()  # as the bundle keeps them
     segmenter = Segmenter(network)
-    true = held.masks[: shop.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
+    true = held.masks[: workspace.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
     found = torch.zeros_like(true)
     for i, image in enumerate(held.images[: len(true)]):
         with suppress(ValueError):  # where no object is found
@@ -312,23 +327,23 @@ def sam_numbers(shop: Shop) -> dict[str, float]:
     return {"iou": iou(found, true).mean().item()}
 
 
-def unet_numbers(shop: Shop) -> dict[str, float]:
-    """Share of drawn pictures whose class, and scene, the judges recognise; also saves some as a sheet."""
-    cfg = shop.cfg.text_to_image
-    asked = [spec(i, "val", shop.cfg.world) for i in range(cfg.drawn)]
-    words = shop.pictures("val").words[: cfg.drawn]
-    images = draw_texts(shop, [sd_prompt(w.label, w.caption) for w in words])
+def unet_numbers(workspace: Workspace) -> dict[str, float]:
+    """Share of drawn images whose class, and scene, the judges recognise; also saves some as a sheet."""
+    cfg = workspace.cfg.text_to_image
+    asked = [spec(i, "val", workspace.cfg.world) for i in range(cfg.drawn)]
+    words = workspace.images("val").words[: cfg.drawn]
+    images = draw_texts(workspace, [sd_prompt(w.label, w.caption) for w in words])
     rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
-    save_png(shop.work / "unet" / "drawn.png", contact_sheet(rows))
-    return probes.agreement(shop.judges(), images, asked)
+    save_png(workspace.work / "unet" / "drawn.png", contact_sheet(rows))
+    return probes.agreement(workspace.judges(), images, asked)
 
 
 @torch.no_grad()
-def captioner_numbers(shop: Shop) -> dict[str, float]:
-    """Share of pictures described with their class and main colour."""
-    cfg, tokenizer, held = shop.cfg.captioner, shop.llama_tokenizer(), shop.pictures("val")
-    config = shop.networks()["llava"]
-    files = {"": [shop.weights("captioner", "llava")], "tower.": [shop.weights("clip", "vision")]}
+def captioner_numbers(workspace: Workspace) -> dict[str, float]:
+    """Share of images described with their class and main colour."""
+    cfg, tokenizer, held = workspace.cfg.captioner, workspace.llama_tokenizer(), workspace.images("val")
+    config = workspace.networks()["llava"]
+    files = {"": [workspace.weights("captioner", "llava")], "tower.": [workspace.weights("clip", "vision")]}
     llava = load_into(lambda: build_network("llava", config), files, "cpu", torch.float32).eval()
     ids = [torch.tensor(tokenizer.encode_with_image(cfg.dialogues[0][0]))] * cfg.asked
     answers = llava.generate(to_clip(held.images[: cfg.asked]), ids, max_new=cfg.answer_tokens)
@@ -340,7 +355,7 @@ def captioner_numbers(shop: Shop) -> dict[str, float]:
 
 
 # What comes of the others, the report measures.
-NUMBERS: dict[str, Callable[[Shop], dict[str, float]]] = {
+NUMBERS: dict[str, Callable[[Workspace], dict[str, float]]] = {
     "vae": vae_numbers, "clip": clip_numbers, "judges": judges_numbers, "sam": sam_numbers,
     "unet": unet_numbers, "captioner": captioner_numbers,
 }  # fmt: skip
@@ -349,44 +364,44 @@ NUMBERS: dict[str, Callable[[Shop], dict[str, float]]] = {
 # --- their parts -------------------------------------------------------------------------------------
 
 
-def learn_vocabularies(shop: Shop, words: Sequence[Words]) -> None:
+def learn_vocabularies(workspace: Workspace, words: Sequence[Words]) -> None:
     """Those of the captions, or the start's."""
-    if shop.start:
-        shop.tokenizers.mkdir(exist_ok=True)
+    if workspace.start:
+        workspace.tokenizers.mkdir(exist_ok=True)
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            shutil.copyfile(shop.start.tokenizer(name), shop.tokenizers / name)
+            shutil.copyfile(workspace.start.tokenizer(name), workspace.tokenizers / name)
         return
     clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
-    talks = (f"{question} {answer}" for question, answer in shop.cfg.captioner.dialogues)
+    talks = (f"{question} {answer}" for question, answer in workspace.cfg.captioner.dialogues)
     forms = [talk.replace("<image>", "") for talk in talks]
     llama = sorted({form.format(**vars(w)) for form in forms for w in words})
-    learn_tokenizers(shop.tokenizers, clip, shop.cfg.clip_merges, llama, shop.cfg.llama_pieces)
+    learn_tokenizers(workspace.tokenizers, clip, workspace.cfg.clip_merges, llama, workspace.cfg.llama_pieces)
 
 
 @torch.no_grad()
-def encode_latents(shop: Shop, images: Tensor) -> None:
-    """Mean and deviation of every picture's posterior, scaled, bf16 (N, Z, h, w) each; once.
+def encode_latents(workspace: Workspace, images: Tensor) -> None:
+    """Mean and deviation of every image's posterior, scaled, bf16 (N, Z, h, w) each; once.
 
     images: uint8 (N, 3, S, S).
     """
-    if shop.latents.exists():
+    if workspace.latents.exists():
         return
-    network, scaling = shop.trained("vae", "vae"), shop.networks()["vae"].scaling
-    parts = [network.encode(to_vae(part)) for part in images.split(shop.cfg.encode_batch)]
+    network, scaling = workspace.trained("vae", "vae"), workspace.networks()["vae"].scaling
+    parts = [network.encode(to_vae(part)) for part in images.split(workspace.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
-    save_tensors(shop.work, shop.latents.stem, found)
+    save_tensors(workspace.work, workspace.latents.stem, found)
 
 
 @torch.no_grad()
-def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
-    """Pictures of the plain UNet, (N, S, S, 3) uint8; seed i for picture i."""
-    cfg, sample, dtype = shop.networks(), shop.cfg.sample, torch.bfloat16
-    networks = {"unet": shop.trained("unet", "unet"), "vae": shop.trained("vae", "vae")}
-    text, tokenizer = shop.trained("clip", "text"), shop.clip_tokenizer()
-    path = intervals(ScheduleConfig(), sample.steps, sample.solver)
-    side = shop.cfg.world.size // cfg["vae"].factor
-    pictures = []
+def draw_texts(workspace: Workspace, prompts: list[str]) -> np.ndarray:
+    """Images of the plain UNet, (N, S, S, 3) uint8; seed i for image i."""
+    cfg, sample, dtype = workspace.networks(), workspace.cfg.sample, torch.bfloat16
+    networks = {"unet": workspace.trained("unet", "unet"), "vae": workspace.trained("vae", "vae")}
+    text, tokenizer = workspace.trained("clip", "text"), workspace.clip_tokenizer()
+    path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    side = workspace.cfg.world.size // cfg["vae"].factor
+    images = []
     for start in range(0, len(prompts), sample.batch_size):
         part = prompts[start : start + sample.batch_size]
         states = text(tokenizer.ids([*[""] * len(part), *part]))[0].to(dtype)  # (2B, T, C)
@@ -400,11 +415,11 @@ def draw_texts(shop: Shop, prompts: list[str]) -> np.ndarray:
                 networks["unet"], TextOnly(states), path, torch.stack(noise), sample.guidance, sample.solver
             )
             pixels = networks["vae"].decode(last.latents / cfg["vae"].scaling).float()  # (B, 3, S, S)
-        pictures.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1))
-    return torch.cat(pictures).numpy()
+        images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1))
+    return torch.cat(images).numpy()
 
 
-def write_bundle(shop: Shop) -> None:
+def write_bundle(workspace: Workspace) -> None:
     """The frozen networks, without an adapter, in work/base."""
     stages = {
         "vae": "vae",
@@ -414,29 +429,29 @@ def write_bundle(shop: Shop) -> None:
         "llava": "captioner",
         "sam": "sam",
     }
-    with BundleWriter(shop.work / "base", shop.cfg.world.size, overwrite=True) as writer:
+    with BundleWriter(workspace.work / "base", workspace.cfg.world.size, overwrite=True) as writer:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            writer.add_tokenizer(name, shop.tokenizers / name)
-        networks = shop.networks()
+            writer.add_tokenizer(name, workspace.tokenizers / name)
+        networks = workspace.networks()
         for name, stage in stages.items():
-            tensors = exact_frequencies(read_checkpoint(shop.weights(stage, name)))
-            writer.add(name, networks[name], tensors, SOURCE, shop.cfg.dtype)
-        writer.method = dict(shop.cfg.method)
+            tensors = exact_frequencies(read_checkpoint(workspace.weights(stage, name)))
+            writer.add(name, networks[name], tensors, SOURCE, workspace.cfg.dtype)
+        writer.method = dict(workspace.cfg.method)
 
 
-def write_triplets(shop: Shop) -> None:
-    """The training pictures as shards; the reference of "pairs" is another render of the same identity."""
+def write_triplets(workspace: Workspace) -> None:
+    """The training images as shards; the reference of "pairs" is another render of the same identity."""
     for folder, paired in (("triplets", False), ("pairs", True)):
-        found = shop.arrays("train")
-        with ShardWriter(shop.work / folder) as shards:
+        found = workspace.arrays("train")
+        with ShardWriter(workspace.work / folder) as shards:
             done = shards.done_keys()
-            for i in range(shop.cfg.triplets):
+            for i in range(workspace.cfg.triplets):
                 if (key := f"{i:06}") in done:
                     continue
                 label, caption = CLASSES[found["label"][i]], str(found["caption"][i])
                 other = None
                 if paired:
-                    twin = draw(another(spec(i, "train", shop.cfg.world), i), shop.cfg.world)
+                    twin = draw(another(spec(i, "train", workspace.cfg.world), i), workspace.cfg.world)
                     other = (png(twin.image), png(twin.mask))
                 shards.add(
                     key, png(found["image"][i]), "png", png(found["mask"][i]), label, caption, reference=other
@@ -452,11 +467,12 @@ def another(what: Spec, index: int) -> Spec:
     return replace(what, scene=scene, material=None, pose_seed=pose, scene_seed=place)
 
 
-def run_training(stage: str, shop: Shop, bundle: Path, out: Path, options: Sequence[str]) -> None:
+def run_training(stage: str, workspace: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
     """`python train.py STAGE ...` on all ranks; SystemExit if it fails."""
     given = {
-        "--bundle": bundle, "--data": shop.work / "triplets", "--out": out,
-        "--batch-size": shop.share_of(shop.cfg.stage_batch), "--device": shop.ranks.device.type,
+        "--bundle": bundle, "--data": workspace.work / "triplets", "--out": out,
+        "--batch-size": workspace.share_of(workspace.cfg.stage_batch), "--device":
+        workspace.ranks.device.type,
     }  # fmt: skip
     texts = [str(part) for option in given.items() for part in option]
     if train.run([stage, "--resume", *texts, *options]):
@@ -470,9 +486,9 @@ def put_in(export: Path, bundle: Path, target: Path) -> None:
         raise SystemExit(2)
 
 
-def add_scorers(shop: Shop, target: Path) -> None:
-    """What pictures are judged with, beside the finished bundle."""
-    write_scorers(target, shop.weights("judges", "probes"), shop.weights("clip", "heads"))
+def add_scorers(workspace: Workspace, target: Path) -> None:
+    """What images are judged with, beside the finished bundle."""
+    write_scorers(target, workspace.weights("judges", "probes"), workspace.weights("clip", "heads"))
 
 
 def decibels(error: Tensor) -> Tensor:
@@ -481,7 +497,7 @@ def decibels(error: Tensor) -> Tensor:
 
 
 def png(array: np.ndarray) -> bytes:
-    """A picture or mask as a PNG file."""
+    """An image or mask as a PNG file."""
     Image.fromarray(array).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
@@ -490,13 +506,13 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def check_shares(shop: Shop) -> None:
+def check_shares(workspace: Workspace) -> None:
     """ValueError unless every step's samples can be shared among the ranks."""
-    cfg = shop.cfg
+    cfg = workspace.cfg
     for part in (cfg.vae, cfg.clip, cfg.probes, cfg.segmenting, cfg.text_to_image, cfg.captioner):
-        shop.share_of(part.train.batch_size)
-    shop.share_of(cfg.stage_batch)
-    probes.groups_in(shop.share_of(cfg.probes.train.batch_size), cfg.probes)
+        workspace.share_of(part.train.batch_size)
+    workspace.share_of(cfg.stage_batch)
+    probes.groups_in(workspace.share_of(cfg.probes.train.batch_size), cfg.probes)
 
 
 # --- the recipe --------------------------------------------------------------------------------------
@@ -518,11 +534,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_quantised(start)
     args.work.mkdir(parents=True, exist_ok=True)
     with start_ranks(args.device) as ranks:
-        shop = Shop(MiniConfig(), args.work, ranks, start)
-        recipe(shop, args.until)
+        workspace = Workspace(MiniConfig(), args.work, ranks, start)
+        recipe(workspace, args.until)
         if args.until == "stage2":
-            shop.once(lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out))
-            shop.once(lambda: add_scorers(shop, args.out))
+            workspace.once(
+                lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out)
+            )
+            workspace.once(lambda: add_scorers(workspace, args.out))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -530,22 +548,22 @@ def run(argv: Sequence[str] | None = None) -> int:
     return exit_status("pretrain", lambda: main(argv))
 
 
-def recipe(shop: Shop, until: str) -> None:
+def recipe(workspace: Workspace, until: str) -> None:
     """Every stage up to `until` that is not done yet. ValueError where one misses its gate."""
-    check_shares(shop)
+    check_shares(workspace)
     for name, stage in STAGES.items():
-        done = shop.work / f"{name}.json"
-        if not shop.once(done.exists):
-            stage(shop)
-            numbers = shop.once(partial(NUMBERS[name], shop)) if name in NUMBERS else {}
-            if shop.ranks.main:
+        done = workspace.work / f"{name}.json"
+        if not workspace.once(done.exists):
+            stage(workspace)
+            numbers = workspace.once(partial(NUMBERS[name], workspace)) if name in NUMBERS else {}
+            if workspace.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
-            for key, least in shop.cfg.gates.get(name, {}).items():
+            for key, least in workspace.cfg.gates.get(name, {}).items():
                 if not numbers[key] >= least:
                     raise ValueError(
                         f"{name}: {key} is {numbers[key]:.3f}, expected {least}: train it longer"
                     )
-            shop.once(partial(write_json, done, numbers))
+            workspace.once(partial(write_json, done, numbers))
         if name == until:
             return
 

@@ -1,9 +1,9 @@
 """The paper's claims in miniature: `python -m moma.mini.report --bundle weights/mini --baseline DIR`.
 
-Draws held-out subjects in every setting, has the judges look at them, and rewrites the tables and pictures of
+Draws held-out subjects in every setting, has the judges look at them, and rewrites the tables and images of
 docs/mini.md. What is drawn is kept under --work, a file per batch, so that a run that was killed goes on.
 
-Letters: N pairs, B batch, S picture side, s side of the judges' masks, h w latents, K distractors,
+Letters: N pairs, B batch, S image side, s side of the judges' masks, h w latents, K distractors,
 E embedding.
 """
 
@@ -25,32 +25,27 @@ from PIL import Image
 from torch import Tensor
 
 from models.clip_image import clip_image
-from models.loading import read_checkpoint, save_tensors
-from moma.adapter import Conditioning
-from moma.bundle import Bundle
-from moma.config import DEFAULT, SampleConfig
-from moma.estimates import Estimate, estimate
+from models.weights.loading import read_checkpoint, save_tensors
+from moma.app.files import exit_status, markdown_table, write_text
+from moma.app.record import save_png
+from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image  # fmt: skip
+from moma.evaluate.estimates import Estimate, estimate
 from moma.evaluate.methods import Blended, Steered, text_alone
-from moma.mini import probes as judges
-from moma.mini.drawing import stream
-from moma.mini.measures import iou, retrieved
-from moma.mini.probes import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
-from moma.mini.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
-from moma.output import (
-    Cell,
-    SheetConfig,
-    contact_sheet,
-    exit_status,
-    markdown_table,
-    mask_picture,
-    save_png,
-    write_text,
-)  # fmt: skip
-from moma.pipeline import Job, MoMA, Result, Subject, set_precision, to_images
-from moma.sampler import Guide
+from moma.methods.moma.adapter import Conditioning
+from moma.methods.moma.config import DEFAULT
+from moma.sampling.config import SampleConfig
+from moma.sampling.device import set_precision
+from moma.sampling.pipeline import Job, MoMA, Result, Subject, to_images
+from moma.sampling.sampler import Guide
 from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
+from moma.weights.bundle import Bundle
+from moma.world import classifiers as judges
+from moma.world.classifiers import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
+from moma.world.drawing import stream
+from moma.world.measures import iou, retrieved
+from moma.world.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
 
 MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
 # Names of settings. The last of MASKS samples as the release does, where the bundle does otherwise.
@@ -75,7 +70,7 @@ class ReportConfig:
     half: float = 0.5  # how much of M_gen "half" masking keeps, the rest being 1
     margin: int = 2  # cells of the judges' mask around a subject that are not yet background: outline, shadow
     rows: int = 4  # of a figure: the first pairs, not the best
-    scale: int = 2  # of the figures' pictures
+    scale: int = 2  # of the figures' images
     sample: SampleConfig = SampleConfig(batch_size=16)  # noqa: RUF009 (frozen)
     world: WorldConfig = WorldConfig()  # noqa: RUF009
     # Least averages of MoMA at β = 1; what is 0 has to be exceeded.
@@ -116,7 +111,7 @@ def make_pairs(number: int, materials: Sequence[str | None], cfg: ReportConfig) 
 
 
 class Drawn(NamedTuple):
-    """Pictures of N pairs."""
+    """Images of N pairs."""
 
     images: Tensor  # (N, 3, S, S) uint8
     m_gen: Tensor  # float32 (N, h, w), zeros where nothing was generated
@@ -143,7 +138,7 @@ def generate(
     change: Callable[[Conditioning], Guide] = Steered.change,
     **method: Any,
 ) -> Drawn:
-    """Pictures of the pairs in a setting; method: fields of MethodConfig."""
+    """Images of the pairs in a setting; method: fields of MethodConfig."""
     pipe = pipe.changed(change, **method)
     return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength, embed), cfg.sample))
 
@@ -155,7 +150,7 @@ def make_jobs(
     strength: float,
     embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
 ) -> list[Job]:
-    """A picture of each pair, with all that precedes the drawing done."""
+    """An image of each pair, with all that precedes the drawing done."""
     jobs = []
     for pair in pairs:
         seen = draw(pair.shown, cfg.world)
@@ -227,7 +222,7 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Studio:
+class ReportRun:
     """Draws, and keeps what it has drawn in files."""
 
     cfg: ReportConfig
@@ -252,7 +247,7 @@ class Studio:
             return
         folder, way = shot.setting
         save_tensors(self.work, shot.file.stem, way(self.load(folder), shot.pairs, self.cfg)._asdict())
-        print(f"{folder}, {shot.name}: {len(shot.pairs)} pictures", file=sys.stderr)
+        print(f"{folder}, {shot.name}: {len(shot.pairs)} images", file=sys.stderr)
 
     def read(self, shots: Sequence[Shot]) -> Drawn:
         found = [read_checkpoint(shot.file) for shot in shots]
@@ -261,7 +256,7 @@ class Studio:
 
 # --- measures ----------------------------------------------------------------------------------------
 
-Values = dict[str, Tensor]  # name of a measure -> one value for each picture (N,), bool or float
+Values = dict[str, Tensor]  # name of a measure -> one value for each image (N,), bool or float
 HEADINGS = {
     "class": "class %", "scene": "scene %", "material": "material %", "identity": "identity %",
     "pattern": "pattern %", "colour": "colour error", "mask": "M_gen IoU", "change": "background change",
@@ -270,8 +265,8 @@ HEADINGS = {
 FIDELITY = ("class", "scene", "identity", "pattern", "colour")
 INTRO = """{pairs} subjects that nothing was trained on, each in another scene than its reference's, and
 {textures} of another material; {sample.steps} steps, guidance {sample.guidance:g}, the same noise in every
-row. Small networks trained on real renders judge; brackets hold 95% intervals. Identity: for them the
-picture is nearer to another render of its subject than to those of {distractors} others of the class
+row. Small networks trained on real renders judge; brackets hold 95% solver_steps. Identity: for them the
+image is nearer to another render of its subject than to those of {distractors} others of the class
 (chance: 1 of {of}). Colour error: of the main and the second colour, 0..255. M_gen IoU: of where the last
 M_gen is above 0 with the subject that the judges find. Background, outside of subjects: mean difference,
 and how much nearer to the subject's main colour.
@@ -281,7 +276,7 @@ and how much nearer to the subject's main colour.
 def measure(
     shots: Mapping[str, Drawn], pairs: Sequence[Pair], probes: Probes, cfg: ReportConfig
 ) -> dict[str, Values]:
-    """Name of a setting -> what the judges say of its pictures."""
+    """Name of a setting -> what the judges say of its images."""
     wanted = [pair.wanted for pair in pairs]
     true = judges.truth_of(wanted, cfg.world)
     others = judges.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
@@ -303,10 +298,10 @@ def measure(
 def background(
     base: tuple[Drawn, Judgement], other: tuple[Drawn, Judgement], colour: Tensor, margin: int
 ) -> Values:
-    """What became of the background in pictures drawn from the same noise as `base`.
+    """What became of the background in images drawn from the same noise as `base`.
 
     change: mean difference 0..255; tint: how much nearer it came to the subject's main colour (N, 3), which
-    only spilling does. Both outside either picture's subject and its margin, in cells of the judges' mask.
+    only spilling does. Both outside either image's subject and its margin, in cells of the judges' mask.
     """
     subject = (base[1].mask | other[1].mask).float()[:, None]  # (N, 1, s, s)
     near = F.max_pool2d(subject, 2 * margin + 1, stride=1, padding=margin)
@@ -423,15 +418,15 @@ def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
 
 
 def figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg: ReportConfig) -> None:
-    """The references of the first pairs beside columns of pictures (N, 3, S, S) or masks (N, h, w)."""
+    """The references of the first pairs beside columns of images (N, 3, S, S) or masks (N, h, w)."""
     shown = draw_all([pair.shown for pair in pairs[: cfg.rows]], cfg.world)[0]
     side = cfg.scale * cfg.world.size
 
     def cell(image: Tensor, text: str) -> Cell:
         mask = image.ndim == 2
-        picture = mask_picture(image[None]) if mask else Image.fromarray(image.permute(1, 2, 0).numpy())
+        shown = mask_image(image[None]) if mask else Image.fromarray(image.permute(1, 2, 0).numpy())
         line = text.replace("β", "beta")  # PIL's font lacks it
-        return Cell(picture.resize((side, side), Image.Resampling.NEAREST), (line,))
+        return Cell(shown.resize((side, side), Image.Resampling.NEAREST), (line,))
 
     rows = [
         [cell(shown[i], pair.prompt), *(cell(images[i], name) for name, images in columns.items())]
@@ -443,7 +438,7 @@ def figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg
 def figures(
     folder: Path, shots: Mapping[str, Mapping[str, Drawn]], pairs: Mapping[str, list[Pair]], cfg: ReportConfig
 ) -> str:
-    """Write the pictures; returns the lines that show them."""
+    """Write the images; returns the lines that show them."""
     sheets = {
         "methods": ("scenes", [TEXT, BASELINE, moma(cfg.strengths[1]), MAIN]),
         "strength": ("scenes", [moma(beta) for beta in cfg.strengths]),
@@ -482,7 +477,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--probes": ("weights/mini/probes.safetensors", "the judges"),
         "--baseline": (None, "bundle with an IP-Adapter trained as long"),
         "--work": ("out/report", "keeps what is drawn"),
-        "--page": ("docs/mini.md", "rewritten between its marks; pictures and numbers.json go beside it"),
+        "--page": ("docs/mini.md", "rewritten between its marks; images and numbers.json go beside it"),
         "--readme": ("README.md", "gets the targets, if it has the marks"),
     }
     for name, (default, text) in paths.items():
@@ -523,7 +518,7 @@ def report(args: argparse.Namespace, ranks: Ranks) -> None:
     for place in (args.work, folder):
         place.mkdir(parents=True, exist_ok=True)
     load = lru_cache(maxsize=1)(partial(load_pipe, device=str(ranks.device), dtype=args.dtype))
-    studio = Studio(cfg, args.work, (ranks.device.type, args.dtype), load)
+    studio = ReportRun(cfg, args.work, (ranks.device.type, args.dtype), load)
     wanted = {
         kind: {name: studio.shots(name, setting, pairs[kind]) for name, setting in settings.items()}
         for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items()
@@ -544,8 +539,8 @@ def report(args: argparse.Namespace, ranks: Ranks) -> None:
     numbers = {"targets": goals, **{sheet.title: sheet.numbers() for sheet in sheets}}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8")
     verdict, intro = verdicts(goals), INTRO.format(**vars(cfg), of=cfg.distractors + 1)
-    pictures = figures(folder, shots, pairs, cfg)
-    rewrite(args.page, "\n".join([intro, verdict, pictures, *(sheet.markdown() for sheet in sheets)]))
+    images = figures(folder, shots, pairs, cfg)
+    rewrite(args.page, "\n".join([intro, verdict, images, *(sheet.markdown() for sheet in sheets)]))
     if args.readme.exists() and MARKS[0] in args.readme.read_text(encoding="utf-8"):
         shown = Path(os.path.relpath(folder, args.readme.parent), "methods.png").as_posix()
         rewrite(args.readme, f"{verdict}\n![methods]({shown})\n\n{sheets[0].markdown()}")

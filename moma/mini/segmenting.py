@@ -1,6 +1,6 @@
 """Pretraining of MoMA-mini's SAM: clicks and boxes on renders, whose masks are known.
 
-Letters: N pictures, B batch, P prompts of a picture, M masks of a prompt, S picture side, s side of
+Letters: N images, B batch, P prompts of an image, M masks of a prompt, S image side, s side of
 SAM's masks.
 """
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
 from models.sam_image import normalised
-from moma.mini.base import PretrainingTask
 from moma.mini.config import SegmentTrainingConfig
-from moma.mini.tasks import Pictures
+from moma.mini.tasks import Images
 from moma.training.order import generator_for
+from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 
 
@@ -58,22 +58,22 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class SegmentTask(PretrainingTask):
-    """One prompt of each kind per picture: what it asks for is the subject, or all that is not."""
+    """One prompt of each kind per image: what it asks for is the subject, or all that is not."""
 
-    def __init__(self, sam: SAM, pictures: Pictures, cfg: SegmentTrainingConfig, seed: int) -> None:
-        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
-        self.model, self.pictures, self.cfg = SegmentLoss(sam, cfg), pictures, cfg
+    def __init__(self, sam: SAM, images: Images, cfg: SegmentTrainingConfig, seed: int) -> None:
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.images, self.cfg = SegmentLoss(sam, cfg), images, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         points, labels, targets = [], [], []
-        for mask, number in zip(self.pictures.masks[items] / 255, numbers.tolist(), strict=True):
+        for mask, number in zip(self.images.masks[items] / 255, numbers.tolist(), strict=True):
             generator = generator_for(self.seed, number)
             asked, kind, wanted = prompts(mask[0], self.cfg, generator)
             points.append(asked)
             labels.append(kind)
             targets.append(torch.where(wanted[:, None, None], mask, 1 - mask))  # (P, S, S)
         return {
-            "pixels": normalised(self.pictures.images[items]), "points": torch.stack(points),
+            "pixels": normalised(self.images.images[items]), "points": torch.stack(points),
             "labels": torch.stack(labels), "target": torch.stack(targets), "number": numbers,
         }  # fmt: skip
 
@@ -87,7 +87,7 @@ def prompts(
     """One prompt of each kind for a subject's coverage (S, S) in 0..1.
 
     Returns points (P, 2, 2) as x, y in pixels, labels (P, 2), and whether the subject is asked for, bool
-    (P,): a click on it, two of them, a box around it, a box around the whole picture but its margin, and a
+    (P,): a click on it, two of them, a box around it, a box around the whole image but its margin, and a
     click beside it.
     """
     side = mask.shape[-1]

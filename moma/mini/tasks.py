@@ -1,6 +1,6 @@
 """Pretraining of MoMA-mini's frozen networks, one `Task` each for the loop that also trains MoMA itself.
 
-Letters: N pictures, B batch, S picture side, Z latent channels, h w latents, T text tokens, C width.
+Letters: N images, B batch, S image side, Z latent channels, h w latents, T text tokens, C width.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import Grid, UNet
 from models.vae import VAE
-from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod
-from moma.mini.base import PretrainingTask
+from moma.methods.prompts import sd_prompt
 from moma.mini.config import CaptionerConfig, ClipConfig, TextToImageConfig, VAETrainingConfig
-from moma.mini.words import Words
-from moma.prompts import sd_prompt
+from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
 from moma.training.order import generator_for
+from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
+from moma.world.words import Words
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class Images:
     """Renders in memory."""
 
     images: Tensor  # (N, 3, S, S) uint8
@@ -76,14 +76,14 @@ class VAELoss(nn.Module):
 
 
 class VAETask(PretrainingTask):
-    """Pictures, or random crops of them, through the autoencoder."""
+    """Images, or random crops of them, through the autoencoder."""
 
-    def __init__(self, vae: VAE, pictures: Pictures, cfg: VAETrainingConfig, seed: int) -> None:
-        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
-        self.model, self.pictures, self.cfg = VAELoss(vae, cfg, seed), pictures, cfg
+    def __init__(self, vae: VAE, images: Images, cfg: VAETrainingConfig, seed: int) -> None:
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.images, self.cfg = VAELoss(vae, cfg, seed), images, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        images, masks = self.pictures.images[items], self.pictures.masks[items]
+        images, masks = self.images.images[items], self.images.masks[items]
         side = self.cfg.crop
         room = images.shape[-1] - side + 1
         crops = []
@@ -99,7 +99,7 @@ class VAETask(PretrainingTask):
 
 
 class ClipLoss(nn.Module):
-    """Symmetric contrastive loss (CLIP, Fig. 3) of pictures and their rich captions.
+    """Symmetric contrastive loss (CLIP, Fig. 3) of images and their rich captions.
 
     Each rank contrasts its own samples: with more ranks a sample meets fewer others.
     """
@@ -122,27 +122,27 @@ class ClipLoss(nn.Module):
 
 
 class ClipTask(PretrainingTask):
-    """Pictures, some of the subject alone on white, with captions that name colours and pattern."""
+    """Images, some of the subject alone on white, with captions that name colours and pattern."""
 
     def __init__(
         self,
         text: CLIPText,
         vision: CLIPVision,
-        pictures: Pictures,
+        images: Images,
         tokenizer: ClipTokenizer,
         cfg: ClipConfig,
         seed: int,
     ) -> None:
-        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
         self.model = ClipLoss(text, vision, cfg.projection, cfg)
-        self.pictures, self.tokenizer, self.cfg = pictures, tokenizer, cfg
+        self.images, self.tokenizer, self.cfg = images, tokenizer, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, texts = [], []
         for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
             cut_out = bool(torch.rand((), generator=generator_for(self.seed, number)) < self.cfg.cut_out)
-            words = self.pictures.words[item]
-            pixels.append(_picture(self.pictures, item, cut_out))
+            words = self.images.words[item]
+            pixels.append(_image(self.images, item, cut_out))
             texts.append(words.subject if cut_out else words.rich)
         return {"pixels": to_clip(torch.stack(pixels)), "ids": self.tokenizer.ids(texts), "number": numbers}
 
@@ -180,7 +180,7 @@ class NoiseLoss(nn.Module):
 class TextToImageTask(PretrainingTask):
     """Latents with texts of several kinds.
 
-    As in captions of public pictures, some name colours and pattern: what has to steer these later, context
+    As in captions of public images, some name colours and pattern: what has to steer these later, context
     tokens and K', V', then finds a UNet that can be steered. Some are the label alone (the reference pass's
     text), some are empty.
     """
@@ -238,20 +238,20 @@ class CaptionLoss(nn.Module):
 
 
 class CaptionTask(PretrainingTask):
-    """Instruction tuning: say what is there, or what the subject would look like in a wanted picture."""
+    """Instruction tuning: say what is there, or what the subject would look like in a wanted image."""
 
     def __init__(
-        self, llava: Llava, pictures: Pictures, tokenizer: LlamaTokenizer, cfg: CaptionerConfig, seed: int
+        self, llava: Llava, images: Images, tokenizer: LlamaTokenizer, cfg: CaptionerConfig, seed: int
     ) -> None:
-        super().__init__(len(pictures), cfg.held_out, cfg.train.batch_size, seed)
-        self.model, self.pictures, self.tokenizer, self.cfg = CaptionLoss(llava), pictures, tokenizer, cfg
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
+        self.model, self.images, self.tokenizer, self.cfg = CaptionLoss(llava), images, tokenizer, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, rows, counts = [], [], []
         for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
             kind = int(torch.randint(3, (), generator=generator_for(self.seed, number)))
-            words = self.pictures.words[item]
-            pixels.append(_picture(self.pictures, item, cut_out=kind > 0))
+            words = self.images.words[item]
+            pixels.append(_image(self.images, item, cut_out=kind > 0))
             question, answer = self.cfg.dialogues[kind]
             head = self.tokenizer.encode_with_image(question.format(**vars(words)))
             tail = [*self.tokenizer.encode(answer.format(**vars(words)), bos=False), self.cfg.eos]
@@ -274,7 +274,7 @@ def to_clip(images: Tensor) -> Tensor:
     return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def _picture(pictures: Pictures, item: int, cut_out: bool) -> Tensor:
+def _image(images: Images, item: int, cut_out: bool) -> Tensor:
     """uint8 (3, S, S), whole or the subject alone on white."""
-    image = pictures.images[item]
-    return torch.where(pictures.masks[item] > 127, image, 255) if cut_out else image
+    image = images.images[item]
+    return torch.where(images.masks[item] > 127, image, 255) if cut_out else image

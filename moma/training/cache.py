@@ -6,7 +6,7 @@
 
 Every file appears when it is complete, so that an interrupted build goes on, and several ranks share one.
 
-Letters: B samples, P pictures, Z latent channels, h w latents, S side of a picture, T text tokens,
+Letters: B samples, P images, Z latent channels, h w latents, S side of an image, T text tokens,
 E embedding.
 """
 
@@ -25,14 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.clip import CLIPVision
-from models.loading import read_checkpoint, save_tensors
-from moma.bundle import Bundle
-from moma.config import MethodConfig
+from models.weights.loading import read_checkpoint, save_tensors
+from moma.app.files import write_text
 from moma.data.triplets import Source, load
-from moma.decoder import Decoder
-from moma.output import write_text
-from moma.prompts import instruction, sd_prompt
+from moma.methods.moma.config import MethodConfig
+from moma.methods.moma.feature_decoder import FeatureDecoder, instruction
+from moma.methods.prompts import sd_prompt
 from moma.training.common import Prepare, Sample, to_pixels
+from moma.weights.bundle import Bundle
 
 MANIFEST, VERSION = "cache.json", 1
 Embedding = Literal["decoder", "clip"]
@@ -47,7 +47,7 @@ class CacheConfig:
 
     part: int = 1024  # samples per file: what a crash costs at most, and a rank's unit of work
     batch: int = 16  # samples per call of a network
-    workers: int = 4  # threads that decode pictures; PIL lets go of Python's lock
+    workers: int = 4  # threads that decode images; PIL lets go of Python's lock
     memory: int = 8_000_000_000  # bytes per rank; a larger cache stays mapped on the disk
 
 
@@ -75,7 +75,7 @@ class Encoder:
         if embedding == "clip":
             self.vision = build("vision")
         else:
-            self.decoder = Decoder(build("llava"), build("adapter"), bundle.llama_tokenizer(), method)
+            self.decoder = FeatureDecoder(build("llava"), build("adapter"), bundle.llama_tokenizer(), method)
         self.embed = self._clip if embedding == "clip" else self._decode
 
     def _clip(self, samples: Sequence[Sample]) -> Tensor:
@@ -238,24 +238,24 @@ def _try(source: Source, prepare: Prepare, raw: Any) -> Sample | tuple[str, str]
 
 @torch.no_grad()
 def _write_part(folder: Path, stem: str, networks: Encoder, found: Sequence[Any], cfg: CacheConfig) -> None:
-    """One file. Pictures are kept once: a sample's target and reference are rows of the same table."""
+    """One file. Images are kept once: a sample's target and reference are rows of the same table."""
     samples = [sample for sample in found if isinstance(sample, Sample)]
     skipped = [pair for pair in found if not isinstance(pair, Sample)]
     rows: dict[str, list[Any]] = {name: [] for name in ("embedding", "mean", "std", "mask")}
     target, reference, count = [], [], 0
     for some in chunks(samples, cfg.batch):
         rows["embedding"].append(networks.embed(some))  # (B, E)
-        pictures = []
+        images = []
         for sample in some:
             own = torch.equal(sample.image, sample.reference) and torch.equal(sample.m_gen, sample.m_ref)
-            pictures += [(sample.image, sample.m_gen)] + [(sample.reference, sample.m_ref)] * (not own)
+            images += [(sample.image, sample.m_gen)] + [(sample.reference, sample.m_ref)] * (not own)
             target.append(count)
             reference.append(count + (not own))
             count += 2 - own
-        mean, std = networks.latents([image for image, _ in pictures])  # 2 x (P, Z, h, w)
+        mean, std = networks.latents([image for image, _ in images])  # 2 x (P, Z, h, w)
         rows["mean"].append(mean)
         rows["std"].append(std)
-        rows["mask"].append(torch.stack([mask for _, mask in pictures]))  # (P, S * S / 8)
+        rows["mask"].append(torch.stack([mask for _, mask in images]))  # (P, S * S / 8)
     names = {"samples": [(s.key, s.label, s.caption) for s in samples], "skipped": skipped}
     text = json.dumps(names, ensure_ascii=False).encode()
     tensors = {name: torch.cat(parts) for name, parts in rows.items() if parts}
@@ -325,7 +325,7 @@ class Cache:
         self.target, self.reference = (
             torch.cat([c[name].read() + start for c, start in zip(contents, starts, strict=False)])
             for name in ("target", "reference")
-        )  # 2 x (len(self),), rows of the pictures' tables
+        )  # 2 x (len(self),), rows of the images' tables
         order = sorted({text for sample in self.names for text in _texts(sample)})
         number = {text: i for i, text in enumerate(order)}
         self.text, self.label = (

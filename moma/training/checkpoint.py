@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.loading import LazyTensor, misfits, read_checkpoint, some_names
+from models.weights.loading import LazyTensor, read_checkpoint, some_names, state_dict_mismatch
+from moma.data.stream import Position
 from moma.training.parallel import Ranks, whole
-from moma.training.task import Position
 
 FORMAT, VERSION = "moma-training", 1
 STATE = "state.json"
@@ -34,7 +34,7 @@ DIFFERENCES = 4  # spelled out in an error
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """What the training changes. Keys: names in `Task.model`; values: under FSDP2, this rank's parts."""
 
     weights: dict[str, nn.Parameter]  # the trained ones, float32
@@ -129,7 +129,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def save(out: Path, trainee: Trainee, ranks: Ranks, state: Mapping[str, Any], keep_last: int) -> None:
+def save(out: Path, trainee: TrainState, ranks: Ranks, state: Mapping[str, Any], keep_last: int) -> None:
     """Write a checkpoint, then remove those that are neither among the last nor the best. On all ranks.
 
     state: step, identity and validation of `Saved`, and this rank's position.
@@ -215,7 +215,7 @@ def prune(out: Path, keep_last: int) -> None:
 
 
 @torch.no_grad()
-def load(saved: Saved, trainee: Trainee, ranks: Ranks) -> None:
+def load(saved: Saved, trainee: TrainState, ranks: Ranks) -> None:
     """Everything back in its place, on all ranks; rank 0 reads. ValueError for tensors of another model."""
     stored = {stem: saved.tensors(stem) if ranks.main else {} for stem in (*trainee.groups(), "random")}
 
@@ -266,6 +266,8 @@ def load_weights(saved: Saved, model: nn.Module) -> None:
 def _check_fit(
     saved: Saved, stem: str, wanted: Mapping[str, Tensor], stored: Mapping[str, LazyTensor]
 ) -> None:
-    if problems := misfits({name: tuple(tensor.shape) for name, tensor in wanted.items()}, stored):
+    if problems := state_dict_mismatch(
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()}, stored
+    ):
         listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
         raise ValueError(f"{saved.folder}: {stem} is of another model: {listed}")

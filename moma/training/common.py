@@ -1,6 +1,6 @@
-"""What both stages do alike: pictures and texts of a sample, the adapter they start from, the export.
+"""What both stages do alike: images and texts of a sample, the adapter they start from, the export.
 
-Letters: S side of the square pictures, s side of the image tower's, E embedding.
+Letters: S side of the square images, s side of the image tower's, E embedding.
 """
 
 import json
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from models.clip_image import clip_image
-from models.loading import save_tensors
-from moma.adapter import Adapter, AdapterConfig
-from moma.bundle import Bundle
-from moma.config import DEFAULT, MethodConfig
+from models.weights.loading import save_tensors
+from moma.app.files import write_text
 from moma.data.triplets import Triplet
-from moma.output import write_text
-from moma.preprocess import Reference, make_reference
-from moma.sources import EXPORT, EXPORT_FORMAT
+from moma.inputs.preprocess import Reference, make_reference
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.config import DEFAULT, MethodConfig
+from moma.weights.bundle import Bundle
+from moma.weights.sources import EXPORT, EXPORT_FORMAT
 
 # Draws for validation come from this seed whatever the run's, so that the losses of runs can be compared.
 VALIDATION_SEED = 0x56414C
@@ -64,7 +64,7 @@ class Prepare:
         )
 
     def squares(self, triplet: Triplet) -> tuple[Reference, Reference]:
-        """Target and reference; a picture without another one is its own."""
+        """Target and reference; an image without another one is its own."""
         target = make_reference(triplet.image, triplet.mask, self.image_size, self.method)
         if triplet.reference is None:
             return target, target
@@ -76,7 +76,7 @@ def _bytes(image: Any) -> Tensor:
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 pictures (B, 3, S, S) -> what the VAE encodes, [-1, 1]."""
+    """uint8 images (B, 3, S, S) -> what the VAE encodes, [-1, 1]."""
     return (images.float() / 127.5 - 1).to(dtype)
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from moma.config import check_types
+from moma.sampling.config import check_types
 
 # Fields by which two runs may differ and still be the same run: they decide when something is written and
 # how the work is cut. The samples of a step, which three of them decide together, are compared as one number.
@@ -41,7 +41,7 @@ class TrainConfig:
     save_every: int = 1000  # steps between checkpoints: what a crash costs at most
     keep_last: int = 2  # checkpoints kept beside the best one; one of 7B parameters has 84 GB
     validate_every: int = 1000  # validation also comes before each checkpoint, whose rank it decides
-    sample_every: int = 1000  # steps between pictures of the validation pairs
+    sample_every: int = 1000  # steps between images of the validation pairs
     log_every: int = 1  # a line has 150 bytes, and sparse ones make a curve that misleads
 
     def __post_init__(self) -> None:

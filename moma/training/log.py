@@ -1,4 +1,4 @@
-"""The log of a run, one JSON object a line, and the picture of its losses."""
+"""The log of a run, one JSON object a line, and the image of its losses."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from moma.chart import Colour, Line, Points, chart
-from moma.output import write_text
+from moma.app.chart import Colour, Line, Points, chart
+from moma.app.files import write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -31,12 +31,12 @@ def write_log(path: Path, line: Mapping[str, Any]) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
-# --- the picture -------------------------------------------------------------------------------------
+# --- the image -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CurveConfig:
-    """Looks of the picture of the losses."""
+    """Looks of the image of the losses."""
 
     # The smoothed line averages over about this share of the run: a diffusion loss jumps with its timesteps.
     smooth: float = 0.03

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from moma.output import save_png
-from moma.training.checkpoint import Saved, Trainee, load, prune, save
+from moma.app.record import save_png
+from moma.data.stream import Position
+from moma.training.checkpoint import Saved, TrainState, load, prune, save
 from moma.training.config import TrainConfig, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, write_log
 from moma.training.parallel import Ranks, gather_weights, local, spread, synced, whole
-from moma.training.task import Batch, Position, Task
+from moma.training.task import Batch, Task
 
 LOG, CURVE, SAMPLES, EXPORT = "log.jsonl", "loss.png", "samples", "export"  # names in the run's folder
 FUSED = ("cpu", "cuda", "mps")  # device types for which torch has AdamW as one kernel
@@ -30,11 +31,11 @@ class Run:
 
     task: Task
     cfg: TrainConfig
-    out: Path  # folder for checkpoints, log, pictures and export, written by rank 0
+    out: Path  # folder for checkpoints, log, images and export, written by rank 0
     ranks: Ranks
     identity: Mapping[str, Any]  # what a continuation must not change, for the checkpoints
     model: nn.Module  # `task.model` as it is called, spread over the ranks
-    trainee: Trainee
+    trainee: TrainState
 
 
 def fit(
@@ -129,7 +130,7 @@ def prepare(task: Task, cfg: TrainConfig, out: Path, ranks: Ranks, identity: Map
     assert all(weight.dtype == torch.float32 for weight in weights.values()), "trained weights are float32"
     kept = task.model.state_dict()
     rule = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    trainee = Trainee(
+    trainee = TrainState(
         weights=weights,
         buffers={name: buffer for name, buffer in task.model.named_buffers() if name in kept},
         average={} if cfg.ema is None else {name: w.detach().clone() for name, w in weights.items()},
@@ -169,7 +170,7 @@ def due(run: Run, step: int, every: int) -> bool:
 
 
 def milestones(run: Run, step: int, position: Position) -> None:
-    """Validation, pictures and checkpoint when they are due, the checkpoint last: it holds what they drew."""
+    """Validation, images and checkpoint when they are due, the checkpoint last: it holds what they drew."""
     saving, validation = due(run, step, run.cfg.save_every), None
     if saving or due(run, step, run.cfg.validate_every):
         validation = validate(run, step)
@@ -197,15 +198,15 @@ def validate(run: Run, step: int) -> float | None:
 
 @torch.no_grad()
 def draw(run: Run, step: int) -> None:
-    """The task's pictures; every rank draws them, as under FSDP2 none can alone."""
+    """The task's images; every rank draws them, as under FSDP2 none can alone."""
     with averaged(run.trainee), computing(run):
         parts = gather_weights(run.task.model)
-        picture = run.task.sample_grid()
+        image = run.task.sample_grid()
         for part in parts:
             part.reshard()
-    if picture is not None and run.ranks.main:
+    if image is not None and run.ranks.main:
         (run.out / SAMPLES).mkdir(exist_ok=True)
-        save_png(run.out / SAMPLES / f"step-{step:08}.png", picture)
+        save_png(run.out / SAMPLES / f"step-{step:08}.png", image)
 
 
 def draw_curve(run: Run) -> None:
@@ -214,7 +215,7 @@ def draw_curve(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """The picture of the losses and the export; also what a run that was killed after its last step lacks."""
+    """The image of the losses and the export; also what a run that was killed after its last step lacks."""
     draw_curve(run)
     with averaged(run.trainee):
         gather_weights(run.task.model)  # for good: the run ends here
@@ -223,7 +224,7 @@ def finish(run: Run) -> None:
 
 
 @contextmanager
-def averaged(trainee: Trainee) -> Iterator[None]:
+def averaged(trainee: TrainState) -> Iterator[None]:
     """Within, the weights are their average, if one is kept."""
     swap(trainee)
     try:
@@ -233,7 +234,7 @@ def averaged(trainee: Trainee) -> Iterator[None]:
 
 
 @torch.no_grad()
-def swap(trainee: Trainee) -> None:
+def swap(trainee: TrainState) -> None:
     """Exchange the weights with their average, bit for bit."""
     for name, average in trainee.average.items():
         weight, held = local(trainee.weights[name]), local(average).clone()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moma.training.task import Position
+from moma.data.stream import Position
 
 # Two odd constants spread (seed, number) over the 32 bits that torch's CPU generator uses (splitmix's and a
 # prime), so that neighbouring numbers and seeds do not meet.

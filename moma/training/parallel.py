@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moma.pipeline import choose_device
+from moma.sampling.device import choose_device
 
 # Ranks wait for rank 0 while it writes a checkpoint; 84 GB to a slow disk take longer than NCCL's 10 minutes.
 PATIENCE = timedelta(hours=2)

@@ -1,9 +1,9 @@
-"""Stage 1 (Sec. 3.4, Eq. 4): the MLLM learns to say what the wanted picture looks like to CLIP.
+"""Stage 1 (Sec. 3.4, Eq. 4): the MLLM learns to say what the wanted image looks like to CLIP.
 
 It reads the reference on white and the instruction; its state at the last token, through the mapping, is
-regressed on the CLIP image embedding of the picture, background included.
+regressed on the CLIP image embedding of the image, background included.
 
-Letters: B samples, s side of the image tower's pictures, N patches, C width of the MLLM, E embedding.
+Letters: B samples, s side of the image tower's images, N patches, C width of the MLLM, E embedding.
 """
 
 import warnings
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from models.clip_image import clip_image
 from models.llava import Llava
+from models.lora import LoRALinear, add_lora, merged_tensors
 from models.tokenizers import LlamaTokenizer
-from moma.adapter import Adapter
-from moma.bundle import Bundle
-from moma.config import MethodConfig, check_types
-from moma.data.stream import Item, StreamConfig, batches, once, stream
+from moma.data.stream import Item, Position, StreamConfig, batches, once, stream
 from moma.data.triplets import SkipLog, Source, Triplet, open_source
-from moma.decoder import Decoder
-from moma.prompts import instruction
+from moma.methods.moma.adapter import Adapter
+from moma.methods.moma.config import MethodConfig
+from moma.methods.moma.feature_decoder import FeatureDecoder, instruction
+from moma.sampling.config import check_types
 from moma.training.cache import clip_embedding
 from moma.training.common import (
     Prepare,
@@ -36,8 +36,8 @@ from moma.training.common import (
     with_config,
 )
 from moma.training.config import TrainConfig
-from moma.training.lora import LoRALinear, add_lora, merged_tensors
-from moma.training.task import Batch, Delivery, Position
+from moma.training.task import Batch, Delivery
+from moma.weights.bundle import Bundle
 
 HELD_OUT = "kept back for validation"
 # What LoRA updates: every linear layer of LLaMA's blocks.
@@ -57,7 +57,7 @@ class Stage1Config:
     lora_rank: int = 64  # far above what a style needs: the model learns a new kind of output
     lora_alpha: float = 64.0  # α; equal to the rank, the update has the size of its factors' product
     gradient_checkpointing: bool = False  # recompute LLaMA's blocks in the backward: slower, less memory
-    workers: int = 4  # processes per rank that decode pictures; 0 = none beside the training
+    workers: int = 4  # processes per rank that decode images; 0 = none beside the training
     lanes: int = 32  # of the data's order: a multiple of ranks * workers, and a part of it (StreamConfig)
     validation: str | None = None  # held-out data; None = the training data's first samples are kept back
     validation_samples: int = 64
@@ -84,10 +84,10 @@ class Stage1(nn.Module):
     ) -> None:
         super().__init__()
         self.llava, self.adapter = llava, adapter
-        self.decoder = Decoder(llava, adapter, tokenizer, method)
+        self.decoder = FeatureDecoder(llava, adapter, tokenizer, method)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Eq. 4: the mean of (embedding - CLIP(picture))², float32 (B,).
+        """Eq. 4: the mean of (embedding - CLIP(image))², float32 (B,).
 
         batch: white, full (B, 3, s, s), the reference on white and the target; instruction, B texts.
         """
@@ -155,7 +155,7 @@ class Stage1Task:
         return list(self.held_out)
 
     def sample_grid(self) -> None:
-        """An embedding is no picture."""
+        """An embedding is no image."""
 
     def export(self, folder: Path) -> None:
         model = self.model

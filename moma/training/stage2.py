@@ -1,9 +1,9 @@
-"""Stage 2 (Sec. 3.4, Eq. 1): the adapter learns to denoise pictures of a subject that it is shown.
+"""Stage 2 (Sec. 3.4, Eq. 1): the adapter learns to denoise images of a subject that it is shown.
 
 UNet, VAE, text encoder and MLLM are frozen; trained are the projector, the context K, V, the subject's K', V'
 and λ. What the frozen networks make of the data was computed before (`moma.training.cache`).
 
-Letters: B samples, Z latent channels, h w latents, S side of the pictures, T text tokens, E embedding.
+Letters: B samples, Z latent channels, h w latents, S side of the images, T text tokens, E embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,15 @@ from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer
 from models.unet import UNet
 from models.vae import VAE
-from moma.adapter import Adapter, MoMAHook, condition_rows, reference_features
-from moma.attention import ReferenceLayer
-from moma.bundle import Bundle
-from moma.config import MethodConfig, SampleConfig, check_types
+from moma.app.sheets import Cell, contact_sheet
+from moma.data.stream import Position
 from moma.data.triplets import Source, open_source
-from moma.diffusion import ScheduleConfig, add_noise, alphas_cumprod
-from moma.output import Cell, contact_sheet
-from moma.pipeline import Job, MoMA, Subject, check_method, reference_latent, to_images
+from moma.methods.moma.adapter import Adapter, MoMAHook, condition_rows, reference_features
+from moma.methods.moma.attention import ReferenceLayer
+from moma.methods.moma.config import MethodConfig
+from moma.sampling.config import SampleConfig, check_types
+from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.sampling.pipeline import Job, MoMA, Subject, check_method, reference_latent, to_images
 from moma.training.cache import Cache, CacheConfig, Encoder, build_cache, identity
 from moma.training.common import (
     VALIDATION_SEED,
@@ -41,7 +42,8 @@ from moma.training.common import (
 )
 from moma.training.config import TrainConfig
 from moma.training.order import generator_for, numbered
-from moma.training.task import Batch, Delivery, Position
+from moma.training.task import Batch, Delivery
+from moma.weights.bundle import Bundle
 
 # Which parameters of the adapter are trained; the mapping and the token are stage 1's.
 PARTS = {"moma": ("projector.", "context.", "subject."), "ip_adapter": ("projector.", "context.")}
@@ -70,7 +72,7 @@ class Stage2Config:
     # to a mean of 1; 1 = Eq. 1.
     subject_weight: float = 1.0
     # A sample's loss is weighted by min(SNR, this) / SNR of its timestep (Hang et al. 2023, who take 5),
-    # scaled to a mean of 1, so that the fine detail of nearly clean pictures, where errors are largest, does
+    # scaled to a mean of 1, so that the fine detail of nearly clean images, where errors are largest, does
     # not outweigh colours and shapes, which are decided in the noise; None = Eq. 1.
     snr_gamma: float | None = None
     # The reference is moved by up to this many latents each way against the target, so that K', V' are found
@@ -78,13 +80,13 @@ class Stage2Config:
     reference_shift: int = 0
     cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is not there
     cache_batch: int = 16  # samples per call of a network while building it
-    cache_workers: int = 4  # threads that decode pictures while building it
+    cache_workers: int = 4  # threads that decode images while building it
     gradient_checkpointing: bool = False  # recompute the UNet's blocks in the backward: slower, less memory
     validation: str | None = None  # held-out data; None = the training data's first samples are kept back
     validation_samples: int = 64  # enough to tell runs apart, since their draws are fixed
     validation_batch: int = 8
-    grid_samples: int = 4  # pictures of `sample_grid`
-    grid_steps: int = 20  # of the sampler; fewer than for a final picture, to look at progress
+    grid_samples: int = 4  # images of `sample_grid`
+    grid_steps: int = 20  # of the sampler; fewer than for a final image, to look at progress
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""
@@ -258,7 +260,7 @@ class Stage2Task:
         )
 
     def _draw(self, batch: Batch, names: Sequence[tuple[str, ...]]) -> list[Image.Image]:
-        """One picture for each sample of a batch with these (key, label, caption), by the usual sampler."""
+        """One image for each sample of a batch with these (key, label, caption), by the usual sampler."""
         model, cfg = self.model, self.model.cfg
         layers, jobs = model.reference(batch), []
         for i, (_, label, caption) in enumerate(names):
@@ -280,7 +282,7 @@ class Stage2Task:
 
 
 def sampling_method(model: Stage2) -> MethodConfig:
-    """The method that pictures are drawn with after a training: it never saw masks without Eq. 3."""
+    """The method that images are drawn with after a training: it never saw masks without Eq. 3."""
     return model.method if model.cfg.parts == "moma" else replace(model.method, context_masked=False)
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 from PIL import Image
 from torch import nn
 
+from moma.data.stream import Position
+
 # Tensors with a leading B (on the CPU), or lists of B things. "number" (B,) int64 counts the samples of the
 # whole run: every random draw for a sample comes from a generator seeded by (run's seed, number), so that
 # nothing depends on ranks, workers, accumulation or a restart.
 Batch = dict[str, Any]
-# Where the data stands; JSON. Ranks' positions are united key by key, the larger value of a key winning.
-Position = dict[str, int]
 
 
 class Delivery(NamedTuple):
@@ -49,7 +49,7 @@ class Task(Protocol):
         """A few fixed batches, the same on every call and for every rank; may be empty."""
 
     def sample_grid(self) -> Image.Image | None:
-        """Pictures of fixed validation pairs with the model as it is; None where a stage draws none."""
+        """Images of fixed validation pairs with the model as it is; None where a stage draws none."""
 
     def export(self, folder: Path) -> None:
         """Write the trained tensors as files that `convert_weights.py` and a bundle take; atomically."""

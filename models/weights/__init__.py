@@ -1,0 +1,1 @@
+"""From public files to networks: formats, names, sizes, few bits, streaming."""

@@ -1,0 +1,477 @@
+"""Checkpoint files: read lazily, write as safetensors, load into a module.
+
+Reading gives a mapping name -> `LazyTensor`: shape and dtype are known from the header, the values are
+read on demand, so that a 10 GB file is converted tensor by tensor. Pickled files (.bin, .ckpt, .pt, .pth,
+.th) go through torch's restricted unpickler, which calls nothing that a file names except what builds
+tensors; metadata of training frameworks is skipped, and a file that wants more is refused.
+
+Formats: safetensors = 8 bytes header length, JSON header, raw little-endian bytes
+(github.com/huggingface/safetensors); torch.save = an uncompressed zip with `data.pkl` and one entry
+`data/<key>` per storage (torch/serialization.py).
+"""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from bisect import bisect
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+HEADER_ALIGNMENT = 64  # bytes; data that starts aligned can be used where it is mapped
+MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more is a cycle
+NAMES_IN_ERROR = 6  # keys spelled out per kind of problem, so that the message stays one readable line
+LFS_POINTER = b"version https://git-lfs"
+# What training checkpoints hold beside tensors. Nothing of it is imported or called, see `_Skipped`.
+METADATA = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|typing|pathlib|argparse|copyreg)\..*"
+    r"|collections\.defaultdict|builtins\.(int|float|bool|str|bytes|object|slice|range|list|dict|tuple)"
+)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: `shape` and `dtype` now, the values (CPU, not to be changed) from `read()`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[[], Tensor]
+    castable: bool = True  # False: the dtype belongs to the format (a scale of models/weights/quant.py)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LazyTensor":
+        """The same tensor after `function` (which must run on meta tensors, as the shape comes from one)."""
+        result = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        shape, dtype = tuple(result.shape), result.dtype
+        return replace(self, shape=shape, dtype=dtype, read=lambda: function(self.read()))
+
+
+def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
+    """A tensor that is already there, in the form of one that is not."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
+
+
+def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors one below the other, along the first dimension; ValueError if the others differ."""
+    first = parts[0]
+    if len({part.shape[1:] for part in parts}) > 1 or not first.shape:
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise ValueError(f"{first.file}: tensors of the shapes {shapes} are no parts of one")
+    rows = sum(part.shape[0] for part in parts)
+    return replace(
+        first, shape=(rows, *first.shape[1:]), read=lambda: torch.cat([part.read() for part in parts])
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
+    """Tensors of a checkpoint by name.
+
+    path: .safetensors, a torch pickle, or the `*.index.json` of a sharded one. Nested dicts are flattened
+    with dots; what is no tensor is left out. ValueError (one line) for a missing, damaged, unknown or
+    unsafe file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix == ".json":
+        return _read_index(path)
+    with open(path, "rb") as stream:
+        head = stream.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ValueError(f"{path}: a git-lfs pointer instead of the weights; run `git lfs pull` there")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if head.startswith(b"PK"):
+        return _read_zip(path)
+    if head.startswith(b"\x80"):
+        return _read_legacy(path)
+    raise ValueError(f"{path}: neither safetensors nor a torch checkpoint; damaged or of another kind")
+
+
+def pick_weights(names: Collection[str], stems: Sequence[str]) -> str | None:
+    """Which of a model folder's file names to read: safetensors before pickles, full before half precision,
+    plain before `non_ema` (diffusers' plain file is the average); an index where the weights are sharded."""
+    kinds = ("safetensors", "bin")
+    whole = [(f".{kind}", f".{kind}.index.json") for kind in kinds]
+    half = [(f".fp16.{kind}", f".{kind}.index.fp16.json") for kind in kinds]
+    other = [(f".non_ema.{kind}",) for kind in kinds]
+    endings = [ending for group in (*whole, *half, *other) for ending in group]
+    return next((stem + end for end in endings for stem in stems if stem + end in names), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an `*.index.json`."""
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = [file for file in places.values() if Path(file).name != file]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: no weight_map from tensor names to files in it") from error
+    if outside:
+        raise ValueError(f"{index}: names the shard {outside[0]!r}, which is not a plain file name")
+    return places
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an `*.index.json` names, whether they are there or not."""
+    return [index.parent / file for file in sorted(set(_weight_map(index).values()))]
+
+
+def _read_index(path: Path) -> dict[str, LazyTensor]:
+    places = _weight_map(path)
+    content = {}
+    for file in shard_files(path):
+        if not file.is_file():
+            raise ValueError(f"{file}: shard listed in {path.name} is missing")
+        content[file.name] = read_checkpoint(file)
+    if lost := [name for name, file in places.items() if name not in content[file]]:
+        raise ValueError(f"{path}: {some_names(lost)} not in the shards that the index names")
+    return {name: content[file][name] for name, file in places.items()}
+
+
+@contextmanager
+def _open_safetensors(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """safe_open, which checks that header and file size agree, with a one-line ValueError."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+
+
+def check_safetensors(path: Path) -> None:
+    """ValueError if the file is missing, cut short or has no valid header; reads no weights."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with _open_safetensors(path):
+        pass
+
+
+def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    def lazy(name: str, shape: Sequence[int], kind: str) -> LazyTensor:
+        if kind not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {kind}, expected a float or integer type")
+        return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], path, lambda: read(name))
+
+    def read(name: str) -> Tensor:
+        with _open_safetensors(path) as file:  # opened anew, so that no more than this tensor stays mapped
+            return file.get_tensor(name)
+
+    check_safetensors(path)
+    with _open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: lazy(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+
+
+class _Skipped:
+    """Stands for a class or function of METADATA: makes plain dicts, the one kind that may be filled."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
+
+
+class _SkippedArray:
+    """The same for numpy's, whose state is a tuple, which a dict does not take."""
+
+    def __new__(cls, *args: Any) -> "_SkippedArray":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """torch raises many kinds of errors, with texts that advise to load without safety; ours is one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: damaged, truncated or unsafe, not a readable torch checkpoint") from error
+
+
+def _read_zip(path: Path) -> dict[str, LazyTensor]:
+    """torch.save since version 1.6. Only `data.pkl` is read now: on "meta", torch notes where values lie."""
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        orders = {archive.read(info) for info in infos if info.filename.endswith("/byteorder")}
+    if not any(info.filename.endswith("/data.pkl") for info in infos):
+        raise ValueError(f"{path}: a zip archive, but not one that torch.save wrote")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise ValueError(f"{path}: a compressed archive, but torch.save writes uncompressed ones")
+    if not orders <= {b"little"}:  # torch would crash on such a file under "meta"
+        raise ValueError(f"{path}: written on a big-endian machine, expected little-endian")
+    with _readable(path):
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if refused := [name for name in wanted if not METADATA.fullmatch(name)]:
+        raise ValueError(
+            f"{path}: the pickle asks for {refused[0]}, which no weights need; refused, nothing of it was "
+            "run (a .safetensors version of the file has no such names)"
+        )
+    skipped = [(_SkippedArray if name.startswith("numpy.") else _Skipped, name) for name in wanted]
+    with _readable(path), torch.serialization.safe_globals(skipped):
+        content = torch.load(path, map_location="meta", weights_only=True)
+    entries = sorted((info.header_offset, info.file_size) for info in infos)
+
+    def lazy(tensor: Tensor) -> LazyTensor:
+        if tensor.layout != torch.strided or tensor.untyped_storage()._checkpoint_offset is None:
+            raise ValueError(f"{path}: holds a tensor that is sparse or without values, expected plain ones")
+        storage = tensor.untyped_storage()
+        start = storage._checkpoint_offset  # of its bytes in the file
+        _, room = entries[bisect(entries, (start,)) - 1]  # the entry whose header is before them
+        skip, shape, stride = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if storage.nbytes() > room:  # torch grew it to what the tensor needs
+            raise ValueError(f"{path}: damaged, a tensor is larger than what is stored of it")
+
+        def read() -> Tensor:
+            flat = torch.empty(count, dtype=tensor.dtype)
+            with open(path, "rb") as stream:
+                stream.seek(start + skip * flat.itemsize)
+                got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
+            if got != flat.nbytes:
+                raise ValueError(
+                    f"{path}: ends before its last tensor; the file is truncated, fetch it again"
+                )
+            return flat.as_strided(shape, stride)
+
+        return LazyTensor(shape, tensor.dtype, path, read)
+
+    return {name: lazy(tensor) for name, tensor in _flatten(path, content).items()}
+
+
+def _read_legacy(path: Path) -> dict[str, LazyTensor]:
+    """torch.save before version 1.6: one stream, so all of it is read."""
+    with _readable(path):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: in_memory(tensor, path) for name, tensor in _flatten(path, content).items()}
+
+
+def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    found: dict[str, Tensor] = {}
+
+    def walk(node: Any, name: str, depth: int) -> None:
+        if depth > MAX_NESTING:
+            raise ValueError(f"{path}: dicts nested deeper than {MAX_NESTING}, not a checkpoint")
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{name}.{key}" if name else str(key), depth + 1)
+        elif isinstance(node, Tensor):
+            if name in found:
+                raise ValueError(f"{path}: two tensors are called {name}")
+            found[name] = node.detach()
+
+    walk(content, "", 0)
+    return found
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """How weights are cut into files."""
+
+    # Largest file in bytes; 5 GB is what hubs and other tools use, and one shard is one download to repeat.
+    max_bytes: int = 5_000_000_000
+
+
+def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`write_safetensors` for tensors that are in memory, on any device."""
+    lazy = {name: in_memory(tensor.detach().cpu().contiguous(), folder) for name, tensor in tensors.items()}
+    return write_safetensors(folder, stem, lazy)
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype | None = None,
+    config: ShardConfig | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, str]:
+    """Write `<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors`, one tensor in memory at a time.
+
+    dtype: type of the floating-point tensors in the file, None = as they are. progress: called with the
+    bytes written. Returns file name -> sha256. A file appears under its name only when complete.
+    ValueError if a value is finite in the source and infinite in `dtype`.
+    """
+    config = config or ShardConfig()
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = prod(tensor.shape) * _target(tensor, dtype).itemsize
+        if shards[-1] and size + nbytes > config.max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    hashes = {}
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05}-of-{len(shards):05}.safetensors"
+        hashes[file] = _write_shard(folder / file, {name: tensors[name] for name in names}, dtype, progress)
+    return hashes
+
+
+def stored_bytes(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None) -> int:
+    """What `write_safetensors` writes of them, headers aside."""
+    return sum(prod(tensor.shape) * _target(tensor, dtype).itemsize for tensor in tensors.values())
+
+
+def _target(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
+    casts = dtype is not None and tensor.castable and tensor.dtype.is_floating_point
+    return dtype if casts else tensor.dtype
+
+
+def _write_shard(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype | None,
+    progress: Callable[[int], Any] | None,
+) -> str:
+    kinds = {name: _target(tensor, dtype) for name, tensor in tensors.items()}
+    if odd := [name for name, kind in kinds.items() if kind not in DTYPE_NAMES]:
+        raise ValueError(f"{tensors[odd[0]].file}: {odd[0]} has dtype {kinds[odd[0]]}, which is no weight's")
+    # Wide types first, so that every tensor stays aligned to its own item size.
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        shape, kind = tensors[name].shape, kinds[name]
+        end = offset + prod(shape) * kind.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+    digest = hashlib.sha256()
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as stream:
+
+            def put(data: Any) -> None:
+                stream.write(data)
+                digest.update(data)
+
+            put(len(text).to_bytes(8, "little"))
+            put(text)
+            for name in names:
+                values = _cast(name, tensors[name], kinds[name])
+                put(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                if progress is not None:
+                    progress(values.nbytes)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    values = tensor.read()
+    assert tuple(values.shape) == tensor.shape and values.dtype == tensor.dtype
+    cast = values.to(dtype)
+    narrower = dtype == torch.float16 and values.dtype != dtype
+    if narrower and not torch.equal(cast.isfinite(), values.isfinite()):
+        raise ValueError(
+            f"{tensor.file}: {name} reaches {values.abs().max():.3g}, beyond float16; use bf16 or fp32"
+        )
+    return cast
+
+
+# --- loading into a module -------------------------------------------------------------------------
+
+
+def load_into(
+    build: Callable[[], nn.Module],
+    files: Sequence[Path] | Mapping[str, Sequence[Path]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ignore: Sequence[str] = (),
+) -> nn.Module:
+    """Build a module without memory of its own and put the tensors of safetensors files in.
+
+    files: paths, or name prefix -> paths (the prefix is put before the names in these files). dtype: of the
+    parameters, None = as stored; buffers stay as stored. ignore: prefixes of names that may be in the files
+    without a place in the module. On the CPU, tensors whose dtype stays are mapped from the file (private
+    pages: writing to them does not touch it). ValueError, before any weight is read, lists every missing,
+    unexpected or mis-shaped name; both sides must agree exactly.
+    """
+    with torch.device("meta"):
+        module = build()
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    groups = files if isinstance(files, Mapping) else {"": files}
+    places = [(prefix, Path(path)) for prefix, paths in groups.items() for path in paths]
+    stored = {prefix + key: t for prefix, path in places for key, t in _read_safetensors(path).items()}
+    known = {name: t for name, t in stored.items() if name in wanted or not name.startswith(tuple(ignore))}
+    if problems := state_dict_mismatch(wanted, known):
+        where = ", ".join(str(path) for _, path in places)
+        raise ValueError(does_not_fit(where, type(module).__name__, problems))
+
+    cast = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = {}
+    for prefix, path in places:
+        with _open_safetensors(path, str(device)) as file:
+            for name in (prefix + key for key in file.keys()):  # noqa: SIM118 (not a mapping)
+                if name in wanted:
+                    values = file.get_tensor(name.removeprefix(prefix))
+                    state[name] = values.to(dtype) if name in cast else values
+    module.load_state_dict(state, strict=True, assign=True)
+    rest = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not rest, f"{type(module).__name__} keeps {rest} out of its state dict"
+    return module
+
+
+def does_not_fit(where: str, network: str, problems: Mapping[str, list[str]]) -> str:
+    """One line for people about `state_dict_mismatch`."""
+    listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
+    return f"{where}: does not fit {network}: {listed}"
+
+
+def state_dict_mismatch(
+    wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]
+) -> dict[str, list[str]]:
+    """Why `tensors` are not those of the names and shapes `wanted`: kind -> names; {} if they are."""
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [f"{name} ({t.file.name})" for name, t in tensors.items() if name not in wanted],
+        "mis-shaped": [
+            f"{name} ({tensors[name].file.name}: {list(tensors[name].shape)} instead of {list(shape)})"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    return {kind: names for kind, names in problems.items() if names}
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first few names, for a message of one line."""
+    more = len(names) - NAMES_IN_ERROR
+    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")

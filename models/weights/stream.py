@@ -1,0 +1,164 @@
+"""LLaVA whose weights stay in their files: each LLaMA block is read when its turn comes, then dropped.
+
+MoMA's decoder is one prefill: every block is used once, there are no logits and no keys to keep, so that the
+weights need not be in memory together. A thread reads the next block while one computes. The numbers are
+those of the resident networks: the same blocks, functions and casts (tests/test_stream.py).
+
+Letters as in models/llava.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.llama import Llama, LlamaConfig
+from models.llava import Llava, LlavaConfig
+from models.weights.loading import LazyTensor, does_not_fit, state_dict_mismatch
+
+PAGE = 4096  # bytes: touching one byte in as many brings a mapped file into memory (smallest page in use)
+
+Weights = dict[str, Tensor]
+
+
+class StreamedLlama(Llama):
+    """As `Llama` on `device` in `dtype`, without gradients; at most two of its blocks are in memory."""
+
+    def __init__(
+        self, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """tensors: exactly the parameters of `Llama(cfg)`."""
+        with torch.device("meta"):
+            super().__init__(cfg)
+        self.embed_tokens = EmbeddingRows(tensors["embed_tokens.weight"], dtype)
+        self.blocks = [_below(tensors, f"layers.{i}.") for i in range(cfg.layers)]
+        self.final_norm = _below(tensors, "norm.")
+        self.device, self.dtype = device, dtype
+        # One for all readings: memory that a stream has used is not given to another one.
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def forward(self, embeds: Tensor, layers: int | None = None) -> Tensor:
+        return self.each([embeds], layers)[0]
+
+    @torch.no_grad()
+    def each(self, embeds: Sequence[Tensor], layers: int | None = None) -> list[Tensor]:
+        """As `Llama.each`; every block is read once, whatever the number of sequences."""
+        states, ropes, count = list(embeds), [self.rope(x) for x in embeds], self.depth(layers)
+
+        def apply(i: int, weights: Weights) -> None:
+            for n, rope in enumerate(ropes):
+                states[n] = functional_call(self.layers[i], weights, (states[n], rope))  # (B, T, C)
+
+        one_after_another(self.blocks[:count], apply, self.device, self.dtype, self.copies)
+        norm = fetch(self.final_norm, self.device, self.dtype)
+        return [functional_call(self.norm, norm, (x,)) for x in states]  # (B, T, C) each
+
+
+class EmbeddingRows(nn.Module):
+    """As nn.Embedding; only the rows asked for are read (of a mapped file, the pages that hold them)."""
+
+    def __init__(self, table: LazyTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.dtype = table, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (T,) int64 -> (T, C) on the device of ids."""
+        return F.embedding(ids.cpu(), self.table.read()).to(ids.device, self.dtype)  # (T, C)
+
+
+class StreamedLlava(Llava):
+    """As `Llava` without a head for text, with a `StreamedLlama`; tower and projector come and go whole.
+
+    The tower is not cut into blocks: ViT-L/14 in bf16 takes 0.6 GB, less than two blocks of a 7B LLaMA, and
+    it is gone before these are read.
+    """
+
+    def __init__(
+        self, cfg: LlavaConfig, tensors: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """tensors: by the names of `Llava(cfg)`; ValueError, before any is read, unless they fit it."""
+        with torch.device("meta"):
+            super().__init__(cfg)
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if problems := state_dict_mismatch(wanted, tensors):
+            where = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
+            raise ValueError(does_not_fit(where, type(self).__name__, problems))
+        stored = {name for name, _ in self.named_buffers()}  # codes and scales: of the dtype in the file
+        tensors = {name: replace(tensor, castable=name not in stored) for name, tensor in tensors.items()}
+        self.front = {name: t for name, t in tensors.items() if name.startswith(("tower.", "projector."))}
+        self.llama = StreamedLlama(cfg.llama, _below(tensors, "llama."), device, dtype)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return self.encode_each([pixels])[0]
+
+    @torch.no_grad()
+    def encode_each(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """As `Llava.encode_each`; the weights are read once and dropped."""
+        with torch.device("meta"):
+            front = Llava(replace(self.cfg, llama=replace(self.cfg.llama, layers=0)))
+        weights = fetch(self.front, self.llama.device, self.llama.dtype)
+        front.load_state_dict(weights, strict=False, assign=True)  # what is left of its LLaMA stays on meta
+        return [front.encode_images(x) for x in pixels]  # (B, N, C) each
+
+
+def one_after_another(
+    groups: Sequence[Mapping[str, LazyTensor]],
+    use: Callable[[int, Weights], None],
+    device: torch.device,
+    dtype: torch.dtype,
+    copies: torch.cuda.Stream | None = None,
+) -> None:
+    """use(i, weights of group i) for each group in turn, while a thread reads the next one.
+
+    At most two groups are on the device, if `use` keeps nothing. On CUDA the next group goes through pinned
+    memory and the stream `copies`, so that copying and computing can overlap.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(_read_ahead, groups[0], device, dtype, copies)
+        for i in range(len(groups)):
+            weights = coming.result()
+            if i + 1 < len(groups):
+                coming = thread.submit(_read_ahead, groups[i + 1], device, dtype, copies)
+            use(i, weights)
+            if copies is not None:  # the memory of `weights` may be used again as soon as they are dropped
+                torch.cuda.current_stream(device).synchronize()
+            del weights
+
+
+def fetch(group: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype) -> Weights:
+    """A group's values on a device, floats in `dtype`, as `load_into` puts them there."""
+    return {name: _cast(tensor, dtype).to(device) for name, tensor in group.items()}
+
+
+def _read_ahead(
+    group: Mapping[str, LazyTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    copies: torch.cuda.Stream | None,
+) -> Weights:
+    """As `fetch`, complete when it returns: nothing is left to be read or copied later."""
+    if copies is not None:
+        with torch.cuda.stream(copies):
+            pinned = ((name, _cast(tensor, dtype).pin_memory()) for name, tensor in group.items())
+            weights = {name: values.to(device, non_blocking=True) for name, values in pinned}
+        copies.synchronize()
+        return weights
+    weights = fetch(group, device, dtype)
+    if device.type == "cpu":  # a tensor that needed no cast is still only mapped from its file
+        for values in weights.values():
+            values.reshape(-1).view(torch.uint8).numpy()[::PAGE].max(initial=0)
+    return weights
+
+
+def _cast(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
+    values = tensor.read()
+    return values.to(dtype) if tensor.castable and values.is_floating_point() else values
+
+
+def _below(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    """Those whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

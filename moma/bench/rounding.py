@@ -1,0 +1,139 @@
+"""What storing LLaMA's matrices in 8 or 4 bits does to the decoder's embedding.
+
+    python convert_weights.py --base-bundle weights/mini --llm-bits 4 --out out/mini4
+    # bundles on subjects and prompts of MoMA-mini's world
+    python -m moma.bench.rounding weights/mini out/mini4
+    python -m moma.bench.rounding --full-size 32              # LLaVA-1.5-7B's sizes, pseudo-random weights
+
+Letters: N pairs of subject and prompt, T tokens, C width of LLaMA, E embedding.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
+from models.weights.quant import PRESETS, quantise
+from moma.app.files import exit_status
+from moma.inputs.preprocess import make_reference
+from moma.methods.moma.adapter import AdapterConfig, Mapping
+from moma.methods.moma.feature_decoder import MLLMInput
+from moma.mini.report import Pair, ReportConfig, make_pairs
+from moma.sampling.device import set_precision
+from moma.sampling.pipeline import load_decoder
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import fill
+from moma.world.world import draw
+
+
+@dataclass(frozen=True)
+class RoundingConfig:
+    """What is compared."""
+
+    pairs: int = 64  # N
+    tokens: int = 64  # T at full size; LLaVA's prompts have 640, which takes ten times as long
+    seed: int = 0  # of the pseudo-random weights and states
+    llama: LlamaConfig = LlamaConfig(lm_head=False)  # noqa: RUF009 (frozen)
+
+
+# --- bundles -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
+    """The decoder's embeddings of a bundle that knows the mini world's words, float32 (N, E)."""
+    decoder, size, questions = load_decoder(folder, "cpu", dtype), Bundle.open(folder).image_size, []
+    for pair in pairs:
+        seen = draw(pair.shown, ReportConfig().world)
+        image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
+        white = make_reference(image, mask, size, decoder.method).white
+        questions.append(MLLMInput(white, pair.shown.label, pair.prompt))
+    return torch.cat(decoder(questions)).float()  # (N, E)
+
+
+def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
+    """Every bundle beside the first one in bf16, in lines for people."""
+    pairs = make_pairs(cfg.pairs, [None], ReportConfig())
+    wanted = embeddings(folders[0], "bf16", pairs)
+    yield f"{cfg.pairs} pairs of subject and prompt, cosine to {folders[0]} in bf16"
+    yield line("another pair's embedding", F.cosine_similarity(wanted, wanted.roll(1, dims=0)))
+    for folder, dtype in [(folders[0], "fp32"), *((folder, "bf16") for folder in folders[1:])]:
+        found = embeddings(folder, dtype, pairs)
+        yield line(f"{folder} in {dtype}", F.cosine_similarity(wanted, found))
+
+
+def line(name: str, cosines: Tensor) -> str:
+    return f"{name}: mean {cosines.mean():.5f}, least {cosines.min():.5f}"
+
+
+# --- full size ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
+    """LLaMA on random states, plain in bf16 and in fewer bits; one block's weights in memory at a time.
+
+    After each block a line: cosines of the last token's embedding and of the states of all tokens.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    mapping = Mapping(AdapterConfig(mllm_dim=cfg.llama.width)).bfloat16()
+    fill(mapping, generator)
+    norm = RMSNorm(cfg.llama.width, cfg.llama.eps)
+    rope = rope_at(torch.arange(cfg.tokens)[None], cfg.llama)  # (1, 1, T, D)
+    start = torch.randn(1, cfg.tokens, cfg.llama.width, generator=generator).bfloat16()  # (1, T, C)
+    states = dict.fromkeys((None, *PRESETS), start)
+    for i in range(1, blocks + 1):
+        with torch.device("meta"):
+            block = LlamaBlock(cfg.llama).bfloat16()
+        block.to_empty(device="cpu")
+        fill(block, generator)
+        for bits, x in states.items():
+            states[bits] = (block if bits is None else in_bits(block, bits, cfg.llama))(x, rope)
+        normed = {bits: norm(x.float())[0] for bits, x in states.items()}  # (T, C)
+        last = {bits: mapping(x[-1:].bfloat16()).float() for bits, x in normed.items()}  # (1, E)
+        found = [
+            f"{bits} bits {F.cosine_similarity(last[bits], last[None]).item():.5f} "
+            f"({F.cosine_similarity(normed[bits], normed[None]).mean():.5f})"
+            for bits in PRESETS
+        ]
+        yield f"{i} blocks, embedding (states): {', '.join(found)}"
+
+
+def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
+    """The same block with its matrices as `models.weights.quant` stores them."""
+    with torch.device("meta"):
+        other = LlamaBlock(replace(cfg, quant=PRESETS[bits]))
+    state = block.state_dict()
+    for name in [name for name in state if "_proj." in name]:
+        layer = name.removesuffix(".weight")
+        state[f"{layer}.codes"], state[f"{layer}.scale"] = quantise(state.pop(name), PRESETS[bits])
+    other.load_state_dict(state, assign=True)
+    return other
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    set_precision()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("bundles", nargs="*", type=Path, help="the first is what the others are compared to")
+    parser.add_argument("--full-size", type=int, metavar="BLOCKS", help="of LLaVA-1.5-7B's 32")
+    args = parser.parse_args(argv)
+    if bool(args.bundles) == (args.full_size is not None):
+        raise ValueError("expected bundles, or --full-size with a number of blocks")
+    cfg = RoundingConfig()
+    if args.full_size is not None and not 1 <= args.full_size <= cfg.llama.layers:
+        raise ValueError(f"--full-size {args.full_size}: expected 1 to {cfg.llama.layers} blocks")
+    for text in full_size(args.full_size, cfg) if args.full_size else compare(args.bundles, cfg):
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("rounding", main))

@@ -1,0 +1,170 @@
+"""What full-size training needs of a GPU's memory, counted without a GPU: `python -m
+moma.bench.training_memory`.
+
+The networks run on shapes alone (torch's FakeTensorMode), and every tensor that autograd keeps for the
+backward pass is counted. To it come the weights (frozen 2 bytes; trained 4, with gradient 4 and AdamW's
+averages 8). Not counted: buffers of single operators and the allocator's rounding, usually 1 to 3 GB.
+
+Letters: B samples, Z latent channels, h w latents, T text tokens, M reference keys, C width of LLaMA.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models.attention import split_heads
+from models.llama import Llama, LlamaConfig
+from models.llava import LlavaConfig
+from models.lora import add_lora
+from models.unet import SD15, UNet, attention_grids
+from moma.methods.moma.adapter import Adapter, AdapterConfig, MoMAHook, condition_rows
+from moma.methods.moma.attention import Gate, ReferenceLayer, queries_asked
+from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.masks import Grid
+from moma.training.stage1 import LORA_LAYERS
+
+GB = 1e9
+FROZEN, TRAINED = 2, 16  # bytes per parameter: bf16; float32 with gradient and AdamW's two averages
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is counted."""
+
+    side: int = 64  # of the latents: 512 pixels
+    text_tokens: int = 77  # of Stable Diffusion's text encoder
+    subject_share: float = 0.35  # of the positions: the subject's keys and queries, a usual size
+    prompt_tokens: int = 640  # of LLaVA: 576 patches and the instruction
+    lora_rank: int = 64  # stage 1's default
+    batches: tuple[int, ...] = (1, 4, 8)
+    ranks: tuple[int, ...] = (1, 8)  # of FSDP
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(learnable_token=True))
+
+
+def kept_for_backward(forward: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps while `forward` runs, parameters and shared memory once."""
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(nbytes for nbytes, _ in found.values())
+
+
+def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int]:
+    """Bytes of weights and of what is kept, for one step of stage 2."""
+    with FakeTensorMode(), torch.device("cpu"):
+        with parameters_in(torch.bfloat16):
+            unet = UNet(replace(SD15, gradient_checkpointing=checkpointing)).requires_grad_(False)
+        adapter = Adapter(cfg.adapter, SD15)
+        trained = sum(
+            p.numel() for n, p in adapter.named_parameters() if not n.startswith(("mapping", "token"))
+        )
+        weights = FROZEN * count(unet) + TRAINED * trained
+        x = torch.empty(batch, SD15.in_channels, cfg.side, cfg.side, dtype=torch.bfloat16)
+        text = torch.empty(batch, cfg.text_tokens, SD15.context_dim[0], dtype=torch.bfloat16)
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                grids = attention_grids(SD15, (cfg.side, cfg.side))
+                reference = []
+                for new, layer, (h, w) in zip(adapter.subject, adapter.layers, grids, strict=True):
+                    keys = torch.empty(batch, int(cfg.subject_share * h * w), layer.channels, dtype=x.dtype)
+                    k, v = (split_heads(project(keys), layer.heads) for project in (new.to_k, new.to_v))
+                    reference.append(ReferenceLayer(k, v, None))
+                embedding = torch.empty(batch, cfg.adapter.embed_dim)
+                label, beta = torch.zeros(batch, cfg.text_tokens), torch.ones(batch)
+                method = replace(DEFAULT, attention="fused")
+                cond = condition_rows(adapter, embedding, text, label, reference, beta, method)
+                m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
+                hook = MoMAHook(cond, True, m_gen, {grid: gate(batch, grid, cfg) for grid in set(grids)})
+                eps, _ = unet(x, torch.zeros(batch), text, hook)
+                return eps.float().square().mean()
+
+        return weights, kept_for_backward(forward)
+
+
+def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
+    """With the shapes of a grid's; in training M_gen is the target's mask."""
+    tokens = grid[0] * grid[1]
+    asked = queries_asked(int(cfg.subject_share * tokens), tokens)
+    m_gen = torch.ones(batch, 1, tokens if asked is None else asked, 1, dtype=torch.bfloat16)
+    return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
+
+
+def stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
+    """Bytes of weights per rank and of what is kept, for one step of stage 1 with gradient checkpointing."""
+    sizes = replace(LlamaConfig(), gradient_checkpointing=True, lm_head=False)
+    with FakeTensorMode(), torch.device("cpu"):
+        with parameters_in(torch.float32 if train == "mllm" else torch.bfloat16):
+            llama = Llama(sizes)
+        rest = count(Adapter(cfg.adapter, SD15).mapping) + projector_parameters(LlavaConfig())
+        if train == "mllm":
+            weights = TRAINED * (count(llama) + rest)
+        else:
+            frozen = count(llama.requires_grad_(False))
+            if train == "lora":
+                add_lora(llama, LORA_LAYERS.replace("llama\\.", "", 1), cfg.lora_rank, 1.0, 0)
+            weights = FROZEN * frozen + TRAINED * (count(llama) - frozen + rest)
+        embeds = torch.empty(batch, cfg.prompt_tokens, sizes.width, dtype=torch.bfloat16, requires_grad=True)
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return llama(embeds).float().square().mean()
+
+        return weights // ranks, kept_for_backward(forward)
+
+
+@contextmanager
+def parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def projector_parameters(cfg: LlavaConfig) -> int:
+    """Of LLaVA's two layers between tower and language model."""
+    return (cfg.vision.width + 1 + cfg.llama.width + 1) * cfg.llama.width
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    cfg = MemoryConfig()
+    print("| training | ranks | batch per rank | weights | kept for the backward | together |")
+    print("|---|---|---|---|---|---|")
+    for checkpointing in (False, True):
+        for batch in cfg.batches:
+            name = "stage 2" + (", gradient checkpointing" if checkpointing else "")
+            print_row(name, 1, batch, *stage2(batch, checkpointing, cfg))
+    for train in ("new", "lora", "mllm"):
+        for ranks in cfg.ranks:
+            print_row(f"stage 1, {train}", ranks, 1, *stage1(train, 1, ranks, cfg))
+
+
+def print_row(name: str, ranks: int, batch: int, weights: int, kept: int) -> None:
+    numbers = (f"{number / GB:.1f} GB" for number in (weights, kept, weights + kept))
+    print(f"| {name} | {ranks} | {batch} | " + " | ".join(numbers) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

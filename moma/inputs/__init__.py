@@ -1,0 +1,1 @@
+"""Images and masks in. Nothing here knows a bundle or a method."""

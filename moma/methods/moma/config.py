@@ -1,0 +1,145 @@
+"""Every choice of the method in one place.
+
+`MethodConfig` holds the points where the paper (arXiv 2404.05674) and the released code
+(bytedance/MoMA) differ or are silent. Its defaults keep what the released weights were adapted to and
+mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` follows the text.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from moma.sampling.config import check_types
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What MoMA computes. Each field: what it decides, then why the default is what it is."""
+
+    # --- the reference (Sec. 3.3) ---
+    # What the UNet sees of the reference. The paper's page says the white-background image; the released
+    # weights were made with the whole photo and rely on M_ref alone.
+    reference_background: Literal["photo", "white"] = "photo"
+    # Noise on the reference latent: "seeded" = posterior sample + add_noise(t=0), both from the subject's
+    # own generator; "global" = the same from torch's global RNG (the release: the same seed gives another
+    # image each time); "none" = posterior mean, no noise (the paper's "clear reference image").
+    reference_noise: Literal["seeded", "global", "none"] = "seeded"
+    # Text tokens cut off the end of the label's 77 in the reference pass. The release's processor always
+    # drops 4 (it takes them for context tokens), and the weights have adapted to it.
+    reference_text_cut: int = 4
+    # Mask values (0..1, after the resize) above this are subject. The release takes everything above zero,
+    # so that soft edges grow the subject by 2-14%.
+    mask_binarise_above: float = 0.5
+    # Keep the best-covered key of a layer where nearest sampling leaves none of a small subject.
+    keep_one_key: bool = True
+    # A mask without any subject: "error", or (release) attend to every background key alike.
+    empty_mask: Literal["error", "mean"] = "error"
+    # How an image that is not square becomes square: "pad" repeats the edge, "crop" takes the square around
+    # the subject, "squash" (release) ignores the aspect ratio.
+    geometry: Literal["pad", "crop", "squash"] = "pad"
+
+    # --- the generative image-feature decoder (Sec. 3.2) ---
+    # "release": its instruction, ending in the token `*`; "paper": the paper's, ending in a new learnable
+    # token (Adapter.token).
+    template: Literal["release", "paper"] = "release"
+    # LLaMA blocks used; None = all. The paper speaks of 15, no public LLaVA-7B has so few.
+    mllm_layers: int | None = None
+
+    # --- Eq. 3 and the decoupled cross-attention ---
+    # "fused" never materialises attention probabilities, drops background keys and asks only the queries
+    # inside M_gen; "explicit" is Eq. 3 as written. Both give the same result.
+    attention: Literal["fused", "explicit"] = "fused"
+    # The subject term of Eq. 3 acts at timesteps below this (of 1000); the release's t_range.
+    subject_below_t: int = 950
+    # M_gen also gates the context tokens (release); in the paper only Eq. 3 is masked.
+    context_masked: bool = True
+
+    # --- M_gen, iterative masking (Sec. 3.3) ---
+    # Label tokens: "phrase" = all tokens of every occurrence of the subject's words; "first_piece" (release)
+    # = first BPE piece of each word, wherever it stands.
+    label_tokens: Literal["phrase", "first_piece"] = "phrase"
+    # A prompt without the subject's word: "error", since its maps would be those of the template's "photo of
+    # a SUBJECT" alone; or "ignore" (release), which goes on with them.
+    absent_label: Literal["error", "ignore"] = "error"
+    # Min-max of the averaged maps: "image" = over an image's own two CFG rows (equals the release for one
+    # image), "batch" = over all rows (release: images of a batch change each other), "none" = the average of
+    # the layers' maps as it is (paper), each layer's having been scaled to 0..1.
+    m_gen_norm: Literal["image", "batch", "none"] = "image"
+    # Smallest range a map is divided by; 0 (release) gives NaN for a constant map.
+    m_gen_eps: float = 1e-8
+    # Values of M_gen up to this become 0; the release's constant.
+    m_gen_threshold: float = 0.2
+    # What the values above the threshold become: "soft" = themselves (release), "one" = 1, as M_gen has been
+    # in training, where it is M_ref.
+    m_gen_inside: Literal["soft", "one"] = "soft"
+    # Attention layers (execution order) whose maps are averaged; None = all.
+    m_gen_layers: tuple[int, ...] | None = None
+
+    # --- initialisation for training (Sec. 3.4) ---
+    # λ of every layer. The release starts at 0 (`scale_learnable`): the first step is the base model's.
+    lambda_init: float = 0.0
+    # K', V' on top of the frozen K, V: "identity" reads the base's own features, so that gradients are
+    # useful as soon as λ moves; "zero" is the paper's zero-initialised path (then λ must not be 0).
+    subject_init: Literal["identity", "zero"] = "identity"
+    # Context K, V without an IP-Adapter checkpoint: copies of the base's text K, V.
+    context_init: Literal["base", "ip_adapter"] = "base"
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
+        if isinstance(self.m_gen_layers, list):  # JSON has no tuples
+            object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
+        check_types(self)
+        for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
+
+    def check(self, attention_layers: int, mllm_layers: int, text_tokens: int, learnable_token: bool) -> None:
+        """ValueError for a choice that these networks cannot follow.
+
+        attention_layers: of the UNet; mllm_layers: blocks of the language model; text_tokens: the text
+        encoder's length; learnable_token: whether the adapter has one.
+        """
+        if self.template == "paper" and not learnable_token:
+            raise ValueError("template 'paper' needs an adapter with a learnable token: this one has none")
+        if self.mllm_layers is not None and not 1 <= self.mllm_layers <= mllm_layers:
+            raise ValueError(f"mllm_layers {self.mllm_layers}: expected 1 to {mllm_layers}, or none for all")
+        if not 0 <= self.reference_text_cut < text_tokens:
+            raise ValueError(f"reference_text_cut {self.reference_text_cut}: expected 0 to {text_tokens - 1}")
+        layers = self.m_gen_layers
+        if layers is not None and not (layers and all(0 <= i < attention_layers for i in layers)):
+            raise ValueError(f"m_gen_layers {list(layers)}: expected some of 0 to {attention_layers - 1}")
+
+
+DEFAULT = MethodConfig()
+RELEASE = MethodConfig(
+    reference_noise="global",
+    mask_binarise_above=0.0,
+    keep_one_key=False,
+    empty_mask="mean",
+    geometry="squash",
+    label_tokens="first_piece",
+    absent_label="ignore",
+    m_gen_norm="batch",
+    m_gen_eps=0.0,
+)
+PAPER = MethodConfig(
+    reference_background="white",
+    reference_noise="none",
+    reference_text_cut=0,
+    template="paper",
+    context_masked=False,
+    m_gen_norm="none",
+    subject_init="zero",
+    lambda_init=1.0,
+    context_init="ip_adapter",
+)
+PRESETS = {"default": DEFAULT, "release": RELEASE, "paper": PAPER}
+
+
+def method_config(preset: str = "default", **overrides: Any) -> MethodConfig:
+    """A preset with some fields replaced; ValueError for an unknown preset, field or value."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    known = {f.name for f in fields(MethodConfig)}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"method field {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
+    return replace(PRESETS[preset], **overrides)

@@ -1,0 +1,65 @@
+"""M_ref and M_gen: which keys of the reference are the subject, and where the subject appears (Sec. 3.3).
+
+Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), h w latent grid,
+N tokens of a layer, l layers of one grid.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moma.methods.moma.config import MethodConfig
+
+Grid = tuple[int, int]
+
+
+def m_ref_of_layer(m_ref: Tensor, grid: Grid, keep_one_key: bool) -> Tensor:
+    """M_ref on a layer's grid: m_ref (B, 1, H, W) in {0, 1} -> bool (B, N), nearest as the release.
+
+    keep_one_key: where nearest sampling loses a small subject, its best-covered cell stands for it. A mask
+    that was empty before stays empty.
+    """
+    keep = F.interpolate(m_ref, size=grid, mode="nearest").flatten(1) > 0  # (B, N)
+    if not keep_one_key:
+        return keep
+    coverage = F.adaptive_avg_pool2d(m_ref, grid).flatten(1)  # (B, N)
+    best = F.one_hot(coverage.argmax(dim=1), coverage.shape[1]).bool() & (coverage > 0)  # (B, N)
+    return keep | (best & ~keep.any(dim=1, keepdim=True))
+
+
+def m_gen_of_layer(m_gen: Tensor, grid: Grid) -> Tensor:
+    """M_gen on a layer's grid, ready to weight attention outputs: (B, 1, h, w) -> (B, 1, N, 1), nearest."""
+    return F.interpolate(m_gen, size=grid, mode="nearest").flatten(2)[..., None]
+
+
+def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_image: int = 2) -> Tensor:
+    """M_gen for the next step from this step's label maps (release: get_mask_from_cross).
+
+    maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, any float dtype.
+    Returns float32 (B, 1, h, w) in [0, 1] of the conditional rows. Where those are the only ones
+    (rows_per_image 1, R = B), the last scaling has no unconditional row to look at: the same M_gen for
+    `m_gen_norm` "none", another range for "image" and "batch".
+    """
+    if method.m_gen_layers is not None:
+        maps = [maps[i] for i in method.m_gen_layers]
+    eps = method.m_gen_eps
+    scaled = []
+    for grid in dict.fromkeys(m.shape[-2:] for m in maps):  # all layers of a grid at once: few kernels
+        alike = torch.cat([m for m in maps if m.shape[-2:] == grid], dim=1).float()  # (R, l, h_l, w_l)
+        alike = min_max(alike, dims=(2, 3), eps=eps)  # each row of each layer alone
+        scaled.append(F.interpolate(alike, size=size, mode="nearest"))  # (R, l, h, w)
+    mean = torch.cat(scaled, dim=1).mean(dim=1, keepdim=True)  # (R, 1, h, w)
+    rows = mean.unflatten(0, (rows_per_image, -1))  # (2 | 1, B, 1, h, w)
+    if method.m_gen_norm == "image":
+        rows = min_max(rows, dims=(0, 2, 3, 4), eps=eps)
+    elif method.m_gen_norm == "batch":
+        rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
+    conditional = rows[-1]  # (B, 1, h, w)
+    inside = conditional if method.m_gen_inside == "soft" else 1 + 0 * conditional  # (B, 1, h, w), NaN stays
+    return inside.masked_fill(conditional <= method.m_gen_threshold, 0.0)
+
+
+def min_max(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """x scaled to 0..1 over `dims`; a range below eps is divided by eps (eps = 0: NaN if constant)."""
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    return (x - low) / (high - low).clamp_min(eps)

@@ -1,0 +1,1 @@
+"""The engine: noise, batches, solver, guidance, CUDA graphs, decoding. It knows no method."""

@@ -1,0 +1,105 @@
+"""The noise schedule and two solvers, as pure functions of float32 tensors.
+
+Sources: DDPM (arXiv 2006.11239) for the forward process, DDIM (arXiv 2010.02502, Eq. 12 with eta = 0),
+DPM-Solver++ (arXiv 2211.01095, Algorithm 2). Compared with diffusers' schedulers in tests/test_diffusion.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Stable Diffusion 1.x's forward process."""
+
+    train_steps: int = 1000
+    beta_start: float = 0.00085  # betas are linear in their square roots ("scaled linear")
+    beta_end: float = 0.012
+    steps_offset: int = 1  # added to every sampling timestep, as the public models' scheduler configs say
+
+
+def alphas_cumprod(cfg: ScheduleConfig) -> Tensor:
+    """ᾱ_t for t = 0 .. train_steps-1, float32: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) noise."""
+    roots = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.train_steps, dtype=torch.float32)
+    return torch.cumprod(1 - roots**2, dim=0)
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """q(x_t | x_0): x0 and noise of one shape, alpha = ᾱ_t broadcastable to it."""
+    return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+
+class SolverStep(NamedTuple):
+    """One solver step, from timestep t to the next lower one."""
+
+    t: int
+    alpha: Tensor  # ᾱ at t, ()
+    alpha_next: Tensor  # ᾱ at the step's end, ()
+
+
+class History(NamedTuple):
+    """What a multistep solver keeps of the step before."""
+
+    x0: Tensor
+    half_log_snr: Tensor  # λ of DPM-Solver, ()
+
+
+Solver = Callable[[Tensor, Tensor, SolverStep, History | None], tuple[Tensor, History | None]]
+
+
+def timesteps(cfg: ScheduleConfig, steps: int) -> list[int]:
+    """`steps` timesteps, high to low, evenly spaced from the low end ("leading"): 50 -> 981, 961, ..., 1."""
+    if not 1 <= steps < cfg.train_steps:
+        raise ValueError(f"{steps} steps: expected 1 to {cfg.train_steps - 1}")
+    stride = cfg.train_steps // steps
+    return [i * stride + cfg.steps_offset for i in reversed(range(steps))]
+
+
+def solver_steps(cfg: ScheduleConfig, steps: int, solver: str) -> list[SolverStep]:
+    """The steps of a solver: DDIM's ends at ᾱ_0 (set_alpha_to_one=False), DPM-Solver++'s at the clean x_0."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    alphas, ts = alphas_cumprod(cfg), timesteps(cfg, steps)
+    end = alphas[0] if solver == "ddim" else torch.ones(())
+    ends = [alphas[t] for t in ts[1:]] + [end]
+    return [SolverStep(t, alphas[t], alpha_next) for t, alpha_next in zip(ts, ends, strict=True)]
+
+
+def ddim_step(x: Tensor, eps: Tensor, step: SolverStep, history: History | None) -> tuple[Tensor, None]:
+    """x_t and eps(x_t), both (B, C, h, w) -> x at the step's end. Deterministic (eta = 0)."""
+    x0 = predict_x0(x, eps, step.alpha)
+    return add_noise(x0, eps, step.alpha_next), None
+
+
+def dpmpp_2m_step(
+    x: Tensor, eps: Tensor, step: SolverStep, history: History | None
+) -> tuple[Tensor, History]:
+    """DPM-Solver++(2M), data prediction; the first and the last step are first order."""
+    x0 = predict_x0(x, eps, step.alpha)
+    now = half_log_snr(step.alpha)
+    if step.alpha_next == 1:  # no noise left: λ is infinite, the solution is x0 itself
+        return x0, History(x0, now)
+    h = half_log_snr(step.alpha_next) - now
+    d = x0
+    if history is not None:
+        r = (now - history.half_log_snr) / h
+        d = x0 + (x0 - history.x0) / (2 * r)
+    sigma_ratio = ((1 - step.alpha_next) / (1 - step.alpha)).sqrt()
+    return sigma_ratio * x - step.alpha_next.sqrt() * torch.expm1(-h) * d, History(x0, now)
+
+
+def predict_x0(x: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
+    """The clean latents that x_t and its noise eps (one shape) speak of."""
+    return (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+
+
+def half_log_snr(alpha: Tensor) -> Tensor:
+    """λ of DPM-Solver: log(√ᾱ / √(1-ᾱ))."""
+    return 0.5 * (alpha.log() - (1 - alpha).log())
+
+
+SOLVERS: dict[str, Solver] = {"ddim": ddim_step, "dpm": dpmpp_2m_step}

@@ -1,0 +1,1 @@
+"""The bundle, and public checkpoints on their way into it."""

@@ -1,0 +1,376 @@
+"""A bundle: one folder with every network, its sizes and its tokenizers, in one format whatever the source.
+
+    config.json      {"format", "version", "image_size", "method", "networks": {name: {"config", "files",
+                     "sha256", "source"}}}
+    <name>.safetensors, or <name>-00001-of-0000N.safetensors
+    tokenizers/      vocab.json, merges.txt (CLIP), tokenizer.model (LLaMA)
+
+Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language model and projector), adapter,
+for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with),
+and for evaluation dino_s16, dino_b16, clip_b32 and clip_l14 (whole CLIPs), each with or without the others.
+LLaVA's config says if its matrices are stored in 8 or 4 bits (models/weights/quant.py); then its file holds
+codes and scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
+Network sam (masks without a click) may stand beside any others or alone.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.dino import DINO, DINOConfig
+from models.llava import Llava, LlavaConfig
+from models.sam import SAM, SAMConfig
+from models.tokenizers import ClipTokenizer, LlamaTokenizer
+from models.unet import UNet, UNetConfig
+from models.vae import VAE, VAEConfig
+from models.weights.loading import (
+    LazyTensor,
+    check_safetensors,
+    load_into,
+    read_checkpoint,
+    stored_bytes,
+    write_safetensors,
+)
+from models.weights.stream import StreamedLlava
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.config import method_config
+
+FORMAT, VERSION = "moma-bundle", 1
+MANIFEST = "config.json"
+ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of each network
+CLIP_TOKENIZER = ("vocab.json", "merges.txt")
+LLAMA_TOKENIZER = ("tokenizer.model",)
+
+CONFIGS: dict[str, type] = {
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "text": CLIPTextConfig,
+    "vision": CLIPVisionConfig,
+    "llava": LlavaConfig,
+    "adapter": AdapterConfig,
+    "sam": SAMConfig,
+    "ip_adapter": AdapterConfig,
+    "ip_vision": CLIPVisionConfig,
+    "dino_s16": DINOConfig,
+    "dino_b16": DINOConfig,
+    "clip_b32": CLIPConfig,
+    "clip_l14": CLIPConfig,
+}
+SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what drawing an image needs
+SCORERS = ("dino_s16", "dino_b16", "clip_b32", "clip_l14")  # what only judges images
+TOKENIZERS = {  # network -> the files it needs
+    "text": CLIP_TOKENIZER,
+    "clip_b32": CLIP_TOKENIZER,
+    "clip_l14": CLIP_TOKENIZER,
+    "llava": LLAMA_TOKENIZER,
+}
+# What a network's file holds of its module; the rest comes from elsewhere or from initialisation.
+PARTS = {"llava": ("llama.", "projector."), "ip_adapter": ("projector.", "context.")}
+TOWER = "tower."  # where the llava module keeps the network "vision"
+LM_HEAD = "llama.lm_head."
+
+
+def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.Module:
+    """An uninitialised network; unet: the sizes that adapters follow."""
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "unet": lambda: UNet(config),
+        "vae": lambda: VAE(config),
+        "text": lambda: CLIPText(config),
+        "vision": lambda: CLIPVision(config),
+        "llava": lambda: Llava(config),
+        "adapter": lambda: Adapter(config, unet),
+        "sam": lambda: SAM(config),
+        "ip_adapter": lambda: Adapter(config, unet),
+        "ip_vision": lambda: CLIPVision(config),
+        "dino_s16": lambda: DINO(config),
+        "dino_b16": lambda: DINO(config),
+        "clip_b32": lambda: CLIP(config),
+        "clip_l14": lambda: CLIP(config),
+    }
+    return builders[name]()
+
+
+def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the file of a network must hold."""
+    with torch.device("meta"):
+        state = build_network(name, config, unet).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items() if key.startswith(PARTS.get(name, ""))}
+
+
+def config_from_json(kind: type, data: Any, where: str) -> Any:
+    """A config dataclass (nested ones too) from its `asdict`; ValueError for a field it does not have."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}")
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"{where}: field {unknown[0]!r} is unknown; written by a newer version?")
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        kinds = [hint for hint in (hints[key], *get_args(hints[key])) if is_dataclass(hint)]
+        if kinds and (value is not None or kinds[0] is hints[key]):  # an optional one may be null
+            value = config_from_json(kinds[0], value, f"{where}.{key}")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: not the fields of {kind.__name__} ({error})") from error
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened folder: everything is checked except the weights' names, which `build` checks."""
+
+    folder: Path
+    image_size: int  # pixels a side that the base model was trained at
+    method: Mapping[str, Any]  # fields of MethodConfig that these weights need otherwise than the preset
+    networks: Mapping[str, Mapping[str, Any]]  # name -> config, files, sha256, source, as in config.json
+    configs: Mapping[str, Any]  # name -> config dataclass
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Bundle":
+        """ValueError (one line) for a folder that is no bundle or an incomplete one; reads no weights."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder}: no {MANIFEST} there; make a bundle with convert_weights.py")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a bundle; convert public weights with convert_weights.py first")
+        if data.get("version") != VERSION:
+            raise ValueError(f"{path}: version {data.get('version')!r}, expected {VERSION}; convert again")
+        networks = data.get("networks")
+        if not isinstance(networks, dict) or not networks:
+            raise ValueError(f"{path}: names no networks")
+        configs = {}
+        for name, entry in networks.items():
+            if name not in CONFIGS:
+                raise ValueError(f"{path}: network {name!r}, expected one of {', '.join(CONFIGS)}")
+            if not isinstance(entry, dict) or not all(entry.get(key) for key in ENTRY):
+                raise ValueError(f"{path}: network {name!r} lacks its files or its {', '.join(ENTRY[1:])}")
+            configs[name] = config_from_json(CONFIGS[name], entry["config"], f"{path}: {name}")
+            for file in entry["files"]:
+                if Path(file).name != file:
+                    raise ValueError(f"{path}: {name} names the file {file!r}, expected a plain file name")
+                check_safetensors(folder / file)
+        bundle = cls(folder, data.get("image_size", 0), data.get("method", {}), networks, configs)
+        bundle._check(path)
+        return bundle
+
+    def _check(self, path: Path) -> None:
+        if not isinstance(self.image_size, int) or self.image_size <= 0:
+            raise ValueError(f"{path}: image_size {self.image_size!r}, expected pixels")
+        if not isinstance(self.method, dict):
+            raise ValueError(f"{path}: method {self.method!r}, expected an object of overrides")
+        method_config(**self.method)
+        for network, files in TOKENIZERS.items():
+            if network in self.networks:
+                for file in files:
+                    self.tokenizer(file)
+        if ("adapter" in self.networks or "ip_adapter" in self.networks) and "unet" not in self.networks:
+            raise ValueError(f"{path}: an adapter without the unet that it belongs to")
+        if "llava" in self.networks and "vision" not in self.networks:
+            raise ValueError(f"{path}: llava without vision, its image tower")
+
+    def config(self, name: str) -> Any:
+        """The network's config dataclass; ValueError if the bundle does not have the network."""
+        if name not in self.configs:
+            raise ValueError(
+                f"{self.folder}: has no {name}, only {', '.join(self.configs)}; "
+                f"convert a source of it with --base-bundle {self.folder}"
+            )
+        return self.configs[name]
+
+    def files(self, name: str) -> list[Path]:
+        """The network's weight files."""
+        self.config(name)
+        return [self.folder / file for file in self.networks[name]["files"]]
+
+    def tokenizer(self, file: str) -> Path:
+        """Path of vocab.json, merges.txt or tokenizer.model; ValueError if it is missing."""
+        path = self.folder / "tokenizers" / file
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; copy it there or convert the source again")
+        return path
+
+    def clip_tokenizer(self, network: str = "text") -> ClipTokenizer:
+        """The text encoder's or a whole CLIP's, at its number of positions."""
+        config = self.config(network)
+        text = config.text if isinstance(config, CLIPConfig) else config
+        vocab, merges = (self.tokenizer(file) for file in CLIP_TOKENIZER)
+        return ClipTokenizer(vocab, merges, text.positions)
+
+    def llama_tokenizer(self) -> LlamaTokenizer:
+        """LLaVA's."""
+        return LlamaTokenizer(self.tokenizer(*LLAMA_TOKENIZER))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every weight file, as recorded when it was written."""
+        return {file: value for entry in self.networks.values() for file, value in entry["sha256"].items()}
+
+    def build(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lm_head: bool = False,
+    ) -> nn.Module:
+        """The network with its weights. llava comes with its tower (network "vision") in place.
+
+        dtype: of the parameters, None = as stored. lm_head: llava only; needed to generate text, not by MoMA.
+        Not for ip_adapter, which is only a part of an Adapter: see `state`.
+        """
+        config = self.config(name)
+        assert name != "ip_adapter"
+        unet = self.configs.get("unet")
+        if name == "llava":
+            if lm_head and not config.llama.lm_head:
+                raise ValueError(f"{self.folder}: llava was stored without lm_head, so it cannot write text")
+            config = replace(config, llama=replace(config.llama, lm_head=lm_head))
+            groups = {"": self.files("llava"), TOWER: self.files("vision")}
+            ignore = () if lm_head else (LM_HEAD,)
+            return load_into(lambda: Llava(config), groups, device, dtype, ignore)
+        return load_into(lambda: build_network(name, config, unet), self.files(name), device, dtype)
+
+    def stream(self, device: torch.device, dtype: torch.dtype) -> StreamedLlava:
+        """As `build("llava", device, dtype)`, with weights that are read whenever they are needed."""
+        config = self.config("llava")
+        config = replace(config, llama=replace(config.llama, lm_head=False))
+        return StreamedLlava(config, self._without_head(), device, dtype)
+
+    def _without_head(self) -> dict[str, LazyTensor]:
+        """What the llava module is made of, its tower included."""
+        tower = {TOWER + key: tensor for key, tensor in self.tensors("vision").items()}
+        return tower | {k: t for k, t in self.tensors("llava").items() if not k.startswith(LM_HEAD)}
+
+    def nbytes(self, names: Sequence[str], dtype: torch.dtype) -> int:
+        """What the networks' weights take in memory as `build` makes them, llava with its tower."""
+        return sum(
+            stored_bytes(self._without_head() if name == "llava" else self.tensors(name), dtype)
+            for name in names
+        )
+
+    def tensors(self, name: str) -> dict[str, LazyTensor]:
+        """What a network's files hold, by name."""
+        return {key: tensor for file in self.files(name) for key, tensor in read_checkpoint(file).items()}
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The same with its values, as stored; for ip_adapter, which goes into an Adapter."""
+        return {key: tensor.read() for key, tensor in self.tensors(name).items()}
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """ValueError if a bundle may not be written to `target`."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file, expected a folder to write to")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{target}: not empty; choose another folder or add --overwrite")
+        if not (target / MANIFEST).is_file():
+            raise ValueError(f"{target}: holds no bundle; --overwrite replaces bundles only")
+
+
+class BundleWriter:
+    """Context manager that fills a hidden folder beside the target and renames it when all went well.
+
+    An interrupted run leaves at most `.<name>.part`, which the next run to the same target removes.
+    """
+
+    def __init__(self, target: str | Path, image_size: int, overwrite: bool = False) -> None:
+        """ValueError if target has content and overwrite is not set, or if that content is no bundle."""
+        self.target = Path(target).resolve()  # of a link, what it points to is replaced
+        self.part = self.target.with_name(f".{self.target.name}.part")
+        self.image_size = image_size
+        self.method: dict[str, Any] = {}
+        self.networks: dict[str, dict[str, Any]] = {}
+        check_target(self.target, overwrite)
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self.part, ignore_errors=True)
+        (self.part / "tokenizers").mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+    def _finish(self) -> None:
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "image_size": self.image_size,
+            "networks": self.networks,
+            "method": self.method,
+        }
+        (self.part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        Bundle.open(self.part)
+        old = self.target.with_name(f".{self.target.name}.old")
+        if self.target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.target, old)
+        os.replace(self.part, self.target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def add(
+        self,
+        name: str,
+        config: Any,
+        tensors: Mapping[str, LazyTensor],
+        source: str,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Write one network; config: its dataclass."""
+        hashes = write_safetensors(self.part, name, tensors, dtype, progress=progress)
+        self.networks[name] = {
+            "config": asdict(config),
+            "files": list(hashes),
+            "sha256": hashes,
+            "source": source,
+        }
+
+    def take(self, base: Bundle, name: str) -> None:
+        """A network of another bundle as it is: hard links, or copies on another disk."""
+        for path in base.files(name):
+            _link(path, self.part / path.name)
+        self.networks[name] = dict(base.networks[name])
+
+    def add_tokenizer(self, name: str, path: Path) -> None:
+        shutil.copyfile(path, self.part / "tokenizers" / name)
+
+    def check_space(self, nbytes: int) -> None:
+        """ValueError if the disk has no room for that many bytes."""
+        free = shutil.disk_usage(self.part).free
+        if free < nbytes:
+            raise ValueError(f"{self.target}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # of a link, link(2) would copy the link itself
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,543 @@
+"""Public checkpoints: what a file or folder holds, recognised by its content, in this project's names.
+
+Known are Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
+and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5,
+Segment Anything (its own files or transformers'), and for evaluation whole CLIPs and DINO (the same).
+Only headers are read here; whatever cannot be used is refused with the reason.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from models.clip import PRESETS as CLIPS
+from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.dino import PRESETS as DINOS
+from models.dino import DINOConfig
+from models.llava import LlavaConfig
+from models.sam_config import PRESETS as SAMS
+from models.sam_config import SAMConfig
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from models.weights import keymaps
+from models.weights.keymaps import Table
+from models.weights.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
+from moma.methods.moma.adapter import AdapterConfig
+from moma.weights.bundle import (
+    CLIP_TOKENIZER,
+    CONFIGS,
+    LLAMA_TOKENIZER,
+    TOWER,
+    Bundle,
+    config_from_json,
+    expected_shapes,
+)
+from moma.weights.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
+
+Tensors = Mapping[str, LazyTensor]
+
+EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # what a training's result is listed in
+
+SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # widths of their text states
+VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
+VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
+SAM_POSITIONS = "image_encoder.pos_embed"
+SAM_FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SAM_HQ = ("mask_decoder.hf_", "mask_decoder.compress_vit_feat", "mask_decoder.embedding_")
+DINO_PATCHES = "patch_embed.proj.weight"  # by which DINO's own files are known
+# Buffers and parts of the training that LDM files carry along.
+TRAINING_STATE = re.compile(
+    r"(betas|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|loss\.|callbacks"
+    r"|model_ema\.|first_stage_model\.(loss\.|model_ema\.)).*"
+)
+# How files beside a checkpoint (.yaml of LDM, .json of user interfaces) say what it predicts.
+V_PREDICTION = re.compile(r"""(parameterization|prediction_type)["']?\s*[:=]\s*["']?v(_prediction)?\b""")
+
+
+def _named(kind: str, presets: Mapping[str, Any]) -> dict[str, Any]:
+    """By the networks' names in a bundle."""
+    return {f"{kind}_{name}": config for name, config in presets.items()}
+
+
+@dataclass(frozen=True)
+class DefaultConfigs:
+    """Sizes of what comes without a config.json; a base bundle's take their place."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)  # SD1.5
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    towers: tuple[CLIPVisionConfig, ...] = tuple(replace(c, projection=None) for c in VISION_PRESETS.values())
+    # The scorers, by whose sizes they are told from each other and from what is no scorer.
+    dinos: Mapping[str, DINOConfig] = field(default_factory=lambda: _named("dino", DINOS))
+    clips: Mapping[str, CLIPConfig] = field(default_factory=lambda: _named("clip", CLIPS))
+    image_size: int = 512  # pixels a side that SD1.5 was trained at; its config has latents
+    sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # told from each other by their widths
+
+    def with_base(self, base: Bundle | None) -> "DefaultConfigs":
+        """With the sizes of the networks in `base`."""
+        if base is None:
+            return self
+        known = {name: base.configs[name] for name in ("unet", "vae", "text") if name in base.configs}
+        towers = [base.configs["vision"]] if "vision" in base.configs else []
+        sams = [base.configs["sam"]] if "sam" in base.configs else []
+        sizes = {"towers": (*towers, *self.towers), "sams": (*sams, *self.sams)}
+        return replace(self, **known, **sizes, image_size=base.image_size)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a source, in our names.
+
+    config: its dataclass. LLaVA's depends on its tower, which may come from another source, and is the path
+    of its config.json until then; a tower inside LLaVA of unknown sizes has None.
+    """
+
+    config: Any
+    tensors: Tensors
+    source: str  # for people
+
+
+@dataclass
+class Source:
+    """What one file or folder holds, and what its user should know about it."""
+
+    name: str
+    networks: dict[str, Network] = field(default_factory=dict)
+    tokenizers: dict[str, Path] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)  # fields of MethodConfig that the weights need
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
+        self.networks[network] = Network(config, tensors, self.name + where)
+
+    def add_tokenizer(self, folder: Path, files: Sequence[str]) -> None:
+        self.tokenizers |= {name: folder / name for name in files if (folder / name).is_file()}
+
+    def rename(self, table: Table, tensors: Tensors) -> dict[str, LazyTensor]:
+        """Tensors in our names; those that the table does not know become a note."""
+        result = keymaps.convert(table, tensors)
+        if result.unknown:
+            self.notes.append(f"unused: {some_names(result.unknown)}")
+        return {name: tensors[key].map(change) for name, (key, change) in result.names.items()}
+
+    def dedicated_to(self, network: str) -> bool:
+        """Whether the network is all of it, or what it is for (a LLaVA folder may hold its tower, too)."""
+        return len(self.networks) == 1 or network == "llava"
+
+
+def read_source(path: Path, assumed: DefaultConfigs, ema: bool = False) -> Source:
+    """What is at `path`; ema: the averaged UNet of a single file. ValueError for what cannot be used."""
+    source = Source(_name(path))
+    if path.is_dir():
+        _read_folder(source, path, assumed)
+        if ema and "unet" in source.networks:
+            source.notes.append("--ema does not apply, diffusers' main weights are the average")
+    elif path.is_file():
+        _read_file(source, path, assumed, ema)
+    else:
+        raise ValueError(f"{path}: no such file or folder")
+    return source
+
+
+def _name(path: Path) -> str:
+    """For people; a snapshot in the hub's cache is called by a hash, its repository by a name."""
+    path = path.absolute()
+    return path.parents[1].name.removeprefix("models--") if path.parent.name == "snapshots" else path.name
+
+
+def below(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
+    """The tensors whose names start with prefix, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; the folder is incomplete") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON; is it a git-lfs pointer or cut short? ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return data
+
+
+def from_public(kind: Any, path: Path, *more: Any) -> Any:
+    """A config from a public config.json, with the file in the message when it does not fit."""
+    public = read_json(path)
+    try:
+        return kind.from_public(public, *more)
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}, which a {kind.__name__} needs") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+
+def _read_folder(source: Source, path: Path, assumed: DefaultConfigs) -> None:
+    if not any(path.iterdir()):
+        raise ValueError(f"{path}: empty folder")
+    if (path / EXPORT).is_file():
+        _read_export(source, path)
+        return
+    if (path / "unet").is_dir():
+        _read_diffusers(source, path)
+    elif (path / "config.json").is_file():
+        _read_model(source, path, assumed)
+    elif not (path / MOMA_FILE).is_file():
+        raise ValueError(f"{path}: neither unet/ nor config.json in it; give the model's own folder or file")
+    if (path / MOMA_FILE).is_file():
+        _read_adapter(source, path / MOMA_FILE, "adapter", read_checkpoint(path / MOMA_FILE), assumed)
+
+
+def _read_export(source: Source, path: Path) -> None:
+    """What a training has written: networks in our own names, with their sizes and the method they need."""
+    data = read_json(path / EXPORT)
+    if data.get("format") != EXPORT_FORMAT:
+        raise ValueError(f"{path / EXPORT}: not written by a training of this version")
+    source.method = data["method"]
+    for name, entry in data["networks"].items():
+        config = config_from_json(CONFIGS[name], entry["config"], f"{path / EXPORT}: {name}")
+        tensors = {key: t for file in entry["files"] for key, t in read_checkpoint(path / file).items()}
+        source.add(name, config, tensors)
+
+
+def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:
+    name = pick_weights({path.name for path in folder.iterdir()}, stems)
+    if name is None:
+        raise ValueError(f"{folder}: no weights there, expected {stems[0]}.safetensors or .bin")
+    return read_checkpoint(folder / name)
+
+
+def _read_diffusers(source: Source, path: Path) -> None:
+    """A Stable Diffusion folder; single files that lie beside its parts are left alone."""
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        kind = read_json(scheduler).get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ValueError(f"{scheduler}: the model predicts {kind!r}, expected 'epsilon' as SD1.5")
+    _read_unet(source, path / "unet")
+    for part, read in (("vae", _read_vae), ("text_encoder", _read_text)):
+        if (path / part).is_dir():
+            read(source, path / part)
+        else:
+            source.notes.append(f"has no {part}/")
+    source.add_tokenizer(path / "tokenizer", CLIP_TOKENIZER)
+
+
+def _read_model(source: Source, path: Path, assumed: DefaultConfigs) -> None:
+    """A folder of one model, whose config.json says what it is, or by its fields in old files."""
+    config = read_json(path / "config.json")
+    kind, layout = config.get("model_type", ""), config.get("_class_name", "")
+    if config.get("format") == "moma-bundle":
+        raise ValueError(f"{path}: already a bundle; give it as --base-bundle")
+    if layout == "AutoencoderKL" or (not layout and "latent_channels" in config):
+        _read_vae(source, path)
+    elif layout == "UNet2DConditionModel" or (not layout and "cross_attention_dim" in config):
+        _read_unet(source, path)
+    elif kind.startswith("sam"):
+        config = from_public(SAMConfig, path / "config.json")
+        _add_sam(source, config, keymaps.SAM_TRANSFORMERS, _weights_of(path, TRANSFORMERS_STEMS))
+    elif "llava" in kind or "mm_projector_type" in config:
+        _read_llava(source, path, config, assumed)
+    elif kind == "clip_text_model":
+        _read_text(source, path)
+        source.add_tokenizer(path, CLIP_TOKENIZER)
+    elif kind.startswith("clip"):
+        _read_clip(source, path, config, assumed)
+        source.add_tokenizer(path, CLIP_TOKENIZER)  # also for a single-file model, which comes without
+    elif kind == "vit":
+        _read_vit(source, path, assumed)
+    else:
+        what = layout or kind or "nothing known"
+        known = "a VAE, UNet, CLIP, LLaVA, DINO or SAM"
+        raise ValueError(f"{path}: config.json describes {what}, expected {known}")
+
+
+def _read_unet(source: Source, path: Path) -> None:
+    public = read_json(path / "config.json")
+    width = public.get("cross_attention_dim", 0)
+    _refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
+    source.add("unet", from_public(UNetConfig, path / "config.json"), _weights_of(path, DIFFUSERS_STEMS))
+
+
+def _read_vae(source: Source, path: Path) -> None:
+    _add_vae(source, from_public(VAEConfig, path / "config.json"), _weights_of(path, DIFFUSERS_STEMS))
+
+
+def _add_vae(source: Source, config: VAEConfig, tensors: Tensors) -> None:
+    """A VAE in any of its three spellings."""
+    if any(".mid.attn_1." in key for key in tensors):
+        table = keymaps.ldm_vae(len(config.channels))
+    elif any(key.endswith(".query.weight") for key in tensors):
+        table = keymaps.DIFFUSERS_VAE_OLD
+    else:
+        table = keymaps.DIFFUSERS_VAE
+    weights = {key: tensor for key, tensor in tensors.items() if not TRAINING_STATE.fullmatch(key)}
+    source.add("vae", config, source.rename(table, weights))
+
+
+def _read_text(source: Source, path: Path) -> None:
+    config = replace(from_public(CLIPTextConfig, path / "config.json"), projection=None)
+    tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    table = keymaps.CLIP_TEXT if any("text_model." in key for key in tensors) else keymaps.CLIP_BARE
+    named = source.rename(table, tensors)
+    named.pop("text_projection.weight", None)  # Stable Diffusion reads the hidden states
+    source.add("text", config, named)
+
+
+def _read_clip(source: Source, path: Path, public: Mapping[str, Any], assumed: DefaultConfigs) -> None:
+    """Both towers in a scorer's sizes: that scorer. Else only the image tower is of use."""
+    vision = from_public(CLIPVisionConfig, path / "config.json")
+    tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    name = next((name for name, config in assumed.clips.items() if config.vision == vision), None)
+    if name and public["model_type"] == "clip" and any(key.startswith("text_model.") for key in tensors):
+        config = CLIPConfig(from_public(CLIPTextConfig, path / "config.json"), vision)
+        source.add(name, config, source.rename(keymaps.CLIP_WHOLE, tensors))
+    else:
+        _add_vision(source, vision, tensors, public)
+
+
+def _add_vision(
+    source: Source, config: CLIPVisionConfig, tensors: Tensors, public: Mapping[str, Any]
+) -> None:
+    """LLaVA's tower, or with a projection and only for images, IP-Adapter's encoder."""
+    table = keymaps.CLIP_VISION if any("vision_model." in key for key in tensors) else keymaps.CLIP_BARE
+    named = source.rename(table, tensors)
+    if "CLIPVisionModelWithProjection" in (public.get("architectures") or []):
+        source.add("ip_vision", config, named)
+    else:  # LLaVA reads hidden states, the projection would be dead weight
+        named.pop("visual_projection.weight", None)
+        source.add("vision", replace(config, projection=None), named)
+
+
+def _read_vit(source: Source, path: Path, assumed: DefaultConfigs) -> None:
+    """DINO as transformers has it."""
+    tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    if head := [key for key in tensors if key.startswith(("classifier.", "pooler.", "vit."))]:
+        raise ValueError(f"{path}: has {head[0]}, so it is a ViT trained for classes; expected DINO's")
+    new = any(key.startswith("layers.") for key in tensors)
+    named = source.rename(keymaps.DINO_HF_NEW if new else keymaps.DINO_HF, tensors)
+    _add_dino(source, path, _fused(named), assumed)
+
+
+def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
+    """attn.q, .k and .v as one attn.qkv; where one of them is missing, the rest is left for a later check."""
+    result = dict(tensors)
+    for key in (key for key in tensors if ".attn.q." in key):
+        names = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(name in tensors for name in names):
+            result[key.replace(".attn.q.", ".attn.qkv.")] = joined([result.pop(name) for name in names])
+    return result
+
+
+def _add_dino(source: Source, path: Path, tensors: Tensors, assumed: DefaultConfigs) -> None:
+    """S/16 or B/16, told by their shapes, as the files do not say."""
+
+    def ends(config: DINOConfig) -> tuple[tuple[int, ...], ...]:
+        return (1, 1 + config.patches, config.width), (config.width, 3, config.patch, config.patch)
+
+    found = tuple(tensors[key].shape if key in tensors else () for key in ("pos_embed", DINO_PATCHES))
+    name = next((name for name, config in assumed.dinos.items() if ends(config) == found), None)
+    if name is None:
+        shapes = " and ".join(str(list(shape)) for shape in found)
+        raise ValueError(
+            f"{path}: a ViT whose pos_embed and patch_embed are {shapes}, expected DINO's S/16 or B/16"
+        )
+    source.add(name, assumed.dinos[name], tensors)
+
+
+def _read_llava(source: Source, path: Path, public: Mapping[str, Any], assumed: DefaultConfigs) -> None:
+    tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    if "text_config" in public:
+        named = source.rename(_llava_hf_table(tensors, public), tensors)
+        tower = from_public(LlavaConfig, path / "config.json").vision
+        source.notes.append("llava-hf layout; its extra words <image> and <pad> are cut off")
+    else:
+        named = source.rename(keymaps.LLAVA_ORIGINAL, tensors)
+        tower = guess_tower(below(TOWER, named), assumed.towers)
+    if (path / "mm_projector.bin").is_file():
+        source.notes.append("mm_projector.bin not read, the shards hold the projector")
+    if inside := below(TOWER, named):
+        source.add("vision", tower, inside, " (the tower inside)")
+    language = {key: value for key, value in named.items() if not key.startswith(TOWER)}
+    source.add("llava", path / "config.json", language)
+    source.add_tokenizer(path, LLAMA_TOKENIZER)
+
+
+def _llava_hf_table(tensors: Tensors, public: Mapping[str, Any]) -> Table:
+    new = any(key.startswith("model.language_model.") for key in tensors)
+    embed = "model.language_model.embed_tokens.weight" if new else "language_model.model.embed_tokens.weight"
+    padded = tensors[embed].shape[0] if embed in tensors else 0
+    return keymaps.llava_hf(new, min(padded, public.get("image_token_index", padded)), padded)
+
+
+def guess_tower(tensors: Tensors, towers: Sequence[CLIPVisionConfig]) -> CLIPVisionConfig | None:
+    """Sizes of a tower that came without its config: the known CLIP model of the same shapes, if any."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return next((config for config in towers if expected_shapes("vision", config) == shapes), None)
+
+
+# --- single files ------------------------------------------------------------------------------------
+
+
+def _read_file(source: Source, path: Path, assumed: DefaultConfigs, ema: bool) -> None:
+    if path.suffix == ".json":
+        raise ValueError(f"{path}: only describes weights; give the folder it lies in")
+    tensors = read_checkpoint(path)
+    for wrapper in ("state_dict.", "module."):
+        tensors = below(wrapper, tensors) or tensors
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
+
+    def has(*starts: str) -> bool:
+        return any(key.startswith(starts) for key in tensors)
+
+    if any("lora_" in key.lower() for key in tensors):
+        raise ValueError(f"{path}: a LoRA, which changes a model; merge it into a full checkpoint first")
+    if has("conditioner.embedders."):
+        raise ValueError(f"{path}: SDXL, expected a Stable Diffusion 1.5 checkpoint")
+    if has(keymaps.LDM_UNET_PREFIX):
+        _read_ldm(source, path, tensors, assumed, ema)
+    elif has("self_cross_attentions.", "llm_mapping."):
+        _read_adapter(source, path, "adapter", tensors, assumed)
+    elif has("ip_adapter.", "adapter_modules."):
+        _refuse_ip_adapter(path, tensors)
+        _read_adapter(source, path, "ip_adapter", tensors, assumed)
+    elif has("image_encoder.", "mask_decoder.", "sam_mask_decoder.", "model.sam_mask_decoder."):
+        _add_sam(source, _sam_config(path, tensors, assumed), keymaps.SAM_OFFICIAL, tensors)
+    elif has("encoder.conv_in.", "first_stage_model.encoder."):
+        _add_vae(source, assumed.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
+    elif has("down_blocks."):
+        first = tensors.get("conv_in.weight")
+        _refuse_unet(first.shape[1] if first else 0, 0, path)
+        source.add("unet", assumed.unet, tensors)
+    elif DINO_PATCHES in (backbone := _dino_backbone(tensors)):
+        if "head.weight" in backbone:
+            raise ValueError(f"{path}: has head.weight, so it is a ViT trained for classes; expected DINO's")
+        _add_dino(source, path, backbone, assumed)
+    else:
+        raise ValueError(
+            f"{path}: not a checkpoint known here; its tensors are called {some_names(list(tensors))}"
+        )
+
+
+def _dino_backbone(tensors: Tensors) -> Tensors:
+    """Of a DINO training the teacher, its product, without the head; a lone backbone as it is."""
+    for wrapper in ("teacher.", "module.", "backbone."):
+        tensors = below(wrapper, tensors) or tensors
+    return tensors
+
+
+def _read_ldm(source: Source, path: Path, tensors: Tensors, assumed: DefaultConfigs, ema: bool) -> None:
+    """Stable Diffusion 1.5 in one file; the VAE and the text encoder may be missing."""
+    _refuse_ldm(path, tensors)
+    unet = below(keymaps.LDM_UNET_PREFIX, tensors)
+    averages = keymaps.ldm_ema(tensors)
+    if ema:
+        if len(averages) < len(unet):
+            raise ValueError(f"{path}: has no full set of averaged weights; leave out --ema")
+        unet = {plain.removeprefix(keymaps.LDM_UNET_PREFIX): tensors[key] for plain, key in averages.items()}
+    elif averages:
+        source.notes.append("also has averaged weights, which --ema takes instead")
+    table = keymaps.ldm_unet([depth > 0 for depth in assumed.unet.depth], assumed.unet.resnets)
+    source.add("unet", assumed.unet, source.rename(table, unet))
+
+    if vae := below(keymaps.LDM_VAE_PREFIX, tensors):
+        _add_vae(source, assumed.vae, vae)
+    else:
+        source.notes.append("has no VAE")
+    if text := below(keymaps.LDM_TEXT_PREFIX, tensors):
+        source.add("text", assumed.text, source.rename(keymaps.LDM_TEXT, text))
+    else:
+        source.notes.append("has no text encoder")
+    prefixes = (keymaps.LDM_UNET_PREFIX, keymaps.LDM_VAE_PREFIX, keymaps.LDM_TEXT_PREFIX)
+    others = [key for key in tensors if not key.startswith(prefixes) and not TRAINING_STATE.fullmatch(key)]
+    if others:
+        source.notes.append(f"unused: {some_names(others)}")
+
+
+def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, assumed: DefaultConfigs) -> None:
+    """MoMA's .th or an IP-Adapter; its layers are numbered by the UNet that is assumed."""
+    # A part that was trained on several GPUs may keep the name of the wrapper around it.
+    tensors = {re.sub(r"(^|\.)module\.", r"\1", key): tensor for key, tensor in tensors.items()}
+    unet = assumed.unet
+    down, up = sum(unet.depth) * unet.resnets, sum(unet.depth) * (unet.resnets + 1)
+    table_of = keymaps.moma_th if name == "adapter" else keymaps.ip_adapter
+    named = source.rename(table_of(down, up, unet.mid_depth), tensors)
+    try:
+        width, embed = named["projector.proj.weight"].shape
+        tokens = width // named["projector.norm.weight"].shape[0]
+        mllm = named["mapping.gate_proj.weight"].shape[1] if name == "adapter" else AdapterConfig().mllm_dim
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path}: the image projector or mapping is missing or misshapen ({error})"
+        ) from error
+    source.add(name, AdapterConfig(mllm_dim=mllm, embed_dim=embed, tokens=tokens), named)
+
+
+def _sam_config(path: Path, tensors: Tensors, assumed: DefaultConfigs) -> SAMConfig:
+    """Sizes of an official file by its shapes; ValueError for the networks that were made out of SAM."""
+    if any(key.startswith(SAM_HQ) for key in tensors):
+        raise ValueError(f"{path}: SAM-HQ, expected the plain sam_vit_b, l or h")
+    if SAM_POSITIONS not in tensors:
+        raise ValueError(
+            f"{path}: SAM 2, MobileSAM or the like (it has no {SAM_POSITIONS}), expected sam_vit_b, l or h"
+        )
+    width = tensors[SAM_POSITIONS].shape[-1]
+    for config in assumed.sams:
+        if config.width == width:
+            return config
+    known = ", ".join(str(config.width) for config in assumed.sams)
+    raise ValueError(f"{path}: a SAM whose image encoder is {width} wide, expected {known}")
+
+
+def _add_sam(source: Source, config: SAMConfig, table: Table, tensors: Tensors) -> None:
+    source.add("sam", config, exact_frequencies(source.rename(table, tensors)))
+
+
+def exact_frequencies(tensors: Tensors) -> dict[str, LazyTensor]:
+    """SAM's tensors, of which the random frequencies keep their digits: half precision would move points."""
+    kept = {key: replace(t, castable=False) for key, t in tensors.items() if key == SAM_FREQUENCIES}
+    return {**tensors, **kept}
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+def _refuse_unet(channels: int, context: int, where: Path) -> None:
+    """ValueError for the Stable Diffusion variants whose weights fit, or nearly fit, SD1.5's names."""
+    if channels in VARIANTS:
+        raise ValueError(
+            f"{where}: {VARIANTS[channels]} ({channels} input channels), expected plain SD1.5 (4)"
+        )
+    if context in VERSIONS:
+        raise ValueError(f"{where}: {VERSIONS[context]} (text width {context}), expected SD1.5 (768)")
+
+
+def _refuse_ldm(path: Path, tensors: Tensors) -> None:
+    if any(key.startswith("cond_stage_model.model.") for key in tensors):
+        raise ValueError(f"{path}: Stable Diffusion 2 (an OpenCLIP text encoder), expected SD1.5")
+    first = tensors.get(f"{keymaps.LDM_UNET_PREFIX}input_blocks.0.0.weight")
+    channels = first.shape[1] if first is not None and len(first.shape) > 1 else 0
+    contexts = {t.shape[-1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight") and t.shape}
+    _refuse_unet(channels, max(contexts, default=0), path)
+    sidecars = [path.with_suffix(suffix) for suffix in (".yaml", ".json")]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sidecars if file.is_file()]
+    if "v_pred" in tensors or any(V_PREDICTION.search(text) for text in texts):
+        raise ValueError(f"{path}: the model predicts 'v_prediction', expected 'epsilon' as SD1.5")
+
+
+def _refuse_ip_adapter(path: Path, tensors: Tensors) -> None:
+    keys = {re.sub(r"^[^.]*\.", "", key): tensor for key, tensor in tensors.items()}
+    if "latents" in keys:
+        raise ValueError(f"{path}: IP-Adapter Plus (a resampler), expected the plain ip-adapter_sd15")
+    if "proj.0.weight" in keys:
+        raise ValueError(f"{path}: IP-Adapter Full Face (an MLP), expected the plain ip-adapter_sd15")
+    if "1.to_k_ip.weight" in keys and keys["1.to_k_ip.weight"].shape[1] == SDXL_CONTEXT:
+        raise ValueError(f"{path}: IP-Adapter for SDXL (text width {SDXL_CONTEXT}), expected ip-adapter_sd15")

@@ -1,0 +1,214 @@
+"""A complete MoMA bundle, small enough to build in seconds: real classes, pseudo-random weights.
+
+It shows that everything fits together and what a run looks like; its images are noise. Tests and the first
+command of the README use it.
+"""
+
+import io
+import json
+import math
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.dino import DINOConfig
+from models.llama import LlamaConfig
+from models.llava import LlavaConfig
+from models.tokenizers import BEGIN, CLIP_WORDS, END
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from models.weights.loading import in_memory
+from moma.methods.moma.adapter import AdapterConfig
+from moma.methods.moma.feature_decoder import instruction
+from moma.methods.prompts import sd_prompt
+from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
+
+SOURCE = "pseudo-random weights, for tests and demonstrations: pictures are noise"
+SUBJECTS = (
+    "cat", "dog", "car", "teddy bear", "robot", "backpack", "vase", "toy", "boot", "clock", "candle",
+    "puppy", "dress", "duck", "monster", "bird",
+)  # fmt: skip
+SCENES = (
+    "on the beach at sunset", "in the snow", "in autumn with falling leaves", "on top of a wooden floor",
+    "in the jungle", "wearing a red hat", "reading a book in a library", "with a city in the background",
+    "as a watercolor painting", "made of glass, studio light", "riding a bicycle through the forest",
+    "sitting on a purple rug in front of a blue house",
+)  # fmt: skip
+
+
+def _networks() -> dict[str, Any]:
+    """Every network's sizes, as small as the real structure allows; vocabularies come later."""
+    vision = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14)
+    llama = LlamaConfig(width=64, layers=2, heads=4, mlp=128, lm_head=False)
+    unet = UNetConfig(
+        channels=(32, 64, 64), depth=(1, 1, 0), heads=(4, 4, 4), context_dim=(32, 32, 32), norm_groups=8
+    )
+    return {
+        "unet": unet,
+        "vae": VAEConfig(channels=(16, 16, 32, 32), resnets=1, norm_groups=8),
+        "text": CLIPTextConfig(width=32, layers=2, heads=4, mlp=64),
+        "vision": vision,
+        "llava": LlavaConfig(llama=llama, vision=vision),
+        "adapter": AdapterConfig(mllm_dim=llama.width, embed_dim=32, learnable_token=True),
+    }
+
+
+def tiny_scorers() -> dict[str, Any]:
+    """Sizes of networks that judge images, for `TinyConfig.networks`; the tiny bundle itself has none."""
+    sizes = {"width": 32, "layers": 2, "heads": 4, "mlp": 64}
+    return {
+        "dino_s16": DINOConfig(**sizes, image_size=32, patch=16),
+        "clip_b32": CLIPConfig(
+            CLIPTextConfig(**sizes, projection=16),
+            CLIPVisionConfig(**sizes, projection=16, image_size=32, patch=16),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Sizes of the tiny bundle."""
+
+    image_size: int = 128  # pixels: 16x16 latents, so that the UNet's levels have something to attend to
+    clip_merges: int = 300  # learned pieces of the CLIP tokenizer beyond single bytes
+    llama_pieces: int = 500  # of the sentencepiece model, of which 259 are bytes and control tokens
+    networks: dict[str, Any] = field(default_factory=_networks)
+    subject_scale: float = 0.5  # λ of every layer: not 0, so that the reference has an effect
+
+
+def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None = None) -> None:
+    """A bundle of real networks with pseudo-random weights; `folder` must be new or empty (ValueError).
+
+    All weights come from `seed`; the folder appears only when it is complete.
+    """
+    cfg, generator = cfg or TinyConfig(), torch.Generator().manual_seed(seed)
+    with BundleWriter(folder, cfg.image_size) as writer, tempfile.TemporaryDirectory() as drafts:
+        build_tokenizers(drafts, cfg)
+        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
+            writer.add_tokenizer(name, Path(drafts, name))
+        networks = with_vocabularies(cfg.networks, Path(drafts))
+        for name, config in networks.items():
+            shapes = expected_shapes(name, config, networks["unet"])
+            tensors = {key: draw(key, shape, generator, cfg) for key, shape in shapes.items()}
+            lazy = {key: in_memory(value, writer.part) for key, value in tensors.items()}
+            writer.add(name, config, lazy, SOURCE)
+
+
+def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
+    """The networks' sizes with the vocabularies of the tokenizers' files."""
+    clip = len(json.loads((tokenizers / CLIP_TOKENIZER[0]).read_text(encoding="utf-8")))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers / LLAMA_TOKENIZER[0]))
+    llava = networks["llava"]
+    clips = {name: config for name, config in networks.items() if isinstance(config, CLIPConfig)}
+    scorers = {name: replace(config, text=replace(config.text, vocab=clip)) for name, config in clips.items()}
+    return (
+        networks
+        | scorers
+        | {
+            "text": replace(networks["text"], vocab=clip),
+            "llava": replace(llava, llama=replace(llava.llama, vocab=pieces.vocab_size())),
+        }
+    )
+
+
+def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:
+    """A parameter, float32, scaled so that activations keep their size: unit variance over the fan-in."""
+    if key.endswith(".scale"):
+        return torch.full(shape, cfg.subject_scale)
+    if key.endswith("bias"):
+        return torch.zeros(shape)
+    if key.endswith("weight") and len(shape) == 1:  # of a normalisation
+        return torch.ones(shape)
+    return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+
+
+def build_tokenizers(folder: str | Path, cfg: TinyConfig | None = None) -> None:
+    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from SUBJECTS and SCENES.
+
+    Both encode any text, by falling back to bytes; the same files come out each time.
+    """
+    cfg = cfg or TinyConfig()
+    pairs = [(subject, f"a {subject} {scene}") for subject in SUBJECTS for scene in SCENES]
+    texts = [sd_prompt(*pair) for pair in pairs]
+    instructions = [instruction(*pair).replace("<image>", "") for pair in pairs]
+    learn_tokenizers(folder, texts, cfg.clip_merges, instructions, cfg.llama_pieces)
+
+
+def learn_tokenizers(
+    folder: str | Path, clip_texts: list[str], clip_merges: int, llama_texts: list[str], llama_pieces: int
+) -> None:
+    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from texts."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = _learn_clip(clip_texts, clip_merges)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes(_learn_llama(llama_texts, llama_pieces))
+
+
+def _learn_clip(texts: list[str], count: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's layout: 256 bytes, the same 256 ending a word, the merges in order, BEGIN, END."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{byte}</w>" for byte in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * len(alphabet) + count,
+        special_tokens=endings,  # ids in a fixed order: by them ties between pairs are broken
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][:count]
+    pieces = dict.fromkeys([*alphabet, *endings, *("".join(pair) for pair in merges), BEGIN, END])
+    return {piece: i for i, piece in enumerate(pieces)}, merges
+
+
+def _learn_llama(texts: list[str], pieces: int) -> bytes:
+    """LLaMA's kind of sentencepiece model: BPE, bytes for the unknown, ids 0 unknown, 1 begin, 2 end."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=pieces,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@torch.no_grad()
+def fill(network: nn.Module, generator: torch.Generator) -> None:
+    """Values that neither vanish nor grow on their way: matrices and kernels Gaussian with variance
+    1 / inputs, norms and λ 1, biases 0. generator: on any device; another device draws other values."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+        else:
+            values = torch.randn(parameter.shape, generator=generator, device=generator.device)
+            parameter.copy_(values.div_(values[0].numel() ** 0.5))
