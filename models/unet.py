@@ -7,7 +7,7 @@ Letters: B batch, C channels, h w grid of a level, N = h*w tokens, T text tokens
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import attention, merge_heads, split_heads
 
 Grid = tuple[int, int]
+KeysValues = tuple[Tensor, Tensor]  # k and v of one attention layer, (B, H, T, D) each
+Text = Tensor | Sequence[KeysValues]  # text states (B, T, context_dim), or k and v of every layer
 # A CPU's feed-forward layers take so many tokens at a time: what lies between their two products, eight times
 # as wide as a token, then stays in the caches, and below the size from which the C library gives memory back
 # to the system after each use.
@@ -183,11 +185,22 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor, core: Callable | None) -> tuple[Tensor, Any]:
-        """x (B, N, C), context (B, N or T, ·); core(q, k, v) -> (z, record), None = plain attention."""
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Project context (B, T, context_dim) to k and v, (B, H, T, D) each."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, core: Callable | None) -> tuple[Tensor, Any]:
+        """Attend from x to context and project the result.
+
+        Args:
+            x: queries' tokens (B, N, C).
+            context: tokens (B, T, context_dim), or the keys and values that `keys_values` makes of them.
+            core: core(q, k, v) -> (z, record) computes attention; None = plain attention without a record.
+
+        Returns: (B, N, C) and the record.
+        """
         q = split_heads(self.to_q(x), self.heads)  # (B, H, N, D)
-        k = split_heads(self.to_k(context), self.heads)  # (B, H, T, D)
-        v = split_heads(self.to_v(context), self.heads)  # (B, H, T, D)
+        k, v = self.keys_values(context) if isinstance(context, Tensor) else context  # (B, H, T, D) each
         z, record = (attention(q, k, v), None) if core is None else core(q, k, v)  # (B, H, N, D)
         return self.to_out[0](merge_heads(z)), record  # (B, N, C)
 
@@ -230,15 +243,16 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim, ff_mult)
 
     def forward(
-        self, x: Tensor, text: Tensor, hook: AttentionHook | None, grid: Grid
+        self, x: Tensor, text: Text, hook: AttentionHook | None, grid: Grid
     ) -> tuple[Tensor, list[Any]]:
-        """x (B, N, C), text (B, T, context_dim). Returns x and the records of its two layers."""
+        """x (B, N, C), text as `UNet.forward` takes it. Returns x and the records of its two layers."""
         self_core = None if hook is None else partial(hook.self_attn, self.layer, grid=grid)
         cross_core = None if hook is None else partial(hook.cross_attn, self.layer, grid=grid)
         y = self.norm1(x)
         z, self_record = self.attn1(y, y, self_core)
         x = x + z
-        z, cross_record = self.attn2(self.norm2(x), text, cross_core)
+        context = text if isinstance(text, Tensor) else text[self.layer]
+        z, cross_record = self.attn2(self.norm2(x), context, cross_core)
         x = x + z
         x = x + self.ff(self.norm3(x))
         return x, [r for r in (self_record, cross_record) if r is not None]
@@ -265,7 +279,7 @@ class Transformer(nn.Module):
             for i in range(depth)
         )
 
-    def forward(self, x: Tensor, text: Tensor, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
+    def forward(self, x: Tensor, text: Text, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
         h, w = x.shape[-2:]
         y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); on CPUs no copy of channels_last x
         y = on_tokens(self.proj_in, y)  # (B, N, C)
@@ -335,11 +349,11 @@ class Level(nn.Module):
         self.checkpointing = cfg.gradient_checkpointing
 
     def step(
-        self, i: int, x: Tensor, time: Tensor, text: Tensor, hook: AttentionHook | None
+        self, i: int, x: Tensor, time: Tensor, text: Text, hook: AttentionHook | None
     ) -> tuple[Tensor, list[Any]]:
         """x (B, C_in, h, w) -> (B, C, h, w) and the records of the attention layers passed."""
 
-        def run(x: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, list[Any]]:
+        def run(x: Tensor, time: Tensor, text: Text) -> tuple[Tensor, list[Any]]:
             x = self.resnets[i](x, time)  # (B, C, h, w)
             return self.attentions[i](x, text, hook) if i < len(self.attentions) else (x, [])
 
@@ -396,18 +410,37 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, ch[0], eps=cfg.norm_eps)
         self.conv_out = nn.Conv2d(ch[0], cfg.out_channels, kernel_size=3, padding=1)
 
+    def transformer_blocks(self) -> Iterator[TransformerBlock]:
+        """The transformer blocks in execution order: down, mid, up."""
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for transformer in level.attentions:
+                yield from transformer.transformer_blocks
+
+    def text_kv(self, text: Tensor) -> list[KeysValues]:
+        """Keys and values of text states (B, T, context_dim) in every cross-attention layer.
+
+        They do not depend on the step, so that one drawing needs them once: `forward` takes them as `text`.
+        """
+        return [block.attn2.keys_values(text) for block in self.transformer_blocks()]
+
     def forward(
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Text,
         hook: AttentionHook | None = None,
         added: Tensor | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """eps (B, out_channels, h, w) and the hook's records in execution order.
+        """Predict the noise of latents.
 
-        x (B, in_channels, h, w) noisy latents of any size; t (B,) timesteps 0..999, int or float;
-        text (B, T, context_dim) text states; hook=None is the plain UNet; added (B, added_cond_dim) of SDXL.
+        Args:
+            x: noisy latents (B, in_channels, h, w) of any size.
+            t: timesteps (B,), 0..999, int or float.
+            text: text states (B, T, context_dim), or what `text_kv` makes of them.
+            hook: takes the place of the attention layers' core; None = the plain UNet.
+            added: SDXL's pooled text and sizes (B, added_cond_dim).
+
+        Returns: eps (B, out_channels, h, w) and the hook's records in execution order.
         """
         time = self.time_embedding(sinusoids(t, self.cfg).to(x.dtype))  # (B, time_dim)
         if self.add_embedding is not None:

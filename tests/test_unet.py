@@ -1,8 +1,11 @@
 """Our UNet against diffusers', on the same pseudo-random weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from models.attention import attention
 from models.unet import SD15, UNet, UNetConfig, attention_layers
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, normal
@@ -91,6 +94,41 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         results.append((eps.detach(), text.grad, grads["conv_in.weight"]))
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_projected_text_changes_nothing(checkpointing: bool) -> None:
+    """Keys and values computed beforehand: the same output, records and gradient of the latents."""
+
+    class Hook:
+        def self_attn(self, layer, q, k, v, grid):
+            return attention(q, k, v), None
+
+        def cross_attn(self, layer, q, k, v, grid):
+            return attention(q, k, v), (layer, k.detach(), v.detach())
+
+    cfg = replace(
+        UNetConfig.from_public(SDXL_LIKE), added_cond_dim=None, gradient_checkpointing=checkpointing
+    )
+    unet = UNet(cfg)
+    fill(unet)
+    text = tensor("text", 2, 7, 48)
+    kv = unet.text_kv(text)
+    results = []
+    for given in (text, kv):
+        x = tensor("x", 2, 4, 8, 8).requires_grad_()
+        eps, records = unet(x, torch.tensor([3, 801]), given, Hook())
+        eps.square().mean().backward()
+        results.append((eps.detach(), x.grad, records))
+    (eps, grad, records), (eps_kv, grad_kv, records_kv) = results
+    assert torch.equal(eps, eps_kv) and torch.equal(grad, grad_kv)
+    assert len(kv) == len(attention_layers(cfg)) == len(records) == len(records_kv)
+    for i, (pair, states, projected) in enumerate(zip(kv, records, records_kv, strict=True)):
+        assert states[0] == projected[0] == i
+        assert all(
+            torch.equal(a, b) and torch.equal(a, c)
+            for a, b, c in zip(pair, states[1:], projected[1:], strict=True)
+        )
 
 
 def test_attention_layers_in_execution_order() -> None:
