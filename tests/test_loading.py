@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from models.weights.atomic import atomic_write
 from models.weights.loading import (
     ShardConfig,
     check_safetensors,
@@ -360,6 +361,20 @@ def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
     write_safetensors(
         tmp_path, "net", lazy({"nan": torch.tensor([float("inf"), float("nan")])}), torch.float16
     )
+
+
+def test_atomic_write_replaces_the_whole_file_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with atomic_write(path) as part:
+        part.write_text("old")
+        assert not path.exists() and part.parent == tmp_path
+    with pytest.raises(KeyError), atomic_write(path) as part:
+        part.write_text("ne")
+        raise KeyError
+    assert os.listdir(tmp_path) == ["x.json"] and path.read_text() == "old"
+    with atomic_write(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

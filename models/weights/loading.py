@@ -12,7 +12,6 @@ Formats: safetensors = 8 bytes header length, JSON header, raw little-endian byt
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 from bisect import bisect
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from models.weights.atomic import atomic_write
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -373,24 +374,19 @@ def _write_shard(
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
     digest = hashlib.sha256()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as stream:
+    with atomic_write(path) as part, open(part, "wb") as stream:
 
-            def put(data: Any) -> None:
-                stream.write(data)
-                digest.update(data)
+        def put(data: Any) -> None:
+            stream.write(data)
+            digest.update(data)
 
-            put(len(text).to_bytes(8, "little"))
-            put(text)
-            for name in names:
-                values = _cast(name, tensors[name], kinds[name])
-                put(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                if progress is not None:
-                    progress(values.nbytes)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for name in names:
+            values = _cast(name, tensors[name], kinds[name])
+            put(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if progress is not None:
+                progress(values.nbytes)
     return digest.hexdigest()
 
 
