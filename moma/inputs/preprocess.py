@@ -18,7 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from moma.inputs.regions import components, frame
-from moma.methods.moma.config import DEFAULT, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,26 @@ class InputConfig:
 
 
 INPUT = InputConfig()
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """How a square reference is made of an image and its mask; a method's config inherits these fields."""
+
+    # What the UNet sees of the reference. The paper's page says the white-background image; the released
+    # weights were made with the whole photo and rely on M_ref alone.
+    reference_background: Literal["photo", "white"] = "photo"
+    # Mask values (0..1, after the resize) above this are subject. The release takes everything above zero,
+    # so that soft edges grow the subject by 2-14%.
+    mask_binarise_above: float = 0.5
+    # A mask without any subject: "error", or (release) attend to every background key alike.
+    empty_mask: Literal["error", "mean"] = "error"
+    # How an image that is not square becomes square: "pad" repeats the edge, "crop" takes the square around
+    # the subject, "squash" (release) ignores the aspect ratio.
+    geometry: Literal["pad", "crop", "squash"] = "pad"
+
+
+REFERENCE = ReferenceConfig()
 GREY16 = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # PIL's modes for 16-bit grey
 MaskSource = Literal["file", "alpha", "sam", "border"]
 
@@ -53,6 +72,7 @@ class Reference:
 
     image: Tensor  # (1, 3, S, S) float32 in [-1, 1]: what the VAE encodes
     mask: Tensor  # (1, 1, S, S) float32, 0 or 1: M_ref
+    original: Image.Image  # RGB or RGBA, the whole image as it was given, in its own size
     photo: Image.Image  # (S, S) RGB, with its own background
     white: Image.Image  # (S, S) RGB, subject on white: what the MLLM looks at
 
@@ -131,37 +151,38 @@ def make_reference(
     image: Image.Image,
     mask: Image.Image,
     size: int,
-    method: MethodConfig = DEFAULT,
+    cfg: ReferenceConfig = REFERENCE,
     limits: InputConfig = INPUT,
 ) -> Reference:
     """The square reference of side `size` (S) from an image and its mask.
 
     image: RGB or RGBA (transparent parts become white); mask: mode L, 255 = subject, of the same aspect
-    ratio. Geometry and threshold are `method`'s; resizing is PIL's antialiased bilinear, as in the release
+    ratio. Geometry and threshold are `cfg`'s; resizing is PIL's antialiased bilinear, as in the release
     (Dataset_evaluate_MoMA), whose tensors `RELEASE` reproduces bit for bit.
     ValueError: mask of another shape than the image; without or with nothing but subject, unless
-    `method.empty_mask` is "mean".
+    `cfg.empty_mask` is "mean".
     """
-    image, mask = on_white(image), mask.convert("L")
+    original, image, mask = image, on_white(image), mask.convert("L")
     _check_shapes(image.size, mask.size, limits)
-    threshold = method.mask_binarise_above * 255
-    if np.asarray(mask).min() > threshold and method.empty_mask == "error":
+    threshold = cfg.mask_binarise_above * 255
+    if np.asarray(mask).min() > threshold and cfg.empty_mask == "error":
         raise ValueError("the mask covers the whole image: white should be the subject only")
-    if method.geometry == "squash":
+    if cfg.geometry == "squash":
         photo, soft = (x.resize((size, size), Image.Resampling.BILINEAR) for x in (image, mask))
     else:
         if mask.size != image.size:
             mask = mask.resize(image.size, Image.Resampling.BILINEAR)
-        square = _whole(image.size) if method.geometry == "pad" else _around(mask, threshold, limits)
+        square = _whole(image.size) if cfg.geometry == "pad" else _around(mask, threshold, limits)
         photo, soft = _cut(image, square, size, "edge"), _cut(mask, square, size, "constant")
     subject = np.asarray(soft) > threshold  # (S, S)
-    if not subject.any() and method.empty_mask == "error":
+    if not subject.any() and cfg.empty_mask == "error":
         raise ValueError(f"the mask has no subject left at {size}x{size}: white should be the subject")
     white = Image.fromarray(np.where(subject[..., None], np.asarray(photo), np.uint8(255)))  # (S, S) RGB
-    seen = np.asarray(white if method.reference_background == "white" else photo)  # (S, S, 3)
+    seen = np.asarray(white if cfg.reference_background == "white" else photo)  # (S, S, 3)
     return Reference(
         image=torch.from_numpy(seen.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1,  # (1, 3, S, S)
         mask=torch.from_numpy(subject.astype(np.float32))[None, None],  # (1, 1, S, S)
+        original=original,
         photo=photo,
         white=white,
     )

@@ -8,17 +8,15 @@ mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.config import check_types
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(ReferenceConfig):
     """What MoMA computes. Each field: what it decides, then why the default is what it is."""
 
-    # --- the reference (Sec. 3.3) ---
-    # What the UNet sees of the reference. The paper's page says the white-background image; the released
-    # weights were made with the whole photo and rely on M_ref alone.
-    reference_background: Literal["photo", "white"] = "photo"
+    # --- the reference (Sec. 3.3; how its square is made: ReferenceConfig) ---
     # Noise on the reference latent: "seeded" = posterior sample + add_noise(t=0), both from the subject's
     # own generator; "global" = the same from torch's global RNG (the release: the same seed gives another
     # image each time); "none" = posterior mean, no noise (the paper's "clear reference image").
@@ -26,16 +24,8 @@ class MethodConfig:
     # Text tokens cut off the end of the label's 77 in the reference pass. The release's processor always
     # drops 4 (it takes them for context tokens), and the weights have adapted to it.
     reference_text_cut: int = 4
-    # Mask values (0..1, after the resize) above this are subject. The release takes everything above zero,
-    # so that soft edges grow the subject by 2-14%.
-    mask_binarise_above: float = 0.5
     # Keep the best-covered key of a layer where nearest sampling leaves none of a small subject.
     keep_one_key: bool = True
-    # A mask without any subject: "error", or (release) attend to every background key alike.
-    empty_mask: Literal["error", "mean"] = "error"
-    # How an image that is not square becomes square: "pad" repeats the edge, "crop" takes the square around
-    # the subject, "squash" (release) ignores the aspect ratio.
-    geometry: Literal["pad", "crop", "squash"] = "pad"
 
     # --- the generative image-feature decoder (Sec. 3.2) ---
     # "release": its instruction, ending in the token `*`; "paper": the paper's, ending in a new learnable
