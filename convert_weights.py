@@ -37,7 +37,6 @@ from models.weights.loading import LazyTensor, does_not_fit, some_names, state_d
 from models.weights.quant import PRESETS, QuantConfig, quantise
 from moma.sampling.device import DTYPES
 from moma.weights.bundle import (
-    CONFIGS,
     LM_HEAD,
     SAMPLING,
     SCORERS,
@@ -47,6 +46,7 @@ from moma.weights.bundle import (
     build_network,
     check_target,
     expected_shapes,
+    network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
 from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, from_public, read_json, read_source
@@ -110,7 +110,7 @@ def convert(
     sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
     with writer, tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
         writer.check_space(sum(sizes.values()))
-        for name in CONFIGS:  # one order whatever the sources' order
+        for name in network_kinds():  # one order whatever the sources' order
             if network := networks.get(name):
                 bar.set_postfix_str(name)
                 writer.add(name, network.config, network.tensors, network.source, dtypes[name], bar.update)
@@ -127,7 +127,7 @@ def convert(
 def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict[str, Network]:
     """One network of each kind: of the dedicated sources, or else of all that have it, the last."""
     chosen = {}
-    for name in (name for name in CONFIGS if name not in left_out):
+    for name in (name for name in network_kinds() if name not in left_out):
         having = sorted((s for s in sources if name in s.networks), key=lambda s: s.dedicated_to(name))
         for network in (source.networks[name] for source in having):
             if name in chosen:

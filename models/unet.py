@@ -442,7 +442,8 @@ class UNet(nn.Module):
 
         Returns: eps (B, out_channels, h, w) and the hook's records in execution order.
         """
-        time = self.time_embedding(sinusoids(t, self.cfg).to(x.dtype))  # (B, time_dim)
+        # (B, time_dim)
+        time = self.time_embedding(sinusoids(t, self.cfg.channels[0], self.cfg.time_period).to(x.dtype))
         if self.add_embedding is not None:
             time = time + self.add_embedding(added)
         time = F.silu(time)  # every residual block begins with it
@@ -471,9 +472,18 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x))), records  # (B, out_channels, h, w)
 
 
-def sinusoids(t: Tensor, cfg: UNetConfig) -> Tensor:
-    """Sinusoidal features of timesteps t (B,): float32 (B, channels[0]), cosines first."""
-    half = cfg.channels[0] // 2
+def sinusoids(t: Tensor, dim: int, period: float) -> Tensor:
+    """Sinusoidal features of numbers t (B,), cosines first.
+
+    Args:
+        t: timesteps, or SDXL's sizes in pixels.
+        dim: of the features, even.
+        period: the longest one.
+
+    Returns:
+        float32 (B, dim).
+    """
+    half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(cfg.time_period) * steps)  # (B, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, channels[0])
+    angles = t.float()[:, None] * torch.exp(-math.log(period) * steps)  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)

@@ -1,10 +1,7 @@
-"""From an image to the mask of its subject, without a click: SAM is asked about many places at once, and the
-region that looks most like the main object of a photo is taken.
+"""SAM finds the subject of an image: prompt it all over the image and keep the most salient region.
 
-    segmenter = Segmenter.load("weights/moma")
+    segmenter = Segmenter.load(bundle)
     mask = segmenter.subject_mask(image)  # or point=(x, y), box=(x0, y0, x1, y1), object=2
-
-What SAM answers are `Candidate`s; everything after that is functions of arrays.
 
 Letters: H, W pixels of the image; S side of SAM's input, h w its logits, rows columns those of them that
 show the image; N candidates, P prompts.
@@ -13,91 +10,87 @@ show the image; N candidates, P prompts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, SAM, Prompts
 from models.sam_image import Placement, preprocess, to_image, to_input
 from moma.inputs.preprocess import on_white
 from moma.inputs.regions import frame, tidied
-from moma.sampling.device import choose_device
-from moma.weights.bundle import Bundle
 
 Point = tuple[float, float]  # x, y in pixels of the image
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, the same
-SINGLE, SEVERAL = slice(0, 1), slice(1, 4)  # SAM's outputs: of a clear prompt, and of one that may mean much
+SINGLE, MULTIPLE = slice(0, 1), slice(1, 4)  # SAM's outputs for a clear prompt and for an ambiguous one
 
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Where SAM is asked, and which of its answers is the subject. Shares are of the image's area."""
+    """Where SAM is prompted, and how its masks are ranked. Shares are of the image's area."""
 
-    # Points a side, half of segment-anything's 32: a subject worth the name is wider than a sixteenth.
+    # Points per side, half of segment-anything's 32: a subject is wider than a sixteenth of the image.
     grid: int = 16
-    # Boxes, by what they leave free at each border, as a share of the side: nearly the whole image, for
-    # subjects that fill it, the usual frame, and the middle.
+    # Box prompts, each by the margin it leaves at every border, as a share of the side: for subjects that
+    # fill the image, for the usual framing, and for the middle.
     margins: tuple[float, ...] = (0.02, 0.1, 0.25)
-    # 0..255, between the darkest and the brightest pixel of some channel: with less there is nothing to see,
-    # but a small SAM dreams up regions in such images.
+    # Range of the widest colour channel, 0..255. Below it the image is blank, yet a small SAM still returns
+    # regions.
     least_contrast: int = 8
-    prompts_at_once: int = 64  # segment-anything's; ViT-sized features take 0.3 GB per layer for them
-    threshold: float = 0.0  # of the logits, as SAM was trained
-    stability_offset: float = 1.0  # logits up and down from the threshold; segment-anything's
-    # Below these it is a guess, not a region. segment-anything's 0.88 and 0.95 are meant for data sets, where
+    max_prompts: int = 64  # per decoder call, as in segment-anything; bounds the memory
+    threshold: float = 0.0  # on the logits, as SAM was trained
+    stability_offset: float = 1.0  # logits above and below the threshold; segment-anything's
+    # A region below either is a guess. segment-anything's 0.88 and 0.95 are meant for data sets, where
     # dropping a good mask costs nothing; here the score weighs both.
     min_iou: float = 0.5
     min_stability: float = 0.6
-    speck: float = 0.01  # of the mask's area: smaller parts are crumbs, smaller holes are highlights
-    same: float = 0.7  # IoU from which two masks are one object; segment-anything's, there of boxes
-    inside: float = 0.9  # share of a region in a better one from which it is a part of that
-    # The whole is more likely meant than its part: an object of this share counts half of one without end.
+    speck: float = 0.01  # of the mask's area: smaller parts and holes are removed
+    same: float = 0.7  # two masks with this IoU are one object; segment-anything's, there of boxes
+    inside: float = 0.9  # a region with this share inside a better one is a part of it
+    # Saliency prefers the whole to its parts: an object of this share reaches half of the maximum.
     half_share: float = 0.1
-    full_share: tuple[float, float] = (0.8, 0.95)  # from here a region is the scene, from there surely
-    # Share of the image's border that a region takes. The background takes most of it, a wall behind a car
-    # a quarter; but subjects may take a whole side and more (portraits), so that less of it counts little.
+    full_share: tuple[float, float] = (0.8, 0.95)  # a region this large may be / is the whole scene
+    # Share of the image's border that a region covers. A background covers most of it, a wall behind a car
+    # about a quarter; a portrait may cover a whole side and more, so small shares cost little.
     border: tuple[float, float] = (0.2, 0.7)
-    # Distance of the region's centre from the image's, 1 = at the border:
-    # subjects are within 0.5. Flat in the middle, so that an object does not lose to its half that is nearer
-    # the centre; and an object in a corner is still one, to be listed.
+    # Distance of the region's centroid from the image's centre, 1 = at the border. Subjects lie within 0.5.
+    # The power keeps the middle flat, so that an object does not lose to its half nearer the centre.
     centre_reach: float = 0.7
     centre_power: int = 4
-    corner: float = 0.2  # what is left of its saliency
-    # Less is background, or too small to be drawn again: a thousandth of the image in its middle, or half a
-    # hundredth in a corner.
+    corner: float = 0.2  # factor that remains far from the centre, so that objects there are still listed
+    # Regions below it are background or too small to be drawn again: a thousandth of the image in the
+    # middle, half a hundredth in a corner.
     min_score: float = 0.01
-    objects: int = 12  # more numbers cannot be told apart in an image
+    objects: int = 12  # numbers that can be told apart in one image
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A region of an image, as SAM drew it."""
+    """A region of an image, as SAM returned it."""
 
     logits: np.ndarray  # float16 (h, w), of SAM's whole input, positive = inside
-    place: Placement  # of the image in that input
+    placement: Placement  # of the image in that input
     mask: np.ndarray  # bool (rows, columns), of the image alone
-    predicted_iou: float  # by SAM, with what was meant
+    predicted_iou: float  # SAM's own estimate of the mask's IoU
     stability: float  # 0..1
-    saliency: float  # 0..1, to the main object of a photo
-    box: tuple[int, int, int, int]  # around the mask, in pixels of the image: x0, y0, and beyond it x1, y1
+    saliency: float  # 0..1, how much it looks like the main object of a photo
+    box: tuple[int, int, int, int]  # around the mask, in pixels of the image: x0, y0, x1, y1 (exclusive)
 
     @property
     def quality(self) -> float:
-        """0..1, whether it is a region at all."""
+        """How surely it is a region at all, 0..1."""
         return min(max(self.predicted_iou, 0.0), 1.0) * self.stability
 
     @property
     def score(self) -> float:
-        """0..1: how surely it is a region, and the main object."""
+        """How surely it is the main object, 0..1."""
         return self.quality * self.saliency
 
     @property
     def share(self) -> float:
-        """Of the image's area, 0..1."""
+        """Share of the image's area, 0..1."""
         return float(self.mask.mean())
 
     def clear(self, cfg: SegmentConfig) -> bool:
@@ -105,25 +98,25 @@ class Candidate:
         return self.predicted_iou >= cfg.min_iou and self.stability >= cfg.min_stability
 
     def cell(self, point: Point) -> tuple[int, int]:
-        """Row and column of the mask where a point of the image lies."""
-        height, width = _cell_size(self.logits.shape, self.place)
+        """Row and column of the mask at a point of the image."""
+        height, width = _cell_size(self.logits.shape, self.placement)
         rows, columns = self.mask.shape
         return min(int(point[1] / height), rows - 1), min(int(point[0] / width), columns - 1)
 
     def image(self, cfg: SegmentConfig, size: tuple[int, int] | None = None) -> Image.Image:
-        """Mode L, 255 = inside, of the image's size or another (width, height) of the same shape."""
-        place = replace(self.place, image=size[::-1]) if size else self.place
+        """The mask as an image of mode L, 255 = inside; size: (width, height), None = the image's own."""
+        place = replace(self.placement, image=size[::-1]) if size else self.placement
         inside = to_image(torch.from_numpy(self.logits), place) > cfg.threshold  # (H, W)
         return Image.fromarray(inside.numpy().astype(np.uint8) * np.uint8(255))
 
 
 @dataclass(frozen=True)
 class Pick:
-    """What is known about the subject: nothing, or places on it, or its number in `Segmenter.objects`."""
+    """The user's hint about the subject: points on it, a box around it, or its number in the object list."""
 
     points: tuple[Point, ...] = ()
     box: Box | None = None
-    object: int | None = None  # from 1
+    object: int | None = None  # from 1, as in `Segmenter.objects`
 
     def __bool__(self) -> bool:
         return self != Pick()
@@ -135,10 +128,10 @@ class Pick:
         return ", ".join(parts) or "its main object"
 
     def check(self, size: tuple[int, int]) -> None:
-        """ValueError unless it fits an image of this width and height."""
+        """ValueError unless it fits an image of this (width, height)."""
         width, height = size
         if self.object is not None and (self.points or self.box):
-            raise ValueError("object contradicts point and box: each says by itself what the subject is")
+            raise ValueError("object excludes point and box: give one or the other")
         if self.object is not None and self.object < 1:
             raise ValueError(f"object {self.object}: expected 1 or more, as numbered in the list of objects")
         for x, y in self.points:
@@ -160,33 +153,47 @@ class Pick:
 
 
 def candidates_of(
-    logits: np.ndarray, ious: np.ndarray, place: Placement, cfg: SegmentConfig
+    logits: np.ndarray, ious: np.ndarray, placement: Placement, cfg: SegmentConfig
 ) -> list[Candidate]:
-    """SAM's answers with their measures, in order: logits (N, h, w), ious (N,) as SAM predicts them."""
-    logits = logits.astype(np.float16)  # hundreds are kept, and the sign is what counts
-    grid = zip(place.inside, logits.shape[1:], strict=True)
-    rows, columns = (-(-inside * cells // place.side) for inside, cells in grid)  # the last may be cut
+    """SAM's masks with their measures, in the same order.
+
+    Args:
+        logits: (N, h, w).
+        ious: (N,), as SAM predicts them.
+        placement: of the image in SAM's input.
+        cfg: thresholds.
+    """
+    logits = logits.astype(np.float16)  # a grid of prompts gives hundreds of masks
+    grid = zip(placement.inside, logits.shape[1:], strict=True)
+    rows, columns = (-(-inside * cells // placement.side) for inside, cells in grid)  # the last may be cut
     shown = logits[:, :rows, :columns]
     masks = shown > cfg.threshold
     measures = zip(ious.tolist(), stability(shown, cfg).tolist(), saliency(masks, cfg).tolist(), strict=True)
     return [
-        Candidate(logits[i], place, masks[i], *values, box=_box(masks[i], logits[i].shape, place))
+        Candidate(logits[i], placement, masks[i], *values, box=_box(masks[i], logits[i].shape, placement))
         for i, values in enumerate(measures)
     ]
 
 
 def stability(logits: np.ndarray, cfg: SegmentConfig) -> np.ndarray:
-    """How little a mask depends on the threshold: IoU of a strict and a lax one; (N, h, w) -> (N,), 0..1."""
+    """segment-anything's stability score: IoU of the masks at a strict and a lax threshold.
+
+    (N, h, w) -> (N,), 0..1.
+    """
     strict = (logits > cfg.threshold + cfg.stability_offset).sum(axis=(1, 2))
     lax = (logits > cfg.threshold - cfg.stability_offset).sum(axis=(1, 2))
     return strict / np.maximum(lax, 1)
 
 
 def saliency(masks: np.ndarray, cfg: SegmentConfig, centred: bool = True) -> np.ndarray:
-    """How much regions look like the main object of a photo; bool (N, rows, columns) -> (N,), 0..1.
+    """How much regions look like the main object of a photo: large but not the whole scene, off the border.
 
-    Large, but not the scene; not along the border, as the background is; around the centre, unless
-    `centred` is False.
+    Args:
+        masks: bool (N, rows, columns).
+        cfg: weights.
+        centred: whether a region also has to lie near the centre.
+    Returns:
+        (N,), 0..1.
     """
     shares = masks.mean(axis=(1, 2))  # (N,)
     found = shares / (shares + cfg.half_share) * _falling(shares, cfg.full_share)
@@ -198,12 +205,12 @@ def saliency(masks: np.ndarray, cfg: SegmentConfig, centred: bool = True) -> np.
 
 
 def _falling(x: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
-    """1 up to the first end, 0 from the second, straight between."""
+    """1 up to the first end, 0 from the second, linear between."""
     return np.clip((ends[1] - x) / (ends[1] - ends[0]), 0, 1)
 
 
 def _distances(masks: np.ndarray) -> np.ndarray:
-    """Of each mask's centroid from the centre, the borders at 1; (N, rows, columns) -> (N,)."""
+    """Distance of each mask's centroid from the centre, 1 at the border; (N, rows, columns) -> (N,)."""
     pixels = np.maximum(masks.sum(axis=(1, 2)), 1)
     total = np.zeros(len(masks))
     for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
@@ -212,30 +219,32 @@ def _distances(masks: np.ndarray) -> np.ndarray:
     return np.sqrt(total)
 
 
-def _cell_size(grid: tuple[int, ...], place: Placement) -> tuple[float, float]:
+def _cell_size(grid: tuple[int, ...], placement: Placement) -> tuple[float, float]:
     """Height and width of a cell of SAM's masks (h, w), in pixels of the image."""
-    sides = zip(grid, place.image, place.inside, strict=True)
-    height, width = (place.side / cells * image / inside for cells, image, inside in sides)
+    sides = zip(grid, placement.image, placement.inside, strict=True)
+    height, width = (placement.side / cells * image / inside for cells, image, inside in sides)
     return height, width
 
 
-def _box(mask: np.ndarray, grid: tuple[int, int], place: Placement) -> tuple[int, int, int, int]:
-    """Around a mask, in pixels of the image; all 0 for an empty one."""
+def _box(mask: np.ndarray, grid: tuple[int, int], placement: Placement) -> tuple[int, int, int, int]:
+    """The box around a mask, in pixels of the image; all 0 for an empty one."""
     if not mask.any():
         return 0, 0, 0, 0
     ends = []
-    for axis, pixels in enumerate(_cell_size(grid, place)):
+    for axis, pixels in enumerate(_cell_size(grid, placement)):
         hit = np.flatnonzero(mask.any(axis=1 - axis))
-        ends.append((round(hit[0] * pixels), min(round((hit[-1] + 1) * pixels), place.image[axis])))
+        ends.append((round(hit[0] * pixels), min(round((hit[-1] + 1) * pixels), placement.image[axis])))
     (y0, y1), (x0, x1) = ends
     return x0, y0, x1, y1
 
 
 def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]:
-    """The objects among candidates of one image, tidied, no two of the same region, at most `cfg.objects`:
-    the main one first, and parts of better ones after all others."""
+    """The distinct objects among the candidates of one image, tidied, at most `cfg.objects`.
+
+    The main object comes first; parts of better regions come after all others.
+    """
     likely = [c for c in candidates if c.clear(cfg) and c.score >= cfg.min_score]
-    likely.sort(key=lambda c: -c.score)  # equals stay in the order of their prompts
+    likely.sort(key=lambda c: -c.score)  # stable: ties keep the order of their prompts
     objects, parts = [], []
     for i in distinct([c.mask for c in likely], cfg):
         mask, least = likely[i].mask, cfg.inside * likely[i].mask.sum()
@@ -245,20 +254,28 @@ def rank(candidates: Sequence[Candidate], cfg: SegmentConfig) -> list[Candidate]
 
 
 def distinct(masks: Sequence[np.ndarray], cfg: SegmentConfig) -> list[int]:
-    """Non-maximum suppression: which masks, best first, are not nearly a better one; bool (rows, columns)."""
+    """Non-maximum suppression: indices of the masks that are not nearly a better one.
+
+    masks: bool (rows, columns) each, best first.
+    """
     kept, bits, sizes = [], [], []
     for i, mask in enumerate(masks):
         packed, size = np.packbits(mask), mask.sum()
         both = [int(np.bitwise_count(packed & other).sum()) for other in bits]
         if all(b < cfg.same * (size + s - b) for b, s in zip(both, sizes, strict=True)):
-            kept, bits, sizes = [*kept, i], [*bits, packed], [*sizes, size]
+            kept.append(i)
+            bits.append(packed)
+            sizes.append(size)
     return kept
 
 
 def tidy(candidate: Candidate, cfg: SegmentConfig, points: Sequence[Point] = ()) -> Candidate:
-    """Without specks and small holes; the logits are changed there, for the large mask.
+    """The candidate without specks and small holes, in its mask and its logits.
 
-    points: what lies there stays, however small.
+    Args:
+        candidate: any.
+        cfg: `speck` says what is small.
+        points: parts at these pixels of the image are kept, however small.
     """
     mask = tidied(candidate.mask, cfg.speck, [candidate.cell(point) for point in points])
     rows, columns = mask.shape
@@ -266,25 +283,30 @@ def tidy(candidate: Candidate, cfg: SegmentConfig, points: Sequence[Point] = ())
     shown = logits[:rows, :columns]
     shown[mask & ~candidate.mask] = cfg.threshold + cfg.stability_offset
     shown[candidate.mask & ~mask] = cfg.threshold - cfg.stability_offset
-    return replace(candidate, logits=logits, mask=mask, box=_box(mask, logits.shape, candidate.place))
+    return replace(candidate, logits=logits, mask=mask, box=_box(mask, logits.shape, candidate.placement))
 
 
-def meant(
+def select_mask(
     candidates: Sequence[Candidate], cfg: SegmentConfig, points: Sequence[Point] = ()
 ) -> Candidate | None:
-    """Of the answers to one prompt, with these points in it, the one to take, tidied; None if all are empty.
+    """The best of SAM's masks for one prompt, tidied; None if all are empty.
 
-    It has all the points in it if one does, and is no guess if one is not. Wherever it lies in the image:
-    the user has pointed there. A point on an ear means the cat: as in `rank` the whole goes before its parts,
-    and the background comes last.
+    Masks that contain all points win over others, clear ones over guesses. A point on an ear means the cat:
+    as in `rank`, the whole comes before its parts and the background last, but wherever it lies in the
+    image.
+
+    Args:
+        candidates: SAM's masks for the prompt.
+        cfg: thresholds and weights.
+        points: the prompt's points, pixels of the image.
     """
     found = [c for c in candidates if c.mask.any()]
     if not found:
         return None
-    like = saliency(np.stack([c.mask for c in found]), cfg, centred=False)
+    salient = saliency(np.stack([c.mask for c in found]), cfg, centred=False)
     order = [
         (all(c.mask[c.cell(point)] for point in points), c.clear(cfg), c.quality * value, c.quality)
-        for c, value in zip(found, like.tolist(), strict=True)
+        for c, value in zip(found, salient.tolist(), strict=True)
     ]
     return tidy(found[order.index(max(order))], cfg, points)
 
@@ -292,38 +314,54 @@ def meant(
 # --- SAM ---------------------------------------------------------------------------------------------
 
 
+class Weights(Protocol):
+    """Weights that networks can be built from, such as a bundle."""
+
+    def build(self, name: str, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """The network of that name; ValueError if there is none."""
+
+
 class Segmenter:
-    """A SAM and what is done with its answers. The same image gives the same masks."""
+    """Finds subjects with SAM. The same image gives the same masks."""
 
     def __init__(self, sam: SAM, cfg: SegmentConfig | None = None) -> None:
         self.sam, self.cfg = sam, cfg or SegmentConfig()
 
     @classmethod
     def load(
-        cls, weights: str | Path | Bundle, device: str = "auto", cfg: SegmentConfig | None = None
+        cls, weights: Weights, device: torch.device | str = "auto", cfg: SegmentConfig | None = None
     ) -> Self:
-        """The network "sam" of a bundle, in float32: ViT-H is 2.6 GB, and edges need the digits.
+        """Build the network "sam" in float32: edges need its precision.
 
-        ValueError for a bundle without it, or a device that is not there.
+        Args:
+            weights: a bundle. `moma.load.load_segmenter` takes its folder.
+            device: "auto" is the accelerator, else the CPU.
+            cfg: None = the defaults.
+        Raises:
+            ValueError: the weights have no SAM.
         """
-        bundle = weights if isinstance(weights, Bundle) else Bundle.open(weights)
-        sam = bundle.build("sam", choose_device(device), torch.float32)
+        if device == "auto":
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        sam = weights.build("sam", device, torch.float32)
         return cls(sam.eval().requires_grad_(False), cfg)
 
     def candidates(
         self, image: Image.Image, points: Sequence[Point] = (), boxes: Sequence[Box] = ()
     ) -> list[Candidate]:
-        """All that SAM answers to each point and each box by itself: three masks per point, four per box.
+        """All of SAM's masks for each prompt on its own: three per point, then four per box.
 
-        image: RGB, or RGBA (transparent parts become white).
+        Args:
+            image: RGB, or RGBA (transparent parts become white).
+            points: pixels of the image.
+            boxes: the same.
         """
-        features, place = self._encode(image)
+        features, placement = self._encode(image)
         prompts = [[((x, y), FOREGROUND)] for x, y in points]
-        found = self._decode(features, place, prompts, SEVERAL)
-        return found + self._decode(features, place, [_corners(box) for box in boxes], slice(None))
+        found = self._decode(features, placement, prompts, MULTIPLE)
+        return found + self._decode(features, placement, [_corners(box) for box in boxes], slice(None))
 
     def objects(self, image: Image.Image) -> list[Candidate]:
-        """What is in an image, the main object first, no two of one region; ValueError if nothing is."""
+        """The distinct objects of an image, the main one first; ValueError if there is none."""
         width, height = image.size
         steps = (np.arange(self.cfg.grid) + 0.5) / self.cfg.grid
         points = [(width * x, height * y) for y in steps.tolist() for x in steps.tolist()]
@@ -339,20 +377,20 @@ class Segmenter:
         return found
 
     def subject(self, image: Image.Image, pick: Pick | None = None) -> Candidate:
-        """The region of the subject; ValueError if there is none, or `pick` does not fit the image."""
+        """The subject's region; ValueError if there is none, or if `pick` does not fit the image."""
         pick = pick or Pick()
         pick.check(image.size)
         if pick.points or pick.box:
-            features, place = self._encode(image)
+            features, placement = self._encode(image)
             prompt = [(point, FOREGROUND) for point in pick.points] + (_corners(pick.box) if pick.box else [])
-            outputs = SEVERAL if len(prompt) == 1 else SINGLE
-            found = meant(self._decode(features, place, [prompt], outputs), self.cfg, pick.points)
+            outputs = MULTIPLE if len(prompt) == 1 else SINGLE
+            found = select_mask(self._decode(features, placement, [prompt], outputs), self.cfg, pick.points)
             if found is None:
-                raise ValueError(f"SAM sees nothing at {pick}: try another place, or give a mask")
+                raise ValueError(f"SAM finds nothing at {pick}: try another place, or give a mask")
             return found
         objects, number = self.objects(image), pick.object or 1
         if number > len(objects):
-            raise ValueError(f"object {number}: expected 1 to {len(objects)}, so many are in the image")
+            raise ValueError(f"object {number}: expected 1 to {len(objects)}, the number of objects found")
         return objects[number - 1]
 
     def subject_mask(
@@ -362,50 +400,55 @@ class Segmenter:
         box: Box | None = None,
         object: int | None = None,
     ) -> Image.Image:
-        """The subject's mask, mode L, 255 = subject, of the image's size; ValueError as `subject`.
+        """The subject's mask; without a point, box or number, the main object's.
 
-        point: on the subject, x and y in pixels of the image, or several of them; box: around it, x0, y0,
-        x1, y1; object: its number in `objects`, from 1. Without any, the main object.
+        Args:
+            image: RGB, or RGBA (transparent parts become white).
+            point: x, y on the subject, in pixels of the image; or several such points.
+            box: x0, y0, x1, y1 around the subject.
+            object: its number in `objects`, from 1.
+        Returns:
+            Mode L, 255 = subject, of the image's size.
+        Raises:
+            ValueError: there is no such subject, or the hint does not fit the image.
         """
         points = () if point is None else tuple(map(tuple, np.reshape(point, (-1, 2)).tolist()))
         box = None if box is None else tuple(map(float, box))
         return self.mask(image, Pick(points, box, object))
 
     def mask(self, image: Image.Image, pick: Pick | None = None) -> Image.Image:
-        """As `subject_mask`."""
+        """As `subject_mask`, with the hint as a `Pick`."""
         mask = self.subject(image, pick).image(self.cfg)
         if mask.getbbox() is None:
-            raise ValueError("SAM's region covers no pixel of the image: point at another, or give a mask")
+            raise ValueError("SAM's region covers no pixel of the image: try another point, or give a mask")
         return mask
 
     @torch.no_grad()
     def _encode(self, image: Image.Image) -> tuple[Tensor, Placement]:
         """(1, C, h/4, w/4)"""
-        pixels, place = preprocess(on_white(image), self.sam.cfg.image_size)  # (1, 3, S, S)
+        pixels, placement = preprocess(on_white(image), self.sam.cfg.image_size)  # (1, 3, S, S)
         parameter = next(self.sam.parameters())
-        return self.sam.encode(pixels.to(parameter.device, parameter.dtype)), place
+        return self.sam.encode(pixels.to(parameter.device, parameter.dtype)), placement
 
     @torch.no_grad()
     def _decode(
-        self, features: Tensor, place: Placement, prompts: list[list[tuple[Point, int]]], outputs: slice
+        self, features: Tensor, placement: Placement, prompts: list[list[tuple[Point, int]]], outputs: slice
     ) -> list[Candidate]:
-        """prompts: lists of labelled points, all equally long; outputs: which of the four masks to take."""
-        found = []
-        size = self.cfg.prompts_at_once
-        for some in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-            points = torch.tensor([[point for point, _ in prompt] for prompt in some])  # (P, n, 2)
-            labels = torch.tensor([[label for _, label in prompt] for prompt in some])  # (P, n)
-            points = to_input(points, place)[None].to(features.device)  # (1, P, n, 2)
-            asked = Prompts(points, labels[None].to(features.device))
-            logits, ious = (x[0, :, outputs].flatten(0, 1) for x in self.sam.decode(features, asked))
-            found += candidates_of(logits.float().cpu().numpy(), ious.float().cpu().numpy(), place, self.cfg)
+        """prompts: lists of labelled points, all of one length; outputs: which of the four masks to take."""
+        found, size = [], self.cfg.max_prompts
+        for chunk in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+            points = torch.tensor([[point for point, _ in prompt] for prompt in chunk])  # (P, n, 2)
+            labels = torch.tensor([[label for _, label in prompt] for prompt in chunk])  # (P, n)
+            points = to_input(points, placement)[None].to(features.device)  # (1, P, n, 2)
+            logits, ious = self.sam.decode(features, Prompts(points, labels[None].to(features.device)))
+            logits, ious = (x[0, :, outputs].flatten(0, 1).float().cpu().numpy() for x in (logits, ious))
+            found += candidates_of(logits, ious, placement, self.cfg)
         return found
 
 
-def segment_by(bundle: Bundle, device: str = "auto") -> Callable[[Image.Image], Image.Image]:
-    """The main object's mask by the bundle's SAM, which is loaded when it is first asked: for
-    `moma.inputs.preprocess.find_mask`."""
-    load = lru_cache(maxsize=1)(lambda: Segmenter.load(bundle, device))
+def segment_by(weights: Weights, device: str = "auto") -> Callable[[Image.Image], Image.Image]:
+    """A function for `find_mask` that gives the main object's mask; it loads SAM on its first call."""
+    load = lru_cache(maxsize=1)(lambda: Segmenter.load(weights, device))
     return lambda image: load().subject_mask(image)
 
 

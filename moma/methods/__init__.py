@@ -1,1 +1,58 @@
-"""The methods, one file or folder each."""
+"""The methods, one file or folder each, and their registry.
+
+To add a method, write its file and add a line to METHODS, or call `register` from a file of your own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moma.methods.ip_adapter import IPAdapterMethod
+from moma.methods.moma.method import MoMA
+from moma.methods.reference_attention import ReferenceAttention
+from moma.methods.text import TextToImage
+from moma.sampling.interface import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method under a name."""
+
+    method: type[Method]
+    title: str  # for people
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of its config, for ablations
+
+
+METHODS: dict[str, Entry] = {
+    "moma": Entry(MoMA, "MoMA"),
+    "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter"),
+    "text": Entry(TextToImage, "text only"),
+    "reference-attention": Entry(ReferenceAttention, "reference attention"),
+    # The ablation of Table 3: how much of M_gen acts, the rest being 1.
+    "half-mask": Entry(MoMA, "MoMA, half mask", {"m_gen_share": 0.5}),
+    "no-mask": Entry(MoMA, "MoMA, no mask", {"m_gen_share": 0.0}),
+}
+
+
+def register(name: str, method: type[Method], title: str | None = None, **overrides: Any) -> None:
+    """Add a method to the registry, so that every command and the Python API know it.
+
+    Args:
+        name: on the command line.
+        method: its class.
+        title: for people; None = the name.
+        overrides: fields of its config that are always set.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if name in METHODS:
+        raise ValueError(f"method {name!r}: is registered already")
+    METHODS[name] = Entry(method, title or name, overrides)
+
+
+def find_method(name: str) -> Entry:
+    """The entry of a name; ValueError that lists the names for an unknown one."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -7,35 +7,37 @@ Letters: B images, R rows of a UNet call, H heads, N tokens of a layer, T text t
 D channels per head, E embedding.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from models.attention import attention, split_heads
+from models.attention import attention
 from models.clip import CLIPVision
 from models.clip_image import clip_image
-from models.unet import UNetConfig, attention_layers
+from models.unet import Grid, KeysValues, UNetConfig, attention_layers
 from moma.inputs.preprocess import Reference, on_white
-from moma.methods.moma.adapter import AdapterConfig, ContextProjection, Projector
-from moma.methods.moma.masks import Grid
+from moma.methods.moma.adapter import AdapterConfig, ContextProjection, Projector, context_keys_values
+from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, TextToImage, half
+from moma.sampling.base import NETWORKS, Base
+from moma.sampling.config import SampleConfig
+from moma.sampling.diffusion import SolverStep
+from moma.sampling.interface import Runtime, State, StepInputs
 
 
 @dataclass(frozen=True)
-class IPAdapterConfig:
+class IPAdapterConfig(TextConfig):
     """How the adapter is used."""
 
     scale: float = 1.0  # of the second cross-attention: its authors' default; DreamBench++ takes 0.6
     # What its encoder looks at. The authors give it the photo as it is, background included; "white" shows it
     # the subject alone, as MoMA's language model sees it.
     image: Literal["photo", "white"] = "photo"
-
-    def __post_init__(self) -> None:
-        if self.image not in ("photo", "white"):
-            raise ValueError(f"IP-Adapter's image {self.image!r}: expected photo or white")
+    # The image encoder it was trained with: its authors' (the bundle's "ip_vision"), or LLaVA's image tower
+    # before its projection ("vision"), which train.py uses.
+    encoder: Literal["ip_vision", "vision"] = "ip_vision"
 
 
 class IPAdapter(nn.Module):
@@ -43,66 +45,80 @@ class IPAdapter(nn.Module):
 
     def __init__(self, cfg: AdapterConfig, unet_cfg: UNetConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.layers = attention_layers(unet_cfg)
         self.projector = Projector(cfg, self.layers[0].context_dim)
         self.context = nn.ModuleList(ContextProjection(layer) for layer in self.layers)
 
-    def forward(self, embedding: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, embedding: Tensor) -> list[KeysValues]:
         """Image embeddings (R, E) -> K, V of the context tokens for each layer, each (R, H, C, D)."""
-        tokens = self.projector(embedding)  # (R, C, context_dim)
-        return [
-            (split_heads(new.to_k(tokens), layer.heads), split_heads(new.to_v(tokens), layer.heads))
-            for new, layer in zip(self.context, self.layers, strict=True)
-        ]
+        return context_keys_values(self.projector(embedding), self.context, self.layers)
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """An image's way into the UNet: the encoder, the adapter made for it, and how both are used."""
+class ImageSubject(Subject):
+    """A subject with the embedding of its image."""
 
-    vision: CLIPVision
-    adapter: IPAdapter
-    cfg: IPAdapterConfig
+    embedding: Tensor  # (1, E)
 
-    @property
-    def embed_dim(self) -> int:
-        return self.adapter.projector.proj.in_features
+
+class IPAdapterMethod(TextToImage):
+    """The base model with an IP-Adapter."""
+
+    Config = IPAdapterConfig
+    Presets: ClassVar[Mapping[str, Any]] = {"default": IPAdapterConfig()}
+    subjects = range(1, 2)
+    own_networks: ClassVar[Mapping[str, Any]] = {"ip_adapter": (AdapterConfig, IPAdapter)}
+
+    def __init__(self, base: Base, vision: CLIPVision, adapter: IPAdapter, config: IPAdapterConfig) -> None:
+        super().__init__(base, config)
+        self.vision, self.adapter = vision, adapter
+
+    @classmethod
+    def networks(cls, config: IPAdapterConfig, encoders: bool) -> tuple[str, ...]:
+        return (*NETWORKS, "ip_adapter", config.encoder)
+
+    @classmethod
+    def load(cls, runtime: Runtime, config: IPAdapterConfig) -> Self:
+        vision, adapter = (
+            runtime.weights.build(name, runtime.device, runtime.dtype).eval().requires_grad_(False)
+            for name in (config.encoder, "ip_adapter")
+        )
+        return cls(Base.load(runtime), vision, adapter, config)
+
+    def with_config(self, config: IPAdapterConfig) -> Self:
+        return type(self)(self.base, self.vision, self.adapter, config)
 
     @torch.no_grad()
-    def embed(self, image: Image.Image, reference: Reference) -> Tensor:
-        """CLIP's embedding (1, E) of the image as it came, or of the subject on white."""
-        seen = on_white(image) if self.cfg.image == "photo" else reference.white
-        weight = self.adapter.projector.proj.weight
-        pixels = clip_image(seen, self.vision.cfg.image_size)[None].to(weight.device, weight.dtype)
-        return self.vision(pixels)[1]  # (1, 3, S, S) -> (1, E)
+    def encode_reference(self, reference: Reference, word: str, **options: Any) -> ImageSubject:
+        """CLIP's embedding of the image as it came, or of the subject on white
+        (`Method.encode_reference`)."""
+        seen = on_white(reference.original) if self.config.image == "photo" else reference.white
+        pixels = clip_image(seen, self.vision.cfg.image_size)[None]  # (1, 3, S, S)
+        embedding = self.vision(pixels.to(self.base.device, self.base.dtype))[1]  # (1, E)
+        return ImageSubject(word, reference, embedding)
 
-    def guide(self, embedding: Tensor, text: Tensor, negative: Tensor) -> "ImagePrompted":
-        """Both rows of guidance. embedding (B, E); text and negative (B, T, context_dim)."""
-        context = self.adapter(torch.cat([torch.zeros_like(embedding), embedding]))  # R = 2B
-        return ImagePrompted(torch.cat([negative, text]), context, self.cfg.scale)
+    def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "ImageConditioning":
+        embedding = torch.cat([one.job.subjects[0].embedding for one in prepared])  # (B, E)
+        context = self.adapter(torch.cat([torch.zeros_like(embedding), embedding]))  # of R = 2B rows
+        return ImageConditioning(*self.encode_texts(prepared, config), context, self.config.scale)
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePrompted:
-    """The guide of a batch (`moma.sampling.sampler.Guide`), and its own attention hook: no step differs from
-    another.
+class ImageConditioning(TextConditioning):
+    """The conditioning of a batch and its own attention hook: no step differs from another.
 
     Its calls can be recorded (`moma.sampling.cuda_graphs.RecordableHook`).
     """
 
-    text: Tensor  # (R, T, context_dim)
-    context: list[tuple[Tensor, Tensor]]  # of each layer K, V of the context tokens, each (R, H, C, D)
+    context: list[KeysValues]  # of each layer K, V of the context tokens, each (R, H, C, D)
     scale: float
 
-    def conditional(self) -> "ImagePrompted":
-        half = slice(len(self.text) // 2, None)
-        return replace(self, text=self.text[half], context=[(k[half], v[half]) for k, v in self.context])
+    def at(self, step: SolverStep, state: State) -> StepInputs:
+        return StepInputs(self.text, self.added, self)
 
-    def hook(self, t: int, m_gen: Tensor | None) -> "ImagePrompted":
-        return self
-
-    def next_m_gen(self, records: list[Tensor], size: Grid) -> None:
-        return None
+    def conditional(self) -> Self:
+        return replace(super().conditional(), context=[(half(k), half(v)) for k, v in self.context])
 
     def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
         return attention(q, k, v), None
@@ -120,5 +136,5 @@ class ImagePrompted:
     def inputs(self) -> list[Tensor]:
         return []
 
-    def on(self, inputs: Sequence[Tensor]) -> "ImagePrompted":
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
         return self

@@ -1,16 +1,83 @@
-"""The two texts made from subject and prompt, and where the subject stands in them.
-
-`sd_prompt` is what Stable Diffusion's text encoder reads, `instruction` what the multimodal LLM reads.
-"""
+"""The text for Stable Diffusion made from subject and prompt, and where the subject stands in it."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from models.tokenizers import IMAGE_TEXT, ClipTokenizer, Encoding
 
-SD_TEMPLATE = "photo of a {subject}. {prompt}"
+SD_TEMPLATE = "photo of a {subject}. {prompt}"  # of the released code
 # English plural endings (singular, plural) of the subject's last word; irregular plurals are not known.
 PLURALS = (("", "s"), ("s", "ses"), ("x", "xes"), ("ch", "ches"), ("sh", "shes"), ("o", "oes"), ("y", "ies"))
+
+LabelTokens = Literal["phrase", "first_piece"]
+AbsentLabel = Literal["error", "ignore"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A user's prompt as the text encoders read it."""
+
+    text: str
+    encodings: tuple[Encoding, ...]  # of the text, one per tokenizer
+    labels: tuple[
+        tuple[int, ...], ...
+    ]  # per subject: positions of its tokens (0 = BOS) for the first tokenizer
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the text's end is lost."""
+        return any(encoding.truncated for encoding in self.encodings)
+
+
+def read_prompt(
+    tokenizers: Sequence[ClipTokenizer],
+    words: Sequence[str],
+    prompt: str,
+    label_tokens: LabelTokens = "phrase",
+    absent_label: AbsentLabel = "error",
+) -> Prompt:
+    """Check a prompt and tokenise its text once.
+
+    The text always starts with the subject (`SD_TEMPLATE`), so sampling would run without it in the prompt;
+    but
+    where the prompt itself does not say what the subject does, its attention maps, and so M_gen, are weak.
+
+    Args:
+        tokenizers: one per text encoder.
+        words: of the subjects; without any the prompt is the text.
+        prompt: the user's text.
+        label_tokens: see `label_positions`.
+        absent_label: "error" refuses a prompt that does not name every subject before the text encoder's
+        limit.
+
+    Raises:
+        ValueError: for an empty subject or prompt, and under "error".
+    """
+    if not all(word.strip() for word in words):
+        raise ValueError("the subject is empty: expected the word for what the image shows, e.g. cat")
+    if not prompt.strip():
+        example = f"a {words[0]}" if words else "a cat"
+        raise ValueError(f"the prompt is empty: expected a scene, e.g. '{example} on the beach'")
+    if IMAGE_TEXT in "".join(words) + prompt:
+        raise ValueError(f"{IMAGE_TEXT} stands in the prompt: it is reserved for the image, leave it out")
+    text = sd_prompt(" and a ".join(words), prompt) if words else prompt
+    encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
+    start = len(text) - len(prompt)
+    for word in words if absent_label == "error" else ():
+        places = _occurrences(word, prompt)
+        if not places:
+            raise ValueError(
+                f"the prompt {prompt!r} does not name the subject {word!r}: try 'a {word}, {prompt}'"
+            )
+        _surviving(encodings[0], [(start + a, start + b) for a, b in places], word)
+    labels = tuple(
+        tuple(label_positions(tokenizers[0], encodings[0], text, word, label_tokens)) for word in words
+    )
+    if absent_label == "error" and not all(labels):
+        raise ValueError(f"no token of the subject {words[0]!r} is in {text!r}: name it in the prompt")
+    return Prompt(text, encodings, labels)
 
 
 def sd_prompt(subject: str, prompt: str) -> str:
@@ -18,49 +85,31 @@ def sd_prompt(subject: str, prompt: str) -> str:
     return SD_TEMPLATE.format(subject=subject, prompt=prompt)
 
 
-def check_prompt(
-    subject: str,
-    prompt: str,
-    absent_label: Literal["error", "ignore"] = "error",
-    tokenizer: ClipTokenizer | None = None,
-) -> None:
-    """ValueError for an empty subject or prompt and, under "error", for a prompt without the subject.
-
-    The SD prompt always starts with the subject, so sampling would run; but where the prompt itself does not
-    say what the subject does, its attention maps, and so M_gen, are weak. With a tokenizer the prompt must
-    also name the subject before the text encoder's limit.
-    """
-    if not subject.strip():
-        raise ValueError("the subject is empty: expected the word for what the image shows, e.g. cat")
-    if not prompt.strip():
-        raise ValueError(f"the prompt is empty: expected a scene, e.g. 'a {subject} on the beach'")
-    if IMAGE_TEXT in subject + prompt:
-        raise ValueError(f"{IMAGE_TEXT} stands in the prompt: it is reserved for the image, leave it out")
-    if absent_label == "ignore":
-        return
-    places = _occurrences(subject, prompt)
-    if not places:
-        raise ValueError(
-            f"the prompt {prompt!r} does not name the subject {subject!r}: try 'a {subject}, {prompt}'"
-        )
-    if tokenizer is not None:
-        text = sd_prompt(subject, prompt)
-        start = len(text) - len(prompt)
-        _surviving(tokenizer.encode(text), [(start + a, start + b) for a, b in places], subject)
-
-
 def label_positions(
-    tokenizer: ClipTokenizer, text: str, subject: str, mode: Literal["phrase", "first_piece"] = "phrase"
+    tokenizer: ClipTokenizer,
+    encoding: Encoding,
+    text: str,
+    subject: str,
+    label_tokens: LabelTokens = "phrase",
 ) -> list[int]:
     """Positions (0 = BOS) of the subject's tokens in a text for Stable Diffusion, rising.
 
-    "phrase": all tokens of every place where the subject's words stand together, as whole words, in any case,
-    the last word in singular or plural; ValueError when there is none or when none lies before the text
-    encoder's limit. "first_piece": the release's get_subject_idx: every token equal to the first BPE piece
-    of one of the subject's words, wherever it stands; may be empty.
+    Args:
+        tokenizer: of the text encoder.
+        encoding: of the text.
+        text: the whole text.
+        subject: the subject's words.
+        label_tokens: "phrase" = all tokens of every place where the subject's words stand together, as whole
+            words, in any case, the last word in singular or plural; "first_piece" = the release's
+            get_subject_idx: every token equal to the first BPE piece of one of the words, wherever it stands.
+
+    Returns:
+        The positions; "first_piece" may find none.
+
+    Raises:
+        ValueError: under "phrase", where the subject is not in the text or beyond the text encoder's limit.
     """
-    encoding = tokenizer.encode(text)
-    if mode == "first_piece":
+    if label_tokens == "first_piece":
         pieces = {tokenizer.encode(word).ids[1] for word in subject.split()}  # 0 is BOS
         return [i for i, token in enumerate(encoding.ids) if token in pieces]
     places = _occurrences(subject, text)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from models.unet import AttentionHook, Grid, UNet, attention_grids
-from moma.sampling.memory import Toggle, check_toggle
+from moma.sampling.interface import TextInput
+from moma.sampling.memory import Toggle
 
 # Part of a dtype's digits in which a replay must agree with the eager call. A library may choose another
 # algorithm for a recording, which rounds elsewhere; what reads wrong memory is wrong from the first digit.
 DIGITS = 0.5
 
-Output = tuple[Tensor, list[Tensor]]  # eps (R, Z, h, w) and the hook's records
+Output = tuple[Tensor, list[Tensor]]  # eps (R, Z, h, w) and the hook's attention maps
 Run = Callable[[], Output]
 
 
@@ -33,8 +34,8 @@ class RecordableHook(AttentionHook, Protocol):
     """An attention hook whose UNet calls can be recorded: what changes from step to step lies in tensors.
 
     `prepare` comes first. After it nothing waits for the device, and two hooks of one `key`, with `inputs` of
-    the same shapes, start the same kernels on other values of `inputs` alone. Records are tensors of floats.
-    `GraphedUNet` runs hooks that do not have these methods eagerly.
+    the same shapes, start the same kernels on other values of `inputs` alone. Attention maps are tensors of
+    floats. `GraphedUNet` runs hooks that do not have these methods eagerly.
     """
 
     def prepare(self, grids: Sequence[Grid]) -> None:
@@ -46,7 +47,7 @@ class RecordableHook(AttentionHook, Protocol):
     def inputs(self) -> list[Tensor]:
         """The tensors that change from step to step."""
 
-    def on(self, inputs: Sequence[Tensor]) -> AttentionHook:
+    def with_inputs(self, inputs: Sequence[Tensor]) -> AttentionHook:
         """The same hook with these in the place of `inputs`."""
 
 
@@ -90,13 +91,7 @@ class CudaRecorder:
 
 
 def choose_recorder(choice: Toggle, device: torch.device) -> Callable[[], Recorder] | None:
-    """What makes recorders on this device; None = all runs eagerly. "auto" records on CUDA devices.
-
-    ValueError for another choice, or "on" without a CUDA device.
-    """
-    check_toggle("CUDA graphs", choice)
-    if choice == "on" and device.type != "cuda":
-        raise ValueError(f"CUDA graphs 'on': need a CUDA device, this is {device}; use auto or off")
+    """What makes recorders on this device; None = all runs eagerly. "auto" records on CUDA devices."""
     return partial(CudaRecorder, device) if choice != "off" and device.type == "cuda" else None
 
 
@@ -114,14 +109,15 @@ class CudaGraph:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.replay()
-        eps, records = self.outputs
-        return eps.clone(), [record.clone() for record in records]
+        eps, maps = self.outputs
+        return eps.clone(), [attention_map.clone() for attention_map in maps]
 
 
 class GraphedUNet:
     """A UNet for the steps of one batch, called like it, under torch.no_grad, and with the same results.
 
-    The first call of a kind (hook's key, shapes) runs eagerly: some kinds come once. The second one runs
+    The first call of a kind (hook's key, text, shapes) runs eagerly: some kinds come once. The second one
+    runs
     eagerly too, and is recorded and compared. From the third one on it is a replay. If recording fails or a
     replay differs, a warning says so and everything runs eagerly from then on.
     """
@@ -129,53 +125,76 @@ class GraphedUNet:
     def __init__(self, unet: UNet, make_recorder: Callable[[], Recorder] | None) -> None:
         """make_recorder: `choose_recorder`'s; None = the UNet as it is."""
         self.unet, self.make_recorder = unet, make_recorder
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Drop all recordings and their memory: they hold the conditioning of their batch."""
+    def reset(self) -> None:
+        """Drop all graphs and their memory: they hold the conditioning of their batch."""
         self.met: set[Hashable] = set()
-        self.recordings: dict[Hashable, CudaGraph] = {}
+        self.graphs: dict[Hashable, CudaGraph] = {}
+        self.constants: list[Any] = []  # kept, so that their ids stay theirs
         self.recorder = None if self.make_recorder is None else self.make_recorder()
 
     def __call__(
-        self, x: Tensor, t: Tensor, text: Tensor, hook: AttentionHook | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextInput,
+        hook: AttentionHook | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """eps (R, Z, h, w) and the hook's records; x (R, Z, h, w), t (R,), text (R, T, context_dim)."""
+        """eps (R, Z, h, w) and the hook's attention maps; arguments as `UNet.forward`.
+
+        text and added are constants of the recorded call: those of another step are another kind of call.
+        """
+        call = partial(_call, self.unet, text, added)
         if self.recorder is None or not isinstance(hook, RecordableHook | None):
-            return self.unet(x, t, text, hook)
-        inputs, key = [x, t, text], None
+            return call(hook, [x, t])
+        inputs, key = [x, t], (id(text), id(added))
         if hook is not None:
             hook.prepare(attention_grids(self.unet.cfg, (x.shape[-2], x.shape[-1])))
-            inputs, key = inputs + hook.inputs(), hook.key()
+            inputs, key = inputs + hook.inputs(), (*key, hook.key())
         kind = (key, *((tensor.shape, tensor.dtype) for tensor in inputs))
-        if kind in self.recordings:
-            return self.recordings[kind](inputs)
+        if kind in self.graphs:
+            return self.graphs[kind](inputs)
         if kind in self.met:
-            return self._record(kind, inputs, hook)
+            return self._record(kind, inputs, hook, call)
         self.met.add(kind)
-        return self.unet(x, t, text, hook)
+        self.constants.append((text, added))
+        return call(hook, [x, t])
 
-    def _record(self, kind: Hashable, inputs: Sequence[Tensor], hook: RecordableHook | None) -> Output:
-        """The eager result; the recording is kept if it gives the same."""
+    def _record(
+        self,
+        kind: Hashable,
+        inputs: Sequence[Tensor],
+        hook: RecordableHook | None,
+        call: Callable[..., Output],
+    ) -> Output:
+        """The eager result; the graph is kept if it gives the same."""
         own = [tensor.clone() for tensor in inputs]
 
         def run() -> Output:
-            x, t, text, *rest = own
-            return self.unet(x, t, text, None if hook is None else hook.on(rest))
+            return call(None if hook is None else hook.with_inputs(own[2:]), own[:2])
 
         expected = self.recorder.warm_up(run)
         try:
-            recording = CudaGraph(own, hook, *self.recorder.record(run))
-            if agree(recording(inputs), expected):
-                self.recordings[kind] = recording
+            graph = CudaGraph(own, hook, *self.recorder.record(run))
+            if agree(graph(inputs), expected):
+                self.graphs[kind] = graph
                 return expected
             problem = "a replay differs from the eager step"
         except RuntimeError as error:
             problem = f"a step cannot be recorded ({' '.join(str(error).split())})"
         warnings.warn(f"CUDA graphs are off for the rest of this drawing: {problem}", stacklevel=2)
         self.make_recorder = None
-        self.forget()
+        self.reset()
         return expected
+
+
+def _call(
+    unet: UNet, text: TextInput, added: Tensor | None, hook: AttentionHook | None, inputs: Sequence[Tensor]
+) -> Output:
+    x, t = inputs
+    return unet(x, t, text, hook, added)
 
 
 def agree(found: Output, expected: Output) -> bool:

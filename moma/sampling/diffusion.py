@@ -6,7 +6,7 @@ DPM-Solver++ (arXiv 2211.01095, Algorithm 2). Compared with diffusers' scheduler
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class ScheduleConfig:
     beta_start: float = 0.00085  # betas are linear in their square roots ("scaled linear")
     beta_end: float = 0.012
     steps_offset: int = 1  # added to every sampling timestep, as the public models' scheduler configs say
+    # Where DDIM's last step ends: "first" = at ᾱ_0 (set_alpha_to_one=False, Stable Diffusion), "clean" = at
+    # x_0.
+    end: Literal["first", "clean"] = "first"
 
 
 def alphas_cumprod(cfg: ScheduleConfig) -> Tensor:
@@ -60,11 +63,11 @@ def timesteps(cfg: ScheduleConfig, steps: int) -> list[int]:
 
 
 def solver_steps(cfg: ScheduleConfig, steps: int, solver: str) -> list[SolverStep]:
-    """The steps of a solver: DDIM's ends at ᾱ_0 (set_alpha_to_one=False), DPM-Solver++'s at the clean x_0."""
+    """The steps of a solver; DPM-Solver++ always ends at the clean x_0, DDIM where `cfg.end` says."""
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     alphas, ts = alphas_cumprod(cfg), timesteps(cfg, steps)
-    end = alphas[0] if solver == "ddim" else torch.ones(())
+    end = alphas[0] if solver == "ddim" and cfg.end == "first" else torch.ones(())
     ends = [alphas[t] for t in ts[1:]] + [end]
     return [SolverStep(t, alphas[t], alpha_next) for t, alpha_next in zip(ts, ends, strict=True)]
 

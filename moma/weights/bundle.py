@@ -41,8 +41,8 @@ from models.weights.loading import (
     write_safetensors,
 )
 from models.weights.stream import StreamedLlava
-from moma.methods.moma.adapter import Adapter, AdapterConfig
-from moma.methods.moma.config import method_config
+from moma.methods import METHODS, find_method
+from moma.methods.moma.method import MoMA
 
 FORMAT, VERSION = "moma-bundle", 1
 MANIFEST = "config.json"
@@ -50,20 +50,18 @@ ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of eac
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")
 LLAMA_TOKENIZER = ("tokenizer.model",)
 
-CONFIGS: dict[str, type] = {
-    "unet": UNetConfig,
-    "vae": VAEConfig,
-    "text": CLIPTextConfig,
-    "vision": CLIPVisionConfig,
-    "llava": LlavaConfig,
-    "adapter": AdapterConfig,
-    "sam": SAMConfig,
-    "ip_adapter": AdapterConfig,
-    "ip_vision": CLIPVisionConfig,
-    "dino_s16": DINOConfig,
-    "dino_b16": DINOConfig,
-    "clip_b32": CLIPConfig,
-    "clip_l14": CLIPConfig,
+PUBLIC: dict[str, tuple[type, type[nn.Module]]] = {  # network -> its config dataclass and its class
+    "unet": (UNetConfig, UNet),
+    "vae": (VAEConfig, VAE),
+    "text": (CLIPTextConfig, CLIPText),
+    "vision": (CLIPVisionConfig, CLIPVision),
+    "llava": (LlavaConfig, Llava),
+    "sam": (SAMConfig, SAM),
+    "ip_vision": (CLIPVisionConfig, CLIPVision),
+    "dino_s16": (DINOConfig, DINO),
+    "dino_b16": (DINOConfig, DINO),
+    "clip_b32": (CLIPConfig, CLIP),
+    "clip_l14": (CLIPConfig, CLIP),
 }
 SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what drawing an image needs
 SCORERS = ("dino_s16", "dino_b16", "clip_b32", "clip_l14")  # what only judges images
@@ -74,29 +72,20 @@ TOKENIZERS = {  # network -> the files it needs
     "llava": LLAMA_TOKENIZER,
 }
 # What a network's file holds of its module; the rest comes from elsewhere or from initialisation.
-PARTS = {"llava": ("llama.", "projector."), "ip_adapter": ("projector.", "context.")}
+PARTS = {"llava": ("llama.", "projector.")}
 TOWER = "tower."  # where the llava module keeps the network "vision"
 LM_HEAD = "llama.lm_head."
 
 
+def network_kinds() -> dict[str, tuple[type, Any]]:
+    """Every network that a bundle may hold: the public ones and the methods' own, name -> (config, class)."""
+    return PUBLIC | {name: kind for e in METHODS.values() for name, kind in e.method.own_networks.items()}
+
+
 def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.Module:
-    """An uninitialised network; unet: the sizes that adapters follow."""
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "unet": lambda: UNet(config),
-        "vae": lambda: VAE(config),
-        "text": lambda: CLIPText(config),
-        "vision": lambda: CLIPVision(config),
-        "llava": lambda: Llava(config),
-        "adapter": lambda: Adapter(config, unet),
-        "sam": lambda: SAM(config),
-        "ip_adapter": lambda: Adapter(config, unet),
-        "ip_vision": lambda: CLIPVision(config),
-        "dino_s16": lambda: DINO(config),
-        "dino_b16": lambda: DINO(config),
-        "clip_b32": lambda: CLIP(config),
-        "clip_l14": lambda: CLIP(config),
-    }
-    return builders[name]()
+    """An uninitialised network; unet: the sizes that methods' networks follow."""
+    build = network_kinds()[name][1]
+    return build(config) if name in PUBLIC else build(config, unet)
 
 
 def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> dict[str, tuple[int, ...]]:
@@ -135,7 +124,8 @@ class Bundle:
 
     folder: Path
     image_size: int  # pixels a side that the base model was trained at
-    method: Mapping[str, Any]  # fields of MethodConfig that these weights need otherwise than the preset
+    method: Mapping[str, Any]  # fields of MoMA's config that these weights need otherwise than the preset
+    methods: Mapping[str, Mapping[str, Any]]  # the same of other methods, by name
     networks: Mapping[str, Mapping[str, Any]]  # name -> config, files, sha256, source, as in config.json
     configs: Mapping[str, Any]  # name -> config dataclass
 
@@ -157,18 +147,25 @@ class Bundle:
         networks = data.get("networks")
         if not isinstance(networks, dict) or not networks:
             raise ValueError(f"{path}: names no networks")
-        configs = {}
+        configs, kinds = {}, network_kinds()
         for name, entry in networks.items():
-            if name not in CONFIGS:
-                raise ValueError(f"{path}: network {name!r}, expected one of {', '.join(CONFIGS)}")
+            if name not in kinds:
+                raise ValueError(f"{path}: network {name!r}, expected one of {', '.join(kinds)}")
             if not isinstance(entry, dict) or not all(entry.get(key) for key in ENTRY):
                 raise ValueError(f"{path}: network {name!r} lacks its files or its {', '.join(ENTRY[1:])}")
-            configs[name] = config_from_json(CONFIGS[name], entry["config"], f"{path}: {name}")
+            configs[name] = config_from_json(kinds[name][0], entry["config"], f"{path}: {name}")
             for file in entry["files"]:
                 if Path(file).name != file:
                     raise ValueError(f"{path}: {name} names the file {file!r}, expected a plain file name")
                 check_safetensors(folder / file)
-        bundle = cls(folder, data.get("image_size", 0), data.get("method", {}), networks, configs)
+        bundle = cls(
+            folder,
+            data.get("image_size", 0),
+            data.get("method", {}),
+            data.get("methods", {}),
+            networks,
+            configs,
+        )
         bundle._check(path)
         return bundle
 
@@ -177,7 +174,10 @@ class Bundle:
             raise ValueError(f"{path}: image_size {self.image_size!r}, expected pixels")
         if not isinstance(self.method, dict):
             raise ValueError(f"{path}: method {self.method!r}, expected an object of overrides")
-        method_config(**self.method)
+        if not isinstance(self.methods, dict) or not all(isinstance(x, dict) for x in self.methods.values()):
+            raise ValueError(f"{path}: methods {self.methods!r}, expected an object of overrides by name")
+        for name in {"moma", *self.methods}:
+            self.method_config(name)
         for network, files in TOKENIZERS.items():
             if network in self.networks:
                 for file in files:
@@ -186,6 +186,23 @@ class Bundle:
             raise ValueError(f"{path}: an adapter without the unet that it belongs to")
         if "llava" in self.networks and "vision" not in self.networks:
             raise ValueError(f"{path}: llava without vision, its image tower")
+
+    def method_config(self, name: str, preset: str = "default", **overrides: Any) -> Any:
+        """A method's config for these weights.
+
+        Args:
+            name: in the registry.
+            preset: of the method.
+            overrides: fields on top of what these weights need.
+
+        Raises:
+            ValueError: for an unknown method, preset, field or value.
+        """
+        entry = find_method(name)
+        known = {field.name for field in fields(entry.method.Config)}
+        shared = {key: value for key, value in self.method.items() if entry.method is MoMA or key in known}
+        own = self.methods.get(name, {})
+        return entry.method.configure(preset, **{**shared, **own, **overrides, **entry.overrides})
 
     def config(self, name: str) -> Any:
         """The network's config dataclass; ValueError if the bundle does not have the network."""
@@ -234,10 +251,8 @@ class Bundle:
         """The network with its weights. llava comes with its tower (network "vision") in place.
 
         dtype: of the parameters, None = as stored. lm_head: llava only; needed to generate text, not by MoMA.
-        Not for ip_adapter, which is only a part of an Adapter: see `state`.
         """
         config = self.config(name)
-        assert name != "ip_adapter"
         unet = self.configs.get("unet")
         if name == "llava":
             if lm_head and not config.llama.lm_head:
@@ -271,7 +286,7 @@ class Bundle:
         return {key: tensor for file in self.files(name) for key, tensor in read_checkpoint(file).items()}
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """The same with its values, as stored; for ip_adapter, which goes into an Adapter."""
+        """The same with its values, as stored."""
         return {key: tensor.read() for key, tensor in self.tensors(name).items()}
 
 
@@ -301,6 +316,7 @@ class BundleWriter:
         self.part = self.target.with_name(f".{self.target.name}.part")
         self.image_size = image_size
         self.method: dict[str, Any] = {}
+        self.methods: dict[str, dict[str, Any]] = {}
         self.networks: dict[str, dict[str, Any]] = {}
         check_target(self.target, overwrite)
 
@@ -325,6 +341,7 @@ class BundleWriter:
             "image_size": self.image_size,
             "networks": self.networks,
             "method": self.method,
+            **({"methods": self.methods} if self.methods else {}),
         }
         (self.part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         Bundle.open(self.part)

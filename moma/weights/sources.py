@@ -28,12 +28,12 @@ from models.weights.loading import LazyTensor, joined, pick_weights, read_checkp
 from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import (
     CLIP_TOKENIZER,
-    CONFIGS,
     LLAMA_TOKENIZER,
     TOWER,
     Bundle,
     config_from_json,
     expected_shapes,
+    network_kinds,
 )
 from moma.weights.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
 
@@ -202,7 +202,7 @@ def _read_export(source: Source, path: Path) -> None:
         raise ValueError(f"{path / EXPORT}: not written by a training of this version")
     source.method = data["method"]
     for name, entry in data["networks"].items():
-        config = config_from_json(CONFIGS[name], entry["config"], f"{path / EXPORT}: {name}")
+        config = config_from_json(network_kinds()[name][0], entry["config"], f"{path / EXPORT}: {name}")
         tensors = {key: t for file in entry["files"] for key, t in read_checkpoint(path / file).items()}
         source.add(name, config, tensors)
 

@@ -1,8 +1,8 @@
 """MoMA's two attention blocks: masked subject self-attention (Eq. 3) and decoupled cross-attention.
 
 Each is written twice: `explicit`, the formula with materialised probabilities, and `fused`, which calls
-torch's scaled_dot_product_attention, never sees background keys, asks only where M_gen is not zero, and gets
-the label's attention map from the same call. They agree (tests/test_moma_attention.py).
+torch's scaled_dot_product_attention, never sees background keys, computes only the queries where M_gen is not
+zero, and gets the label's attention map from the same call. They agree (tests/test_moma_attention.py).
 
 Letters: R rows of a UNet call, H heads, N queries, Q queries where M_gen is not 0, M reference keys, T text
 tokens, C context tokens, D channels per head.
@@ -17,11 +17,11 @@ from models.attention import attention, attention_probs
 
 # Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
 HEAD_ALIGNMENT = 8
-# Queries inside M_gen are taken in multiples of a bucket, which fills a kernel's tile. M_gen moves a little
-# with every step: where each number of queries is a CUDA graph of its own (moma/sampling/cuda_graphs.py),
-# which takes as
-# long as several steps to record, a bucket is 1 / RECORDED_BUCKETS of the layer's. Queries are not picked at
-# all if they are nearly all: moving them costs more than it saves.
+# Queries inside M_gen are gathered in multiples of a bucket, which fills a kernel's tile. M_gen moves a
+# little
+# with every step, and under CUDA graphs each number of queries is a graph of its own, which takes as long as
+# several steps to record: there a bucket is 1 / RECORDED_BUCKETS of the layer. Above QUERY_SHARE all queries
+# are computed, because gathering costs more than it saves.
 QUERY_BUCKET = 64
 RECORDED_BUCKETS = 4
 QUERY_SHARE = 0.9
@@ -29,28 +29,29 @@ QUERY_SHARE = 0.9
 
 @dataclass(frozen=True)
 class ReferenceLayer:
-    """One layer's subject features K', V' and M_ref on its grid. keep = None: every key is kept."""
+    """One layer's subject features K', V' and M_ref on its grid; key_mask None keeps every key."""
 
     k: Tensor  # (R, H, M, D)
     v: Tensor  # (R, H, M, D)
-    keep: Tensor | None  # bool (R, M)
+    key_mask: Tensor | None  # bool (R, M)
 
     @property
     def mask(self) -> Tensor | None:
         """M_ref as an attention mask, bool (R, 1, 1, M)."""
-        return None if self.keep is None else self.keep[:, None, None, :]
+        return None if self.key_mask is None else self.key_mask[:, None, None, :]
 
     def rows(self, some: slice) -> "ReferenceLayer":
         """Some of the R rows."""
-        return ReferenceLayer(self.k[some], self.v[some], None if self.keep is None else self.keep[some])
+        key_mask = None if self.key_mask is None else self.key_mask[some]
+        return ReferenceLayer(self.k[some], self.v[some], key_mask)
 
 
 @dataclass(frozen=True)
 class Gate:
     """M_gen on one layer's grid: how much of the subject and of the context each query gets.
 
-    inside = None: every query is asked, m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one. Else only
-    the queries where M_gen is not 0 (`gate_inside`), m_gen (R, 1, Q, 1) theirs.
+    inside None: every query is computed, with m_gen (R, 1, N, 1) in [0, 1], or 1.0 before there is one. Else
+    only the queries where M_gen is not 0 (`gate_inside`), with their m_gen (R, 1, Q, 1).
     """
 
     m_gen: Tensor | float
@@ -58,15 +59,15 @@ class Gate:
 
     @property
     def empty(self) -> bool:
-        """Whether no query is asked."""
+        """Whether no query is computed."""
         return self.inside is not None and not self.inside.numel()
 
     def gather(self, q: Tensor) -> Tensor:
-        """The queries that are asked: q (R, H, N, D) -> (R, H, Q, D)."""
+        """The queries inside: q (R, H, N, D) -> (R, H, Q, D)."""
         return q if self.inside is None else _take(q, self.inside)
 
     def scatter_add(self, z: Tensor, part: Tensor) -> Tensor:
-        """z (R, H, N, D) with what those queries got, (R, H, Q, D), added to them. z may be overwritten."""
+        """z (R, H, N, D) plus the part (R, H, Q, D) of those queries. z may be overwritten."""
         return z + part.to(z.dtype) if self.inside is None else _add(z, self.inside, part)
 
 
@@ -80,10 +81,20 @@ def subject_self_attention(
     beta: Tensor | float,
     impl: str,
 ) -> Tensor:
-    """Eq. 3: Z = Attn(Q, K, V) + λ · Attn(Q, K', V', M_ref) · M_gen · β.
+    """Eq. 3: Z = Attn(Q, K, V) + λ · Attn(Q, K', V', M_ref) · M_gen · β. Official: IPAttnProcessor_Self.
 
-    q, k, v (R, H, N, D); lam (1,), learned per layer; beta (R, 1, 1, 1) or a number, the strength. Returns
-    (R, H, N, D). Official: IPAttnProcessor_Self.
+    Args:
+        q: (R, H, N, D).
+        k: (R, H, N, D).
+        v: (R, H, N, D).
+        reference: K', V' and M_ref.
+        gate: M_gen.
+        lam: λ (1,), learned per layer.
+        beta: β (R, 1, 1, 1) or a number, the strength.
+        impl: "fused" or "explicit".
+
+    Returns:
+        Z (R, H, N, D).
     """
     z = attention(q, k, v, impl=impl)  # (R, H, N, D)
     if gate.empty:
@@ -93,14 +104,14 @@ def subject_self_attention(
 
 
 def gate_inside(m_gen: Tensor, recorded: bool = False) -> Gate:
-    """The gate of M_gen (R, 1, N, 1) that asks only where it is not zero, or everywhere if that is nearly so.
+    """The gate of M_gen (R, 1, N, 1) with only the queries where it is not zero, unless those are nearly all.
 
     Q is the largest row's count, rounded up to a bucket, a large one if the call is to be recorded; rows with
-    fewer are filled up with other queries, whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Waits for
-    the device: Q is a shape.
+    fewer are filled up with other queries, whose M_gen is zero. Q = 0 if M_gen is zero everywhere. Q is a
+    shape, so this synchronises with the device.
     """
     nonzero = (m_gen != 0).flatten(1)  # (R, N)
-    count = queries_asked(int(nonzero.sum(dim=1).max()), nonzero.shape[1], recorded)
+    count = gathered_queries(int(nonzero.sum(dim=1).max()), nonzero.shape[1], recorded)
     if count is None:
         return Gate(m_gen)
     starts = torch.arange(0, nonzero.numel(), nonzero.shape[1], device=m_gen.device)  # (R,)
@@ -108,32 +119,32 @@ def gate_inside(m_gen: Tensor, recorded: bool = False) -> Gate:
     return Gate(_take(m_gen, inside), inside)
 
 
-def queries_asked(inside: int, of: int, recorded: bool = False) -> int | None:
-    """Q for so many queries inside M_gen out of `of`; None = all are asked."""
+def gathered_queries(inside: int, of: int, recorded: bool = False) -> int | None:
+    """Q for a number of queries inside M_gen out of `of`; None = compute all of them."""
     bucket = max(QUERY_BUCKET, of // RECORDED_BUCKETS) if recorded else QUERY_BUCKET
     count = -(-inside // bucket) * bucket
     return None if count > QUERY_SHARE * of else count
 
 
 def _true_first(x: Tensor, count: int) -> Tensor:
-    """x bool (R, N) -> int64 (R, count): places where it is True, in order, then those where it is not."""
+    """x bool (R, N) -> int64 (R, count): indices where it is True, in order, then those where it is not."""
     return x.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
-def _take(x: Tensor, place: Tensor) -> Tensor:
-    """Queries at `place` (R, Q) of x (R, H, N, D): (R, H, Q, D). A query's heads lie together in memory."""
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Queries `index` (R, Q) of x (R, H, N, D): (R, H, Q, D). A query's heads lie together in memory."""
     rows = x.transpose(1, 2).flatten(0, 1)  # (R*N, H, D)
-    return rows.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2)  # (R, H, Q, D)
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (R, H, Q, D)
 
 
-def _add(x: Tensor, place: Tensor, part: Tensor) -> Tensor:
-    """x (R, H, N, D) with part (R, H, Q, D) added at `place` (R, Q).
+def _add(x: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    """x (R, H, N, D) with part (R, H, Q, D) added at `index` (R, Q).
 
     x is overwritten where no backward needs it and its queries' heads lie together, as attention leaves them.
     """
     rows, part = x.transpose(1, 2).flatten(0, 1), part.transpose(1, 2).flatten(0, 1)  # (R*N | R*Q, H, D)
     add = rows.index_add if torch.is_grad_enabled() else rows.index_add_
-    full = add(0, place.flatten(), part.to(x.dtype))  # (R*N, H, D)
+    full = add(0, index.flatten(), part.to(x.dtype))  # (R*N, H, D)
     return full.unflatten(0, (len(x), -1)).transpose(1, 2)  # (R, H, N, D)
 
 
@@ -143,11 +154,11 @@ def drop_background(reference: ReferenceLayer) -> ReferenceLayer:
     Rows with fewer keys are padded and masked. A row without any subject gives the plain mean of its V', as
     the release: all its keys stay, as zeros.
     """
-    if reference.keep is None:
+    if reference.key_mask is None:
         return reference
-    empty = ~reference.keep.any(dim=1)  # (R,)
+    empty = ~reference.key_mask.any(dim=1)  # (R,)
     k = reference.k.masked_fill(empty[:, None, None, None], 0.0)
-    v, keep = reference.v, reference.keep | empty[:, None]
+    v, keep = reference.v, reference.key_mask | empty[:, None]
     order = _true_first(keep, int(keep.sum(dim=1).max()))  # (R, M')
     index = order[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # (R, H, M', D)
     kept = keep.gather(1, order)  # (R, M')
@@ -164,11 +175,23 @@ def context_cross_attention(
     label: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Decoupled cross-attention, Z = Attn(Q, K, V) + Attn(Q, K_context, V_context) · M_gen; the label's map.
+    """Decoupled cross-attention, Z = Attn(Q, K, V) + Attn(Q, K_context, V_context) · M_gen, and the label's
+    map.
 
-    q (R, H, N, D); k, v (R, H, T, D) of the text; k_context, v_context (R, H, C, D); label (R, T), 1 at the
-    label's tokens. Returns Z (R, H, N, D) and the attention that the label's tokens get, averaged over heads,
-    (R, N). Official: IPAttnProcessor.
+    Official: IPAttnProcessor.
+
+    Args:
+        q: (R, H, N, D).
+        k: of the text, (R, H, T, D).
+        v: of the text, (R, H, T, D).
+        k_context: of the context tokens, (R, H, C, D).
+        v_context: of the context tokens, (R, H, C, D).
+        gate: M_gen.
+        label: (R, T), 1 at the label's tokens.
+        impl: "fused" or "explicit".
+
+    Returns:
+        Z (R, H, N, D), and the attention that the label's tokens get, averaged over heads, (R, N).
     """
     z, label_map = (_text_fused if impl == "fused" else _text_explicit)(q, k, v, label)
     if gate.empty:

@@ -5,8 +5,8 @@
 mend what is plainly a bug; `RELEASE` switches every mended point back, `PAPER` follows the text.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.config import check_types
@@ -63,6 +63,8 @@ class MethodConfig(ReferenceConfig):
     m_gen_inside: Literal["soft", "one"] = "soft"
     # Attention layers (execution order) whose maps are averaged; None = all.
     m_gen_layers: tuple[int, ...] | None = None
+    # How much of M_gen acts, the rest being 1: the ablation of Table 3; 1 = the method.
+    m_gen_share: float = 1.0
 
     # --- initialisation for training (Sec. 3.4) ---
     # λ of every layer. The release starts at 0 (`scale_learnable`): the first step is the base model's.
@@ -78,19 +80,24 @@ class MethodConfig(ReferenceConfig):
         if isinstance(self.m_gen_layers, list):  # JSON has no tuples
             object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
         check_types(self)
-        for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps"):
+        for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps", "m_gen_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
 
-    def check(self, attention_layers: int, mllm_layers: int, text_tokens: int, learnable_token: bool) -> None:
+    def check(
+        self, attention_layers: int, mllm_layers: int | None, text_tokens: int, learnable_token: bool
+    ) -> None:
         """ValueError for a choice that these networks cannot follow.
 
-        attention_layers: of the UNet; mllm_layers: blocks of the language model; text_tokens: the text
-        encoder's length; learnable_token: whether the adapter has one.
+        Args:
+            attention_layers: of the UNet.
+            mllm_layers: blocks of the language model; None = there is none to check.
+            text_tokens: the text encoder's length.
+            learnable_token: whether the adapter has one.
         """
         if self.template == "paper" and not learnable_token:
             raise ValueError("template 'paper' needs an adapter with a learnable token: this one has none")
-        if self.mllm_layers is not None and not 1 <= self.mllm_layers <= mllm_layers:
+        if None not in (self.mllm_layers, mllm_layers) and not 1 <= self.mllm_layers <= mllm_layers:
             raise ValueError(f"mllm_layers {self.mllm_layers}: expected 1 to {mllm_layers}, or none for all")
         if not 0 <= self.reference_text_cut < text_tokens:
             raise ValueError(f"reference_text_cut {self.reference_text_cut}: expected 0 to {text_tokens - 1}")
@@ -123,13 +130,3 @@ PAPER = MethodConfig(
     context_init="ip_adapter",
 )
 PRESETS = {"default": DEFAULT, "release": RELEASE, "paper": PAPER}
-
-
-def method_config(preset: str = "default", **overrides: Any) -> MethodConfig:
-    """A preset with some fields replaced; ValueError for an unknown preset, field or value."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    known = {f.name for f in fields(MethodConfig)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"method field {unknown[0]!r}: expected one of {', '.join(sorted(known))}")
-    return replace(PRESETS[preset], **overrides)

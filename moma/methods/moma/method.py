@@ -1,0 +1,280 @@
+"""MoMA (arXiv 2404.05674): one image of a subject in, new images of it out, without tuning.
+
+The equations are in `attention.py` (Eq. 3, decoupled cross-attention) and `masks.py` (M_ref, M_gen); this
+file says in which order they are used: the reference pass once per subject, the MLLM once per prompt, and the
+conditioning once per batch.
+
+Letters: B images, R = 2B rows of a UNet call, Z latent channels, S side of the reference, h w latents,
+T text tokens, E embedding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from models.unet import attention_layers
+from moma.inputs.preprocess import Reference
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.attention import ReferenceLayer
+from moma.methods.moma.conditioning import MoMAConditioning, both_rows, condition_rows, reference_features
+from moma.methods.moma.config import PRESETS, MethodConfig
+from moma.methods.moma.feature_cache import FeatureCache, cached_features
+from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
+from moma.methods.prompts import Prompt, read_prompt
+from moma.methods.text import Subject, TextToImage
+from moma.sampling.base import NETWORKS, Base
+from moma.sampling.config import SampleConfig
+from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.sampling.interface import Job, Runtime
+
+# Turns a seed into another one for the reference's noise, so that it is not the start noise of an image with
+# the same seed. Any pattern of 32 bits serves; torch's CPU generator ignores higher ones.
+REFERENCE_STREAM = 0x9E3779B9
+
+
+@dataclass(frozen=True, eq=False)
+class MoMASubject(Subject):
+    """What is computed once per subject."""
+
+    layers: list[ReferenceLayer]  # L x K', V', M_ref, one row each
+    features: Mapping[str, Tensor]  # prompt -> the feature decoder's embedding (1, E), as far as computed
+
+
+class MoMAPrepared(NamedTuple):
+    """A job with its texts and its embedding (1, E)."""
+
+    job: Job
+    prompt: Prompt
+    negative: Any
+    embedding: Tensor
+
+
+class MoMA(TextToImage):
+    """MoMA on a base model. `decoder` is None where subjects bring the embeddings of their prompts."""
+
+    Config = MethodConfig
+    Presets = PRESETS
+    subjects = range(1, 2)
+    own_networks: ClassVar[Mapping[str, Any]] = {"adapter": (AdapterConfig, Adapter)}
+
+    def __init__(
+        self, base: Base, adapter: Adapter, decoder: FeatureDecoder | None, config: MethodConfig
+    ) -> None:
+        super().__init__(base, config)
+        self.adapter, self.decoder = adapter, decoder
+
+    @property
+    def batch_independent(self) -> bool:
+        return self.config.m_gen_norm != "batch"
+
+    @classmethod
+    def networks(cls, config: MethodConfig, encoders: bool) -> tuple[str, ...]:
+        return (*NETWORKS, "adapter", *(("vision", "llava") if encoders else ()))
+
+    @classmethod
+    def check(cls, weights: Any, config: MethodConfig, encoders: bool = True) -> None:
+        super().check(weights, config, encoders)
+        config.check(
+            attention_layers=len(attention_layers(weights.config("unet"))),
+            mllm_layers=weights.config("llava").llama.layers if encoders else None,
+            text_tokens=weights.config("text").positions,
+            learnable_token=weights.config("adapter").learnable_token,
+        )
+
+    @classmethod
+    def load(cls, runtime: Runtime, config: MethodConfig) -> Self:
+        decoder, beside = None, (*NETWORKS, "adapter")
+        adapter = runtime.weights.build("adapter", runtime.device, runtime.dtype).eval().requires_grad_(False)
+        if runtime.encoders:
+            decoder = FeatureDecoder.load(runtime, config, adapter, beside)
+        return cls(Base.load(runtime), adapter, decoder, config)
+
+    def with_config(self, config: MethodConfig) -> Self:
+        config.check(
+            len(self.adapter.layers),
+            self.decoder and self.decoder.llava.cfg.llama.layers,
+            self.base.tokenizers[0].length,
+            self.adapter.token is not None,
+        )
+        decoder = self.decoder and FeatureDecoder(
+            self.decoder.llava, self.adapter, self.decoder.tokenizer, config, self.decoder.how
+        )
+        return type(self)(self.base, self.adapter, decoder, config)
+
+    # --- once per subject ----------------------------------------------------------------------------
+
+    @classmethod
+    def precompute(
+        cls,
+        runtime: Runtime,
+        config: MethodConfig,
+        reference: Reference,
+        word: str,
+        prompts: Sequence[str],
+        cache: Path | None,
+    ) -> tuple[dict[str, Tensor], str]:
+        """The feature decoder's embeddings, by an MLLM that is freed on return (`Method.precompute`)."""
+        inputs = [MLLMInput(reference.white, word, prompt) for prompt in prompts]
+        kept = None if cache is None else FeatureCache.of(cache, runtime, config)
+        found, how = cached_features(
+            inputs, kept, lambda: FeatureDecoder.load(runtime, config, None, ("adapter",))
+        )
+        return dict(zip(prompts, found, strict=True)), how
+
+    def encode_reference(
+        self,
+        reference: Reference,
+        word: str,
+        *,
+        seed: int = 0,
+        prompts: Sequence[str] = (),
+        features: Mapping[str, Tensor] | None = None,
+        posterior_noise: Tensor | None = None,
+        reference_noise: Tensor | None = None,
+    ) -> MoMASubject:
+        """The reference pass, and the embeddings of prompts that are known (`Method.encode_reference`).
+
+        Args:
+            reference: of `open_reference`.
+            word: what the subject is.
+            seed: of the two noises, unless they are given.
+            prompts: for which the decoder is asked, together.
+            features: of `precompute`.
+            posterior_noise: float32 (1, Z, S/f, S/f), of the autoencoder's posterior.
+            reference_noise: likewise, of `add_noise` at t = 0.
+        """
+        layers = self.reference_pass(
+            reference.image, reference.mask, word, seed, posterior_noise, reference_noise
+        )
+        known = {prompt: self._placed(one) for prompt, one in (features or {}).items()}
+        new = [MLLMInput(reference.white, word, prompt) for prompt in prompts if prompt not in known]
+        if new:
+            known |= {one.prompt: x for one, x in zip(new, self.embed(new), strict=True)}
+        return MoMASubject(word, reference, layers, known)
+
+    @torch.no_grad()
+    def reference_pass(
+        self,
+        image: Tensor,
+        m_ref: Tensor,
+        word: str,
+        seed: int = 0,
+        posterior_noise: Tensor | None = None,
+        reference_noise: Tensor | None = None,
+    ) -> list[ReferenceLayer]:
+        """K', V' and M_ref of every self-attention layer (Sec. 3.3): one UNet call at t = 0.
+
+        Args:
+            image: (1, 3, S, S) in [-1, 1].
+            m_ref: (1, 1, H, W) in {0, 1}, of any size.
+            word: the label, which is the call's text.
+            seed: of the two noises, unless they are given (`MethodConfig.reference_noise`).
+            posterior_noise: float32 (1, Z, S/f, S/f).
+            reference_noise: likewise.
+        """
+        base = self.base
+        moments = base.vae.encode(image.to(base.device, base.dtype))  # 2 x (1, Z, S/f, S/f)
+        noises = self._reference_noises(moments[0].shape, seed, posterior_noise, reference_noise)
+        latent = reference_latent(*moments, noises, base.vae.cfg.scaling, base.schedule).to(base.dtype)
+        label = base.encode_text([word]).states  # (1, T, context_dim)
+        m_ref = m_ref.to(base.device)
+        return reference_features(base.unet, self.adapter, latent, label, m_ref, self.config)
+
+    def _reference_noises(self, shape: torch.Size, seed: int, *given: Tensor | None) -> list[Tensor] | None:
+        """The posterior's and the schedule's noise, float32 (1, Z, h, w) each; None = a clean reference."""
+        if self.config.reference_noise == "none":
+            return None
+        generator = None  # "global", the release: torch's own
+        if self.config.reference_noise == "seeded":
+            generator = torch.Generator().manual_seed(seed ^ REFERENCE_STREAM)
+        for noise in given:
+            if noise is not None and noise.shape != shape:
+                raise ValueError(f"reference noise {tuple(noise.shape)}: expected {tuple(shape)}")
+        drawn = [torch.randn(shape, generator=generator) for _ in given]
+        return [(d if g is None else g).to(self.base.device) for d, g in zip(drawn, given, strict=True)]
+
+    def embed(self, inputs: Sequence[MLLMInput]) -> list[Tensor]:
+        """The decoder's embeddings (1, E); ValueError where there is no MLLM."""
+        if self.decoder is None:
+            raise ValueError("without an MLLM every subject must bring the embeddings of its prompts")
+        return self.decoder.encode_features(inputs)
+
+    def _placed(self, embedding: Tensor) -> Tensor:
+        expected = (1, self.adapter.cfg.embed_dim)
+        if tuple(embedding.shape) != expected:
+            raise ValueError(f"embedding {tuple(embedding.shape)}: expected {expected}")
+        return embedding.to(self.base.device, self.base.dtype)
+
+    # --- once per batch ------------------------------------------------------------------------------
+
+    @classmethod
+    def read(
+        cls, tokenizers: Sequence[Any], config: MethodConfig, words: Sequence[str], prompt: str
+    ) -> Prompt:
+        cls.check_subjects(words)
+        return read_prompt(tokenizers, words, prompt, config.label_tokens, config.absent_label)
+
+    def prepare(self, jobs: Sequence[Job]) -> list[MoMAPrepared]:
+        """Jobs checked and tokenised; the MLLM reads every new pair of subject and prompt once, together."""
+        prepared = super().prepare(jobs)
+        pairs = dict.fromkeys((job.subjects[0], job.prompt) for job in jobs)
+        known = {(one, prompt): one.features[prompt] for one, prompt in pairs if prompt in one.features}
+        new = [pair for pair in pairs if pair not in known]
+        inputs = [MLLMInput(subject.reference.white, subject.word, prompt) for subject, prompt in new]
+        known |= dict(zip(new, self.embed(inputs), strict=True)) if new else {}
+        return [MoMAPrepared(*one, known[one.job.subjects[0], one.job.prompt]) for one in prepared]
+
+    def condition(self, prepared: Sequence[MoMAPrepared], config: SampleConfig) -> MoMAConditioning:
+        """Context tokens, reference features, label positions and β of both rows of guidance.
+
+        The unconditional rows get the context tokens of a zero embedding, and the subject's features like the
+        conditional ones (release).
+        """
+        text, added = self.encode_texts(prepared, config)  # R = 2B rows
+        label = torch.zeros(len(prepared), len(prepared[0].prompt.encodings[0].ids))  # (B, T)
+        for row, one in zip(label, prepared, strict=True):
+            row[list(one.prompt.labels[0])] = 1
+        strengths = [one.job.strength for one in prepared]
+        beta = torch.tensor([config.strength if x is None else x for x in strengths])  # (B,)
+        embedding = torch.cat([one.embedding for one in prepared])  # (B, E)
+        return condition_rows(
+            self.adapter,
+            torch.cat([torch.zeros_like(embedding), embedding]),  # (R, E)
+            text,
+            added,
+            torch.cat([label, label]).to(self.base.device),  # (R, T)
+            both_rows([one.job.subjects[0].layers for one in prepared]),
+            torch.cat([beta, beta]).to(self.base.device, self.base.dtype),  # (R,)
+            self.config,
+        )
+
+
+def reference_latent(
+    mean: Tensor,
+    std: Tensor,
+    noises: Sequence[Tensor] | None,
+    scaling: float,
+    schedule: ScheduleConfig,
+) -> Tensor:
+    """The posterior of the reference -> the latent that the UNet sees at t = 0.
+
+    Args:
+        mean: (B, Z, h, w), not scaled.
+        std: likewise.
+        noises: of the posterior and of `add_noise` at t = 0, each like mean; None = the posterior's mean
+        alone
+            (the paper's "clear reference image").
+        scaling: the autoencoder's.
+        schedule: the base's.
+
+    Returns:
+        float32 (B, Z, h, w).
+    """
+    if noises is None:
+        return mean.float() * scaling
+    latent = (mean.float() + std.float() * noises[0]) * scaling
+    return add_noise(latent, noises[1], alphas_cumprod(schedule)[0])
