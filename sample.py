@@ -7,37 +7,29 @@ import argparse
 import importlib.metadata
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, MLLMInput, MoMA, Result, Subject, load_decoder
-from moma.app.feature_cache import EmbeddingCache, embeddings
-from moma.app.files import check_writable
+from moma import Job, Pipeline, Result, Runtime, load_pipeline, load_segmenter, set_precision
+from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
 from moma.app.record import InputFile, Record, Segmented, read_record, save_png
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
-from moma.inputs.preprocess import FoundMask, find_mask, make_reference, on_white, open_image
-from moma.inputs.segment import Segmenter
-from moma.methods.prompts import check_prompt, sd_prompt
+from moma.inputs.preprocess import FoundMask, Reference, find_mask, on_white, open_image
+from moma.methods import find_method
 from moma.mini import SOURCE as MINI_SOURCE
-from moma.sampling.cuda_graphs import choose_recorder
-from moma.sampling.device import choose_device, choose_dtype, dtype_name, set_precision
+from moma.sampling.device import dtype_name
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.pipeline import check_method
-from moma.weights.bundle import SAMPLING, Bundle
+from moma.weights.bundle import Bundle
 from moma.weights.tiny import SOURCE as TINY_SOURCE
-from moma.weights.tiny import build_tiny_bundle
 
 NOTES = {
     TINY_SOURCE: "pseudo-random weights, so the images are noise",
@@ -55,40 +47,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list_objects:
         return list_objects(args, bundle)
     request = request_of_args(args, bundle) if record is None else request_of_record(record, args, bundle)
-    image = open_image(request.reference)
-    check(request, image, args, bundle)  # nothing has been loaded so far
-
-    inputs = find_subject(request, image, args, bundle)
-    embedding = decode(request, inputs, args, bundle)
-    start = time.perf_counter()
-    pipe = MoMA.load(
-        bundle.folder, args.device, request.dtype, request.method,
-        decoder=False, cuda_graph=args.cuda_graph, tiles=args.tiles,
+    runtime = Runtime.choose(
+        bundle, args.device, request.dtype,
+        stream=args.stream, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
     )  # fmt: skip
-    loaded = time.perf_counter()
-    print(
-        f"loaded {bundle.folder} in {loaded - start:.1f} s, {pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
-    )
+    image = open_image(request.reference) if request.reference else None
+    texts = check(request, runtime, image, args)  # nothing has been loaded so far
 
-    if request.method.reference_noise == "global":  # the released script seeds, too, before it starts
-        torch.manual_seed(request.subject_seed)
-    subject = pipe.encode_subject(inputs.image, inputs.found.mask, request.subject, seed=request.subject_seed)
-    jobs = [
-        Job(subject, prompt, seed, request.negative, embedding=embedding[prompt])
-        for prompt, seed in request.images
-    ]
+    inputs = find_subject(request, runtime, image, args) if image else None
+    features = precompute(request, runtime, inputs, args)
+    start = time.perf_counter()
+    pipe = load_pipeline(runtime, request.method, request.config)
+    loaded = time.perf_counter()
+    how = f"{pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
+    print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
+
+    jobs = make_jobs(request, pipe, inputs, features, texts)
     drawn = []
     with tqdm(unit="step") as bar:
         results = pipe.run(jobs, request.sample, lambda done, total: advance(bar, done, total))
         for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
             if request.only in (None, i):
                 path = free_path(args.out, f"{slug(job.prompt)}-seed{job.seed}")
-                save_png(path, result.image, record_of(i, request, inputs, bundle, pipe))
+                save_png(path, result.image, record_of(i, request, inputs, pipe, runtime))
                 bar.write(str(path))
                 drawn.append((job, result))
     seconds = (time.perf_counter() - loaded) / len(jobs)
     path = free_path(args.out, f"{slug(request.subject)}-sheet")
-    save_png(path, sheet(subject, drawn, args.debug))
+    save_png(path, sheet(inputs, drawn, args.debug))
     print(path)
     print(f"{seconds:.2f} s per image, peak memory {peak_memory(pipe.device)}")
 
@@ -97,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
-    """The folder asked for, or the first that is there, or a tiny bundle in the user's cache, made now."""
+    """The folder asked for, or the recorded one, or the first that is there."""
     if args.weights:
         return args.weights
     if record:
@@ -106,65 +92,51 @@ def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
                 f"{record.weights}: no such folder; give the weights of {args.replay} with --weights"
             )
         return Path(record.weights)
-    if found := [place for place in WEIGHTS if place.is_dir()]:
-        return found[0]
-    cache = user_cache()
-    tiny = cache / "tiny"
-    with suppress(ValueError):  # of an earlier version of this code, or none: made anew
-        Bundle.open(tiny)
-        return tiny
-    shutil.rmtree(tiny, ignore_errors=True)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as draft:
-            build_tiny_bundle(Path(draft) / "tiny")
-            with suppress(OSError):  # another run was faster
-                os.rename(Path(draft) / "tiny", tiny)
-    except OSError as error:
-        raise ValueError(
-            f"{cache}: cannot write the tiny weights there ({error.strerror}); give others with --weights"
-        ) from None
-    return tiny
+    found = next((folder for folder in WEIGHTS if folder.is_dir()), None)
+    if found is None:
+        raise ValueError(f"no weights in {WEIGHTS[0].parent}: give a bundle with --weights (README.md)")
+    return found
 
 
 def user_cache() -> Path:
+    """The user's folder for caches of this program."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
     except RuntimeError:
         raise ValueError(
-            "this user has no home folder: name a folder for caches in XDG_CACHE_HOME, or give --weights and "
-            "--cache"
+            "this user has no home folder: name a folder for caches in XDG_CACHE_HOME, or give --cache"
         ) from None
 
 
 # --- checks before anything is loaded ----------------------------------------------------------------
 
 
-def check(request: Request, image: Image.Image, args: argparse.Namespace, bundle: Bundle) -> None:
-    """ValueError for whatever would fail later; prints what the user should know."""
-    configs = {name: bundle.config(name) for name in SAMPLING}
-    method, tokenizer = request.method, bundle.clip_tokenizer()
-    check_method(method, bundle)
-    if request.pick:
+def check(
+    request: Request, runtime: Runtime, image: Image.Image | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Each prompt, read; ValueError for whatever would fail later. Prints what the user should know."""
+    bundle, method = runtime.weights, find_method(request.method).method
+    method.check(bundle, request.config, encoders=True)
+    if request.pick and image:
         check_sam("--point, --box and --object need", bundle)
         request.pick.check(image.size)
+    tokenizer, texts = bundle.clip_tokenizer(), {}
     for prompt in dict.fromkeys(prompt for prompt, _ in request.images):
-        check_prompt(request.subject, prompt, method.absent_label, tokenizer)
-        if tokenizer.encode(sd_prompt(request.subject, prompt)).truncated:
+        texts[prompt] = method.read([tokenizer], request.config, request.words, prompt)
+        if texts[prompt].truncated:
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
-    request.sample.check(configs["vae"].factor)
+    request.sample.check(bundle.config("vae").factor)
     solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver)
-    device = choose_device(args.device)
-    choose_dtype(request.dtype, device)
-    choose_recorder(args.cuda_graph, device)
     check_writable("--out", args.out)
     if args.cache is not None and str(args.cache) != NO_CACHE:
         check_writable("--cache", args.cache)
     if note := NOTES.get(bundle.networks["unet"]["source"]):
         print(f"note: {note}; README.md says how to get the full model")
+    return texts
 
 
 def check_sam(who: str, bundle: Bundle) -> None:
+    """ValueError, beginning with `who` needs it, for a bundle without SAM."""
     if "sam" not in bundle.networks:
         raise ValueError(
             f"{who} SAM, which {bundle.folder} does not have: add it with convert_weights.py --with sam"
@@ -172,33 +144,35 @@ def check_sam(who: str, bundle: Bundle) -> None:
         )
 
 
-# --- the mask ----------------------------------------------------------------------------------------
+# --- the subject -------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
-    image: Image.Image
-    found: FoundMask
-    reference: InputFile
+    """The subject's image and mask, and the files they come from."""
+
+    reference: Reference
+    file: InputFile
     mask: InputFile | None
     segmented: Segmented | None
 
 
-def find_subject(request: Request, image: Image.Image, args: argparse.Namespace, bundle: Bundle) -> Inputs:
-    """Where the subject is; the mask is kept in a file. SAM's memory is free again when this returns."""
+def find_subject(request: Request, runtime: Runtime, image: Image.Image, args: argparse.Namespace) -> Inputs:
+    """Where the subject is; the mask is kept in a file. SAM's memory is free again on return."""
+    bundle, segmented = runtime.weights, request.segmented
 
     def segment(image: Image.Image) -> Image.Image:
-        return Segmenter.load(bundle, args.device).mask(image, request.pick)
+        return load_segmenter(bundle, str(runtime.device)).mask(image, request.pick)
 
-    segmented = request.segmented
     if segmented:
         found = FoundMask(segmented.image(), "sam")
     elif request.pick:  # whatever else the image says
         found = FoundMask(segment(image), "sam")
     else:
-        asked = request.pick is not None and "sam" in bundle.networks
-        found = find_mask(image, request.mask, segment=segment if asked else None)
-    free_accelerator(args)
-    make_reference(image, found.mask, bundle.image_size, request.method)  # ValueError for an empty mask, ...
+        may_ask = request.pick is not None and "sam" in bundle.networks
+        found = find_mask(image, request.mask, segment=segment if may_ask else None)
+    free_accelerator(runtime.device)
+    method = find_method(request.method).method
+    reference = method.open_reference(image, found.mask, bundle.image_size, request.config)
     if found.source == "sam" and segmented is None:
         segmented = Segmented.of(found.mask, str(request.pick))
     path = free_path(args.out, f"{slug(request.subject)}-mask")
@@ -211,7 +185,26 @@ def find_subject(request: Request, image: Image.Image, args: argparse.Namespace,
     }
     print(f"subject: {request.subject}, mask from {ways[found.source]}, kept in {path}")
     mask = InputFile.of(request.mask) if request.mask else None
-    return Inputs(image, found, InputFile.of(request.reference), mask, segmented)
+    return Inputs(reference, InputFile.of(request.reference), mask, segmented)
+
+
+def precompute(
+    request: Request, runtime: Runtime, inputs: Inputs | None, args: argparse.Namespace
+) -> Mapping[str, Tensor]:
+    """What the method's encoders make of the prompts; they are freed before the UNet loads."""
+    if inputs is None:
+        return {}
+    start = time.perf_counter()
+    cache = None if str(args.cache) == NO_CACHE else args.cache or user_cache() / "embeddings"
+    prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
+    method = find_method(request.method).method
+    features, how = method.precompute(
+        runtime, request.config, inputs.reference, request.subject, prompts, cache
+    )
+    free_accelerator(runtime.device)
+    if how:
+        print(f"decoded in {time.perf_counter() - start:.1f} s ({how})")
+    return features
 
 
 def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
@@ -219,7 +212,7 @@ def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     image = open_image(args.ref)
     check_sam("--list-objects needs", bundle)
     check_writable("--out", args.out)
-    segmenter = Segmenter.load(bundle, args.device)
+    segmenter = load_segmenter(bundle, args.device)
     objects = segmenter.objects(image)
     for i, found in enumerate(objects, 1):
         box = ",".join(map(str, found.box))
@@ -229,87 +222,91 @@ def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     print(f"{path}: choose with --object N (default: 1)")
 
 
-def free_accelerator(args: argparse.Namespace) -> None:
-    """What is no longer used goes back to the system."""
-    if choose_device(args.device).type != "cpu":
+def free_accelerator(device: torch.device) -> None:
+    """Give unused memory back to the system."""
+    if device.type != "cpu":
         torch.accelerator.empty_cache()
 
 
-# --- the decoder ------------------------------------------------------------------------------------
+def make_jobs(
+    request: Request,
+    pipe: Pipeline,
+    inputs: Inputs | None,
+    features: Mapping[str, Tensor],
+    texts: Mapping[str, Any],
+) -> list[Job]:
+    """A job for each image; the subject is encoded once.
 
-
-def decode(request: Request, inputs: Inputs, args: argparse.Namespace, bundle: Bundle) -> dict[str, Tensor]:
-    """Prompt -> the decoder's embedding (1, E). The MLLM's memory is free again before the UNet is loaded."""
-    start = time.perf_counter()
-    device = choose_device(args.device)
-    dtype, _ = choose_dtype(request.dtype, device)
-    cache = None
-    if str(args.cache) != NO_CACHE:
-        folder = args.cache or user_cache() / "embeddings"
-        cache = EmbeddingCache.of(folder, bundle, request.method, device, dtype)
-    white = make_reference(inputs.image, inputs.found.mask, bundle.image_size, request.method).white
-    prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
-    questions = [MLLMInput(white, request.subject, prompt) for prompt in prompts]
-    found, how = embeddings(
-        questions,
-        cache,
-        lambda: load_decoder(bundle.folder, args.device, request.dtype, request.method, args.stream),
-    )
-    free_accelerator(args)
-    print(f"decoded in {time.perf_counter() - start:.1f} s ({how})")
-    return dict(zip(prompts, found, strict=True))
+    Args:
+        request: what is drawn.
+        pipe: what draws it.
+        inputs: the subject; None = there is none.
+        features: of `precompute`.
+        texts: each prompt, read.
+    """
+    torch.manual_seed(0)  # the release draws the reference's noise from the global generator, seeded before
+    subjects = ()
+    if inputs:
+        subjects = (pipe.method.encode_reference(inputs.reference, request.subject, features=features),)
+    return [
+        Job(subjects, prompt, seed, request.negative, text=texts[prompt]) for prompt, seed in request.images
+    ]
 
 
 # --- results -----------------------------------------------------------------------------------------
 
 
-def record_of(i: int, request: Request, inputs: Inputs, bundle: Bundle, pipe: MoMA) -> Record:
-    """Of the request's image number i."""
-    start = i - i % request.sample.batch_size
+def record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> Record:
+    """The settings of the request's image number i."""
+    start, bundle = i - i % request.sample.batch_size, runtime.weights
     return Record(
         subject=request.subject,
         prompt=request.images[i][0],
         negative=request.negative,
         seed=request.images[i][1],
         batch=request.images[start : start + request.sample.batch_size],
-        subject_seed=request.subject_seed,
         sample=request.sample,
-        method=request.method,
-        reference=inputs.reference,
-        mask=inputs.mask,
+        method_name=request.method,
+        method=request.config,
+        reference=inputs and inputs.file,
+        mask=inputs and inputs.mask,
         weights=str(bundle.folder),
-        weight_hashes=weight_hashes(bundle),
+        weight_hashes=weight_hashes(bundle, request.method, request.config),
         dtype=dtype_name(pipe.dtype),
         device=str(pipe.device),
         versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
-        segmented=inputs.segmented,
+        segmented=inputs and inputs.segmented,
     )
 
 
-def sheet(subject: Subject, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
+def sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
     """Reference and mask above the images, a row per prompt; under `debug` their masks below them."""
-    reference = subject.reference
-    rows = [
-        [
-            Cell(reference.photo, ("reference",)),
-            Cell(reference.white, ("what the language model sees",)),
-            Cell(mask_image(reference.mask), ("mask M_ref",)),
+    rows = []
+    if inputs:
+        reference = inputs.reference
+        rows = [
+            [
+                Cell(reference.photo, ("reference",)),
+                Cell(reference.white, ("what the language model sees",)),
+                Cell(mask_image(reference.mask), ("mask M_ref",)),
+            ]
         ]
-    ]
     for prompt in dict.fromkeys(job.prompt for job, _ in drawn):
         row = [(job, result) for job, result in drawn if job.prompt == prompt]
         rows.append([Cell(result.image, (prompt, f"seed {job.seed}")) for job, result in row])
-        if debug:
+        if debug and all(result.m_gen is not None for _, result in row):
             rows.append([Cell(mask_image(r.m_gen, r.image.size), ("last M_gen",)) for _, r in row])
     return contact_sheet(rows)
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:
+    """Show progress."""
     bar.total = total
     bar.update(done - bar.n)
 
 
 def slug(text: str) -> str:
+    """A text as part of a file name."""
     return re.sub(r"\W+", "-", text.lower())[:SLUG].strip("-") or "image"
 
 
@@ -322,7 +319,7 @@ def free_path(folder: Path, stem: str) -> Path:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Of the GPU where torch counts it, else of this process where the system does."""
+    """Peak GPU memory, else process RSS."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
     try:
@@ -334,16 +331,8 @@ def peak_memory(device: torch.device) -> str:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main` with an exit status: 2 and one line for a user's mistake, never a traceback for it."""
-    try:
-        main(argv)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sample.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    """`main` with an exit status."""
+    return exit_status("sample.py", lambda: main(argv))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,26 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
-def exit_status(command: str, main: Callable[[], object]) -> int:
-    """Run a command: 0, or 2 and one line for a user's mistake or too little memory."""
+def exit_status(command: str, main: Callable[[], object], stopped: str = "stopped") -> int:
+    """Run a command and turn its outcome into an exit status.
+
+    Args:
+        command: its name.
+        main: raises ValueError or OSError, with one line, for a user's mistake.
+        stopped: what to say after Ctrl-C.
+
+    Returns:
+        0; 2 after one line on stderr for a mistake or too little memory; 130 after Ctrl-C.
+    """
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{command}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{command}: {stopped}", file=sys.stderr)
+        return 130
     return 0
 
 

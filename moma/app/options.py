@@ -1,7 +1,7 @@
-"""The options of sample.py, and what they ask for.
+"""The options of sample.py, and the request they make.
 
-A `Request` is everything that decides the images; it comes from the options, or from the record of a
-image that is to be drawn again. Either way mistakes are ValueErrors of one line, before anything is loaded.
+A `Request` is everything that decides the images; it comes from the options, or from the settings of an image
+that is to be drawn again. Either way mistakes are ValueErrors of one line, before anything is loaded.
 """
 
 import argparse
@@ -10,17 +10,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from moma.app.files import Parser
 from moma.app.record import InputFile, Record, Segmented
 from moma.inputs.segment import Box, Pick, Point
-from moma.methods.moma.config import PRESETS, MethodConfig, method_config
+from moma.methods import METHODS, find_method
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
 from moma.sampling.device import DTYPES, choose_device
 from moma.sampling.diffusion import SOLVERS
 from moma.sampling.memory import Toggle
-from moma.weights.bundle import SAMPLING, Bundle
+from moma.weights.bundle import Bundle
 
 # Folders of weights where none is given: the first that exists.
 WEIGHTS = [Path(__file__).parents[2] / "weights" / name for name in ("moma", "mini")]
@@ -28,10 +28,10 @@ WEIGHTS = [Path(__file__).parents[2] / "weights" / name for name in ("moma", "mi
 SCENES = ("on the beach", "in the snow", "in the forest", "at sunset")
 NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
 MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat images
-# Options whose values a replayed image brings along.
+# Options whose values a replayed image provides.
 REPLAYED = (
     "point", "box", "object", "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength",
-    "guidance", "guidance_interval", "steps", "solver", "preset", "set", "batch_size",
+    "guidance", "guidance_interval", "steps", "solver", "preset", "set", "batch_size", "method",
 )  # fmt: skip
 # Options that say the same thing in two ways, or need a subject that the other one only looks for.
 CONTRADICTIONS = (
@@ -45,7 +45,9 @@ CONTRADICTIONS = (
 class Request:
     """What decides the images."""
 
-    reference: Path
+    method: str  # a name of the registry
+    config: Any  # the method's
+    reference: Path | None  # None: an image without a subject
     mask: Path | None
     pick: Pick | None  # what SAM is asked where there is no other mask, None = it is not asked
     segmented: Segmented | None  # what it answered when an image was drawn that is replayed
@@ -54,141 +56,23 @@ class Request:
     # The one to keep, None = all. A replay draws its whole batch again, so that every bit is the same.
     only: int | None
     negative: str
-    subject_seed: int
     sample: SampleConfig
-    method: MethodConfig
     dtype: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of the subjects."""
+        return () if self.reference is None else (self.subject,)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    base = SampleConfig()
+    """Read the command line; ValueError for options that contradict each other or lack something."""
     parser = Parser(
-        description="New images of the subject of one image, with MoMA.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Each image's PNG holds its settings; --replay makes it again from them.",
+        description="Draw new images of the subject of one image.",
+        epilog="Each PNG holds its settings; --replay draws it again from them.",
     )
-    # Defaults that a replayed image must not mix with are None here and filled in by `request_of_args`.
-    add = parser.add_argument_group("the subject").add_argument
-    add("--ref", type=Path, metavar="FILE", help="image of the subject")
-    add(
-        "--mask",
-        type=Path,
-        metavar="FILE",
-        help="where the subject is, white on black (default: the image's transparency, else what SAM finds"
-        " if the weights have it, else what stands out from a plain background)",
-    )
-    add(
-        "--point",
-        action="append",
-        type=parse_point,
-        metavar="X,Y",
-        help="pixel of the image that is on the subject, for SAM; may be repeated",
-    )
-    add("--box", type=parse_box, metavar="X0,Y0,X1,Y1", help="pixels around the subject, for SAM")
-    add(
-        "--list-objects",
-        action="store_true",
-        help="draw the image's objects with numbers, for --object, and stop",
-    )
-    add("--object", type=int, metavar="N", help="which of them is the subject, for SAM (default: 1)")
-    add("--subject", metavar="WORD", help="what it is, e.g. cat (default: the image's file name)")
-    add = parser.add_argument_group("the images").add_argument
-    add(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help=f"the new scene, naming the subject; may be repeated (default: {len(SCENES)} scenes)",
-    )
-    add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
-    add("--negative", metavar="TEXT", help="what the images should not show (default: nothing)")
-    add("--num", type=int, metavar="N", help="images per prompt (default: 1)")
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="of the first image of a prompt, the next one counts up (default: 0)",
-    )
-    add(
-        "--size",
-        type=parse_size,
-        metavar="S|WxH",
-        help="pixels, e.g. 512 or 768x512 (default: the weights' own)",
-    )
-    add(
-        "--strength",
-        type=float,
-        metavar="BETA",
-        help=f"of the subject: about 1 for a new scene, 0.4 for a new texture (default: {base.strength})",
-    )
-    add("--guidance", type=float, metavar="G", help=f"weight of the prompt (default: {base.guidance})")
-    add(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help=f"timesteps, of {TIMESTEPS}, at which guidance acts; others take half the time, but the image"
-        " changes: docs/approximations.md (default: all)",
-    )
-    add("--steps", type=int, metavar="N", help=f"denoising steps (default: {base.steps})")
-    add("--solver", choices=tuple(SOLVERS), help=f"dpm needs about half the steps (default: {base.solver})")
-    add(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="points where paper and released code differ: moma/methods/moma/config.py (default: default)",
-    )
-    add(
-        "--set",
-        action="append",
-        type=parse_field,
-        metavar="FIELD=VALUE",
-        help="one such point by itself, e.g. m_gen_threshold=0.3; may be repeated",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"images drawn at once; costs memory (default: {base.batch_size}, preset release: 1)",
-    )
-    add("--replay", type=Path, metavar="PNG", help="make an image again from the settings inside it")
-    add = parser.add_argument_group("the machine").add_argument
-    add(
-        "--weights",
-        type=Path,
-        metavar="DIR",
-        help="bundle folder (default: weights/moma, weights/mini)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (default: auto)")
-    add(
-        "--stream",
-        default="auto",
-        choices=get_args(Toggle),
-        help="read the language model block by block instead of loading it: on, off, or auto, when memory is"
-        " short (default: auto)",
-    )
-    add(
-        "--cuda-graph",
-        default="auto",
-        choices=get_args(Toggle),
-        help="start the work of a step on a CUDA device at once: on, off, or auto, wherever it can be"
-        " (default: auto)",
-    )
-    add(
-        "--tiles",
-        default="auto",
-        choices=get_args(Toggle),
-        help="decode images in tiles, which may change their tone a little: on, off, or auto, when memory"
-        " is short (default: auto)",
-    )
-    add(
-        "--cache",
-        type=Path,
-        metavar="DIR|off",
-        help="where the language model's answers are kept for the next time (default: moma/embeddings in the"
-        " user's cache folder)",
-    )
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)")
-    add("--debug", action="store_true", help="add each image's last mask M_gen to the contact sheet")
+    _everyday(parser)
+    _advanced(parser.add_argument_group("advanced"))
     args = parser.parse_args(argv)
     for first, second in CONTRADICTIONS:
         if _given(args, first) and _given(args, second):
@@ -197,9 +81,79 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         given = [name for name in REPLAYED if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
-    elif args.ref is None:
-        raise ValueError("which subject? Give its image with --ref FILE")
+    elif args.ref is None and not (0 in find_method(args.method or "moma").method.subjects and args.prompt):
+        raise ValueError("which subject? Give an image of it with --ref FILE")
     return args
+
+
+# Defaults that a replayed image must not mix with are None here and filled in by `request_of_args`.
+
+
+def _everyday(parser: argparse.ArgumentParser) -> None:
+    base = SampleConfig()
+    add = parser.add_argument_group("the subject").add_argument
+    add("--ref", type=Path, metavar="FILE", help="image of the subject")
+    add("--subject", metavar="WORD", help="what the subject is, e.g. cat (default: the image's file name)")
+    add("--mask", type=Path, metavar="FILE", help="mask of the subject, white on black (default: the image's"
+        " transparency, else SAM if the weights have it, else a plain background)")  # fmt: skip
+    add("--point", action="append", type=parse_point, metavar="X,Y",
+        help="pixel on the subject, for SAM; may be repeated")  # fmt: skip
+    add("--box", type=parse_box, metavar="X0,Y0,X1,Y1", help="box around the subject in pixels, for SAM")
+    add("--list-objects", action="store_true", help="number the image's objects, for --object, and stop")
+    add("--object", type=int, metavar="N", help="number of the object that is the subject (default: 1)")
+    add = parser.add_argument_group("the images").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; may be repeated"
+        f" (default: {len(SCENES)} scenes)")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
+    add("--num", type=int, metavar="N", help="images per prompt (default: 1)")
+    add("--seed", type=int, metavar="N", help="seed of a prompt's first image; the others count up"
+        " (default: 0)")  # fmt: skip
+    add("--strength", type=float, metavar="BETA", help="subject strength β: about 1 for new scenes, 0.4"
+        f" for new textures (default: {base.strength})")  # fmt: skip
+    add("--size", type=parse_size, metavar="S|WxH", help="size in pixels, e.g. 512 or 768x512 (default: the"
+        " weights' own)")  # fmt: skip
+    add("--method", choices=tuple(METHODS), help="how the subject is drawn (default: moma)")
+    add("--weights", type=Path, metavar="DIR", help="bundle folder (default: weights/moma or weights/mini)")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)")
+    add("--replay", type=Path, metavar="PNG", help="draw an image again from the settings inside it")
+
+
+def _advanced(group: argparse._ArgumentGroup) -> None:
+    base, add = SampleConfig(), group.add_argument
+    add("--negative", metavar="TEXT", help="what the images should not show (default: nothing)")
+    add("--steps", type=int, metavar="N", help=f"denoising steps (default: {base.steps})")
+    add("--solver", choices=tuple(SOLVERS), help="ODE solver; dpm needs about half the steps of ddim"
+        f" (default: {base.solver})")  # fmt: skip
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help=f"classifier-free guidance scale (default: {base.guidance})",
+    )
+    add("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help=f"timesteps, of {TIMESTEPS},"
+        " at which guidance acts; the others take half the time, but the image changes (docs/approximations.md;"
+        " default: all)")  # fmt: skip
+    add("--preset", help="preset of the method, e.g. release or paper for moma, where the two differ"
+        " (docs/choices.md; default: default)")  # fmt: skip
+    add("--set", action="append", type=parse_field, metavar="FIELD=VALUE", help="set one field of the"
+        " method's config, e.g. m_gen_threshold=0.3; may be repeated")  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="images drawn together, which costs memory (default:"
+        f" {base.batch_size}; 1 where the method's images change each other)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto)")
+    toggle: dict[str, Any] = {"default": "auto", "choices": get_args(Toggle)}
+    add("--stream", **toggle, help="read the language model block by block from the disk instead of loading"
+        " it (default: auto, if memory is short)")  # fmt: skip
+    add(
+        "--cuda-graph",
+        **toggle,
+        help="record denoising steps as CUDA graphs (default: auto, on CUDA devices)",
+    )
+    add("--tiles", **toggle, help="decode images in tiles, which may change their tone a little (default:"
+        " auto, if memory is short)")  # fmt: skip
+    add("--cache", type=Path, metavar="DIR|off", help="folder of the language model's embeddings: repeat"
+        " queries skip it (default: moma/embeddings in the user's cache folder)")  # fmt: skip
+    add("--debug", action="store_true", help="add each image's last mask M_gen to the contact sheet")
 
 
 def _given(args: argparse.Namespace, name: str) -> bool:
@@ -237,16 +191,18 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
-    subject = args.subject if args.subject is not None else subject_of_file(args.ref)
+    """The request that the options make."""
+    method = args.method or "moma"
+    config = bundle.method_config(method, args.preset or "default", **dict(args.set or []))
+    subject = args.subject or ("" if args.ref is None else subject_of_file(args.ref))
     prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
-    method = method_config(args.preset or "default", **{**bundle.method, **dict(args.set or [])})
     width, height = args.size or (None, None)
     names = ("steps", "solver", "guidance", "guidance_interval", "strength", "batch_size")
     given = {name: getattr(args, name) for name in names}
+    alone = find_method(method).method.batch_dependent(config)
     sample = replace(
         SampleConfig(width=width, height=height),
-        # Images of a batch change each other under the release's normalisation of M_gen.
-        **({"batch_size": 1} if method.m_gen_norm == "batch" else {}),
+        **({"batch_size": 1} if alone else {}),
         **{name: value for name, value in given.items() if value is not None},
     ).sized(bundle.image_size)
     seed, num = args.seed or 0, 1 if args.num is None else args.num
@@ -257,6 +213,8 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     article = "an" if subject[:1].lower() in "aeiou" else "a"
     prompts = dict.fromkeys(prompts) or [f"{article} {subject} {scene}" for scene in SCENES]
     return Request(
+        method=method,
+        config=config,
         reference=args.ref,
         mask=args.mask,
         pick=Pick(tuple(args.point or ()), args.box, args.object),
@@ -265,38 +223,29 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         images=tuple((prompt, s) for prompt in prompts for s in range(seed, seed + num)),
         only=None,
         negative=args.negative or "",
-        subject_seed=0,  # the subject is the same whatever is drawn of it
         sample=sample,
-        method=method,
         dtype=args.dtype,
     )
 
 
 def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) -> Request:
-    """The request that makes a recorded image again; ValueError if a file is another one than then."""
-    if weight_hashes(bundle) != dict(record.weight_hashes):
+    """The request that draws a recorded image again; ValueError if a file is not the recorded one."""
+    if weight_hashes(bundle, record.method_name, record.method) != dict(record.weight_hashes):
         raise ValueError(
             f"the weights in {bundle.folder} are not those of {args.replay}: give them with --weights"
         )
-    mask = args.mask or (Path(record.mask.path) if record.mask else None)
     if args.mask and not record.mask:
         raise ValueError(f"--mask {args.mask}: {args.replay} was made without a mask file")
-    files = (("ref", args.ref or Path(record.reference.path), record.reference), ("mask", mask, record.mask))
-    for option, path, then in files:
-        if then is None:
-            continue
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; give where it is now with --{option}")
-        if InputFile.of(path).sha256 != then.sha256:
-            raise ValueError(
-                f"{path}: not the file that {args.replay} was made from; give it with --{option}"
-            )
+    reference = _recorded_file("ref", args.ref, record.reference, args.replay)
+    mask = _recorded_file("mask", args.mask, record.mask, args.replay)
     then = f"{record.device}, torch {record.versions.get('torch')}"
     now = f"{choose_device(args.device)}, torch {importlib.metadata.version('torch')}"
     if then != now:
         print(f"note: drawn on {then}, now on {now}: details may differ")
     return Request(
-        reference=files[0][1],
+        method=record.method_name,
+        config=record.method,
+        reference=reference,
         mask=mask,
         pick=None,
         segmented=record.segmented,
@@ -304,14 +253,25 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
         images=record.batch,
         only=record.batch.index((record.prompt, record.seed)),
         negative=record.negative,
-        subject_seed=record.subject_seed,
         sample=record.sample,
-        method=record.method,
         dtype=record.dtype if args.dtype == "auto" else args.dtype,
     )
 
 
+def _recorded_file(option: str, given: Path | None, then: InputFile | None, replayed: Path) -> Path | None:
+    """Where a recorded input file is now."""
+    if then is None:
+        return None
+    path = given or Path(then.path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give where it is now with --{option}")
+    if InputFile.of(path).sha256 != then.sha256:
+        raise ValueError(f"{path}: not the file that {replayed} was made from; give it with --{option}")
+    return path
+
+
 def subject_of_file(path: Path) -> str:
+    """The word that a file's name is, such as cat.png's; ValueError if it is none."""
     if re.fullmatch(r"[^\W\d_]+", path.stem) and path.stem.lower() not in NO_SUBJECTS:
         return path.stem.lower()
     raise ValueError(f"what does {path} show? Give it with --subject, e.g. --subject cat")
@@ -328,6 +288,12 @@ def read_prompts(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def weight_hashes(bundle: Bundle) -> dict[str, str]:
-    """sha256, as recorded at conversion, of the files of the networks that draw."""
-    return {path.name: bundle.hashes[path.name] for name in SAMPLING for path in bundle.files(name)}
+def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
+    """sha256, as recorded at conversion, of the files of the networks that a method draws with."""
+    names = find_method(method).method.networks(config, encoders=True)
+    return {
+        path.name: bundle.hashes[path.name]
+        for name in names
+        if name in bundle.networks
+        for path in bundle.files(name)
+    }

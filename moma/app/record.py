@@ -16,7 +16,7 @@ from typing import Any, Self
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from moma.methods.moma.config import MethodConfig, method_config
+from moma.methods import find_method
 from moma.sampling.config import SampleConfig
 
 CHUNK = "moma"  # key of the PNG text chunk
@@ -68,10 +68,10 @@ class Record:
     negative: str
     seed: int  # of the start noise
     batch: tuple[tuple[str, int], ...]  # prompts and seeds that were drawn together with it, itself included
-    subject_seed: int  # of the reference's noise
     sample: SampleConfig
-    method: MethodConfig
-    reference: InputFile
+    method_name: str  # in the registry
+    method: Any  # its config
+    reference: InputFile | None  # None: there is no subject
     mask: InputFile | None  # None: found in the image itself
     weights: str  # the bundle's folder
     weight_hashes: Mapping[str, str]  # file -> sha256
@@ -93,8 +93,11 @@ class Record:
                 raise ValueError(f"format {found}, expected {(FORMAT, VERSION)}")
             data["batch"] = tuple((prompt, seed) for prompt, seed in data["batch"])
             data["sample"] = SampleConfig(**data["sample"])
-            data["method"] = method_config(**data["method"])
-            data["reference"] = InputFile(**data["reference"])
+            if seed := data.pop("subject_seed", 0):
+                raise ValueError(f"subject_seed {seed}: only 0 can be drawn again")
+            data.setdefault("method_name", "moma")
+            data["method"] = find_method(data["method_name"]).method.configure(**data["method"])
+            data["reference"] = InputFile(**data["reference"]) if data["reference"] else None
             data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
             data["segmented"] = Segmented(**data["segmented"]) if data.get("segmented") else None
             record = cls(**data)

@@ -154,13 +154,13 @@ class Method(ABC):
 
     Config: ClassVar[type]  # a frozen dataclass of what decides its images; records hold it
     Presets: ClassVar[Mapping[str, Any]]  # name -> Config, "default" among them
+    subjects: ClassVar[range]  # how many an image may have
     # Networks of its own, beside the public ones: name -> (config dataclass, build(config, UNetConfig)).
     own_networks: ClassVar[Mapping[str, tuple[type, Any]]] = {}
     trainings: ClassVar[Mapping[str, Any]] = {}  # stage -> `Training`, "" if there is only one
 
     config: Any
     base: Any  # `moma.sampling.base.Base`
-    batch_independent: bool = True  # False: the images of a batch change each other
 
     @classmethod
     def configure(cls, preset: str = "default", **overrides: Any) -> Any:
@@ -176,6 +176,11 @@ class Method(ABC):
     @abstractmethod
     def with_config(self, config: Any) -> Self:
         """The same networks under other choices."""
+
+    @classmethod
+    def batch_dependent(cls, config: Any) -> bool:
+        """Whether the images of a batch change each other, as in MoMA's preset release."""
+        return False
 
     @classmethod
     @abstractmethod

@@ -108,7 +108,7 @@ class Pipeline:
         """Draw any mix of subjects, prompts and seeds, in order; each result comes as soon as it is there.
 
         Args:
-            jobs: result i depends on job i alone (unless the method is not `batch_independent`).
+            jobs: result i depends on job i alone (unless the method is `batch_dependent`).
             config: how they are drawn.
             on_step: called with (steps done, steps in all).
             resume: keeps the steps of jobs that are one batch (`max_batch`), and has the drawing go on from
@@ -133,7 +133,7 @@ class Pipeline:
 
     def max_batch(self, config: SampleConfig) -> int:
         """How many images are one batch; config: with its sizes (`SampleConfig.sized`)."""
-        if not self.method.batch_independent:  # there the batch decides what its images are
+        if self.method.batch_dependent(self.method.config):  # there the batch decides what its images are
             return config.batch_size
         latents = config.height * config.width // self.base.vae.cfg.factor**2
         return max_batch(config.batch_size, latents, self.device)

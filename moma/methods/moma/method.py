@@ -67,9 +67,9 @@ class MoMA(TextToImage):
         super().__init__(base, config)
         self.adapter, self.decoder = adapter, decoder
 
-    @property
-    def batch_independent(self) -> bool:
-        return self.config.m_gen_norm != "batch"
+    @classmethod
+    def batch_dependent(cls, config: MethodConfig) -> bool:
+        return config.m_gen_norm == "batch"
 
     @classmethod
     def networks(cls, config: MethodConfig, encoders: bool) -> tuple[str, ...]:
