@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from moma import MoMA
+    from moma import Pipeline
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.environ.get("MOMA_GPU"):
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def pipe(folder: str) -> "MoMA":
-    from moma import MoMA
+def pipe(folder: str) -> "Pipeline":
+    from moma import load
 
-    return MoMA.load(folder, "cpu", "fp32")
+    return load(folder, device="cpu", dtype="fp32")

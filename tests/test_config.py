@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from moma.methods.moma.config import PRESETS, MethodConfig, method_config
+from moma.methods.moma.config import PRESETS, MethodConfig
+from moma.methods.moma.method import MoMA
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.diffusion import ScheduleConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name: str) -> None:
-    again = method_config("default", **json.loads(json.dumps(asdict(PRESETS[name]))))
+    again = MoMA.configure("default", **json.loads(json.dumps(asdict(PRESETS[name]))))
     assert again == PRESETS[name]
 
 
@@ -47,7 +48,7 @@ def test_every_field_is_explained() -> None:
 
 
 def test_overrides() -> None:
-    changed = method_config("release", m_gen_threshold=0, m_gen_layers=[6, 7])
+    changed = MoMA.configure("release", m_gen_threshold=0, m_gen_layers=[6, 7])
     assert changed.m_gen_layers == (6, 7) and changed.geometry == "squash"
 
 
@@ -67,12 +68,12 @@ def test_overrides() -> None:
 )
 def test_wrong_values(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        method_config(**{field: value})
+        MoMA.configure(**{field: value})
 
 
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="default, release, paper"):
-        method_config("mine")
+        MoMA.configure("mine")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Preset RELEASE, float32, both attention implementations. Tolerances are absolute
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +16,16 @@ from models.clip import CLIPText, CLIPTextConfig
 from models.tokenizers import Encoding
 from models.unet import Attention, UNet, UNetConfig, attention_layers
 from models.vae import VAE, VAEConfig
-from moma import RELEASE, Job, MoMA, SampleConfig, Subject
-from moma.methods.moma.adapter import Adapter, AdapterConfig, Conditioning, MoMAHook, ReferenceHook
+from moma import RELEASE, Job, MoMA, MoMASubject, Pipeline, SampleConfig
+from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import Gate, ReferenceLayer, context_cross_attention, drop_background
-from moma.methods.moma.masks import min_max
+from moma.methods.moma.conditioning import MoMAConditioning, MoMAHook, ReferenceHook
+from moma.methods.moma.masks import m_ref_of_layer, min_max
+from moma.sampling.base import Base
 from moma.sampling.diffusion import solver_steps
 from moma.sampling.sampler import Step, denoise
 from tests.golden_files import assert_recorded, excerpt, golden
+from tests.helpers import condition
 from tests.recipe import ellipse, fill, normal, uniform
 
 LAYER = 1e-5  # tolerance of a layer's output
@@ -120,15 +122,16 @@ def test_self_attention_layer(impl: str) -> None:
     m_ref = torch.from_numpy(ellipse(512, 512, 256, 200, 180, 120))
 
     def extract(m_ref: Tensor) -> tuple[Tensor, ReferenceLayer]:
-        hook = ReferenceHook(adapter, m_ref, method)
+        key_masks = {(32, 32): m_ref_of_layer(m_ref, (32, 32), method.keep_one_key)}
+        hook = ReferenceHook(adapter, key_masks, method.attention)
         return layer(ref, ref, lambda q, k, v: hook.self_attn(0, q, k, v, (32, 32)))
 
     def run(m_ref: Tensor, m_gen: Tensor | None, beta: list[float], subject_on: bool = True) -> Tensor:
         stored = extract(m_ref)[1]
-        both = ReferenceLayer(*(torch.cat([x, x]) for x in (stored.k, stored.v, stored.keep)))
+        both = ReferenceLayer(*(torch.cat([x, x]) for x in (stored.k, stored.v, stored.key_mask)))
         both = drop_background(both) if impl == "fused" else both
-        cond = Conditioning(
-            text=hidden, label=hidden, context=[], reference=[both], lam=[adapter.subject[0].scale],
+        cond = MoMAConditioning(
+            text=hidden, added=None, label=hidden, context=[], reference=[both], lam=[adapter.subject[0].scale],
             beta=torch.tensor(beta)[:, None, None, None], method=method,
         )  # fmt: skip
         hook = MoMAHook(cond, subject_on, m_gen)
@@ -138,7 +141,7 @@ def test_self_attention_layer(impl: str) -> None:
     assert_recorded(out, recorded["out_extract"], LAYER)
     assert_recorded(stored.k[0], recorded["store_ks"], LAYER)
     assert_recorded(stored.v[0], recorded["store_vs"], LAYER)
-    assert_recorded(stored.keep.float().view(1, 1, 32, 32), recorded["mask_id_at_32"], 0)
+    assert_recorded(stored.key_mask.float().view(1, 1, 32, 32), recorded["mask_id_at_32"], 0)
     assert_recorded(run(m_ref, m_gen, [1.0, 1.0]), recorded["out_s1.0"], LAYER)
     assert_recorded(run(m_ref, m_gen, [0.4, 0.4]), recorded["out_s0.4"], LAYER)
     assert_recorded(run(m_ref, m_gen, [0.3, 0.9]), recorded["out_stensor"], LAYER)
@@ -170,10 +173,6 @@ def vae() -> VAE:
     return vae
 
 
-# The decoder's recording is compared in tests/test_llava.py; here its embedding is an input.
-NO_LLAVA = SimpleNamespace(cfg=SimpleNamespace(llama=SimpleNamespace(layers=32)))
-
-
 class RecordedTokenizer:
     """The public CLIP tokenizer's answers for the recorded texts (its files are not ours to carry)."""
 
@@ -192,46 +191,45 @@ class RecordedTokenizer:
 
 
 @pytest.fixture(scope="module")
-def pipe(vae: VAE) -> Iterator[MoMA]:
+def pipe(vae: VAE) -> Iterator[Pipeline]:
     unet, text, adapter = UNet(UNET), CLIPText(CLIPTextConfig()), filled_adapter(UNET)
     fill(unet)
     fill(text, lambda key: f"text_model.{key}")
-    yield MoMA(
-        unet=unet, vae=vae, text=text, adapter=adapter, llava=NO_LLAVA, llama_tokenizer=None,
-        clip_tokenizer=RecordedTokenizer(golden("unet_moma_small")), image_size=256, method=RELEASE,
-    )  # fmt: skip
+    base = Base(unet, vae, (text,), (RecordedTokenizer(golden("unet_moma_small")),), image_size=256)
+    yield Pipeline(MoMA(base, adapter, None, RELEASE))
 
 
-def reference(pipe: MoMA) -> list[ReferenceLayer]:
+def reference(pipe: Pipeline) -> list[ReferenceLayer]:
     image = torch.from_numpy(2 * uniform("input/unet_moma_small/image", (1, 3, 256, 256)) - 1)
     m_ref = torch.from_numpy(ellipse(512, 512, 256, 200, 180, 120))
     noises = [tensor(f"unet_moma_small/{name}", 1, 4, 32, 32) for name in ("posterior_noise", "ref_noise")]
-    return pipe.reference_pass(image, m_ref, "car", 0, *noises)
+    return pipe.method.reference_pass(image, m_ref, "car", 0, *noises)
+
+
+PROMPT = "A car in autumn with falling leaves."
 
 
 def job(layers: list[ReferenceLayer], name: str, init: int, strength: float) -> Job:
-    subject = Subject("car", reference=None, layers=layers)
-    return Job(
-        subject, "A car in autumn with falling leaves.", seed=0, strength=strength,
-        latents=tensor(f"unet_moma_small/init_latents/{name}/{init}", 1, 4, 32, 32),
-        embedding=tensor("unet_moma_small/llava_emb", 1, 1024),
-    )  # fmt: skip
+    """The feature decoder's recording is compared in tests/test_llava.py; here its embedding is an input."""
+    features = {PROMPT: tensor("unet_moma_small/llava_emb", 1, 1024)}
+    latents = tensor(f"unet_moma_small/init_latents/{name}/{init}", 1, 4, 32, 32)
+    return Job(MoMASubject("car", None, layers, features), PROMPT, 0, strength=strength, latents=latents)
 
 
 @torch.no_grad()
-def test_reference_pass(pipe: MoMA) -> None:
+def test_reference_pass(pipe: Pipeline) -> None:
     recorded = golden("unet_moma_small")
     layers = reference(pipe)
     mid = 6  # the middle block, the release's processor 30
     for name, layer in (("0", 0), ("30", mid)):
         assert_recorded(layers[layer].k[0], recorded[f"ref_k_{name}"], 1e-4)
         assert_recorded(layers[layer].v[0], recorded[f"ref_v_{name}"], 1e-4)
-    tokens = pipe.adapter.projector(
+    tokens = pipe.method.adapter.projector(
         torch.cat([torch.zeros(1, 1024), tensor("unet_moma_small/llava_emb", 1, 1024)])
     )
     assert_recorded(tokens[:1], recorded["image_prompt_uncond"], LAYER)
     assert_recorded(tokens[1:], recorded["image_prompt_cond"], LAYER)
-    text = pipe.text(recorded["ids_cond"])[0]
+    text = pipe.base.text_encoders[0](recorded["ids_cond"])[0]
     assert_recorded(text, recorded["text_cond"], 1e-4)
 
 
@@ -249,25 +247,26 @@ RUNS = [  # name, key of the start latents, strength, steps, first timestep with
     [(*RUNS[0], "explicit"), *((*r, "fused") for r in RUNS)],
 )
 def test_sampling_loop(
-    pipe: MoMA, name: str, init: int, strength: float, steps: int, below: int, impl: str
+    pipe: Pipeline, name: str, init: int, strength: float, steps: int, below: int, impl: str
 ) -> None:
     """Every step's noise prediction, latents and mask."""
     recorded = golden("unet_moma_small")
-    pipe = pipe.with_method(replace(RELEASE, attention=impl, subject_below_t=below))
+    pipe = pipe.with_config(replace(RELEASE, attention=impl, subject_below_t=below))
     one = job(reference(pipe), name, init, strength)
-    guide = pipe.guide([one], [one.embedding], SampleConfig())
-    path = solver_steps(pipe.schedule, steps, "ddim")
+    conditioning = condition(pipe, [one], SampleConfig())
+    path = solver_steps(pipe.base.schedule, steps, "ddim")
     assert [step.t for step in path] == recorded[f"{name}.timesteps"].tolist()
-    trace: list[Step] = list(denoise(pipe.unet, guide, path, one.latents, 7.5, "ddim"))
+    trace: list[Step] = list(denoise(pipe.base.unet, conditioning, path, one.latents, 7.5, "ddim"))
     for part, tolerance in (("noise_pred", PIPELINE), ("latents", None), ("m_gen", 1e-4)):
-        ours = torch.cat([getattr(step, part) for step in trace])
+        found = [step.state["m_gen"] if part == "m_gen" else getattr(step, part) for step in trace]
+        ours = torch.cat(found)
         theirs = recorded[f"{name}.{'M_gen' if part == 'm_gen' else part}"]
         assert_recorded(ours, theirs, tolerance or 1e-4 * theirs.abs().max().item())
 
 
 @torch.no_grad()
-def test_finished_image(pipe: MoMA) -> None:
-    """`MoMA.run` from start noise to bytes."""
+def test_finished_image(pipe: Pipeline) -> None:
+    """`Pipeline.run` from start noise to bytes."""
     config = SampleConfig(steps=6, height=256, width=256)
     (result,) = pipe.run([job(reference(pipe), "s1.0", 1, 1.0)], config)
     ours = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)[None]  # (1, 3, 256, 256) uint8
@@ -277,20 +276,26 @@ def test_finished_image(pipe: MoMA) -> None:
 
 
 @torch.no_grad()
-def test_wrong_semantics_are_seen(pipe: MoMA) -> None:
+def test_wrong_semantics_are_seen(pipe: Pipeline) -> None:
     """The recorded case is sharp enough to tell the release from its neighbours."""
     recorded = golden("unet_moma_small")
+    path = solver_steps(pipe.base.schedule, 6, "ddim")
     for change in (
         {"reference_text_cut": 0},
         {"context_masked": False},
         {"m_gen_threshold": 0.0},
         {"m_gen_norm": "none"},
     ):
-        other = pipe.with_method(replace(RELEASE, **change))
+        other = pipe.with_config(replace(RELEASE, **change))
         one = job(reference(other), "s1.0", 1, 1.0)
-        guide = other.guide([one], [one.embedding], SampleConfig())
+        conditioning = condition(other, [one], SampleConfig())
         steps = denoise(
-            other.unet, guide, solver_steps(other.schedule, 6, "ddim")[:2], one.latents, 7.5, "ddim"
+            other.base.unet,
+            conditioning,
+            path[:2],
+            one.latents,
+            7.5,
+            "ddim",
         )
         ours = torch.cat([step.noise_pred for step in steps])
         with pytest.raises(AssertionError):

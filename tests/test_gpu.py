@@ -4,7 +4,7 @@ MOMA_GPU=1 python -m pytest tests/test_gpu.py
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,8 @@ import train
 from models.llama import Llama, LlamaConfig
 from models.weights.loading import in_memory
 from models.weights.stream import StreamedLlama
-from moma import Job, MoMA
+from moma import Job, load
 from moma.inputs.segment import Segmenter
-from moma.methods.moma.adapter import Conditioning, MoMAHook
 from moma.methods.moma.attention import (
     Gate,
     ReferenceLayer,
@@ -29,13 +28,14 @@ from moma.methods.moma.attention import (
     gate_inside,
     subject_self_attention,
 )
+from moma.methods.moma.conditioning import MoMAConditioning, MoMAHook
 from moma.sampling.cuda_graphs import CudaRecorder, GraphedUNet, Output, Run
 from moma.sampling.diffusion import solver_steps
 from moma.sampling.sampler import denoise
 from moma.training.log import read_log
 from moma.world.world import render
+from tests.helpers import condition, image, mask
 from tests.test_graphs import CONFIG, SHORT, latents
-from tests.test_pipeline import image, mask
 from tests.training_data import write_bundle, write_data
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -101,9 +101,9 @@ def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.
     """Whole drawings with and without graphs, and on the CPU."""
     found, recorded = [], []
     for device, graph in (("cuda", "on"), ("cuda", "off"), ("cpu", "off")):
-        pipe = MoMA.load(folder, device, dtype, cuda_graph=graph)
+        pipe = load(folder, device=device, dtype=dtype, cuda_graph=graph)
         if graph == "on":
-            pipe.make_recorder = partial(Counting, recorded)
+            pipe = replace(pipe, make_recorder=partial(Counting, recorded))
         cat = pipe.encode_subject(image(0), mask(30), "cat")
         dog = pipe.encode_subject(image(1), mask(12), "dog")
         found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]))
@@ -112,49 +112,38 @@ def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.
     assert dtype == "bf16" or far(found[0], found[2]) < most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Waiting(MoMAHook):
-    """Asks for a value on the device, which no recording can."""
+    """Asks for a value on the device, which no graph can."""
 
     def self_attn(self, layer: int, *args: Tensor, **options: object) -> tuple[Tensor, None]:
-        z, record = super().self_attn(layer, *args, **options)
-        return z + 0 * z.sum().item(), record
+        z, attention_map = super().self_attn(layer, *args, **options)
+        return z + 0 * z.sum().item(), attention_map
 
 
-@dataclass(frozen=True)
-class WaitingGuide:
-    cond: Conditioning
-
-    @property
-    def text(self) -> Tensor:
-        return self.cond.text
-
+@dataclass(frozen=True, eq=False)
+class WaitingConditioning(MoMAConditioning):
     def hook(self, t: int, m_gen: Tensor | None) -> Waiting:
-        hook = self.cond.hook(t, m_gen)
+        hook = super().hook(t, m_gen)
         return Waiting(hook.cond, hook.subject_on, hook.m_gen)
-
-    def next_m_gen(self, records: list[Tensor], size: tuple[int, int]) -> Tensor:
-        return self.cond.next_m_gen(records, size)
-
-    def conditional(self) -> "WaitingGuide":
-        return WaitingGuide(self.cond.conditional())
 
 
 @torch.no_grad()
 def test_what_cannot_be_recorded_runs_eagerly(folder: str, recwarn: pytest.WarningsRecorder) -> None:
     """One warning, the same result; after it memory is given and taken, and other drawings are recorded."""
-    pipe = MoMA.load(folder, "cuda", "fp32", cuda_graph="on")
+    pipe = load(folder, device="cuda", dtype="fp32", cuda_graph="on")
     cat = pipe.encode_subject(image(0), mask(30), "cat")
     jobs = [Job(cat, "a cat in the snow", 0)]
     before = latents(pipe, jobs)
     assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
-    guide = pipe.guide(jobs, [pipe.embed(cat, jobs[0].prompt)], CONFIG)
+    conditioning = condition(pipe, jobs, CONFIG)
+    waiting = WaitingConditioning(**{f.name: getattr(conditioning, f.name) for f in fields(conditioning)})
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
-    path = solver_steps(pipe.schedule, SHORT.steps, "ddim")
-    *_, expected = denoise(pipe.unet, guide, path, start, 7.5, "ddim")
-    unet = GraphedUNet(pipe.unet, lambda: CudaRecorder(CUDA))
+    path = solver_steps(pipe.base.schedule, SHORT.steps, "ddim")
+    *_, expected = denoise(pipe.base.unet, conditioning, path, start, 7.5, "ddim")
+    unet = GraphedUNet(pipe.base.unet, lambda: CudaRecorder(CUDA))
     with pytest.warns(UserWarning, match="CUDA graphs are off for the rest of this drawing"):
-        *_, found = denoise(unet, WaitingGuide(guide), path, start, 7.5, "ddim")
+        *_, found = denoise(unet, waiting, path, start, 7.5, "ddim")
     assert far(found.latents, expected.latents) < 1e-4
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from models.attention import attention
-from moma import DEFAULT, Job, MoMA, SampleConfig
-from moma.methods.moma.adapter import Conditioning, MoMAHook
+from moma import DEFAULT, Job, Pipeline, SampleConfig
+from moma.methods.moma.conditioning import MoMAConditioning, MoMAHook
 from moma.sampling.config import TIMESTEPS
 from moma.sampling.cuda_graphs import (
     CudaGraph,
@@ -22,10 +22,11 @@ from moma.sampling.cuda_graphs import (
     Run,
     choose_recorder,
 )
-from moma.sampling.diffusion import solver_steps
-from moma.sampling.sampler import Step, TextOnly, denoise
+from moma.sampling.diffusion import SolverStep, solver_steps
+from moma.sampling.interface import State, StepInputs
+from moma.sampling.sampler import Step, denoise
 from moma.sampling.tiles import decode
-from tests.test_pipeline import image, mask, same
+from tests.helpers import condition, image, mask, same, text_only, text_states
 
 SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
 CONFIG = SampleConfig(steps=8, height=SIZE, width=SIZE)
@@ -76,42 +77,37 @@ class Wrong(Rerun):
 
 
 @pytest.fixture(scope="module")
-def jobs(pipe: MoMA) -> list[Job]:
+def jobs(pipe: Pipeline) -> list[Job]:
     """Two subjects of different size."""
     cat = pipe.encode_subject(image(0), mask(30), "cat")
     dog = pipe.encode_subject(image(1), mask(12), "dog")
     return [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1, strength=0.4)]
 
 
-def with_recorder(pipe: MoMA, make: Callable[[], Rerun]) -> MoMA:
+def with_recorder(pipe: Pipeline, make: Callable[[], Rerun]) -> Pipeline:
     """The pipeline on another device's way to record."""
-    other = pipe.with_method(pipe.method)
-    other.make_recorder = make
-    return other
+    return replace(pipe, make_recorder=make)
 
 
-def latents(pipe: MoMA, jobs: list[Job], config: SampleConfig = SHORT) -> Tensor:
+def latents(pipe: Pipeline, jobs: list[Job], config: SampleConfig = SHORT) -> Tensor:
     return torch.cat([result.latents for result in pipe.run(jobs, config)])
 
 
 @dataclass
 class Shrinking:
-    """A guide whose subject takes three quarters of the image's rows at first, then half of them."""
+    """A conditioning whose subject takes three quarters of the image's rows at first, then half of them."""
 
-    cond: Conditioning
+    cond: MoMAConditioning
 
-    @property
-    def text(self) -> Tensor:
-        return self.cond.text
+    def at(self, step: SolverStep, state: State) -> StepInputs:
+        if state:
+            m_gen = state["m_gen"].clone()
+            m_gen[:, :, 12 if step.t > 500 else 8 :] = 0
+            state = {"m_gen": m_gen}
+        return self.cond.at(step, state)
 
-    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
-        if m_gen is not None:
-            m_gen = m_gen.clone()
-            m_gen[:, :, 12 if t > 500 else 8 :] = 0
-        return self.cond.hook(t, m_gen)
-
-    def next_m_gen(self, records: list[Tensor], size: tuple[int, int]) -> Tensor:
-        return self.cond.next_m_gen(records, size)
+    def next_state(self, maps: list[Tensor], grid: tuple[int, int]) -> State:
+        return self.cond.next_state(maps, grid)
 
     def conditional(self) -> "Shrinking":
         return Shrinking(self.cond.conditional())
@@ -119,41 +115,45 @@ class Shrinking:
 
 @torch.no_grad()
 def steps(
-    pipe: MoMA, unet: object, jobs: list[Job], solver: str, interval: tuple[int, int] = (0, TIMESTEPS)
+    pipe: Pipeline, unet: object, jobs: list[Job], solver: str, interval: tuple[int, int] = (0, TIMESTEPS)
 ) -> list[Step]:
     """All steps of one batch, kept until the last one is done."""
-    guide = Shrinking(pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG))
+    conditioning = Shrinking(condition(pipe, jobs, CONFIG))
     start = torch.randn(len(jobs), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
-    path = solver_steps(pipe.schedule, CONFIG.steps, solver)
-    return list(denoise(unet, guide, path, start, 7.5, solver, interval))
+    path = solver_steps(pipe.base.schedule, CONFIG.steps, solver)
+    return list(denoise(unet, conditioning, path, start, 7.5, solver, interval))
 
 
 @pytest.mark.parametrize(("solver", "impl"), [("ddim", "fused"), ("dpm", "explicit")])
-def test_every_step_is_the_eager_one(pipe: MoMA, jobs: list[Job], solver: str, impl: str) -> None:
+def test_every_step_is_the_eager_one(pipe: Pipeline, jobs: list[Job], solver: str, impl: str) -> None:
     """Two subjects, several kinds of steps; no result is overwritten by a later replay."""
-    pipe, recorder = pipe.with_method(replace(DEFAULT, attention=impl)), Rerun()
-    eager = steps(pipe, pipe.unet, jobs, solver)
-    unet = GraphedUNet(pipe.unet, lambda: recorder)
+    pipe, recorder = pipe.with_config(replace(DEFAULT, attention=impl)), Rerun()
+    eager = steps(pipe, pipe.base.unet, jobs, solver)
+    unet = GraphedUNet(pipe.base.unet, lambda: recorder)
     graphed = steps(pipe, unet, jobs, solver)
     for a, b in zip(graphed, eager, strict=True):
-        for name in ("latents", "noise_pred", "m_gen"):
-            same(getattr(a, name), getattr(b, name), 1e-5)
-    assert all(isinstance(one.hook, MoMAHook) for one in unet.recordings.values())  # their memory is held
+        for x, y in (
+            (a.latents, b.latents),
+            (a.noise_pred, b.noise_pred),
+            (a.state["m_gen"], b.state["m_gen"]),
+        ):
+            same(x, y, 1e-5)
+    assert all(isinstance(one.hook, MoMAHook) for one in unet.graphs.values())  # their memory is held
     # 7 steps have a mask; of each kind one runs eagerly. "fused" has as many kinds as numbers of queries.
     assert recorder.replayed == ([0] * 2 + [1] * 3 if impl == "fused" else [0] * 6)
 
 
-def test_guidance_at_some_steps(pipe: MoMA, jobs: list[Job]) -> None:
+def test_guidance_at_some_steps(pipe: Pipeline, jobs: list[Job]) -> None:
     """Steps with both rows of guidance and with one are recorded apart."""
     recorder, interval = Rerun(), (500, TIMESTEPS)
-    eager = steps(pipe, pipe.unet, jobs, "ddim", interval)
-    graphed = steps(pipe, GraphedUNet(pipe.unet, lambda: recorder), jobs, "ddim", interval)
+    eager = steps(pipe, pipe.base.unet, jobs, "ddim", interval)
+    graphed = steps(pipe, GraphedUNet(pipe.base.unet, lambda: recorder), jobs, "ddim", interval)
     for a, b in zip(graphed, eager, strict=True):
         same(a.latents, b.latents, 1e-5)
     assert len(recorder.replayed) > 1 and recorder.recorded >= 2
 
 
-def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawing(pipe: Pipeline, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch of two and two of one: each batch has recordings of its own, gone before its decoding."""
     made: list[Rerun] = []
 
@@ -183,7 +183,7 @@ def test_a_drawing(pipe: MoMA, jobs: list[Job], monkeypatch: pytest.MonkeyPatch)
     ("kind", "message"),
     [(Refusing, "cannot be recorded .operation not permitted when"), (Wrong, "differs from the eager")],
 )
-def test_fallback(pipe: MoMA, jobs: list[Job], kind: type[Rerun], message: str) -> None:
+def test_fallback(pipe: Pipeline, jobs: list[Job], kind: type[Rerun], message: str) -> None:
     """One warning, then everything is eager, in the next batch too; the images are the same."""
     made: list[Rerun] = []
 
@@ -199,16 +199,16 @@ def test_fallback(pipe: MoMA, jobs: list[Job], kind: type[Rerun], message: str) 
 
 
 @torch.no_grad()
-def test_kinds_of_calls(pipe: MoMA, jobs: list[Job]) -> None:
+def test_kinds_of_calls(pipe: Pipeline, jobs: list[Job]) -> None:
     """Another Q, no subject term or no M_gen is another key; other values of a mask are the same key."""
-    guide = pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG)
+    conditioning = condition(pipe, jobs, CONFIG)
 
     def key(t: int, filled: int | None) -> tuple:
         """filled: rows of 16 cells of both images that are inside M_gen."""
         m_gen = None if filled is None else torch.zeros(2, 1, 16, 16)
         if filled:
             m_gen[:, :, :filled] = torch.rand(2, 1, filled, 16) / 2 + 0.5
-        hook = guide.hook(t, m_gen)
+        hook = conditioning.hook(t, m_gen)
         assert isinstance(hook, RecordableHook)
         hook.prepare([(16, 16), (8, 8), (16, 16)])
         return hook.key(), tuple(tensor.shape for tensor in hook.inputs())
@@ -224,8 +224,10 @@ def test_kinds_of_calls(pipe: MoMA, jobs: list[Job]) -> None:
         key(960, None),
     ]
     assert len(set(others)) == len(others)
-    again = pipe.guide(jobs, [pipe.embed(job.subject, job.prompt) for job in jobs], CONFIG)
-    assert again.hook(960, None).key() != guide.hook(960, None).key()  # other conditioning: other memory
+    again = condition(pipe, jobs, CONFIG)
+    assert (
+        again.hook(960, None).key() != conditioning.hook(960, None).key()
+    )  # other conditioning: other memory
 
 
 class PlainHook:
@@ -238,24 +240,25 @@ class PlainHook:
 
 
 @torch.no_grad()
-def test_without_a_hook_and_with_a_foreign_one(pipe: MoMA) -> None:
+def test_without_a_hook_and_with_a_foreign_one(pipe: Pipeline) -> None:
     """Plain Stable Diffusion is recorded; a hook without the contract always runs eagerly."""
     recorder = Rerun()
-    unet = GraphedUNet(pipe.unet, lambda: recorder)
-    text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
+    unet = GraphedUNet(pipe.base.unet, lambda: recorder)
+    conditioning = text_only(pipe, text_states(pipe, "", "a cat"))
+    text = conditioning.text
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    path = solver_steps(pipe.schedule, 4, "ddim")
-    *_, eager = denoise(pipe.unet, TextOnly(text), path, x, 7.5, "ddim")
-    *_, graphed = denoise(unet, TextOnly(text), path, x, 7.5, "ddim")
+    path = solver_steps(pipe.base.schedule, 4, "ddim")
+    *_, eager = denoise(pipe.base.unet, conditioning, path, x, 7.5, "ddim")
+    *_, graphed = denoise(unet, conditioning, path, x, 7.5, "ddim")
     same(graphed.latents, eager.latents, 1e-5)
     assert recorder.replayed == [0, 0, 0]  # to compare, and for the two steps after that
     rows = torch.cat([x, x])
     early, late = (torch.full((2,), t) for t in (900, 10))
     kept = [unet(rows, t, text)[0] for t in (early, late)]  # the second one spares the first
     for found, t in zip(kept, (early, late), strict=True):
-        same(found, pipe.unet(rows, t, text)[0], 1e-5)
+        same(found, pipe.base.unet(rows, t, text)[0], 1e-5)
     for t in (early, late, early):
-        assert torch.equal(unet(rows, t, text, PlainHook())[0], pipe.unet(rows, t, text, PlainHook())[0])
+        assert torch.equal(unet(rows, t, text, PlainHook())[0], pipe.base.unet(rows, t, text, PlainHook())[0])
     assert recorder.recorded == 1
 
 
@@ -264,7 +267,3 @@ def test_choice() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 3)
     assert choose_recorder("auto", cpu) is choose_recorder("off", cpu) is choose_recorder("off", gpu) is None
     assert choose_recorder("auto", gpu).func is choose_recorder("on", gpu).func is CudaRecorder
-    with pytest.raises(ValueError, match="need a CUDA device, this is cpu"):
-        choose_recorder("on", cpu)
-    with pytest.raises(ValueError, match="expected auto, on, off"):
-        choose_recorder("yes", gpu)

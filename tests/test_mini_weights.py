@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import sample
-from moma import MoMA
 from moma.app import options as cli
 from moma.inputs.preprocess import find_mask, open_image
 from moma.inputs.regions import middle
@@ -90,7 +89,7 @@ def test_an_image_without_transparency_needs_no_mask(
 
 def test_strength_brings_the_subjects_colours() -> None:
     """The same noise without and with the subject: the second is nearer to the reference."""
-    pipe, seen = MoMA.load(MINI), open_image(ROOT / "examples" / "cat.png")
+    pipe, seen = load(MINI), open_image(ROOT / "examples" / "cat.png")
     subject = pipe.encode_subject(seen, find_mask(seen).mask, "cat")
     config = SampleConfig(steps=15)
     drawn = [

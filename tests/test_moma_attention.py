@@ -12,7 +12,7 @@ from moma.methods.moma.attention import (
     context_cross_attention,
     drop_background,
     gate_inside,
-    queries_asked,
+    gathered_queries,
     subject_self_attention,
 )
 
@@ -62,7 +62,9 @@ def test_fused_equals_explicit(counts: list[int]) -> None:
     explicit = self_attention(ref, "explicit")
     torch.testing.assert_close(self_attention(dropped, "fused"), explicit, rtol=0, atol=1e-6)
     for row in range(R):  # the rest of the batch does not matter
-        alone = replace(ref, k=ref.k[row : row + 1], v=ref.v[row : row + 1], keep=ref.keep[row : row + 1])
+        alone = replace(
+            ref, k=ref.k[row : row + 1], v=ref.v[row : row + 1], key_mask=ref.key_mask[row : row + 1]
+        )
         single = self_attention(drop_background(alone), "fused", slice(row, row + 1))
         torch.testing.assert_close(single, explicit[row : row + 1], rtol=0, atol=1e-6)
 
@@ -114,7 +116,7 @@ def test_queries_inside_suffice(
 def test_numbers_of_queries(n: int) -> None:
     """Enough for those inside, hardly more; few different ones where each would be recorded."""
     for recorded, spare in ((False, 64), (True, n // 4)):
-        asked = {inside: queries_asked(inside, n, recorded) for inside in range(n + 1)}
+        asked = {inside: gathered_queries(inside, n, recorded) for inside in range(n + 1)}
         assert asked[0] == 0 and asked[n] is None and (len(set(asked.values())) <= 5 or not recorded)
         for inside, count in asked.items():
             assert inside > 0.9 * n - spare if count is None else 0 <= count - inside < spare
@@ -137,7 +139,7 @@ def test_equation_3_by_hand() -> None:
     beta = [0.4, 1.0, 1.2, 0.0]
     for r, h, n in [(0, 0, 0), (1, 2, 7), (2, 1, 19), (3, 0, 3)]:
         plain = (q[r, h, n] @ k[r, h].T / D**0.5).softmax(-1) @ v[r, h]
-        k_ref, v_ref = ref.k[r, h][ref.keep[r]], ref.v[r, h][ref.keep[r]]
+        k_ref, v_ref = ref.k[r, h][ref.key_mask[r]], ref.v[r, h][ref.key_mask[r]]
         subject = (q[r, h, n] @ k_ref.T / D**0.5).softmax(-1) @ v_ref
         torch.testing.assert_close(z[r, h, n], plain + 0.7 * subject * m_gen[r, 0, n, 0] * beta[r])
 
@@ -200,7 +202,7 @@ def test_gradients_agree() -> None:
 def test_dtype_does_not_depend_on_the_mask() -> None:
     """Under autocast λ is float32: what comes out is of q's dtype, whichever queries are asked."""
     ref = reference([3, 24, 1, 9])
-    low = drop_background(ReferenceLayer(ref.k.bfloat16(), ref.v.bfloat16(), ref.keep))
+    low = drop_background(ReferenceLayer(ref.k.bfloat16(), ref.v.bfloat16(), ref.key_mask))
     q, k, v = (rand(R, H, 4 * N, D, seed=s).bfloat16() for s in (3, 4, 5))
     found = []
     for share in (0.0, 0.3, 1.0):
@@ -213,7 +215,7 @@ def test_dtype_does_not_depend_on_the_mask() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_near(dtype: torch.dtype) -> None:
     ref = reference([3, 24, 0, 9])
-    low = drop_background(ReferenceLayer(ref.k.to(dtype), ref.v.to(dtype), ref.keep))
+    low = drop_background(ReferenceLayer(ref.k.to(dtype), ref.v.to(dtype), ref.key_mask))
     q, k, v = (rand(R, H, N, D, seed=s).to(dtype) for s in (3, 4, 5))
     one = torch.ones(1, dtype=dtype)
     z = subject_self_attention(q, k, v, low, Gate(1.0), one, 1.0, "fused")

@@ -8,7 +8,7 @@ import pytest
 
 from models.tokenizers import ClipTokenizer
 from moma.methods.moma.feature_decoder import instruction
-from moma.methods.prompts import check_prompt, label_positions, sd_prompt
+from moma.methods.prompts import label_positions, read_prompt, sd_prompt
 from moma.weights.tiny import build_tokenizers
 
 
@@ -19,11 +19,15 @@ def tokenizer(tmp_path_factory) -> ClipTokenizer:
     return ClipTokenizer(folder / "vocab.json", folder / "merges.txt")
 
 
+def positions(tokenizer: ClipTokenizer, text: str, subject: str, *mode: str) -> list[int]:
+    return label_positions(tokenizer, tokenizer.encode(text), text, subject, *mode)
+
+
 def labelled(tokenizer: ClipTokenizer, text: str, subject: str) -> list[str]:
     """The stretches of the text whose tokens are chosen; neighbouring tokens joined."""
     encoding = tokenizer.encode(text)
     chosen = set()
-    for position in label_positions(tokenizer, text, subject):
+    for position in positions(tokenizer, text, subject):
         chosen.update(range(*encoding.spans[position]))
     marked = "".join(c if i in chosen else "|" for i, c in enumerate(text))
     return [part for part in marked.split("|") if part]
@@ -70,41 +74,39 @@ def test_phrase_of_two_words_needs_both(tokenizer):
 def test_first_piece_takes_stray_words_as_the_release_does(tokenizer):
     text = sd_prompt("teddy bear", "A teddy bear and a bear rug")
     encoding = tokenizer.encode(text)
-    words = [
-        text[slice(*encoding.spans[i])] for i in label_positions(tokenizer, text, "teddy bear", "first_piece")
-    ]
-    assert words.count("bear") == 3 and len(words) > len(label_positions(tokenizer, text, "teddy bear"))
-    assert label_positions(tokenizer, "nothing of it", "dog", "first_piece") == []
+    words = [text[slice(*encoding.spans[i])] for i in positions(tokenizer, text, "teddy bear", "first_piece")]
+    assert words.count("bear") == 3 and len(words) > len(positions(tokenizer, text, "teddy bear"))
+    assert positions(tokenizer, "nothing of it", "dog", "first_piece") == []
 
 
 def test_positions_count_from_the_begin_token(tokenizer):
     encoding = tokenizer.encode("cat")
-    assert label_positions(tokenizer, "cat", "cat") == [i for i, span in enumerate(encoding.spans) if span]
-    assert label_positions(tokenizer, "cat", "cat")[0] == 1
+    assert positions(tokenizer, "cat", "cat") == [i for i, span in enumerate(encoding.spans) if span]
+    assert positions(tokenizer, "cat", "cat")[0] == 1
 
 
 def test_absent_subject_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="'dog' is not in the prompt"):
-        label_positions(tokenizer, "photo of a hotdog", "dog")
+        positions(tokenizer, "photo of a hotdog", "dog")
 
 
 def test_subject_beyond_the_limit_is_an_error(tokenizer):
     text = "7 " * 74 + "cat cat"
-    assert label_positions(tokenizer, text, "cat") == [75]  # the last place before END; the second one is cut
+    assert positions(tokenizer, text, "cat") == [75]  # the last place before END; the second one is cut
     with pytest.raises(ValueError, match="beyond the text encoder's limit of 77 tokens"):
-        label_positions(tokenizer, "7 " * 75 + "cat", "cat")
+        positions(tokenizer, "7 " * 75 + "cat", "cat")
 
 
 def test_phrase_cut_in_the_middle_does_not_count(tokenizer):
-    pieces = len(label_positions(tokenizer, "axolotl", "axolotl"))
+    pieces = len(positions(tokenizer, "axolotl", "axolotl"))
     assert pieces > 1
     for room, fits in ((pieces, True), (pieces - 1, False)):
         text = "7 " * (75 - room) + "axolotl"
         if fits:
-            assert len(label_positions(tokenizer, text, "axolotl")) == pieces
+            assert len(positions(tokenizer, text, "axolotl")) == pieces
         else:
             with pytest.raises(ValueError, match="beyond"):
-                label_positions(tokenizer, text, "axolotl")
+                positions(tokenizer, text, "axolotl")
 
 
 @pytest.mark.parametrize(
@@ -119,18 +121,30 @@ def test_phrase_cut_in_the_middle_does_not_count(tokenizer):
         ("cat", "7 " * 90 + "cat", "beyond"),
     ],
 )
-def test_check_prompt(tokenizer, subject, prompt, message):
+def test_what_cannot_be_drawn(tokenizer, subject, prompt, message):
     with pytest.raises(ValueError, match=message) as error:
-        check_prompt(subject, prompt, tokenizer=tokenizer)
+        read_prompt([tokenizer], [subject], prompt)
     assert "\n" not in str(error.value)
 
 
-def test_check_prompt_tolerates(tokenizer):
-    check_prompt("cat", "two CATS", tokenizer=tokenizer)
-    check_prompt("cat", "a cat" + " 7" * 90, tokenizer=tokenizer)  # only the end is cut
-    check_prompt("cat", "a dog", absent_label="ignore", tokenizer=tokenizer)
+def test_what_can_be_drawn(tokenizer):
+    assert read_prompt([tokenizer], ["cat"], "two CATS").labels[0]
+    assert read_prompt([tokenizer], ["cat"], "a cat" + " 7" * 90).truncated  # only the end is cut
+    assert not read_prompt([tokenizer], ["cat"], "a cat").truncated
+    read_prompt([tokenizer], ["cat"], "a dog", absent_label="ignore")
     with pytest.raises(ValueError, match="empty"):
-        check_prompt("cat", "", absent_label="ignore")
+        read_prompt([tokenizer], ["cat"], "", absent_label="ignore")
+
+
+def test_any_number_of_subjects_and_tokenizers(tokenizer):
+    """Without a subject the prompt is the text; each subject has its own label."""
+    plain = read_prompt([tokenizer, tokenizer], [], "on the beach")
+    assert plain.text == "on the beach" and plain.labels == () and len(plain.encodings) == 2
+    both = read_prompt([tokenizer], ["cat", "dog"], "a cat beside a dog")
+    assert both.text == "photo of a cat and a dog. a cat beside a dog"
+    assert not set(both.labels[0]) & set(both.labels[1]) and all(len(label) == 2 for label in both.labels)
+    with pytest.raises(ValueError, match="'dog'"):
+        read_prompt([tokenizer], ["cat", "dog"], "a cat")
 
 
 @pytest.mark.skipif("MOMA_TOKENIZERS" not in os.environ, reason="needs the public tokenizer files")
@@ -143,6 +157,6 @@ def test_release_positions_with_the_public_tokenizer():
     )
     for row in rows:
         text = sd_prompt(row["subject"], row["prompt"])
-        assert label_positions(tokenizer, text, row["subject"], "first_piece") == row["positions"], text
+        assert positions(tokenizer, text, row["subject"], "first_piece") == row["positions"], text
     bears = sd_prompt("teddy bear", "A teddy bear and a bear rug in the snow.")
-    assert label_positions(tokenizer, bears, "teddy bear") == [4, 5, 8, 9]
+    assert positions(tokenizer, bears, "teddy bear") == [4, 5, 8, 9]

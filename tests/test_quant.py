@@ -27,7 +27,7 @@ from moma.bench import rounding
 from moma.methods.moma.config import DEFAULT
 from moma.mini import pretrain
 from moma.sampling.config import SampleConfig
-from moma.sampling.pipeline import MoMA, Subject
+from moma.sampling.pipeline import Subject
 from moma.training import stage1, stage2
 from moma.training.config import TrainConfig
 from moma.weights.bundle import Bundle, config_from_json
@@ -183,7 +183,7 @@ def few(plain: Bundle) -> dict[int, Bundle]:
     return found
 
 
-def subject_of(pipe: MoMA) -> Subject:
+def subject_of(pipe: Pipeline) -> Subject:
     image = Image.radial_gradient("L").resize((64, 64))
     mask = image.point(lambda value: 255 * (value < 100))
     return pipe.encode_subject(image.convert("RGB"), mask, "cat")
@@ -193,8 +193,8 @@ def subject_of(pipe: MoMA) -> Subject:
 def test_embedding_is_near_the_plain_ones(
     plain: Bundle, few: dict[int, Bundle], bits: int, least: float
 ) -> None:
-    pipes = [MoMA.load(bundle.folder, device="cpu", dtype="fp32") for bundle in (plain, few[bits])]
-    wanted, found = (pipe.embed(subject_of(pipe), "a cat in the snow") for pipe in pipes)
+    pipes = [load(bundle.folder, device="cpu", dtype="fp32") for bundle in (plain, few[bits])]
+    wanted, found = (embed(pipe, subject_of(pipe), "a cat in the snow") for pipe in pipes)
     assert least < F.cosine_similarity(wanted, found).item() < 0.999999
 
 
@@ -248,7 +248,7 @@ def test_streamed_equals_resident(few: dict[int, Bundle], bits: int) -> None:
 
 
 def test_an_image(few: dict[int, Bundle]) -> None:
-    pipe = MoMA.load(few[4].folder, device="cpu")
+    pipe = load(few[4].folder, device="cpu")
     (image,) = pipe.sample(subject_of(pipe), "a cat on the beach", config=SampleConfig(steps=2))
     assert image.size == (64, 64)
 

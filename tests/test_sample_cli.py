@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 import sample
+from moma import load_segmenter
 from moma.app.options import SCENES
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
+from moma.methods.moma.feature_decoder import FeatureDecoder
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
@@ -84,7 +87,7 @@ def test_command_and_replay_in_new_processes(tmp_path, weights, cat):
 def test_mistake_in_a_new_process_is_one_line(tmp_path):
     done = command("--ref", "no.png", "--subject", "cat", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "sample.py: image 'no.png': no such file\n"
+    assert done.stderr == "sample.py: error: image 'no.png': no such file\n"
 
 
 @pytest.mark.parametrize("preset", ["default", "release", "paper"])
@@ -124,7 +127,7 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     assert set(os.listdir(out)) == names
     assert Image.open(out / "two-cats-seed6.png").size == (136, 72)
     record = read_record(out / "two-cats-seed6.png")
-    assert (record.prompt, record.seed, record.subject_seed) == ("two CATS", 6, 0)
+    assert (record.prompt, record.seed, record.method_name) == ("two CATS", 6, "moma")
     assert not np.array_equal(pixels(out / "two-cats-seed5.png"), pixels(out / "two-cats-seed6.png"))
     # One row for the reference, two (images, masks) for each of three prompts.
     assert Image.open(out / "cat-sheet.png").height > 6 * 256
@@ -170,18 +173,18 @@ def test_guidance_interval_is_recorded_and_replayed(tmp_path, weights, cat):
 
 def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, capsys):
     """The MLLM resident, streamed or not there at all: the same images. It goes before the UNet comes."""
-    load_decoder, load, decoders = sample.load_decoder, sample.MoMA.load, []
+    load_decoder, load, decoders = FeatureDecoder.load, sample.load_pipeline, []
 
     def watched_decoder(*args: object) -> object:
         decoders.append(weakref.ref(decoder := load_decoder(*args)))
         return decoder
 
-    def watched_load(*args: object, **options: object) -> object:
+    def watched_load(*args: object) -> object:
         assert all(decoder() is None for decoder in decoders)
-        return load(*args, **options)
+        return load(*args)
 
-    monkeypatch.setattr(sample, "load_decoder", watched_decoder)
-    monkeypatch.setattr(sample.MoMA, "load", watched_load)
+    monkeypatch.setattr(FeatureDecoder, "load", watched_decoder)
+    monkeypatch.setattr(sample, "load_pipeline", watched_load)
 
     def draw(name: str, *options: object) -> tuple[np.ndarray, str]:
         args = ["--ref", cat, "--weights", weights, "--prompt", "a cat", "--num", 2, *QUICK, *options]
@@ -216,14 +219,47 @@ def test_tiles_on_request(tmp_path, weights, cat):
     assert np.array_equal(results["128", "on"], results["128", "off"])
 
 
-def test_tiny_bundle_stands_in_when_there_are_no_weights(tmp_path, cat, monkeypatch, capsys):
+def test_no_weights_at_all(tmp_path, cat, monkeypatch, capsys):
     monkeypatch.setattr(sample, "WEIGHTS", [tmp_path / "none"])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for _ in range(2):  # made, then found
-        assert run("--ref", cat, "--out", tmp_path / "out", *QUICK) == 0
-        printed = capsys.readouterr().out
-        assert "pseudo-random" in printed and "noise" in printed and "README.md" in printed
-    assert sorted(os.listdir(tmp_path / "cache" / "moma")) == ["embeddings", "tiny"]
+    assert run("--ref", cat, "--out", tmp_path / "out", *QUICK) == 2
+    assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["text", "reference-attention", "half-mask"])
+def test_other_methods_draw_and_replay(tmp_path, weights, cat, method):
+    options = ["--ref", cat, "--weights", weights, "--method", method, *QUICK]
+    assert run(*options, "--out", tmp_path / "a") == 0
+    assert run(*options[:4], "--out", tmp_path / "moma", *QUICK) == 0
+    first = only(tmp_path / "a", "*-seed0.png")
+    assert read_record(first).method_name == method
+    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*-seed0.png")))
+    assert not np.array_equal(pixels(first), pixels(only(tmp_path / "moma", "*-seed0.png")))
+
+
+def test_text_alone_needs_no_subject(tmp_path, weights):
+    options = ["--weights", weights, "--method", "text", "--prompt", "on the beach", *FAST]
+    assert run(*options, "--out", tmp_path / "a") == 0
+    first = only(tmp_path / "a", "on-the-beach-seed0.png")
+    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "on-the-beach-seed0.png")))
+
+
+def test_an_older_record_is_replayed(tmp_path, weights, cat):
+    """Before there were several methods a record named none, and the seed of the reference's noise was 0."""
+    assert run("--ref", cat, "--weights", weights, "--out", tmp_path / "a", *QUICK) == 0
+    first = only(tmp_path / "a", "*-seed0.png")
+    image = Image.open(first)
+    settings = json.loads(image.info["moma"])
+    for name in ("method_name",):
+        del settings[name]
+    del settings["method"]["m_gen_share"]
+    for seed, status in ((0, 0), (3, 2)):
+        info = PngInfo()
+        info.add_itxt("moma", json.dumps(settings | {"subject_seed": seed}))
+        image.save(tmp_path / "old.png", pnginfo=info)
+        assert run("--replay", tmp_path / "old.png", "--out", tmp_path / f"b{seed}") == status
+    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b0", "*-seed0.png")))
 
 
 def test_trained_weights_come_first(tmp_path, weights, monkeypatch):
@@ -272,7 +308,7 @@ def sams(monkeypatch) -> list[weakref.ref]:
         loaded.append(weakref.ref(sam := FlatSAM()))
         return Segmenter(sam)
 
-    monkeypatch.setattr(sample.Segmenter, "load", load)
+    monkeypatch.setattr(sample, "load_segmenter", load)
     return loaded
 
 
@@ -283,7 +319,7 @@ def masks_only(monkeypatch) -> None:
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "decode", stop)
+    monkeypatch.setattr(sample, "precompute", stop)
 
 
 @pytest.fixture
@@ -324,8 +360,8 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
 
         return watched
 
-    for owner, name in ((sample, "load_decoder"), (sample.MoMA, "load")):
-        monkeypatch.setattr(owner, name, gone(getattr(owner, name)))
+    for name in ("precompute", "load_pipeline"):
+        monkeypatch.setattr(sample, name, gone(getattr(sample, name)))
     assert run("--ref", street, "--weights", weights_with_sam, "--out", tmp_path / "a", *SHOT) == 0
     mask = tmp_path / "a" / "toy-mask.png"
     assert f"mask from SAM (its main object), kept in {mask}" in capsys.readouterr().out
@@ -388,7 +424,7 @@ def test_which_mask_comes_first(tmp_path, weights_with_sam, sams, masks_only, st
 
 
 def test_sam_of_the_bundle_is_loaded(weights_with_sam):
-    segmenter = Segmenter.load(weights_with_sam, "cpu")
+    segmenter = load_segmenter(weights_with_sam, "cpu")
     assert len(segmenter.candidates(Image.new("RGB", (50, 40)), [(3, 4)], [(2, 2, 30, 30)])) == 7
 
 
@@ -424,13 +460,13 @@ def no_loading(monkeypatch) -> None:
     def load(*args: object, **options: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(sample.MoMA, "load", load)
-    monkeypatch.setattr(sample, "load_decoder", load)
+    monkeypatch.setattr(sample, "load_pipeline", load)
+    monkeypatch.setattr(FeatureDecoder, "load", load)
 
 
 CAT_ALONE, DOG = "--ref {}/cat.png", "--ref {}/dog.png"
 MISTAKES = {  # {} = the folder of `files`
-    "": "Give its image with --ref",
+    "": "Give an image of it with --ref",
     "--ref no.png --subject cat": "'no.png': no such file",
     "--ref {}/empty.txt --subject cat": "is not an image",
     DOG: "give a mask (--mask FILE",
@@ -476,7 +512,13 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --guidance-interval 0 5000": "of 0 to 1000",
     f"{CAT_ALONE} --guidance-interval 300": "expected 2 arguments",
     f"{CAT_ALONE} --solver euler": "invalid choice",
-    f"{CAT_ALONE} --preset best": "invalid choice",
+    f"{CAT_ALONE} --preset best": "preset 'best'",
+    f"{CAT_ALONE} --method mine": "invalid choice",
+    f"{CAT_ALONE} --method ip-adapter": "has no ip_adapter",
+    f"{CAT_ALONE} --method text --set m_gen_eps=0": "m_gen_eps",
+    "--method text": "Give an image of it with --ref",
+    "--prompt 'a cat'": "Give an image of it with --ref",
+    "--method text --prompt ''": "the prompt is empty",
     f"{CAT_ALONE} --set geometry": "expected FIELD=VALUE",
     f"{CAT_ALONE} --set geometry=stretch": "'squash'",
     f"{CAT_ALONE} --set beta=1": "method field 'beta'",
@@ -518,7 +560,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_load
             args += [option, value]
     assert run(*args) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("sample.py: ") and printed.count("\n") == 1 and MISTAKES[line] in printed
+    assert printed.startswith("sample.py: error: ") and printed.count("\n") == 1 and MISTAKES[line] in printed
     assert set(files.rglob("*")) - before <= {files / "out"}
 
 
@@ -537,7 +579,11 @@ def test_mistakes_with_sam(tmp_path, street, weights_with_sam, sams, no_loading,
     args = ["--ref", street, "--weights", weights_with_sam, "--out", out, *SHOT]
     assert run(*args, *line.split()) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("sample.py: ") and printed.count("\n") == 1 and SAM_MISTAKES[line] in printed
+    assert (
+        printed.startswith("sample.py: error: ")
+        and printed.count("\n") == 1
+        and SAM_MISTAKES[line] in printed
+    )
     assert len(sams) == ("99" in line) and (not out.exists() or not os.listdir(out))
 
 
@@ -549,8 +595,8 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
     def load(*args: object, **options: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(sample.MoMA, "load", load)
-    monkeypatch.setattr(sample, "load_decoder", load)
+    monkeypatch.setattr(sample, "load_pipeline", load)
+    monkeypatch.setattr(FeatureDecoder, "load", load)
 
     def refused(message: str, *args: object) -> None:
         capsys.readouterr()
@@ -563,7 +609,7 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
     manifest = json.loads((incomplete / "config.json").read_text())
     del manifest["networks"]["adapter"]
     (incomplete / "config.json").write_text(json.dumps(manifest))
-    refused("has no adapter", "--weights", incomplete)
+    refused("are not those of", "--weights", incomplete)
     refused("made without a mask file", "--mask", cat)
     refused("not the file that", "--ref", first)
     cat.rename(tmp_path / "moved.png")

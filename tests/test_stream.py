@@ -15,7 +15,7 @@ from torch import Tensor
 from models.tokenizers import IMAGE_TOKEN
 from models.weights.loading import LazyTensor
 from models.weights.stream import StreamedLlava, one_after_another
-from moma import Job, MethodConfig, MoMA, SampleConfig
+from moma import Job, MethodConfig, SampleConfig
 from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, MLLMInput
 from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, max_batch
 from moma.sampling.pipeline import load_decoder
@@ -91,9 +91,9 @@ def test_pipeline(folder: Path) -> None:
     size, drawn = SampleConfig(steps=2, height=64, width=64), []
     mask = Image.fromarray(np.uint8(255) * (np.hypot(*np.ogrid[-45:45, -45:45]) < 30))
     for stream in ("off", "on", "none"):
-        pipe = MoMA.load(folder, "cpu", "fp32", stream="on", decoder=stream != "none")
+        pipe = load(folder, device="cpu", dtype="fp32", stream="on", decoder=stream != "none")
         if stream == "off":
-            pipe = MoMA.load(folder, "cpu", "fp32", stream="off")
+            pipe = load(folder, device="cpu", dtype="fp32", stream="off")
         subject = pipe.encode_subject(image(0), mask, "cat")
         jobs = [Job(subject, prompt, 0) for prompt in ("a cat", "two cats")]
         if stream == "none":
@@ -236,11 +236,11 @@ def test_choice_follows_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert bundle.nbytes(("llava",), torch.bfloat16) == llava // 2
     monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[decoder] + 1)
     assert load_decoder(folder, "cpu", "fp32").how.startswith("resident: 0.00 GB needed")
-    assert type(MoMA.load(folder, "cpu", "fp32").llava) is StreamedLlava
+    assert type(load(folder, device="cpu", dtype="fp32").llava) is StreamedLlava
     monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[everything] + 1)
-    assert type(MoMA.load(folder, "cpu", "fp32").llava) is not StreamedLlava
+    assert type(load(folder, device="cpu", dtype="fp32").llava) is not StreamedLlava
     with pytest.raises(ValueError, match="stream 'maybe'"):
-        MoMA.load(folder, "cpu", "fp32", stream="maybe")
+        load(folder, device="cpu", dtype="fp32", stream="maybe")
 
 
 V1 = "4:memory:/outer/inner\n0::/\n"

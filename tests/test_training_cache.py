@@ -11,7 +11,7 @@ import torch
 
 from convert_weights import convert
 from models.clip_image import clip_image
-from moma import DEFAULT, MoMA
+from moma import DEFAULT
 from moma.data.triplets import load, open_source
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.config import MethodConfig
@@ -70,24 +70,24 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 @torch.no_grad()
 def test_holds_what_the_pipeline_computes(bundle: Bundle, data: Path, cache: Cache) -> None:
     """Embeddings, latents, masks and texts of every sample against the sampler's own way to them."""
-    pipe, source = MoMA.load(bundle.folder, "cpu", "fp32"), open_source(data)
+    pipe, source = load(bundle.folder, device="cpu", dtype="fp32"), open_source(data)
     triplets = [load(source, raw) for i, raw in enumerate(source.read(0)) if i != BROKEN]
     assert cache.names == [(t.key, t.label, t.caption) for t in triplets]
     batch = cache.batch(torch.arange(len(cache)))
     for i, triplet in enumerate(triplets):
         image, mask = triplet.reference or (triplet.image, triplet.mask)
         subject = pipe.encode_subject(image, mask, triplet.label)
-        same(batch["embedding"][i], pipe.embed(subject, triplet.caption)[0])
+        same(batch["embedding"][i], embed(pipe, subject, triplet.caption)[0])
         for prefix, m, square in (
             ("", "m_gen", make_reference(triplet.image, triplet.mask, SIDE, DEFAULT)),
             ("ref_", "m_ref", subject.reference),
         ):
-            mean, std = pipe.vae.encode(square.image)
+            mean, std = pipe.base.vae.encode(square.image)
             same(batch[f"{prefix}mean"][i], mean[0])
             same(batch[f"{prefix}std"][i], std[0])
             assert torch.equal(unpack(batch[m], SIDE)[i], square.mask[0])
         for name, text in (("text", sd_prompt(triplet.label, triplet.caption)), ("label", triplet.label)):
-            same(batch[name][i], pipe.text(pipe.clip_tokenizer.ids([text]))[0][0])
+            same(batch[name][i], pipe.base.text_encoders[0](pipe.base.tokenizers[0].ids([text]))[0][0])
 
 
 def test_an_image_that_is_its_own_reference_is_kept_once(cache: Cache) -> None:

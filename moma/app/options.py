@@ -130,9 +130,9 @@ def _advanced(group: argparse._ArgumentGroup) -> None:
         metavar="G",
         help=f"classifier-free guidance scale (default: {base.guidance})",
     )
-    add("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help=f"timesteps, of {TIMESTEPS},"
-        " at which guidance acts; the others take half the time, but the image changes (docs/approximations.md;"
-        " default: all)")  # fmt: skip
+    add("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="timesteps"
+        f" of {TIMESTEPS} at which guidance acts; the others take half the time, but the image changes"
+        " (docs/approximations.md; default: all)")  # fmt: skip
     add("--preset", help="preset of the method, e.g. release or paper for moma, where the two differ"
         " (docs/choices.md; default: default)")  # fmt: skip
     add("--set", action="append", type=parse_field, metavar="FIELD=VALUE", help="set one field of the"

@@ -60,9 +60,9 @@ class Pipeline:
     def image_size(self) -> int:
         return self.base.image_size
 
-    def with_config(self, **changes: Any) -> "Pipeline":
-        """The same networks under other choices of the method. Subjects have to be encoded again."""
-        return replace(self, method=self.method.with_config(replace(self.method.config, **changes)))
+    def with_config(self, config: Any) -> "Pipeline":
+        """The same networks under another config of the method. Subjects have to be encoded again."""
+        return replace(self, method=self.method.with_config(config))
 
     @torch.no_grad()
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Any:

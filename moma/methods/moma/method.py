@@ -97,7 +97,7 @@ class MoMA(TextToImage):
         config.check(
             len(self.adapter.layers),
             self.decoder and self.decoder.llava.cfg.llama.layers,
-            self.base.tokenizers[0].length,
+            self.base.text_encoders[0].cfg.positions,
             self.adapter.token is not None,
         )
         decoder = self.decoder and FeatureDecoder(

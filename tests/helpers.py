@@ -1,0 +1,65 @@
+"""What many tests share: images and masks, comparisons, and short ways into the pipeline."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moma import Job, MoMASubject, Pipeline, SampleConfig
+from moma.methods.moma.conditioning import MoMAConditioning
+from moma.methods.moma.feature_decoder import MLLMInput
+from moma.methods.text import TextConditioning
+
+QUICK = SampleConfig(steps=3, height=64, width=64)
+
+
+def image(seed: int) -> Image.Image:
+    """120x90 pixels of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+
+
+def mask(radius: int) -> Image.Image:
+    """A disc in the middle of 120x90 pixels."""
+    y, x = np.ogrid[:90, :120]
+    return Image.fromarray(np.uint8(255) * ((y - 45) ** 2 + (x - 60) ** 2 < radius**2))
+
+
+def far(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() > 1e-2)
+
+
+def same(a: Tensor, b: Tensor, atol: float = 2e-4) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def latents(pipe: Pipeline, jobs: list[Job], config: SampleConfig = QUICK) -> Tensor:
+    return torch.cat([result.latents for result in pipe.run(jobs, config)])
+
+
+def embed(pipe: Pipeline, subject: MoMASubject, prompt: str) -> Tensor:
+    """MoMA's embedding (1, E) of one subject and prompt."""
+    return pipe.method.embed([MLLMInput(subject.reference.white, subject.word, prompt)])[0]
+
+
+def with_embedding(subject: MoMASubject, prompt: str, embedding: Tensor) -> MoMASubject:
+    """The subject with a given embedding for a prompt."""
+    return replace(subject, features={prompt: embedding})
+
+
+def condition(pipe: Pipeline, jobs: list[Job], config: SampleConfig) -> MoMAConditioning:
+    """The conditioning of one batch."""
+    with torch.no_grad():
+        return pipe.method.condition(pipe.method.prepare(jobs), config.sized(pipe.image_size))
+
+
+def text_states(pipe: Pipeline, *prompts: str) -> Tensor:
+    with torch.no_grad():
+        return pipe.base.encode_text(prompts).states
+
+
+def text_only(pipe: Pipeline, states: Tensor) -> TextConditioning:
+    """Plain Stable Diffusion on text states (2B, T, C)."""
+    with torch.no_grad():
+        return TextConditioning(pipe.base.unet.text_kv(states), None)
