@@ -125,7 +125,7 @@ MUTATIONS = (
     Mutation("every-rank-takes-the-same-samples", TRAINING, "torch.arange(number + rank,",
              "torch.arange(number,", "test_training_ranks test_training_loop test_stages"),
     Mutation("the-same-order-in-every-epoch", TRAINING, "generator_for(seed, -1 - epoch)",
-             "generator_for(seed, -1)", "test_training_loop test_stages"),
+             "generator_for(seed, -1)", "test_order"),
     Mutation("accumulated-gradients-not-averaged", TRAINING, "losses.mean() / cfg.accumulate",
              "losses.mean()", "test_training_loop test_training_ranks"),
     Mutation("resumes-at-the-data's-beginning", TRAINING, "return saved.step, saved.position",

@@ -146,9 +146,13 @@ def test_ldm_vae_as_diffusers_converts_it(scale) -> None:
 
 def test_old_vae_attention_names() -> None:
     public = run(keymaps.DIFFUSERS_VAE_OLD, meta(VAE), "out")
+    there = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for half in ("encoder", "decoder"):
-        for name in ("query", "key", "value", "proj_attn"):
-            assert public[f"{half}.mid_block.attentions.0.{name}.weight"].shape == (512, 512)
+        for name, ours in there.items():
+            key = f"{half}.mid_block.attentions.0.{name}.weight"
+            (found,) = keymaps.convert(keymaps.DIFFUSERS_VAE_OLD, [key]).names
+            assert found == f"{half}.mid_block.attentions.0.{ours}.weight"
+            assert public[key].shape == (512, 512)
     for ones in ((), (1,), (1, 1)):  # all three are met in files
         shaped = {
             name: torch.empty(*tensor.shape, *ones, device="meta")
