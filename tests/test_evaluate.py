@@ -69,7 +69,7 @@ def test_the_small_scorers_know_the_world() -> None:
     judge, clip = mini_scorers(MINI)
     specs = [spec(i, "test") for i in range(24)]
     images = [Image.fromarray(array) for array in draw_all(specs)[0].permute(0, 2, 3, 1).numpy()]
-    words = [words_of(s.label, s.scene, s.material, s.number, "", DEFAULT).rich for s in specs]
+    words = [words_of(what).rich for what in specs]
     seen, read = clip.embed_images(images), clip.embed_texts(words)
     assert torch.allclose(seen.norm(dim=1), torch.ones(24)) and torch.allclose(
         read.norm(dim=1), torch.ones(24)

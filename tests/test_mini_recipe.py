@@ -24,7 +24,7 @@ from moma.sampling.pipeline import MoMA
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
 from moma.world.words import colour_name, words_of
-from moma.world.world import render
+from moma.world.world import Spec, render
 from tests.fake_sam import SMALL
 from tests.test_training_loop import ROOT
 
@@ -111,9 +111,9 @@ def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
 
 def test_rich_captions_name_colours_and_the_worlds_do_not() -> None:
     cfg = MiniConfig().world
-    words = words_of("cat", "beach", None, 7, "a cat on the beach", cfg)
+    words = words_of(Spec("cat", 7, "beach", None, 0, 0), "a cat on the beach", cfg)
     assert words.rich.endswith("cat on the beach") and words.rich == words.subject + " on the beach"
-    assert words_of("cat", "beach", "icy", 7, "", cfg).subject == "an icy cat"
+    assert words_of(Spec("cat", 7, "beach", "icy", 0, 0), "", cfg).subject == "an icy cat"
     assert colour_name((0.8, 0.2, 0.2)) == "red" and colour_name((1, 1, 1)) == "white"
 
 

@@ -1,4 +1,4 @@
-"""The judges of MoMA-mini, the report's arithmetic, and whole reports on networks that draw noise."""
+"""The classifiers of MoMA-mini, the report's arithmetic, and whole reports on networks that draw noise."""
 
 import json
 import os
@@ -15,8 +15,7 @@ from moma.mini import approximations, report
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.sampler import TextOnly, denoise
 from moma.weights.tiny import build_tiny_bundle
-from moma.world import classifiers as probes
-from moma.world import world
+from moma.world import classifiers, world
 from moma.world.measures import iou, retrieved
 from tests.test_training_loop import ROOT
 
@@ -56,10 +55,10 @@ def shot(images):
 
 
 def test_background_change_and_tint():
-    truth = probes.Truth(*[torch.zeros(1)] * 5)
+    truth = classifiers.Truth(*[torch.zeros(1)] * 5)
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, 3:5, 3:5] = True
-    seen = probes.Judgement(truth, mask, torch.zeros(1, 2))
+    seen = classifiers.Prediction(truth, mask, torch.zeros(1, 2))
     grey = torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)
     subject = grey.clone()
     subject[..., 4:12, 4:12] = 255  # within the subject and one cell around it
@@ -83,23 +82,25 @@ def test_pairs_are_unseen_identities_in_other_scenes():
     for pair in pairs:
         assert pair.shown.number == pair.wanted.number >= first
         assert pair.shown.scene != pair.wanted.scene and pair.shown.material is None
-        near = {probes.neighbour(pair.wanted, step, cfg.world) for step in range(12)}
+        near = {world.neighbour(pair.wanted, step, cfg.world).number for step in range(12)}
         assert len(near) == 12 and min(near) >= first
     made_of = [pair.wanted.material for pair in report.make_pairs(8, world.MATERIALS, cfg)]
     assert made_of == [*world.MATERIALS] * 2
     assert any(world.held_out(p.wanted.label, p.wanted.scene, None) for p in pairs)
 
 
-def test_judges_learn_and_come_back_from_their_file(tmp_path):
+def test_classifiers_learn_and_come_back_from_their_file(tmp_path):
     found = world.render_many(range(24), "train", SMALL)
-    cfg = probes.ProbeConfig(held_out=8)
-    rows = probes.specs_of(found)
+    cfg = classifiers.ProbeConfig(held_out=8)
+    rows = world.specs_of(found)
     assert [what.label for what in rows] == [world.spec(i, "train", SMALL).label for i in range(24)]
-    truth = probes.truth_of(rows, SMALL)._asdict()
-    images, masks = probes.stacked(found["image"]), probes.stacked(found["mask"][..., None])
+    truth = classifiers.truth_of(rows, SMALL)._asdict()
+    images, masks = classifiers.stacked(found["image"]), classifiers.stacked(found["mask"][..., None])
     pairs = {"images": images, "masks": masks, **truth}
     torch.manual_seed(0)
-    task = probes.ProbeTask(probes.Probes(cfg), {k: torch.stack([v, v], dim=1) for k, v in pairs.items()})
+    task = classifiers.ProbeTask(
+        classifiers.Probes(cfg), {k: torch.stack([v, v], dim=1) for k, v in pairs.items()}
+    )
     labels = task.rows["label"][task.groups[task.groups[:, 0].argsort()]]  # (groups, 8, 2)
     assert len(task.groups.unique()) == 24 and (labels.diff(dim=1) >= 0).all(), "like classes stay together"
     batch, again = (task.assemble(torch.arange(2), torch.arange(2)) for _ in range(2))
@@ -118,34 +119,37 @@ def test_judges_learn_and_come_back_from_their_file(tmp_path):
     task.export(tmp_path)
     path = tmp_path / "probes.safetensors"
     assert path.stat().st_size < 2e6
-    first, second = probes.judge(task.model.probes, images), probes.judge(probes.load_probes(path), images)
+    first, second = (
+        classifiers.classify(task.model.probes, images),
+        classifiers.classify(classifiers.load_probes(path), images),
+    )
     assert torch.allclose(first.embedding, second.embedding, atol=0.02)
     unseen = world.render_many(range(20), "val", SMALL)
-    known = probes.accuracy(probes.load_probes(path), unseen, SMALL, distractors=2)
+    known = classifiers.accuracy(classifiers.load_probes(path), unseen, SMALL, distractors=2)
     assert set(known) == {"class", "scene", "material", "pattern", "colour", "mask", "identity"}
     asked = [world.spec(i, "val", SMALL) for i in range(20)]
-    shares = probes.agreement(probes.load_probes(path), unseen["image"], asked)
+    shares = classifiers.agreement(classifiers.load_probes(path), unseen["image"], asked)
     assert shares == pytest.approx({name: known[name] for name in shares})
     with pytest.raises(ValueError, match="does not fit Probes"):
-        probes.load_probes(path, probes.ProbeConfig(hidden=8))
+        classifiers.load_probes(path, classifiers.ProbeConfig(hidden=8))
 
 
 def test_contrast_is_lowest_for_matching_pairs():
     eye = torch.eye(4)
     right, wrong = torch.stack([eye, eye], dim=1), torch.stack([eye, eye.roll(1, 0)], dim=1)
     shown = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    assert probes.contrast(right, shown, 0.1).max() < 0.01
-    bad = probes.contrast(wrong, shown, 0.1)
+    assert classifiers.contrast(right, shown, 0.1).max() < 0.01
+    bad = classifiers.contrast(wrong, shown, 0.1)
     assert bad[:2].min() > 5 and bad[3] == 0
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny bundle with untrained judges."""
+    """A tiny bundle with untrained classifiers."""
     folder = tmp_path_factory.mktemp("report")
     build_tiny_bundle(folder / "tiny")
     torch.manual_seed(0)
-    probes.save_probes(folder / "probes.safetensors", probes.Probes())
+    classifiers.save_probes(folder / "probes.safetensors", classifiers.Probes())
     return folder
 
 

@@ -15,7 +15,7 @@ from moma.inputs.segment import Segmenter
 from moma.mini import SOURCE
 from moma.sampling.config import SampleConfig
 from moma.weights.bundle import SAMPLING, Bundle
-from moma.world import classifiers as probes
+from moma.world.classifiers import classify, load_probes, stacked
 from moma.world.measures import iou
 from moma.world.scenes import PLACES, SCENES
 from moma.world.world import CLASSES, render
@@ -34,14 +34,14 @@ def test_whole_and_small() -> None:
 def test_is_used_by_default_and_draws_what_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The shipped judges see a cat in the four scenes."""
+    """The shipped classifiers see a cat in the four scenes."""
     monkeypatch.setattr(sample, "WEIGHTS", sample.WEIGHTS[1:])  # whatever else lies there
     given = ["--ref", str(ROOT / "examples" / "cat.png"), "--steps", "15", "--out", str(tmp_path)]
     assert sample.run(given) == 0
     assert "MoMA-mini" in capsys.readouterr().out
     names = {scene: f"a-cat-{scene.replace(' ', '-')}-seed0.png" for scene in cli.SCENES}
     images = [np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in names.values()]
-    seen = probes.judge(probes.load_probes(MINI / "probes.safetensors"), probes.stacked(images)).truth
+    seen = classify(load_probes(MINI / "probes.safetensors"), stacked(images)).truth
     assert [CLASSES[i] for i in seen.label] == ["cat"] * len(names)
     assert [PLACES[SCENES[i]].phrase for i in seen.scene] == [*names]
 
@@ -96,8 +96,8 @@ def test_strength_brings_the_subjects_colours() -> None:
         pipe.sample(subject, "a cat on the beach", seeds=[0], strength=beta, config=config)[0]
         for beta in (0.0, 1.0)
     ]
-    judges = probes.load_probes(MINI / "probes.safetensors")
+    probes = load_probes(MINI / "probes.safetensors")
     white = subject.reference.white.resize(drawn[0].size)
-    colours = probes.judge(judges, probes.stacked([white, *drawn])).truth.colours[:, :3]  # (3, 3)
+    colours = classify(probes, stacked([white, *drawn])).truth.colours[:, :3]  # (3, 3)
     plain, shown = (colours[1:] - colours[0]).abs().mean(dim=1).tolist()
     assert shown < plain

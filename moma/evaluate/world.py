@@ -22,9 +22,9 @@ from moma.app.record import save_png
 from moma.evaluate.protocol import Prompt, Subject
 from moma.evaluate.scorers import BATCH, CLIPScorer, ImageScorer
 from moma.weights.bundle import Bundle
-from moma.world.classifiers import SEEDS, Probes, judge, load_probes, stacked
+from moma.world.classifiers import Probes, classify, load_probes, stacked
 from moma.world.drawing import stream
-from moma.world.world import CLASSES, DEFAULT, MATERIALS, SCENES, Spec, WorldConfig, draw, prompt
+from moma.world.world import CLASSES, DEFAULT, MATERIALS, SCENES, SEEDS, Spec, WorldConfig, draw, prompt
 
 PROBES, CLIP_HEADS = "probes.safetensors", "clip_heads.safetensors"  # files beside the bundle's own
 
@@ -94,7 +94,7 @@ class IdentityScorer:
         """Images of any size -> (N, E) of unit length."""
         side = (self.probes.cfg.side,) * 2
         seen = [image.convert("RGB").resize(side, Image.Resampling.BOX) for image in images]
-        return judge(self.probes, stacked(seen), BATCH).embedding
+        return classify(self.probes, stacked(seen), BATCH).embedding
 
 
 def mini_scorers(folder: Path) -> list[ImageScorer]:

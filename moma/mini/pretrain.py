@@ -61,12 +61,11 @@ from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, build_network
 from moma.weights.sources import exact_frequencies
 from moma.weights.tiny import learn_tokenizers, with_vocabularies
-from moma.world import classifiers as probes
+from moma.world import classifiers
 from moma.world.classifiers import BYTE
-from moma.world.drawing import stream
 from moma.world.measures import iou
 from moma.world.words import Words, words_of_renders
-from moma.world.world import CLASSES, SCENES, Spec, draw, held_out, render_many, spec
+from moma.world.world import CLASSES, draw, render_many, spec, trained_elsewhere
 
 T = TypeVar("T")
 
@@ -147,8 +146,8 @@ class Workspace:
         config, path = self.networks()[name], self.weights(stage, name)
         return load_into(lambda: build_network(name, config), [path], "cpu", torch.float32).eval()
 
-    def judges(self) -> probes.Probes:
-        return probes.load_probes(self.weights("judges", "probes"), self.cfg.probes)
+    def judges(self) -> classifiers.Probes:
+        return classifiers.load_probes(self.weights("judges", "probes"), self.cfg.probes)
 
     def share_of(self, batch: int) -> int:
         """This rank's samples of a step's. ValueError where it cannot be shared equally."""
@@ -197,10 +196,11 @@ def clip(workspace: Workspace) -> None:
 
 def judges(workspace: Workspace) -> None:
     """The probes, trained on renders alone; only gates and the report ask them."""
-    first = {name: values[: workspace.cfg.probes.pairs] for name, values in workspace.arrays("train").items()}
-    workspace.keep("second", lambda: probes.second_images(first, workspace.cfg.world))
-    task = probes.task(first, workspace.arrays("second"), workspace.cfg.world, workspace.cfg.probes)
-    workspace.fit("judges", task, workspace.cfg.probes.train)
+    cfg, world = workspace.cfg.probes, workspace.cfg.world
+    first = {name: values[: cfg.pairs] for name, values in workspace.arrays("train").items()}
+    workspace.keep("second", lambda: classifiers.second_images(first, world))
+    task = classifiers.probe_task(first, workspace.arrays("second"), world, cfg)
+    workspace.fit("judges", task, cfg.train)
 
 
 def sam(workspace: Workspace) -> None:
@@ -308,7 +308,7 @@ def clip_numbers(workspace: Workspace) -> dict[str, float]:
 
 def judges_numbers(workspace: Workspace) -> dict[str, float]:
     """How often the judges are right about renders."""
-    return probes.accuracy(workspace.judges(), workspace.arrays("val"), workspace.cfg.world)
+    return classifiers.accuracy(workspace.judges(), workspace.arrays("val"), workspace.cfg.world)
 
 
 @torch.no_grad()
@@ -335,7 +335,7 @@ def unet_numbers(workspace: Workspace) -> dict[str, float]:
     images = draw_texts(workspace, [sd_prompt(w.label, w.caption) for w in words])
     rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
     save_png(workspace.work / "unet" / "drawn.png", contact_sheet(rows))
-    return probes.agreement(workspace.judges(), images, asked)
+    return classifiers.agreement(workspace.judges(), images, asked)
 
 
 @torch.no_grad()
@@ -451,20 +451,12 @@ def write_triplets(workspace: Workspace) -> None:
                 label, caption = CLASSES[found["label"][i]], str(found["caption"][i])
                 other = None
                 if paired:
-                    twin = draw(another(spec(i, "train", workspace.cfg.world), i), workspace.cfg.world)
+                    shown = spec(i, "train", workspace.cfg.world)
+                    twin = draw(trained_elsewhere(shown, i), workspace.cfg.world)
                     other = (png(twin.image), png(twin.mask))
                 shards.add(
                     key, png(found["image"][i]), "png", png(found["mask"][i]), label, caption, reference=other
                 )
-
-
-def another(what: Spec, index: int) -> Spec:
-    """The same subject elsewhere, in its own colours; never in a combination that is held out."""
-    rng, scene = stream("another", index), what.scene
-    while scene == what.scene or held_out(what.label, scene, None):
-        scene = SCENES[rng.integers(len(SCENES))]
-    pose, place = (int(v) for v in rng.integers(1 << 31, size=2))
-    return replace(what, scene=scene, material=None, pose_seed=pose, scene_seed=place)
 
 
 def run_training(stage: str, workspace: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
@@ -512,7 +504,7 @@ def check_shares(workspace: Workspace) -> None:
     for part in (cfg.vae, cfg.clip, cfg.probes, cfg.segmenting, cfg.text_to_image, cfg.captioner):
         workspace.share_of(part.train.batch_size)
     workspace.share_of(cfg.stage_batch)
-    probes.groups_in(workspace.share_of(cfg.probes.train.batch_size), cfg.probes)
+    classifiers.groups_in(workspace.share_of(cfg.probes.train.batch_size), cfg.probes)
 
 
 # --- the recipe --------------------------------------------------------------------------------------

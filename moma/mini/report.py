@@ -41,11 +41,22 @@ from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
-from moma.world import classifiers as judges
-from moma.world.classifiers import BYTE, SEEDS, Judgement, Probes, draw_all, judge, neighbour, stacked
+from moma.world import classifiers
+from moma.world.classifiers import BYTE, Prediction, Probes, classify, draw_all, stacked
 from moma.world.drawing import stream
 from moma.world.measures import iou, retrieved
-from moma.world.world import MATERIALS, SCENES, Spec, WorldConfig, draw, held_out, prompt, spec
+from moma.world.world import (
+    MATERIALS,
+    SCENES,
+    Spec,
+    WorldConfig,
+    draw,
+    draw_seeds,
+    held_out,
+    neighbour,
+    prompt,
+    spec,
+)
 
 MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
 # Names of settings. The last of MASKS samples as the release does, where the bundle does otherwise.
@@ -101,9 +112,8 @@ def make_pairs(number: int, materials: Sequence[str | None], cfg: ReportConfig) 
             return list(pairs.values())
         shown, rng = replace(spec(i, "test", cfg.world), material=None), stream("report", i)
         scene = [scene for scene in SCENES if scene != shown.scene][rng.integers(len(SCENES) - 1)]
-        pose, place = (int(v) for v in rng.integers(SEEDS, size=2))
         material = materials[len(pairs) % len(materials)]
-        wanted = Spec(shown.label, shown.number, scene, material, pose, place)
+        wanted = Spec(shown.label, shown.number, scene, material, *draw_seeds(rng))
         pairs.setdefault((shown.label, shown.number), Pair(shown, wanted, seed=i))
 
 
@@ -176,7 +186,7 @@ def autoencoded(pipe: Steered, pairs: Sequence[Pair], cfg: ReportConfig) -> Draw
 
 def real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
     """What is asked for as the world draws it; step: of the identity so many numbers further."""
-    specs = [replace(p.wanted, number=neighbour(p.wanted, step, cfg.world)) for p in pairs]
+    specs = [neighbour(pair.wanted, step, cfg.world) for pair in pairs]
     return Drawn(draw_all(specs, cfg.world)[0], torch.zeros(len(pairs), 1, 1))
 
 
@@ -278,14 +288,14 @@ def measure(
 ) -> dict[str, Values]:
     """Name of a setting -> what the judges say of its images."""
     wanted = [pair.wanted for pair in pairs]
-    true = judges.truth_of(wanted, cfg.world)
-    others = judges.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
-    seen = {name: judge(probes, shot.images) for name, shot in shots.items()}
+    true = classifiers.truth_of(wanted, cfg.world)
+    others = classifiers.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
+    seen = {name: classify(probes, shot.images) for name, shot in shots.items()}
     values = {}
     for name, shot in shots.items():
         mask = F.adaptive_avg_pool2d(seen[name].mask.float(), shot.m_gen.shape[-2:]) > 0.5  # (N, h, w)
         values[name] = {
-            **judges.compare(seen[name].truth, true),
+            **classifiers.compare(seen[name].truth, true),
             "identity": retrieved(seen[name].embedding, others),
             "mask": iou(shot.m_gen > 0, mask),
         }
@@ -296,7 +306,7 @@ def measure(
 
 
 def background(
-    base: tuple[Drawn, Judgement], other: tuple[Drawn, Judgement], colour: Tensor, margin: int
+    base: tuple[Drawn, Prediction], other: tuple[Drawn, Prediction], colour: Tensor, margin: int
 ) -> Values:
     """What became of the background in images drawn from the same noise as `base`.
 
@@ -509,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(args: argparse.Namespace, ranks: Ranks) -> None:
     cfg = ReportConfig(pairs=args.pairs, textures=args.textures)
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
-    probes, folder = judges.load_probes(args.probes), args.page.with_suffix("")
+    probes, folder = classifiers.load_probes(args.probes), args.page.with_suffix("")
     variants = {name: Path(place) for name, place in (text.split("=", 1) for text in args.variant)}
     pairs = {
         "scenes": make_pairs(cfg.pairs, [None], cfg),

@@ -1,1 +1,1 @@
-"""A drawn world of subjects in scenes, and classifiers that look at images of it."""
+"""A drawn world of subjects in scenes, and classifiers for images of it."""

@@ -1,4 +1,4 @@
-"""Drawing helpers of the image world: seeded streams, colours, outlines as polygons, and two brushes."""
+"""Drawing tools of the image world: seeded streams, colours, outlines as polygons, and two brushes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Colour = tuple[float, float, float]  # red, green, blue in 0..1
 
 
 def stream(name: str, *numbers: int) -> np.random.Generator:
-    """A generator that depends on the stream's name and the numbers (each >= 0) only."""
+    """A generator that depends only on the stream's name and the numbers (each >= 0)."""
     return np.random.default_rng([crc32(name.encode()), *numbers])
 
 
@@ -22,7 +22,13 @@ def stream(name: str, *numbers: int) -> np.random.Generator:
 
 
 def oklch(light: float, chroma: float, hue: float) -> Colour:
-    """OKLCH (lightness 0..1, chroma 0..~0.3, hue in degrees) as sRGB; chroma shrinks until it fits."""
+    """An OKLCH colour as sRGB.
+
+    Args:
+        light: lightness, 0..1.
+        chroma: 0 to about 0.3; reduced until the colour lies in sRGB.
+        hue: degrees.
+    """
     for fit in (1.0, 0.85, 0.7, 0.55, 0.4, 0.2, 0.0):
         a = fit * chroma * math.cos(math.radians(hue))
         b = fit * chroma * math.sin(math.radians(hue))
@@ -42,12 +48,12 @@ def oklch(light: float, chroma: float, hue: float) -> Colour:
 
 
 def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
-    """The colour a share t of the way from a to b."""
+    """Linear interpolation from a (t = 0) to b (t = 1)."""
     return a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * t, a[2] + (b[2] - a[2]) * t
 
 
 def rgb(text: str) -> Colour:
-    """'e0a458' as a colour."""
+    """The colour of a hexadecimal text such as "e0a458"."""
     return int(text[0:2], 16) / 255, int(text[2:4], 16) / 255, int(text[4:6], 16) / 255
 
 
@@ -72,7 +78,7 @@ _CATMULL = (  # weights of the four neighbouring points, each (_STEPS, 1, 1)
 
 
 def oval(cx: float, cy: float, rx: float, ry: float, turn: float = 0.0) -> Points:
-    """An ellipse, turned by degrees."""
+    """An ellipse around (cx, cy) with radii rx and ry, turned by degrees."""
     points = _CIRCLE * (rx, ry)
     if turn:
         c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
@@ -99,7 +105,7 @@ def curve(*corners: tuple[float, float]) -> Points:
 
 
 def limb(path: Points, start: float, end: float) -> Points:
-    """A band around the path with round ends; its half width goes from start to end."""
+    """A band around a path (n, 2) with round ends; its half width runs from start to end."""
     path = np.asarray(path, float)
     along = np.gradient(path, axis=0)
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
@@ -111,9 +117,9 @@ def limb(path: Points, start: float, end: float) -> Points:
 
 
 def box(x0: float, y0: float, x1: float, y1: float, r: float = 3.0, slant: float = 0.0) -> Points:
-    """A rectangle with round corners; slant widens its foot on both sides."""
+    """A rectangle with corners of radius r; slant widens its foot on both sides."""
     q = _CIRCLE.reshape(4, 8, 2)
-    q = np.concatenate([q, np.roll(_CIRCLE, -8, 0).reshape(4, 8, 2)[:, :1]], 1) * r  # quarters with both ends
+    q = np.concatenate([q, np.roll(_CIRCLE, -8, 0).reshape(4, 8, 2)[:, :1]], 1) * r
     centres = np.array([[x1 - r, y1 - r], [x0 + r, y1 - r], [x0 + r, y0 + r], [x1 - r, y0 + r]])
     points = (q + centres[:, None]).reshape(-1, 2)
     if slant:
@@ -131,27 +137,32 @@ def poly(*corners: tuple[float, float]) -> Points:
 
 
 class Pen:
-    """Draws filled, outlined shapes of palette numbers onto an 8-bit image.
-
-    `matrix` (2, 3) takes subject units to pixels; `line` is the outline's width in those pixels.
-    """
+    """Draws filled, outlined shapes in palette indices onto an 8-bit image."""
 
     def __init__(self, image: Image.Image, matrix: np.ndarray, line: float, ink: int) -> None:
+        """Create a pen.
+
+        Args:
+            image: 8-bit image to draw on.
+            matrix: (2, 3), from subject units to pixels.
+            line: width of outlines in pixels.
+            ink: palette index of outlines.
+        """
         self.image, self.matrix, self.line, self.ink = image, matrix, line, ink
         self.draw = ImageDraw.Draw(image)
 
     def turned(self, degrees: float, x: float, y: float, dx: float = 0.0, dy: float = 0.0) -> Pen:
-        """The same pen with what it draws turned about (x, y) and moved by (dx, dy)."""
+        """A pen whose shapes are turned about (x, y) by degrees and moved by (dx, dy)."""
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         local = np.array([[c, -s, x - c * x + s * y + dx], [s, c, y - s * x - c * y + dy], [0, 0, 1]])
         return Pen(self.image, self.matrix @ local, self.line, self.ink)
 
     def place(self, points: Points) -> Points:
-        """Points of the subject in pixels."""
+        """Subject units (n, 2) in pixels."""
         return points @ self.matrix[:, :2].T + self.matrix[:, 2]
 
     def shape(self, points: Points, tone: int, edge: float = 1.0) -> None:
-        """Fills a polygon; edge is its outline's width as a share of the pen's (0: none)."""
+        """Fill a polygon with a tone; edge is its outline's width relative to the pen's (0: none)."""
         placed = self.place(points)
         flat = placed.ravel().tolist()
         if edge:
@@ -163,7 +174,7 @@ class Pen:
         self.draw.polygon(flat, tone)
 
     def stroke(self, points: Points, tone: int, width: float = 1.0) -> None:
-        """An open line, its width as a share of the pen's."""
+        """Draw an open line of a tone, with its width relative to the pen's."""
         placed = self.place(points)
         self.draw.line(placed.ravel().tolist(), tone, round(width * self.line))
         r = width * self.line / 2
@@ -180,7 +191,7 @@ class Brush:
         self.draw = ImageDraw.Draw(self.image)
 
     def fade(self, y0: float, y1: float, *colours: Sequence[float]) -> None:
-        """Fills the rows y0..y1 with an even course from the first colour to the last."""
+        """Fill the rows y0..y1 with an even gradient through the colours."""
         top, end = round(y0 * self.unit), round(y1 * self.unit)
         at = np.linspace(0, len(colours) - 1, end - top)
         rows = np.stack([np.interp(at, range(len(colours)), [c[i] for c in colours]) for i in range(3)], 1)
@@ -188,18 +199,18 @@ class Brush:
         self.image.paste(column.resize((self.side, end - top), Image.Resampling.NEAREST), (0, top))
 
     def fill(self, points: Points, colour: Sequence[float]) -> None:
-        """A filled polygon."""
+        """Fill a polygon."""
         self.draw.polygon((points * self.unit).ravel().tolist(), to_bytes(colour))
 
     def glow(self, cx: float, cy: float, radius: float, colour: Sequence[float], strength: float) -> None:
-        """A soft light around a point, strongest at its middle."""
+        """Draw a soft light around (cx, cy); strength is its opacity in the middle."""
         size = max(round(2 * radius * self.unit), 2)
         light = _GLOW.resize((size, size), Image.Resampling.BILINEAR).point(lambda v: v * strength)
         corner = (round((cx - radius) * self.unit), round((cy - radius) * self.unit))
         self.image.paste(to_bytes(colour), (*corner, corner[0] + size, corner[1] + size), light)
 
     def ridge(self, heights: Sequence[float], colour: Sequence[float], smooth: bool = True) -> None:
-        """Fills everything below a line through evenly spaced heights."""
+        """Fill everything below a line through evenly spaced heights."""
         at = np.linspace(-10, 110, len(heights))
         line = np.stack([at, np.asarray(heights, float)], 1)
         line = curve(*line) if smooth else line
@@ -208,4 +219,4 @@ class Brush:
 
 _AXIS = np.linspace(-1, 1, 33)
 _FALL = (1 - np.hypot(_AXIS[:, None], _AXIS[None])).clip(0, 1) ** 2
-_GLOW = Image.fromarray(np.round(255 * _FALL).astype(np.uint8))  # (33, 33) light falling to nothing
+_GLOW = Image.fromarray(np.round(255 * _FALL).astype(np.uint8))  # (33, 33), falling to 0 at the rim

@@ -1,4 +1,4 @@
-"""Arithmetic of the report: hits and overlaps.
+"""Retrieval and overlap of masks.
 
 Letters: N images, K distractors, E embedding, h w cells of a mask.
 """
@@ -7,15 +7,17 @@ from torch import Tensor
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of masks, bool (N, h, w) each -> (N,); 0 where both are empty."""
+    """Intersection over union (N,) of two bool masks (N, h, w); 0 where both are empty."""
     both, either = (x.flatten(1).sum(dim=1) for x in (a & b, a | b))
     return both / either.clamp_min(1)
 
 
 def retrieved(query: Tensor, gallery: Tensor) -> Tensor:
-    """Whether an image is nearer to its own identity than to all others; chance is 1 of K + 1.
+    """Whether each image is nearest to its own identity, bool (N,). A tie is a miss; chance is 1 in K + 1.
 
-    query (N, E); gallery (N, 1 + K, E), its own first; all of unit length -> bool (N,). A tie is a miss.
+    Args:
+        query: (N, E) of unit length.
+        gallery: (N, 1 + K, E) of unit length, the image's own identity first.
     """
     nearness = (query[:, None] * gallery).sum(dim=2)  # (N, 1 + K)
     return nearness[:, 0] > nearness[:, 1:].amax(dim=1)

@@ -1,4 +1,4 @@
-"""The scenes of the image world, from sky to ground; sides measure 100 units."""
+"""The scenes of the image world, from sky to ground. A side measures 100 units."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ def _cloud(b: Brush, x: float, y: float, size: float, colour: Colour, under: Col
     for shade, drop in ((under, 1.2), (colour, 0.0)):
         for dx, dy, r in ((-9, 1, 5), (-2, -2, 7), (6, 0, 5.5), (12, 2, 3.6)):
             b.fill(oval(x + size * dx, y + size * (dy + drop), size * r, size * (r - 0.8)), shade)
-        b.fill(
-            box(x - 14 * size, y + size * drop, x + 15.5 * size, y + size * (5.4 + drop), 2.6 * size), shade
-        )
+        low = box(x - 14 * size, y + size * drop, x + 15.5 * size, y + size * (5.4 + drop), 2.6 * size)
+        b.fill(low, shade)
 
 
 def _clouds(b: Brush, rng: np.random.Generator, low: float, colour: Colour, under: Colour) -> None:
@@ -59,7 +58,7 @@ def _beach(b: Brush, rng: np.random.Generator) -> None:
 
 
 def _conifer(
-    b: Brush, x: float, foot: float, size: float, colour: Colour, trunk: Colour, snow: float
+    b: Brush, x: float, foot: float, size: float, colour: Colour, trunk: Colour, snow: bool = False
 ) -> None:
     b.fill(box(x - 0.07 * size, foot - 0.2 * size, x + 0.07 * size, foot, 0.5), trunk)
     for i, (y0, y1, half) in enumerate(((0.5, 0.14, 0.34), (0.75, 0.38, 0.27), (1.0, 0.62, 0.2))):
@@ -67,26 +66,16 @@ def _conifer(
         tint = mix(colour, rgb("ffffff"), 0.06 * i)
         b.fill(poly((x, tip), (x + w, low), (x, low + 0.05 * size), (x - w, low)), tint)
         if snow:
-            b.fill(
-                poly(
-                    (x, tip),
-                    (x + 0.5 * w, (tip + low) / 2),
-                    (x, tip + 0.36 * size * y0),
-                    (x - 0.5 * w, (tip + low) / 2),
-                ),
-                _SNOW,
-            )
+            middle = (tip + low) / 2
+            cap = poly((x, tip), (x + 0.5 * w, middle), (x, tip + 0.36 * size * y0), (x - 0.5 * w, middle))
+            b.fill(cap, _SNOW)
 
 
 def _tree(b: Brush, x: float, foot: float, size: float, leaf: Colour, trunk: Colour) -> None:
     b.fill(limb(curve((x, foot), (x, foot - 0.6 * size)), 0.08 * size, 0.06 * size), trunk)
     light = mix(leaf, (leaf[0] + 0.25, leaf[1] + 0.25, leaf[2]), 0.35)
-    for dx, dy, r, tone in (
-        (-0.2, -0.58, 0.26, leaf),
-        (0.22, -0.6, 0.25, leaf),
-        (0, -0.8, 0.3, leaf),
-        (-0.08, -0.86, 0.17, light),
-    ):
+    crown = ((-0.2, -0.58, 0.26), (0.22, -0.6, 0.25), (0, -0.8, 0.3), (-0.08, -0.86, 0.17))
+    for (dx, dy, r), tone in zip(crown, (leaf, leaf, leaf, light), strict=True):
         b.fill(oval(x + dx * size, foot + dy * size, r * size, r * size), tone)
 
 
@@ -94,13 +83,13 @@ def _forest(b: Brush, rng: np.random.Generator) -> None:
     b.fade(0, 70, rgb("a9d8c0"), rgb("d8ecc4"), rgb("f3f3cf"))
     b.glow(rng.uniform(30, 70), 26, 46, rgb("fffbe0"), 0.8)
     for x in np.arange(-4, 112, 13) + rng.uniform(-4, 4):
-        _conifer(b, x, 66, rng.uniform(36, 52), rgb("9cc8ac"), rgb("9cc8ac"), 0)
+        _conifer(b, x, 66, rng.uniform(36, 52), rgb("9cc8ac"), rgb("9cc8ac"))
     for x in np.arange(0, 112, 24) + rng.uniform(-9, 9):
-        _conifer(b, x, 69, rng.uniform(46, 60), rgb("5b9d7f"), rgb("5d7a62"), 0)
+        _conifer(b, x, 69, rng.uniform(46, 60), rgb("5b9d7f"), rgb("5d7a62"))
     b.ridge(62 + rng.uniform(-2, 2, 6), rgb("7fb45f"))
     for x in (rng.uniform(-3, 10), rng.uniform(90, 103)):
         if rng.random() < 0.5:
-            _conifer(b, x, 78, rng.uniform(74, 92), rgb("2f6f57"), rgb("6a4a35"), 0)
+            _conifer(b, x, 78, rng.uniform(74, 92), rgb("2f6f57"), rgb("6a4a35"))
         else:
             _tree(b, x, 78, rng.uniform(66, 80), rgb("3f8a55"), rgb("6f4d37"))
     b.ridge(75 + rng.uniform(-2, 2, 5), rgb("699f4f"))
@@ -122,15 +111,11 @@ def _snow(b: Brush, rng: np.random.Generator) -> None:
             top, half = base - high - rng.uniform(0, 9), rng.uniform(26, 34)
             b.fill(poly((x, top), (x + half, base + 3), (x - half, base + 3)), tone)
             cap, w = top + 0.36 * high, 0.3 * half
-            b.fill(
-                poly(
-                    (x, top), (x + w, cap), (x + 0.3 * w, cap - 3), (x - 0.3 * w, cap + 2), (x - w, cap - 1)
-                ),
-                _SNOW,
-            )
+            edge = (x + w, cap), (x + 0.3 * w, cap - 3), (x - 0.3 * w, cap + 2), (x - w, cap - 1)
+            b.fill(poly((x, top), *edge), _SNOW)
     b.ridge(62 + rng.uniform(-3, 3, 5), rgb("dbe8f4"))
     for x in (rng.uniform(-2, 14), rng.uniform(20, 36), rng.uniform(64, 80), rng.uniform(86, 102)):
-        _conifer(b, x, rng.uniform(67, 73), rng.uniform(26, 44), rgb("3f7a78"), rgb("6a5146"), 1)
+        _conifer(b, x, rng.uniform(67, 73), rng.uniform(26, 44), rgb("3f7a78"), rgb("6a5146"), snow=True)
     b.ridge(70 + rng.uniform(-3, 3, 5), rgb("eef5fb"))
     b.ridge(82 + rng.uniform(-3, 3, 5), rgb("fbfdff"))
     if rng.random() < 0.7:
@@ -155,9 +140,8 @@ def _city(b: Brush, rng: np.random.Generator) -> None:
         for wx in np.arange(x + 4, x + wide - 5, 7.5):
             for wy in np.arange(top + 5, 70, 10):
                 if rng.random() < 0.62:
-                    b.fill(
-                        box(wx, wy, wx + 4.4, wy + 5.6, 0.6), mix(rgb("ffd97a"), rgb("f6a95b"), rng.random())
-                    )
+                    light = mix(rgb("ffd97a"), rgb("f6a95b"), rng.random())
+                    b.fill(box(wx, wy, wx + 4.4, wy + 5.6, 0.6), light)
         x += wide + rng.uniform(-1, 6)
     b.fade(76, 80, rgb("6d6a8c"), rgb("5d5a7e"))
     b.fade(80, 100, rgb("3c3a5c"), rgb("4b4970"))
@@ -177,32 +161,16 @@ def _desert(b: Brush, rng: np.random.Generator) -> None:
     for _ in range(2):  # table mountains
         x, top, half = rng.uniform(5, 95), rng.uniform(38, 46), rng.uniform(10, 17)
         b.fill(poly((x - half, top), (x + half, top), (x + half + 6, 64), (x - half - 6, 64)), rgb("d08a62"))
-        b.fill(
-            poly((x + 0.3 * half, top), (x + half, top), (x + half + 6, 64), (x + 0.5 * half, 64)),
-            rgb("b97253"),
-        )
+        side = poly((x + 0.3 * half, top), (x + half, top), (x + half + 6, 64), (x + 0.5 * half, 64))
+        b.fill(side, rgb("b97253"))
     for base, light, dark in ((58, "efb873", "d99a5b"), (68, "f3c582", "dea564"), (79, "f6d192", "e9b877")):
         peak, rise = rng.uniform(15, 85), rng.uniform(6, 10)
         b.ridge(base + rng.uniform(-1.5, 1.5, 5), rgb(light))
         lee = curve((peak, base - rise), (peak + 9, base + 1), (peak + 4, base + 9), (peak + 20, base + 15))
-        hill = np.concatenate(
-            [
-                lee,
-                [[peak + 45, base + 14]],
-                curve((peak + 46, base + 4), (peak + 20, base - 3), (peak, base - rise)),
-            ]
-        )
-        b.fill(
-            blob(
-                (peak - 40, base + 6),
-                (peak - 18, base - 1),
-                (peak, base - rise),
-                (peak + 12, base + 8),
-                (peak, base + 16),
-            ),
-            rgb(light),
-        )
-        b.fill(hill, rgb(dark))
+        crest = curve((peak + 46, base + 4), (peak + 20, base - 3), (peak, base - rise))
+        bright = (peak - 40, base + 6), (peak - 18, base - 1), (peak, base - rise), (peak + 12, base + 8)
+        b.fill(blob(*bright, (peak, base + 16)), rgb(light))
+        b.fill(np.concatenate([lee, [[peak + 45, base + 14]], crest]), rgb(dark))
         b.ridge(base + 12 + rng.uniform(-1, 1, 5), rgb(light))
     for x in (rng.uniform(5, 16), rng.uniform(84, 95))[: 1 + int(rng.random() < 0.6)]:
         foot, tall = rng.uniform(74, 82), rng.uniform(28, 42)
@@ -285,9 +253,8 @@ def _sunset(b: Brush, rng: np.random.Generator) -> None:
     b.fade(line, 84, rgb("f7b072"), rgb("d2707f"), rgb("744a82"))
     for i, wide in enumerate((10, 13, 8, 11)):  # the sun on the lake
         y = line + 1.5 + 4.6 * i
-        b.fill(
-            box(sun - wide + rng.uniform(-3, 3), y, sun + wide + rng.uniform(-3, 3), y + 2, 1), rgb("ffe3a0")
-        )
+        left, right = sun - wide + rng.uniform(-3, 3), sun + wide + rng.uniform(-3, 3)
+        b.fill(box(left, y, right, y + 2, 1), rgb("ffe3a0"))
     b.ridge(76 + rng.uniform(-2, 2, 5), rgb("5f3f6b"))
     b.ridge(80 + rng.uniform(-2, 2, 5), rgb("70496f"))
     x = rng.uniform(4, 14) if sun > 50 else rng.uniform(86, 96)
@@ -299,7 +266,7 @@ def _sunset(b: Brush, rng: np.random.Generator) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A place: its phrase in captions, its drawing, and the colour its light gives to what stands in it."""
+    """A place: its phrase in captions, its drawing, and the colour of its light on the subject."""
 
     phrase: str
     paint: Callable[[Brush, np.random.Generator], None]

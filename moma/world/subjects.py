@@ -1,8 +1,8 @@
-"""The subjects of the image world: what an identity is, and how the eight classes and four materials look.
+"""The subjects of the image world: identities, and drawings of the eight classes and four materials.
 
 Subject units: x from -50 to 50 around the middle, y from about 0 (top) down to 100 (the ground). A subject is
-drawn as palette numbers (tones), so one drawing serves every colouring: the ordinary one takes its tones from
-the identity, a material takes them all from its own ramp.
+drawn in palette indices (tones), so one drawing serves every colouring: an identity defines its own tones, a
+material takes all of them from its ramp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLASSES = ("cat", "dog", "bird", "turtle", "car", "robot", "teapot", "backpack")
 MATERIALS = ("wooden", "golden", "stone", "icy")
 PATTERNS = ("plain", "stripes", "spots", "patches")
 
-# tones: palette numbers of one surface level
+# Tones: palette indices of one surface level.
 NONE, LINE, MAIN, SHADE, SECOND, SECOND_SHADE, ACCENT, ACCENT_SHADE = range(8)
 WHITE, DARK, GLASS, METAL, LAMP, PINK, SHINE, IRIS = range(8, 16)
 TONES = 16
@@ -26,35 +26,28 @@ PATTERN, LIGHTER = 1, 2  # surface levels above the plain one (0): tone + TONES 
 
 _FIXED = {WHITE: "fbf7ee", DARK: "2b2833", GLASS: "a9d3e6", METAL: "a7afba", LAMP: "ffd35c"}
 _FIXED |= {PINK: "ee8f93", SHINE: "ffffff"}
-# where each tone lies on a material's ramp from dark (0) to light (1)
-_RAMP = {
-    LINE: 0.0,
-    MAIN: 0.62,
-    SHADE: 0.46,
-    SECOND: 0.8,
-    SECOND_SHADE: 0.66,
-    ACCENT: 0.42,
-    ACCENT_SHADE: 0.32,
-}
+# The position of each tone on a material's ramp, from dark (0) to light (1).
+_RAMP = {LINE: 0.0, MAIN: 0.62, SHADE: 0.46, SECOND: 0.8, SECOND_SHADE: 0.66, ACCENT: 0.42}
+_RAMP |= {ACCENT_SHADE: 0.32}
 _RAMP |= {WHITE: 0.95, DARK: 0.06, GLASS: 0.84, METAL: 0.72, LAMP: 0.9, PINK: 0.34, SHINE: 1.0, IRIS: 0.5}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that stays with a subject; the numbers named as parts of a build lie in -1..1."""
+    """Everything that stays with a subject. Numbers named after parts of the body are in -1..1."""
 
     label: str
     main: Colour  # covers most of the subject
     second: Colour  # the pattern, and parts such as muzzle, belly, lid
     accent: Colour  # collar, beak, straps and the like
     pattern: str  # one of PATTERNS
-    pattern_seed: int  # where stripes, spots or patches lie
-    pattern_turn: float  # degrees, of stripes
+    pattern_seed: int  # position of stripes, spots or patches
+    pattern_turn: float  # of stripes, in degrees
     ears: float  # ears, crest, antenna, cabin, lid, handle
     girth: float  # width of the body
     limbs: float  # legs, wheels, spout, straps
     tail: float  # tail, neck, bumper, handle
-    style: int  # 0, 1 or 2: which form of the class's optional part
+    style: int  # 0, 1 or 2: the form of the class's optional part
     extra: bool  # collar, hat, roof rack, label and the like
     socks: bool  # feet, hubs, tips in the second colour
 
@@ -77,50 +70,43 @@ def _colours(rng: np.random.Generator) -> tuple[Colour, Colour, Colour]:
 
 
 def make_identity(label: str, number: int) -> Identity:
-    """The identity of that number among its class."""
+    """The identity of that number in its class."""
     rng = stream("identity", CLASSES.index(label), number)
     main, second, accent = _colours(rng)
     pattern = str(rng.choice(PATTERNS, p=[0.28, 0.24, 0.24, 0.24]))
     seed, turn = int(rng.integers(1 << 30)), float(rng.choice([0.0, 90.0, 35.0]) + rng.uniform(-8, 8))
     build = [float(v) for v in rng.uniform(-1, 1, 4)]
     style, flags = int(rng.integers(3)), rng.random(2) < 0.5
-    return Identity(
-        label, main, second, accent, pattern, seed, turn, *build, style, bool(flags[0]), bool(flags[1])
-    )
+    colours, extras = (main, second, accent), (bool(flags[0]), bool(flags[1]))
+    return Identity(label, *colours, pattern, seed, turn, *build, style, *extras)
 
 
 # ---- colouring ----
 
 
-def _table(tones: dict[int, Colour]) -> np.ndarray:
-    """Tones to a palette of three equal levels, (3 * TONES, 3) floats."""
-    table = np.zeros((3, TONES, 3))
-    for tone, colour in tones.items():
-        table[:, tone] = colour
-    return table
-
-
 def own_palette(who: Identity) -> np.ndarray:
-    """The identity's palette (3 * TONES, 3), floats 0..1; on the pattern's level main becomes second."""
+    """The identity's palette (3 * TONES, 3), floats 0..1. The pattern's level replaces main by second."""
     black = rgb("1d1a26")
     tones = {tone: rgb(text) for tone, text in _FIXED.items()}
     tones |= {MAIN: who.main, SECOND: who.second, ACCENT: who.accent, LINE: mix(black, who.main, 0.14)}
     tones |= {SHADE: mix(who.main, black, 0.2), SECOND_SHADE: mix(who.second, black, 0.16)}
     tones |= {ACCENT_SHADE: mix(who.accent, black, 0.22), IRIS: mix(who.accent, rgb("ffffff"), 0.15)}
-    table = _table(tones)
+    table = np.zeros((3, TONES, 3))
+    for tone, colour in tones.items():
+        table[:, tone] = colour
     table[PATTERN, [MAIN, SHADE]] = table[0, [SECOND, SECOND_SHADE]]
     return table.reshape(-1, 3)
 
 
 @dataclass(frozen=True)
 class Material:
-    """A surface: a ramp of colours, darkest first, and how far its figure shifts along it."""
+    """A surface: a ramp of colours, darkest first, and the shifts of its figure along it."""
 
     ramp: tuple[str, ...]
     darker: float  # shift of the figure's dark parts (level PATTERN)
     lighter: float  # shift of its light parts (level LIGHTER)
-    cover: float  # opacity: below one the scene shines through
-    gloss: float  # strength of the light from above left on it, 1 for ordinary surfaces
+    cover: float  # opacity: below 1 the scene shines through
+    gloss: float  # strength of the light from above left, 1 for ordinary surfaces
 
 
 SURFACES = {
@@ -165,9 +151,7 @@ def draw_pattern(pen: Pen, who: Identity) -> None:
             bumps = rng.uniform(11, 20, 6)
             turn = rng.uniform(0, 6.3) + np.arange(6) * np.pi / 3
             dx, dy = rng.uniform(-7, 7, 2)
-            ring = [
-                (x + dx + b * np.cos(t), y + dy + b * np.sin(t)) for b, t in zip(bumps, turn, strict=True)
-            ]
+            ring = np.stack([x + dx + bumps * np.cos(turn), y + dy + bumps * np.sin(turn)], 1)
             pen.shape(blob(*ring), PATTERN, 0)
 
 
@@ -234,9 +218,8 @@ def _cat(pen: Pen, who: Identity, pose: Pose) -> None:
     if who.socks:
         pen.shape(limb(tail[-7:], thick, thick), SECOND, 0)
     side = 24 + wide
-    pen.shape(
-        blob((-15, 50), (15, 50), (side - 3, 74), (side, 94), (0, 100), (-side, 94), (3 - side, 74)), MAIN
-    )
+    body = blob((-15, 50), (15, 50), (side - 3, 74), (side, 94), (0, 100), (-side, 94), (3 - side, 74))
+    pen.shape(body, MAIN)
     pen.shape(blob((0, 56), (11, 68), (9, 86), (0, 92), (-9, 86), (-11, 68)), SECOND, 0)
     for x in (-10, 10):
         pen.shape(oval(x, 95, 8.5, 5.5), SECOND if who.socks else MAIN)
@@ -267,9 +250,8 @@ def _dog(pen: Pen, who: Identity, pose: Pose) -> None:
     foot = SECOND if who.socks else MAIN
     for x in (-19, 12):
         pen.shape(box(x - 6, 66, x + 6, 98, 5), SHADE)
-    pen.shape(
-        blob((-38, 58), (-20, 50 - deep), (20, 48), (31, 62), (24, 82), (-14, 82 + deep), (-36, 80)), MAIN
-    )
+    body = blob((-38, 58), (-20, 50 - deep), (20, 48), (31, 62), (24, 82), (-14, 82 + deep), (-36, 80))
+    pen.shape(body, MAIN)
     pen.shape(blob((-26, 80), (-8, 74), (14, 77), (10, 84), (-10, 84 + deep)), SECOND, 0)
     for x in (-30, 23):
         pen.shape(box(x - 7, 66, x + 7, 100, 5), MAIN)
@@ -307,13 +289,8 @@ def _bird(pen: Pen, who: Identity, pose: Pose) -> None:
         for dx, dy in ((-6, 2), (2, -3), (10, -4)):
             pen.shape(limb(curve((14, 20), (10 + dx, 6 + dy - 3 * who.ears)), 4, 3), ACCENT)
     pen.shape(poly((38, 26), (53 + 2 * who.limbs, 35), (38, 43)), ACCENT)
-    pen.shape(
-        blob(
-            (14, 6), (34, 12), (41, 30), (36, 48), (34, 68), (18, 86 + plump / 2), (-8, 87 + plump / 2),
-            (-28 - plump, 72), (-24, 54), (-10, 40), (-8, 20),
-        ),
-        MAIN,
-    )  # fmt: skip
+    front = (14, 6), (34, 12), (41, 30), (36, 48), (34, 68), (18, 86 + plump / 2), (-8, 87 + plump / 2)
+    pen.shape(blob(*front, (-28 - plump, 72), (-24, 54), (-10, 40), (-8, 20)), MAIN)
     pen.shape(blob((33, 54), (31, 70), (17, 83 + plump / 2), (2, 82), (14, 66), (24, 54)), SECOND, 0)
     wing = pen.turned(7 * pose.swing, 2, 50)
     wing.shape(blob((6, 50), (10, 62), (-4, 75), (-34, 80 - 3 * who.limbs), (-26, 62), (-10, 48)), SHADE)
@@ -334,18 +311,15 @@ def _turtle(pen: Pen, who: Identity, pose: Pose) -> None:
     neck = pen.turned(6 * pose.tilt, 26, 78)
     neck.shape(limb(curve((22, 80), (36, 78), (44, 58)), 10, 10), SECOND)
     neck.shape(blob((44, 30), (60, 36), (66, 52), (58, 64), (42, 66), (30, 58), (29, 40)), SECOND)
-    pen.shape(
-        blob((-46, 84), (-44, 54), (-28, 28 + high), (-6, 20 + high), (16, 28 + high), (33, 56), (35, 84)),
-        MAIN,
-    )
+    dome = (-28, 28 + high), (-6, 20 + high), (16, 28 + high)
+    pen.shape(blob((-46, 84), (-44, 54), *dome, (33, 56), (35, 84)), MAIN)
     if who.pattern == "plain":  # a plain shell shows its plates
         pen.stroke(curve((-44, 58), (-20, 52), (8, 52), (32, 58)), SHADE, 1.6)
         for x0, x1 in ((-20, -26), (8, 14)):
             pen.stroke(curve((x0, 52), (x1, 82)), SHADE, 1.6)
         pen.stroke(curve((-6, 22 + high), (-6, 52)), SHADE, 1.6)
-    pen.shape(
-        blob((-50, 80), (-28, 84), (14, 84), (39, 80), (39, 89), (14, 92), (-28, 92), (-50, 89)), ACCENT
-    )
+    rim = blob((-50, 80), (-28, 84), (14, 84), (39, 80), (39, 89), (14, 92), (-28, 92), (-50, 89))
+    pen.shape(rim, ACCENT)
     for x in (-32, 22):
         pen.shape(box(x - 9 + step, 84, x + 9 + step, 100, 6), SECOND)
     if who.style == 2:  # hat
@@ -441,24 +415,13 @@ def _teapot(pen: Pen, who: Identity, pose: Pose) -> None:
     pen.shape(box(-20, 90, 20, 100, 4), ACCENT if who.socks else SECOND)
     side = 34 + wide
     if who.style == 2:  # tall and conical
-        pen.shape(
-            blob(
-                (-20, 30), (20, 30), (29, 62), (side - 2, 88), (20, 96), (-20, 96), (2 - side, 88), (-29, 62)
-            ),
-            MAIN,
-        )
+        right, left = ((20, 30), (29, 62), (side - 2, 88)), ((2 - side, 88), (-29, 62), (-20, 30))
     else:
-        pen.shape(
-            blob((-20, 32), (20, 32), (side, 52), (side, 78), (20, 96), (-20, 96), (-side, 78), (-side, 52)),
-            MAIN,
-        )
+        right, left = ((20, 32), (side, 52), (side, 78)), ((-side, 78), (-side, 52), (-20, 32))
+    pen.shape(blob(left[-1], *right, (20, 96), (-20, 96), *left[:-1]), MAIN)
     if who.extra:  # a band around the belly
-        y = 64
-        pen.shape(
-            blob((-side, y - 3), (0, y + 3), (side, y - 3), (side, y + 6), (0, y + 12), (-side, y + 6)),
-            SECOND,
-            0,
-        )
+        band = blob((-side, 61), (0, 67), (side, 61), (side, 70), (0, 76), (-side, 70))
+        pen.shape(band, SECOND, 0)
     dome = 4 * who.ears
     pen.shape(blob((-24, 33), (-16, 20 - dome), (0, 15 - dome), (16, 20 - dome), (24, 33), (0, 37)), SECOND)
     pen.shape(oval(0, 11 - dome, 6.5, 6.5), ACCENT)
@@ -473,9 +436,8 @@ def _backpack(pen: Pen, who: Identity, pose: Pose) -> None:
     side = 32 + wide
     sway = 3 * pose.swing
     for s in (-1, 1):
-        pen.shape(
-            limb(curve((s * 24, 24), (s * (side + 7), 44), (s * (side + 6) + sway, 70)), 4.5, 4.0), ACCENT
-        )
+        strap = curve((s * 24, 24), (s * (side + 7), 44), (s * (side + 6) + sway, 70))
+        pen.shape(limb(strap, 4.5, 4.0), ACCENT)
         pen.shape(box(s * side - 9, 62, s * side + 9, 95, 6), SECOND)
     pen.shape(box(-side, 9, side, 100, r, 2), MAIN)
     deep = 46 + 3 * who.tail
@@ -483,25 +445,14 @@ def _backpack(pen: Pen, who: Identity, pose: Pose) -> None:
     pen.shape(pocket, SECOND)
     pen.shape(box(-side + 8, 60, side - 8, 71, 5), ACCENT if who.socks else SECOND_SHADE, 0.9)
     if who.extra:  # a flap with two straps
-        pen.shape(
-            blob(
-                (-side + 1, 24),
-                (-20, 9),
-                (20, 9),
-                (side - 1, 24),
-                (side - 4, deep),
-                (0, deep + 4),
-                (4 - side, deep),
-            ),
-            MAIN,
-        )
+        foot = (side - 4, deep), (0, deep + 4), (4 - side, deep)
+        pen.shape(blob((-side + 1, 24), (-20, 9), (20, 9), (side - 1, 24), *foot), MAIN)
         for x in (-15, 15):
             pen.shape(box(x - 4, 26, x + 4, deep + 8, 2), ACCENT, 0.8)
             pen.shape(box(x - 5.5, deep - 1, x + 5.5, deep + 8, 2), LAMP, 0.6)
     else:  # a zip and a round badge
-        pen.stroke(
-            curve((-side + 5, 44), (-side + 9, 22), (0, 18), (side - 9, 22), (side - 5, 44)), SHADE, 1.8
-        )
+        zip_ = curve((-side + 5, 44), (-side + 9, 22), (0, 18), (side - 9, 22), (side - 5, 44))
+        pen.stroke(zip_, SHADE, 1.8)
         pen.shape(oval(0, 40, 9.5, 9.5), ACCENT, 0.8)
         pen.shape(oval(0, 40, 4.2, 4.2), LAMP, 0)
     pen.shape(box(-4, 67, 4, 76, 2), LAMP, 0.6)
@@ -510,14 +461,8 @@ def _backpack(pen: Pen, who: Identity, pose: Pose) -> None:
 DRAWERS: dict[str, Callable[[Pen, Identity, Pose], None]] = dict(
     zip(CLASSES, (_cat, _dog, _bird, _turtle, _car, _robot, _teapot, _backpack), strict=True)
 )
-# x from, x to, y from: what nearly every subject of a class fills, with its outline (the foot stands at 100)
+# Left, right and top of what nearly every subject of a class fills, with its outline; the foot is at 100.
 EXTENTS = {
-    "cat": (-38, 58, -8),
-    "dog": (-62, 58, -13),
-    "bird": (-57, 58, -6),
-    "turtle": (-63, 73, 17),
-    "car": (-67, 67, 17),
-    "robot": (-50, 50, -7),
-    "teapot": (-63, 64, -1),
-    "backpack": (-50, 50, -8),
-}
+    "cat": (-38, 58, -8), "dog": (-62, 58, -13), "bird": (-57, 58, -6), "turtle": (-63, 73, 17),
+    "car": (-67, 67, 17), "robot": (-50, 50, -7), "teapot": (-63, 64, -1), "backpack": (-50, 50, -8),
+}  # fmt: skip

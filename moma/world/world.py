@@ -1,16 +1,18 @@
-"""The image world of MoMA-mini: subjects with an identity, in a scene, at times made of another material.
+"""The drawn image world: subjects with an identity, in a scene, sometimes made of another material.
 
-Every image follows from its `Spec` alone and every spec from (split, index) alone, so nothing is stored.
-The same identity in another place is `dataclasses.replace(spec, scene=..., pose_seed=...)`.
+A `Spec` determines its image and (split, index) determines the spec, so nothing is stored. To draw the same
+identity in another scene, use `dataclasses.replace(spec, scene=..., pose_seed=...)`.
+
+Letters: S image side, N images.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -35,41 +37,32 @@ from moma.world.subjects import (
     own_palette,
 )
 
-__all__ = [
-    "CLASSES", "DEFAULT", "MATERIALS", "SCENES", "SPLITS", "Identity", "Sample", "Spec", "WorldConfig",
-    "backdrop", "caption", "draw", "held_out", "identity", "prompt", "render", "render_many", "spec",
-]  # fmt: skip
-
 SPLITS = ("train", "val", "test")
-_SEEDS = 1 << 31  # seeds of poses and scenes lie below this
+SEEDS = 1 << 31  # exclusive bound of pose and scene seeds
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Sizes and numbers of the world."""
+    """Sizes and numbers of the world. Lengths are shares of the image side unless stated otherwise."""
 
-    size: int = 64  # side of an image: the smallest at which faces and patterns read well
-    oversample: int = 4  # drawn this much larger, then averaged: smooth edges
-    identities: int = 4000  # per class in training: too many to memorise, so features have to carry identity
-    unseen_identities: int = 500  # per class and split kept for val and for test
-    unseen_share: float = 0.1  # share of class x scene x material never trained: tests new combinations
-    material_share: float = 0.35  # of images with a material: it needs practice, but mostly identities show
-    smallest: float = (
-        0.62  # subject's height (or most of its width) as a share of the side: large enough to read
-    )
+    size: int = 64  # pixels: the smallest side at which faces and patterns read well
+    oversample: int = 4  # images are drawn this much larger and averaged, for smooth edges
+    identities: int = 4000  # per class in training: too many to memorise, so features must carry identity
+    unseen_identities: int = 500  # per class, for each of val and test
+    unseen_share: float = 0.1  # of class x scene x material combinations, kept out of training
+    material_share: float = 0.35  # of images whose subject is made of a material
+    smallest: float = 0.62  # subject height (or most of its width)
     largest: float = 0.78  # leaves the scene room to be recognised
-    wide: float = 0.88  # of a width counts like a height: wide subjects do not shrink to a strip
-    highest_foot: float = (
-        0.85  # where the subject stands, share of the side from the top: always on the ground
-    )
+    wide: float = 0.88  # weight of a width beside a height, so that wide subjects do not shrink to a strip
+    highest_foot: float = 0.85  # where the subject stands, from the top
     lowest_foot: float = 0.94
-    stray: float = 0.09  # how far from the middle a subject may stand, share of the side
-    margin: float = 0.02  # kept free at the sides, share of the side
-    lean: float = 3.0  # degrees a whole subject may tip
-    line: float = 1.15  # outline's width in pixels of an image 64 wide: bold enough for a coarse autoencoder
+    stray: float = 0.09  # largest distance of a subject from the middle
+    margin: float = 0.02  # free space at the sides
+    lean: float = 3.0  # largest tilt of a whole subject, in degrees
+    line: float = 1.15  # outline width in pixels of a 64-pixel image: bold enough for a coarse autoencoder
     relief: float = 0.5  # strength of the soft light from above left
     shadow: float = 0.36  # darkness of the contact shadow
-    weather: float = 0.05  # how far a scene's light may vary per channel: times of day
+    weather: float = 0.05  # variation of a scene's light per channel
 
     def __post_init__(self) -> None:
         if min(self.size, self.oversample, self.identities, self.unseen_identities) < 1:
@@ -88,19 +81,16 @@ class Spec:
     scene: str  # one of SCENES
     material: str | None  # one of MATERIALS, or None for the identity's own colours
     pose_seed: int  # place, size, facing and small movements
-    scene_seed: int  # the scene's variation, and the caption's wording
+    scene_seed: int  # variation of the scene, and wording of the caption
 
 
 class Sample(NamedTuple):
     """An image and what is known about it."""
 
-    image: np.ndarray  # (size, size, 3) uint8, RGB
-    mask: (
-        np.ndarray
-    )  # (size, size) uint8, share of each pixel the subject covers (0..255), without its shadow
+    image: np.ndarray  # (S, S, 3) uint8, RGB
+    mask: np.ndarray  # (S, S) uint8, share of each pixel that the subject covers, without its shadow
     label: str
     caption: str
-    attributes: dict[str, Any]  # label, scene, material, number, main, second, accent (RGB 0..1), pattern
 
 
 def _known(kind: str, value: str | None, options: tuple[str, ...]) -> None:
@@ -120,7 +110,16 @@ def _check(label: str, scene: str, material: str | None) -> None:
 
 @lru_cache(maxsize=4096)
 def identity(label: str, number: int, cfg: WorldConfig = DEFAULT) -> Identity:
-    """The identity of that number (0 up) in its class; from cfg.identities on they are never trained."""
+    """An identity of a class.
+
+    Args:
+        label: one of CLASSES.
+        number: from 0; numbers from `cfg.identities` on never occur in training.
+        cfg: the world.
+
+    Raises:
+        ValueError: for an unknown class or number.
+    """
     _known("label", label, CLASSES)
     end = cfg.identities + 2 * cfg.unseen_identities
     if not 0 <= number < end:
@@ -130,7 +129,7 @@ def identity(label: str, number: int, cfg: WorldConfig = DEFAULT) -> Identity:
 
 @lru_cache(maxsize=8)
 def _unseen(share: float) -> frozenset[tuple[str, str, str | None]]:
-    """Combinations kept from training: a like number per class and material, so none loses many."""
+    """Combinations kept out of training: a similar number per class and material, so none loses many."""
     rng, found = stream("unseen"), set()
     for label in CLASSES:
         for material in (None, *MATERIALS):
@@ -140,16 +139,24 @@ def _unseen(share: float) -> frozenset[tuple[str, str, str | None]]:
 
 
 def held_out(label: str, scene: str, material: str | None, cfg: WorldConfig = DEFAULT) -> bool:
-    """Whether the combination never occurs in training."""
+    """Whether the combination of class, scene and material never occurs in training."""
     _check(label, scene, material)
     return (label, scene, material) in _unseen(cfg.unseen_share)
 
 
 def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
-    """The index-th image (0 up) of a split.
+    """The spec of an image of a split.
 
-    Training takes trained identities and combinations; val and test take identities of their own and any
+    Training uses training identities and combinations; val and test use identities of their own and any
     combination.
+
+    Args:
+        index: from 0, without an upper limit.
+        split: one of SPLITS.
+        cfg: the world.
+
+    Raises:
+        ValueError: for an unknown split or a negative index.
     """
     _known("split", split, SPLITS)
     if index < 0:
@@ -162,8 +169,32 @@ def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
         scene = SCENES[rng.integers(len(SCENES))]
         material = MATERIALS[rng.integers(len(MATERIALS))] if rng.random() < cfg.material_share else None
         if split != "train" or not held_out(label, scene, material, cfg):
-            pose_seed, scene_seed = (int(v) for v in rng.integers(_SEEDS, size=2))
-            return Spec(label, number, scene, material, pose_seed, scene_seed)
+            return Spec(label, number, scene, material, *draw_seeds(rng))
+
+
+def draw_seeds(rng: np.random.Generator) -> list[int]:
+    """A pose seed and a scene seed."""
+    return rng.integers(SEEDS, size=2).tolist()
+
+
+def elsewhere(what: Spec, seed: int) -> Spec:
+    """The same subject in its own colours, in a scene and pose that the seed determines."""
+    rng = stream("elsewhere", seed)
+    return Spec(what.label, what.number, SCENES[rng.integers(len(SCENES))], None, *draw_seeds(rng))
+
+
+def trained_elsewhere(what: Spec, seed: int) -> Spec:
+    """The same subject in its own colours in another scene, in a combination that occurs in training."""
+    rng, scene = stream("another", seed), what.scene
+    while scene == what.scene or held_out(what.label, scene, None):
+        scene = SCENES[rng.integers(len(SCENES))]
+    return Spec(what.label, what.number, scene, None, *draw_seeds(rng))
+
+
+def neighbour(what: Spec, step: int, cfg: WorldConfig = DEFAULT) -> Spec:
+    """The same image of another subject: `step` identities further in its class and unseen split."""
+    index = (what.number - cfg.identities) % cfg.unseen_identities
+    return replace(what, number=what.number - index + (index + step) % cfg.unseen_identities)
 
 
 def _phrase(label: str, material: str | None) -> str:
@@ -172,12 +203,12 @@ def _phrase(label: str, material: str | None) -> str:
 
 
 def prompt(label: str, scene: str, material: str | None = None) -> str:
-    """The plain caption: "a wooden cat on the beach"."""
+    """The plain caption, such as "a wooden cat on the beach"."""
     _check(label, scene, material)
     return f"{_phrase(label, material)} {PLACES[scene].phrase}"
 
 
-# the plain wording is the prompt's, and therefore the most frequent
+# The plain wording is the prompt's, and therefore the most frequent.
 _WORDINGS = ("{what} {where}",) * 3 + (
     "{where}, {what}",
     "an image of {what} {where}",
@@ -186,7 +217,7 @@ _WORDINGS = ("{what} {where}",) * 3 + (
 
 
 def caption(what: Spec) -> str:
-    """Names class, scene and material, never the identity; the wording follows from the scene's seed."""
+    """Names class, scene and material, never the identity; the scene seed selects the wording."""
     _check(what.label, what.scene, what.material)
     wording = _WORDINGS[stream("caption", what.scene_seed).integers(len(_WORDINGS))]
     return wording.format(what=_phrase(what.label, what.material), where=PLACES[what.scene].phrase)
@@ -196,7 +227,7 @@ def caption(what: Spec) -> str:
 
 
 def _place(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, Pose]:
-    """Subject units to pixels of the large drawing (2, 3), and the pose."""
+    """The matrix (2, 3) from subject units to pixels of the large drawing, and the pose."""
     rng = stream("pose", what.pose_seed)
     x0, x1, y0 = EXTENTS[what.label]
     side = cfg.size * cfg.oversample
@@ -204,13 +235,15 @@ def _place(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, Pose]:
     flip = -1 if rng.random() < 0.5 else 1
     unit = size / max(100 - y0, cfg.wide * (x1 - x0))
     foot = rng.uniform(cfg.highest_foot, cfg.lowest_foot)
-    room = max(0.5 - cfg.margin - unit * (x1 - x0) / 2, 0.0)  # the subject's own middle stays this near 0.5
+    room = max(
+        0.5 - cfg.margin - unit * (x1 - x0) / 2, 0.0
+    )  # largest distance of the subject's middle from 0.5
     shift = float(np.clip(rng.uniform(-cfg.stray, cfg.stray), -room, room))
     middle = 0.5 + shift - flip * unit * (x0 + x1) / 2
     turn = np.radians(cfg.lean * rng.uniform(-1, 1))
     c, s = unit * np.cos(turn), unit * np.sin(turn)
     linear = np.array([[flip * c, -s], [flip * s, c]])
-    offset = np.array([middle, foot]) - linear @ (0, 100)  # the foot (0, 100) stands where it should
+    offset = np.array([middle, foot]) - linear @ (0, 100)  # puts the foot (0, 100) in place
     tilt, swing = rng.uniform(-1, 1, 2)
     return side * np.concatenate([linear, offset[:, None]], 1), Pose(float(tilt), float(swing))
 
@@ -229,15 +262,13 @@ def _subject(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.n
         draw_pattern(Pen(levels, matrix, line, PATTERN), who)
     tone = np.asarray(tones)
     palette = material_palette(what.material) if what.material else own_palette(who)
-    palette = np.concatenate(
-        [palette, np.zeros((1, 3))]
-    )  # nothing: black, so that averages are premultiplied
+    palette = np.concatenate([palette, np.zeros((1, 3))])  # black background: averages are premultiplied
     numbers = np.where(tone > 0, tone + TONES * np.asarray(levels), len(palette) - 1)
     image = Image.fromarray(numbers.astype(np.uint8))
     image.putpalette(np.round(255 * palette).astype(np.uint8).tobytes())
     colour = np.asarray(image.convert("RGB").reduce(times), np.float32) / 255
     cover = np.asarray(Image.fromarray((tone > 0).view(np.uint8) * 255).reduce(times), np.float32) / 255
-    # parts as cushions between the outlines: their slope towards the light gives it or takes it
+    # Parts bulge between the outlines; their slope towards the light brightens or darkens them.
     cushion = Image.fromarray((tone > LINE).view(np.uint8) * 255).reduce(times)
     high = np.asarray(cushion.filter(ImageFilter.GaussianBlur(2.2 * cfg.size / 64)), np.float32) / 255
     step = max(cfg.size // 64, 1)
@@ -260,7 +291,7 @@ def _scenery(what: Spec, cfg: WorldConfig) -> np.ndarray:
 
 
 def _shadow(cover: np.ndarray, cfg: WorldConfig) -> np.ndarray:
-    """How much light the ground keeps around the subject's foot, (S, S, 1) floats 0..1."""
+    """Light that the ground keeps around the subject's foot, (S, S, 1) floats 0..1."""
     rows = np.flatnonzero(cover.max(1) > 0.5)
     foot, height = rows[-1], rows[-1] - rows[0] + 1
     columns = np.flatnonzero(cover[foot - height // 5 : foot + 1].max(0) > 0.5)
@@ -277,7 +308,7 @@ def _bytes(image: np.ndarray) -> np.ndarray:
 
 
 def _compose(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image and the same with the subject's shadow alone (S, S, 3), coverage (S, S): floats 0..1."""
+    """The image, the scene with the shadow alone (S, S, 3 each), and coverage (S, S): floats 0..1."""
     _check(what.label, what.scene, what.material)
     colour, cover, slope = _subject(what, cfg)
     empty = _scenery(what, cfg) * _shadow(cover, cfg)
@@ -291,49 +322,62 @@ def _compose(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def backdrop(what: Spec, cfg: WorldConfig = DEFAULT) -> np.ndarray:
-    """The image of the spec without its subject, its shadow included: (size, size, 3) uint8."""
+    """The image of a spec without its subject but with its shadow, (S, S, 3) uint8."""
     return _bytes(_compose(what, cfg)[1])
 
 
 def draw(what: Spec, cfg: WorldConfig = DEFAULT) -> Sample:
     """The image of a spec."""
     image, _, cover = _compose(what, cfg)
-    who = identity(what.label, what.number, cfg)
-    attributes = {"label": what.label, "scene": what.scene, "material": what.material, "number": what.number}
-    attributes |= {"main": who.main, "second": who.second, "accent": who.accent, "pattern": who.pattern}
-    return Sample(_bytes(image), _bytes(cover), what.label, caption(what), attributes)
+    return Sample(_bytes(image), _bytes(cover), what.label, caption(what))
 
 
 def render(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Sample:
-    """The index-th image of a split."""
+    """The image of `spec` with the same arguments."""
     return draw(spec(index, split, cfg), cfg)
+
+
+def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 0) -> list[Sample]:
+    """Draw specs in order; workers > 0 spreads them over that many processes."""
+    paint = partial(draw, cfg=cfg)
+    if not workers:
+        return [paint(what) for what in specs]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(paint, specs)
 
 
 def render_many(
     indices: Iterable[int], split: str = "train", cfg: WorldConfig = DEFAULT, workers: int = 0
 ) -> dict[str, np.ndarray]:
-    """Images of a split, stacked in the order of indices; workers > 0 share the drawing among processes.
+    """Images of a split, stacked.
 
-    image (N, S, S, 3) uint8; mask (N, S, S) uint8; label, scene, material (-1: none), number (N,) int64,
-    the first three as places in CLASSES, SCENES, MATERIALS; main, second, accent (N, 3) float32, RGB 0..1;
-    caption (N,) str.
+    Args:
+        indices: of the images, at least one.
+        split: one of SPLITS.
+        cfg: the world.
+        workers: processes that share the drawing; 0 draws in this one.
+
+    Returns:
+        image (N, S, S, 3) uint8; mask (N, S, S) uint8; label, scene, material (-1 for none) as indices into
+        CLASSES, SCENES, MATERIALS, and number, (N,) int64; caption (N,) str.
     """
-    indices = [int(i) for i in indices]
-    if not indices:
+    specs = [spec(int(i), split, cfg) for i in indices]
+    if not specs:
         raise ValueError("no indices given: expected at least one")
-    work = partial(render, split=split, cfg=cfg)
-    if workers:
-        chunk = max(len(indices) // (8 * workers), 1)
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            samples = pool.map(work, indices, chunk)
-    else:
-        samples = [work(i) for i in indices]
-    facts = [sample.attributes for sample in samples]
-    found = {key: np.stack([getattr(sample, key) for sample in samples]) for key in ("image", "mask")}
-    names = {"label": CLASSES, "scene": SCENES, "material": MATERIALS}
-    for key, options in names.items():
-        found[key] = np.array([options.index(f[key]) if f[key] else -1 for f in facts], np.int64)
-    found["number"] = np.array([f["number"] for f in facts], np.int64)
-    found |= {key: np.array([f[key] for f in facts], np.float32) for key in ("main", "second", "accent")}
-    found["caption"] = np.array([sample.caption for sample in samples])
-    return found
+    samples = draw_many(specs, cfg, workers)
+    materials = [MATERIALS.index(what.material) if what.material else -1 for what in specs]
+    return {
+        "image": np.stack([sample.image for sample in samples]),
+        "mask": np.stack([sample.mask for sample in samples]),
+        "label": np.array([CLASSES.index(what.label) for what in specs], np.int64),
+        "scene": np.array([SCENES.index(what.scene) for what in specs], np.int64),
+        "material": np.array(materials, np.int64),
+        "number": np.array([what.number for what in specs], np.int64),
+        "caption": np.array([sample.caption for sample in samples]),
+    }
+
+
+def specs_of(found: Mapping[str, np.ndarray]) -> list[Spec]:
+    """The specs of `render_many`'s images; their seeds are unknown and set to 0."""
+    rows = zip(*(found[name].tolist() for name in ("label", "number", "scene", "material")), strict=True)
+    return [Spec(CLASSES[a], n, SCENES[b], MATERIALS[m] if m >= 0 else None, 0, 0) for a, n, b, m in rows]
