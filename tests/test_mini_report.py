@@ -119,16 +119,14 @@ def test_classifiers_learn_and_come_back_from_their_file(tmp_path):
     task.export(tmp_path)
     path = tmp_path / "probes.safetensors"
     assert path.stat().st_size < 2e6
-    first, second = (
-        classifiers.classify(task.model.probes, images),
-        classifiers.classify(classifiers.load_probes(path), images),
-    )
+    loaded = classifiers.load_probes(path)
+    first, second = (classifiers.classify(probes, images) for probes in (task.model.probes, loaded))
     assert torch.allclose(first.embedding, second.embedding, atol=0.02)
     unseen = world.render_many(range(20), "val", SMALL)
-    known = classifiers.accuracy(classifiers.load_probes(path), unseen, SMALL, distractors=2)
+    known = classifiers.accuracy(loaded, unseen, SMALL, distractors=2)
     assert set(known) == {"class", "scene", "material", "pattern", "colour", "mask", "identity"}
     asked = [world.spec(i, "val", SMALL) for i in range(20)]
-    shares = classifiers.agreement(classifiers.load_probes(path), unseen["image"], asked)
+    shares = classifiers.agreement(loaded, unseen["image"], asked)
     assert shares == pytest.approx({name: known[name] for name in shares})
     with pytest.raises(ValueError, match="does not fit Probes"):
         classifiers.load_probes(path, classifiers.ProbeConfig(hidden=8))
@@ -224,7 +222,7 @@ def test_approximations_are_measured(place, capsys):
     assert approximate(place) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "--steps 5" in text and "1 subjects" in text and capsys.readouterr().out.strip() in text
+    assert "--steps 5" in text and capsys.readouterr().out.strip() in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     named = approximations.settings(5)
     settings, less = rows[2 : 2 + len(named)], rows[-len(named) + 1 :]
@@ -256,12 +254,12 @@ def test_unet_rows_are_those_of_the_sampler():
 def test_approximations_less_the_baseline():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     shots = {
-        name: approximations.Shot(report.Drawn(images + brighter, torch.zeros(2, 1, 1)), seconds)
+        name: approximations.Timed(report.Drawn(images + brighter, torch.zeros(2, 1, 1)), seconds)
         for name, brighter, seconds in (("base", 10, [2.0, 4.0, 1.0]), ("fast", 4, [1.0, 1.0, 0.9]))
     }
     hits = {"base": [True, False], "fast": [False, False]}
     values = {name: dict.fromkeys(approximations.MEASURES, torch.tensor(hit)) for name, hit in hits.items()}
-    shown, less = approximations.judged(values, shots)
+    shown, less = approximations.compared(values, shots)
     assert "difference" not in shown["base"] and shown["fast"]["difference"].tolist() == [6, 6]
     assert list(less) == ["fast"] and less["fast"]["mask"].tolist() == [-1, 0]
     named = {"base": approximations.Setting(), "fast": approximations.Setting({"steps": 10})}

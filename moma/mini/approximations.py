@@ -1,6 +1,6 @@
-"""What approximate speed-ups change: `python -m moma.mini.approximations --bundle weights/mini --pairs 64`.
+"""Effects of approximate speed-ups: `python -m moma.mini.approximations --bundle weights/mini --pairs 64`.
 
-Draws held-out subjects in every setting, has the report's judges look at them, and rewrites the tables of
+Draws held-out subjects in every setting, classifies the images as the report does, and rewrites the tables of
 docs/approximations.md. Each batch is drawn in all settings in turn, so that their times can be compared.
 
 Letters: N pairs, S image side.
@@ -43,36 +43,36 @@ from moma.sampling.sampler import is_guided
 from moma.world.classifiers import load_probes
 
 TITLE = "Approximate speed-ups"  # of the page
-PAIRS = 64  # a quarter of an hour on one core; a share is then known to about 12 points
+PAIRS = 64  # a share is then known to about 12 points
 STRENGTH = 1.0  # β of all settings
-OTHER_SEEDS = 1_000_000  # added to the pairs' seeds for other noise: beyond all of them
+OTHER_SEEDS = 1_000_000  # added to the pairs' seeds for other noise; larger than all of them
 FEWER, FEWEST = 2 / 5, 1 / 5  # of the baseline's steps: 20 and 10 of 50
-MIN_STEPS = 5  # of the baseline: FEWEST of them is one
+MIN_STEPS = 5  # of the baseline, so that FEWEST of them is one
 SUBJECT_BELOW = (950, 800)  # the release's gate; a fifth of the steps without Eq. 3
-# Where guidance acts: the first 60% of the steps, the middle 60%, the first 80%.
+# Guidance in the first 60% of the steps, in the middle 60%, in the first 80%.
 INTERVALS = {"t ≥ 400": (400, TIMESTEPS), "200 ≤ t < 800": (200, 800), "t ≥ 200": (200, TIMESTEPS)}
 MEASURES = (*FIDELITY, "mask")
 INTRO = """`{command}`, {day}: torch {torch} on {device}, {dtype}, CPU threads: {threads}.
 
-{pairs} subjects that nothing was trained on, β = {strength:g}, guidance {guidance:g}, the same noise in every
-row but the second. UNet rows and seconds (of the processor, on CPUs) are shares of the baseline's, which took
-{seconds:.2f} s per image, drawing alone (neither language model nor reference pass); after seconds, the
-least and the largest share of a batch. Difference: mean absolute one to the baseline's images, 0..255. The
-other measures, their judges and 95% solver_steps: [mini.md](mini.md).
+{pairs} unseen subjects, β = {strength:g}, guidance {guidance:g}, the same noise in every row but the second.
+UNet rows and seconds (CPU time on CPUs) are shares of the baseline's, which took {seconds:.2f} s per image
+for denoising and decoding (no language model, no reference pass); brackets after seconds hold the least and
+the largest share of a batch. Difference: mean absolute difference to the baseline's images, 0..255. The other
+measures, the classifiers and the 95% intervals: [mini.md](mini.md).
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is done otherwise than in the baseline."""
+    """What differs from the baseline."""
 
     sample: Mapping[str, Any] = field(default_factory=dict)  # fields of SampleConfig
     method: Mapping[str, Any] = field(default_factory=dict)  # fields of MethodConfig
-    seeds: int = 0  # added to those of the images
+    seeds: int = 0  # added to the images' seeds
 
 
 def settings(steps: int) -> dict[str, Setting]:
-    """Name -> setting, the baseline of DDIM with so many steps first."""
+    """Name -> setting, starting with the baseline of that many steps of DDIM."""
     fewer, fewest = round(steps * FEWER), round(steps * FEWEST)
     dpm = {"solver": "dpm", "steps": fewer}
     some = {f"guidance at {at}": {"guidance_interval": interval} for at, interval in INTERVALS.items()}
@@ -89,13 +89,13 @@ def settings(steps: int) -> dict[str, Setting]:
 
 
 def unet_rows(sample: SampleConfig) -> int:
-    """Rows of UNet calls that one image takes: two where guidance acts, else one."""
+    """UNet rows that one image takes: two per step with guidance, else one."""
     path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
     return sum(1 + is_guided(step.t, sample.guidance_interval) for step in path)
 
 
-class Shot(NamedTuple):
-    """All pairs in one setting."""
+class Timed(NamedTuple):
+    """Drawings of all pairs in one setting."""
 
     drawn: Drawn
     seconds: list[float]  # of each batch
@@ -104,9 +104,16 @@ class Shot(NamedTuple):
 def draw_batch(
     pipe: Steered, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
 ) -> tuple[Drawn, float]:
-    """Images and seconds: on a CPU its own, so that other work on the machine does not count.
+    """Draw jobs in a setting, whose fields of MethodConfig leave the jobs' subjects as they are.
 
-    The settings' fields of MethodConfig leave what jobs bring along as it is.
+    Args:
+        pipe: the networks.
+        jobs: what to draw.
+        setting: what differs from `sample`.
+        sample: the baseline.
+
+    Returns:
+        The drawings, and seconds: of CPU time on a CPU, so that other work on the machine does not count.
     """
     now = time.process_time if pipe.device.type == "cpu" else time.perf_counter
     pipe = pipe.with_method(replace(pipe.method, **setting.method))
@@ -117,48 +124,57 @@ def draw_batch(
 
 
 @torch.no_grad()
-def draw_in_turn(
+def _draw_in_turn(
     pipe: Steered, pairs: Sequence[Pair], named: Mapping[str, Setting], cfg: ReportConfig
-) -> dict[str, Shot]:
+) -> dict[str, Timed]:
     """All pairs in all settings, batch by batch."""
     found: dict[str, list[tuple[Drawn, float]]] = {name: [] for name in named}
     size = cfg.sample.batch_size
     for start in range(0, len(pairs), size):
         jobs = make_jobs(pipe, pairs[start : start + size], cfg, STRENGTH)
-        if start == 0:  # the first call of all is slower, and does not count
+        if start == 0:  # warm up
             draw_batch(pipe, jobs, Setting({"steps": 1}), cfg.sample)
         for name, setting in named.items():
             found[name].append(draw_batch(pipe, jobs, setting, cfg.sample))
         print(f"{start + len(jobs)} of {len(pairs)} pairs", file=sys.stderr)
-    shots = {}
+    timed = {}
     for name, batches in found.items():
         parts, seconds = zip(*batches, strict=True)
-        shots[name] = Shot(Drawn(*(torch.cat(x) for x in zip(*parts, strict=True))), list(seconds))
-    return shots
+        timed[name] = Timed(Drawn(*(torch.cat(x) for x in zip(*parts, strict=True))), list(seconds))
+    return timed
 
 
-def judged(values: Mapping[str, Values], shots: Mapping[str, Shot]) -> tuple[dict[str, Values], ...]:
-    """Setting -> measures with the difference to the first setting's images; and less its measures."""
+def compared(values: Mapping[str, Values], timed: Mapping[str, Timed]) -> tuple[dict[str, Values], ...]:
+    """Measures of each setting with the difference to the first one's images, and minus its measures."""
     base, *others = values
-    then = shots[base].drawn.images.float()  # (N, 3, S, S)
+    expected = timed[base].drawn.images.float()  # (N, 3, S, S)
     shown, less = {base: values[base]}, {}
     for name in others:
-        difference = (shots[name].drawn.images.float() - then).abs().mean(dim=(1, 2, 3))  # (N,)
+        difference = (timed[name].drawn.images.float() - expected).abs().mean(dim=(1, 2, 3))  # (N,)
         shown[name] = values[name] | {"difference": difference}
         less[name] = {key: values[name][key].float() - values[base][key].float() for key in MEASURES}
     return shown, less
 
 
 def costs(
-    shots: Mapping[str, Shot], named: Mapping[str, Setting], sample: SampleConfig
+    timed: Mapping[str, Timed], named: Mapping[str, Setting], sample: SampleConfig
 ) -> dict[str, dict[str, str]]:
-    """Heading -> setting -> share of the first setting's UNet rows and seconds."""
+    """UNet rows and seconds as shares of the first setting's.
+
+    Args:
+        timed: name of a setting -> its drawings.
+        named: name -> setting.
+        sample: the baseline.
+
+    Returns:
+        Heading -> name of a setting -> share.
+    """
     base = next(iter(named))
     rows, seconds = {}, {}
     for name, setting in named.items():
         share = unet_rows(replace(sample, **setting.sample)) / unet_rows(sample)
         rows[name] = f"{share:.3g}"
-        shares = [own / its for own, its in zip(shots[name].seconds, shots[base].seconds, strict=True)]
+        shares = [own / its for own, its in zip(timed[name].seconds, timed[base].seconds, strict=True)]
         middle = statistics.median(shares)
         seconds[name] = "1" if name == base else f"{middle:.2f} ({min(shares):.2f} to {max(shares):.2f})"
     return {"UNet rows": rows, "seconds": seconds}
@@ -167,29 +183,22 @@ def costs(
 # --- the command -------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    cfg = ReportConfig()
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    steps = ReportConfig().sample.steps
     parser = argparse.ArgumentParser(
         "python -m moma.mini.approximations", description=__doc__.split("\n\n")[1]
     )
-    add = parser.add_argument
-    add("--bundle", type=Path, default=Path("weights/mini"), help="MoMA-mini (default: weights/mini)")
-    add(
-        "--probes",
-        type=Path,
-        default=Path("weights/mini/probes.safetensors"),
-        help="the judges (default: weights/mini/probes.safetensors)",
-    )
-    add(
-        "--page",
-        type=Path,
-        default=Path("docs/approximations.md"),
-        help="rewritten between its marks (default: docs/approximations.md)",
-    )
-    add("--pairs", type=int, default=PAIRS, help=f"subjects (default: {PAIRS})")
-    add("--steps", type=int, default=cfg.sample.steps, help=f"of the baseline (default: {cfg.sample.steps})")
-    add("--device", default="auto")
-    add("--dtype", default="auto")
+    paths = {
+        "--bundle": ("weights/mini", "MoMA-mini"),
+        "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
+        "--page": ("docs/approximations.md", "page to rewrite between its marks"),
+    }
+    for name, (default, text) in paths.items():
+        parser.add_argument(name, type=Path, default=Path(default), help=f"{text} (default: {default})")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"subjects (default: {PAIRS})")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of the baseline (default: {steps})")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(argv)
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
@@ -199,21 +208,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """ValueError for a user's mistake."""
+    """Measure and rewrite the page. ValueError for wrong arguments."""
     set_precision()
-    args, cfg, day = parse(argv), ReportConfig(), date.today()
+    args, cfg, day = _parse(argv), ReportConfig(), date.today()
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
-    unet_rows(cfg.sample)  # the steps, and next the page: refused now, not after the drawing
+    unet_rows(cfg.sample)  # refuses bad steps, as the next two lines a bad page, before anything is drawn
     args.page.parent.mkdir(parents=True, exist_ok=True)
     around(args.page, TITLE)
     probes, pipe = load_probes(args.probes), load_pipe(args.bundle, args.device, args.dtype)
     pairs, named = make_pairs(args.pairs, [None], cfg), settings(args.steps)
-    shots = draw_in_turn(pipe, pairs, named, cfg)
-    values = measure({name: shot.drawn for name, shot in shots.items()}, pairs, probes, cfg)
-    shown, less = judged(values, shots)
+    timed = _draw_in_turn(pipe, pairs, named, cfg)
+    values = measure({name: its.drawn for name, its in timed.items()}, pairs, probes, cfg)
+    shown, less = compared(values, timed)
     tables = (
-        Table("Settings", "", ("difference", *MEASURES), shown, costs(shots, named, cfg.sample)),
-        Table("Less the baseline, pair by pair", "", MEASURES, less),
+        Table("Settings", "", ("difference", *MEASURES), shown, costs(timed, named, cfg.sample)),
+        Table("Minus the baseline, pair by pair", "", MEASURES, less),
     )
     given = sys.argv[1:] if argv is None else argv
     intro = INTRO.format(
@@ -226,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs=len(pairs),
         strength=STRENGTH,
         guidance=cfg.sample.guidance,
-        seconds=sum(next(iter(shots.values())).seconds) / len(pairs),
+        seconds=sum(next(iter(timed.values())).seconds) / len(pairs),
     )
     text = "\n".join([intro, *(table.markdown() for table in tables)])
     rewrite(args.page, text, TITLE)

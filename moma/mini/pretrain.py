@@ -1,9 +1,9 @@
 """The whole recipe of MoMA-mini: `python -m moma.mini.pretrain --work DIR --out weights/mini`.
 
 Renders the world, trains every frozen network from scratch, then runs `train.py stage1` and `train.py stage2`
-on shards of triplets as for any other data. Every stage can be interrupted and goes on where it was; each has
-a gate, a number that must be reached before the next stage begins. Under torchrun the ranks train together,
-and rank 0 does the rest; on CPUs, one process for each core is the fastest.
+on shards of triplets as for any other data. An interrupted stage resumes. Most stages have a gate, numbers
+that they must reach before the next one begins. Under torchrun the ranks train together and rank 0 does the
+rest; on CPUs, one process per core is fastest.
 
 Letters: N images, S image side, Z latent channels, h w latents.
 """
@@ -72,22 +72,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where the recipe works. `work` keeps every stage's result, so that a stage is never done twice."""
+    """Where the recipe works. The folder keeps every stage's result, so that no stage runs twice."""
 
     cfg: MiniConfig
-    work: Path
+    folder: Path
     ranks: Ranks
-    start: Bundle | None = None  # whose networks are trained on; None = random ones
+    start: Bundle | None = None  # its networks are trained further; None: random weights
 
     # --- the stages' results ---
 
     def once(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, known to all; the others wait for it."""
+        """What rank 0 makes, on all ranks, which wait for it."""
         return self.ranks.once(make)
 
     def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
-        """Named arrays in a file, made once; on all ranks."""
-        path = self.work / f"{name}.npz"
+        """Make named arrays once and write them to a file; called by all ranks."""
+        path = self.folder / f"{name}.npz"
 
         def write() -> None:
             if not path.exists():
@@ -97,11 +97,12 @@ class Workspace:
         self.once(write)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """What `keep` wrote; of "train" and "val", `world.render_many`'s."""
-        with np.load(self.work / f"{name}.npz") as found:
+        """The arrays of `keep`; "train" and "val" are those of `world.render_many`."""
+        with np.load(self.folder / f"{name}.npz") as found:
             return dict(found)
 
     def images(self, split: str) -> Images:
+        """The renders of "train" or "val", with their captions."""
         found = self.arrays(split)
         images = torch.from_numpy(found["image"]).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
         masks = torch.from_numpy(found["mask"])[:, None]  # (N, 1, S, S)
@@ -109,16 +110,16 @@ class Workspace:
 
     @property
     def tokenizers(self) -> Path:
-        return self.work / "tokenizers"
+        return self.folder / "tokenizers"
 
     @property
     def latents(self) -> Path:
-        return self.work / "latents.safetensors"
+        return self.folder / "latents.safetensors"
 
     def networks(self) -> dict[str, Any]:
-        """Sizes, with the vocabularies and the VAE's scaling as far as they are known."""
+        """Sizes of the networks, with the vocabularies and the VAE's scaling once they are known."""
         networks = with_vocabularies(self.cfg.networks, self.tokenizers)
-        scaling = self.work / "scaling.json"
+        scaling = self.folder / "scaling.json"
         if scaling.exists():
             networks["vae"] = replace(networks["vae"], scaling=json.loads(scaling.read_text())["scaling"])
         return networks
@@ -131,7 +132,7 @@ class Workspace:
         return LlamaTokenizer(self.tokenizers / LLAMA_TOKENIZER[0])
 
     def new(self, name: str) -> nn.Module:
-        """A network to train: the start's, or with weights drawn by torch from a seed of its own."""
+        """A network to train: of the start, or with random weights from a seed of its own."""
         if self.start:
             return self.start.build(name, "cpu", torch.float32, lm_head=name == "llava").requires_grad_()
         with torch.random.fork_rng(devices=[]):
@@ -139,28 +140,35 @@ class Workspace:
             return build_network(name, self.networks()[name], self.networks()["unet"])
 
     def weights(self, stage: str, name: str) -> Path:
-        return self.work / stage / EXPORT / f"{name}.safetensors"
+        """The file of a network that a finished stage has trained."""
+        return self.folder / stage / EXPORT / f"{name}.safetensors"
 
     def trained(self, stage: str, name: str) -> nn.Module:
-        """A network as a finished stage left it."""
+        """A network that a finished stage has trained."""
         config, path = self.networks()[name], self.weights(stage, name)
         return load_into(lambda: build_network(name, config), [path], "cpu", torch.float32).eval()
 
-    def judges(self) -> classifiers.Probes:
+    def probes(self) -> classifiers.Probes:
         return classifiers.load_probes(self.weights("judges", "probes"), self.cfg.probes)
 
     def share_of(self, batch: int) -> int:
-        """This rank's samples of a step's. ValueError where it cannot be shared equally."""
+        """This rank's samples of a batch. ValueError if the ranks cannot share it equally."""
         if batch % self.ranks.world:
             raise ValueError(f"{self.ranks.world} ranks: a step's {batch} samples cannot be shared equally")
         return batch // self.ranks.world
 
     def fit(self, stage: str, task: PretrainingTask, cfg: TrainConfig) -> None:
-        """Train a task in work/<stage>, from its last checkpoint if there is one.
+        """Train a task, from its last checkpoint if there is one.
 
-        ValueError for a checkpoint of another training.
+        Args:
+            stage: name of the folder for its checkpoints and weights.
+            task: what to train.
+            cfg: how to train it.
+
+        Raises:
+            ValueError: for a checkpoint of another training.
         """
-        out, cfg = self.work / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
+        out, cfg = self.folder / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
         identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
         saved = next(reversed(self.once(lambda: checkpoints(out))), None)
         if saved:
@@ -169,100 +177,90 @@ class Workspace:
         fit(task, cfg, out, self.ranks, identity, saved)
 
 
-# --- the stages: all ranks run them ------------------------------------------------------------------
+# --- the stages; all ranks run them ------------------------------------------------------------------
 
 
-def tokenizers(workspace: Workspace) -> None:
-    """The renders; BPE and sentencepiece vocabularies of their captions."""
-    for split, number in (("train", workspace.cfg.images), ("val", workspace.cfg.unseen_images)):
-        given = range(number), split, workspace.cfg.world, os.cpu_count() or 1
-        workspace.keep(split, partial(render_many, *given))
-    words = workspace.images("train").words[: workspace.cfg.tokenizer_captions]
-    workspace.once(lambda: learn_vocabularies(workspace, words))
+def tokenizers(work: Workspace) -> None:
+    """The renders, and BPE and sentencepiece vocabularies of their captions."""
+    for split, number in (("train", work.cfg.images), ("val", work.cfg.unseen_images)):
+        given = range(number), split, work.cfg.world, os.cpu_count() or 1
+        work.keep(split, partial(render_many, *given))
+    words = work.images("train").words[: work.cfg.tokenizer_captions]
+    work.once(lambda: learn_vocabularies(work, words))
 
 
-def vae(workspace: Workspace) -> None:
+def vae(work: Workspace) -> None:
     """The autoencoder."""
-    cfg, images = workspace.cfg.vae, workspace.images("train")
-    workspace.fit("vae", VAETask(workspace.new("vae"), images, cfg, cfg.train.seed), cfg.train)
+    cfg, images = work.cfg.vae, work.images("train")
+    work.fit("vae", VAETask(work.new("vae"), images, cfg), cfg.train)
 
 
-def clip(workspace: Workspace) -> None:
+def clip(work: Workspace) -> None:
     """Text and image encoder."""
-    cfg, images, tokenizer = workspace.cfg.clip, workspace.images("train"), workspace.clip_tokenizer()
-    task = ClipTask(workspace.new("text"), workspace.new("vision"), images, tokenizer, cfg, cfg.train.seed)
-    workspace.fit("clip", task, cfg.train)
+    cfg, images, tokenizer = work.cfg.clip, work.images("train"), work.clip_tokenizer()
+    task = ClipTask(work.new("text"), work.new("vision"), images, tokenizer, cfg)
+    work.fit("clip", task, cfg.train)
 
 
-def judges(workspace: Workspace) -> None:
-    """The probes, trained on renders alone; only gates and the report ask them."""
-    cfg, world = workspace.cfg.probes, workspace.cfg.world
-    first = {name: values[: cfg.pairs] for name, values in workspace.arrays("train").items()}
-    workspace.keep("second", lambda: classifiers.second_images(first, world))
-    task = classifiers.probe_task(first, workspace.arrays("second"), world, cfg)
-    workspace.fit("judges", task, cfg.train)
+def judges(work: Workspace) -> None:
+    """The classifiers, trained on renders alone, for gates and report only."""
+    cfg, world = work.cfg.probes, work.cfg.world
+    first = {name: values[: cfg.pairs] for name, values in work.arrays("train").items()}
+    work.keep("second", lambda: classifiers.second_images(first, world))
+    task = classifiers.probe_task(first, work.arrays("second"), world, cfg)
+    work.fit("judges", task, cfg.train)
 
 
-def sam(workspace: Workspace) -> None:
+def sam(work: Workspace) -> None:
     """SAM, for references without a mask."""
-    cfg = workspace.cfg.segmenting
-    workspace.fit(
-        "sam", SegmentTask(workspace.new("sam"), workspace.images("train"), cfg, cfg.train.seed), cfg.train
-    )
+    cfg = work.cfg.segmenting
+    task = SegmentTask(work.new("sam"), work.images("train"), cfg)
+    work.fit("sam", task, cfg.train)
 
 
-def unet(workspace: Workspace) -> None:
+def unet(work: Workspace) -> None:
     """The text-to-image UNet."""
-    cfg, text, tokenizer = (
-        workspace.cfg.text_to_image,
-        workspace.trained("clip", "text"),
-        workspace.clip_tokenizer(),
-    )
-    images = workspace.images("train")
-    workspace.once(lambda: encode_latents(workspace, images.images))
-    found = read_checkpoint(workspace.latents)
-    latents, words = (found["mean"].read(), found["std"].read()), images.words
-    network = workspace.new("unet").to(memory_format=torch.channels_last)
-    if workspace.start is None:
+    cfg, images = work.cfg.text_to_image, work.images("train")
+    text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
+    work.once(lambda: _encode_latents(work, images.images))
+    found = read_checkpoint(work.latents)
+    latents = found["mean"].read(), found["std"].read()
+    network = work.new("unet").to(memory_format=torch.channels_last)
+    if work.start is None:
         nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
-    task = TextToImageTask(network, latents, words, text, tokenizer, cfg, cfg.train.seed)
-    workspace.fit("unet", task, cfg.train)
+    task = TextToImageTask(network, latents, images.words, text, tokenizer, cfg)
+    work.fit("unet", task, cfg.train)
 
 
-def captioner(workspace: Workspace) -> None:
+def captioner(work: Workspace) -> None:
     """LLaVA on the frozen image tower."""
-    cfg, llava = workspace.cfg.captioner, workspace.new("llava")
-    llava.tower = workspace.trained("clip", "vision")
-    task = CaptionTask(llava, workspace.images("train"), workspace.llama_tokenizer(), cfg, cfg.train.seed)
-    workspace.fit("captioner", task, cfg.train)
+    cfg, llava = work.cfg.captioner, work.new("llava")
+    llava.tower = work.trained("clip", "vision")
+    task = CaptionTask(llava, work.images("train"), work.llama_tokenizer(), cfg)
+    work.fit("captioner", task, cfg.train)
 
 
-def base(workspace: Workspace) -> None:
+def base(work: Workspace) -> None:
     """The frozen networks as a bundle, and the training data as shards."""
-    workspace.once(lambda: write_bundle(workspace))
-    workspace.once(lambda: write_triplets(workspace))
+    work.once(lambda: _write_bundle(work))
+    work.once(lambda: _write_triplets(work))
 
 
-def stage1(workspace: Workspace) -> None:
-    """The decoder (Eq. 4) by train.py."""
-    run_training(
-        "stage1", workspace, workspace.work / "base", workspace.work / "stage1", workspace.cfg.stage1_options
-    )
-    workspace.once(
-        lambda: put_in(
-            workspace.work / "stage1" / EXPORT, workspace.work / "base", workspace.work / "decoder"
-        )
-    )
+def stage1(work: Workspace) -> None:
+    """The feature decoder (Eq. 4), trained by train.py."""
+    bundle, out = work.folder / "base", work.folder / "stage1"
+    _run_training("stage1", work, bundle, out, work.cfg.stage1_options)
+    work.once(lambda: _put_in(out / EXPORT, bundle, work.folder / "decoder"))
 
 
-def stage2(workspace: Workspace) -> None:
-    """The adapter (Eq. 1) by train.py, and the variants that the report compares it with."""
-    for name, options in {"moma": (), **workspace.cfg.variants}.items():
-        own = [option.format(work=workspace.work) for option in options]
-        out, target = workspace.work / "stage2" / name, workspace.work / "bundles" / name
-        given = (*workspace.cfg.stage2_options, *own, "--cache", str(workspace.work / "caches" / name))
-        run_training("stage2", workspace, workspace.work / "decoder", out, given)
-        workspace.once(partial(put_in, out / EXPORT, workspace.work / "decoder", target))
+def stage2(work: Workspace) -> None:
+    """The adapter (Eq. 1) and the variants that the report compares it with, trained by train.py."""
+    folder, bundle = work.folder, work.folder / "decoder"
+    for name, options in {"moma": (), **work.cfg.variants}.items():
+        own = [option.format(work=folder) for option in options]
+        given = (*work.cfg.stage2_options, *own, "--cache", str(folder / "caches" / name))
+        _run_training("stage2", work, bundle, folder / "stage2" / name, given)
+        work.once(partial(_put_in, folder / "stage2" / name / EXPORT, bundle, folder / "bundles" / name))
 
 
 STAGES: dict[str, Callable[[Workspace], None]] = {
@@ -271,32 +269,32 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
 }
 
 
-# --- what the gates read: rank 0 measures on held-out images ----------------------------------------
+# --- measures for the gates; rank 0 computes them on held-out images ---------------------------------
 
 
 @torch.no_grad()
-def vae_numbers(workspace: Workspace) -> dict[str, float]:
-    """PSNR in dB, of images and of all subjects together; also fixes the scaling of the latents."""
-    network, held = workspace.trained("vae", "vae"), workspace.images("val")
-    pixels = to_vae(held.images[: workspace.cfg.vae.held_out])  # (N, 3, S, S)
+def _vae_numbers(work: Workspace) -> dict[str, float]:
+    """PSNR in dB of images, and of all subjects together; also writes the scaling of the latents."""
+    network, held = work.trained("vae", "vae"), work.images("val")
+    pixels = to_vae(held.images[: work.cfg.vae.held_out])  # (N, 3, S, S)
     mean, _ = network.encode(pixels)  # (N, Z, h, w)
     error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
     on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
-    write_json(workspace.work / "scaling.json", {"scaling": 1 / mean.std().item()})
-    workspace.latents.unlink(missing_ok=True)  # those of an earlier autoencoder
+    _write_json(work.folder / "scaling.json", {"scaling": 1 / mean.std().item()})
+    work.latents.unlink(missing_ok=True)  # they may come from another autoencoder
     return {
-        "psnr": decibels(error.mean(dim=(1, 2, 3))).mean().item(),
-        "subject_psnr": decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
+        "psnr": _decibels(error.mean(dim=(1, 2, 3))).mean().item(),
+        "subject_psnr": _decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
     }
 
 
 @torch.no_grad()
-def clip_numbers(workspace: Workspace) -> dict[str, float]:
-    """Share of images whose own caption is the nearest of a batch."""
-    cfg, tokenizer = workspace.cfg.clip, workspace.clip_tokenizer()
-    text, vision = workspace.trained("clip", "text"), workspace.trained("clip", "vision")
-    heads = {name: t.read() for name, t in read_checkpoint(workspace.weights("clip", "heads")).items()}
-    held, hits = workspace.images("val"), []
+def _clip_numbers(work: Workspace) -> dict[str, float]:
+    """Share of images whose own caption is the nearest in a batch."""
+    cfg, tokenizer = work.cfg.clip, work.clip_tokenizer()
+    text, vision = work.trained("clip", "text"), work.trained("clip", "vision")
+    heads = {name: t.read() for name, t in read_checkpoint(work.weights("clip", "heads")).items()}
+    held, hits = work.images("val"), []
     for start in range(0, cfg.held_out, cfg.train.batch_size):
         rows = slice(start, start + cfg.train.batch_size)
         seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
@@ -306,19 +304,19 @@ def clip_numbers(workspace: Workspace) -> dict[str, float]:
     return {"retrieval": torch.cat(hits).float().mean().item()}
 
 
-def judges_numbers(workspace: Workspace) -> dict[str, float]:
-    """How often the judges are right about renders."""
-    return classifiers.accuracy(workspace.judges(), workspace.arrays("val"), workspace.cfg.world)
+def _judges_numbers(work: Workspace) -> dict[str, float]:
+    """Accuracy of the classifiers on renders."""
+    return classifiers.accuracy(work.probes(), work.arrays("val"), work.cfg.world)
 
 
 @torch.no_grad()
-def sam_numbers(workspace: Workspace) -> dict[str, float]:
-    """Mean IoU of the subjects that are found without a click."""
-    network, held = workspace.trained("sam", "sam"), workspace.images("val")
+def _sam_numbers(work: Workspace) -> dict[str, float]:
+    """Mean IoU of the subjects that SAM finds without a click."""
+    network, held = work.trained("sam", "sam"), work.images("val")
     for parameter in network.parameters():
-        parameter.data = parameter.to(workspace.cfg.dtype).float()  # as the bundle keeps them
+        parameter.data = parameter.to(work.cfg.dtype).float()  # as in the bundle
     segmenter = Segmenter(network)
-    true = held.masks[: workspace.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
+    true = held.masks[: work.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
     found = torch.zeros_like(true)
     for i, image in enumerate(held.images[: len(true)]):
         with suppress(ValueError):  # where no object is found
@@ -327,23 +325,23 @@ def sam_numbers(workspace: Workspace) -> dict[str, float]:
     return {"iou": iou(found, true).mean().item()}
 
 
-def unet_numbers(workspace: Workspace) -> dict[str, float]:
-    """Share of drawn images whose class, and scene, the judges recognise; also saves some as a sheet."""
-    cfg = workspace.cfg.text_to_image
-    asked = [spec(i, "val", workspace.cfg.world) for i in range(cfg.drawn)]
-    words = workspace.images("val").words[: cfg.drawn]
-    images = draw_texts(workspace, [sd_prompt(w.label, w.caption) for w in words])
+def _unet_numbers(work: Workspace) -> dict[str, float]:
+    """Shares of generated images whose class and scene the classifiers recognise; also saves a sheet."""
+    cfg = work.cfg.text_to_image
+    asked = [spec(i, "val", work.cfg.world) for i in range(cfg.drawn)]
+    words = work.images("val").words[: cfg.drawn]
+    images = _draw_texts(work, [sd_prompt(w.label, w.caption) for w in words])
     rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
-    save_png(workspace.work / "unet" / "drawn.png", contact_sheet(rows))
-    return classifiers.agreement(workspace.judges(), images, asked)
+    save_png(work.folder / "unet" / "drawn.png", contact_sheet(rows))
+    return classifiers.agreement(work.probes(), images, asked)
 
 
 @torch.no_grad()
-def captioner_numbers(workspace: Workspace) -> dict[str, float]:
-    """Share of images described with their class and main colour."""
-    cfg, tokenizer, held = workspace.cfg.captioner, workspace.llama_tokenizer(), workspace.images("val")
-    config = workspace.networks()["llava"]
-    files = {"": [workspace.weights("captioner", "llava")], "tower.": [workspace.weights("clip", "vision")]}
+def _captioner_numbers(work: Workspace) -> dict[str, float]:
+    """Share of images whose description names their class and main colour."""
+    cfg, tokenizer, held = work.cfg.captioner, work.llama_tokenizer(), work.images("val")
+    config = work.networks()["llava"]
+    files = {"": [work.weights("captioner", "llava")], "tower.": [work.weights("clip", "vision")]}
     llava = load_into(lambda: build_network("llava", config), files, "cpu", torch.float32).eval()
     ids = [torch.tensor(tokenizer.encode_with_image(cfg.dialogues[0][0]))] * cfg.asked
     answers = llava.generate(to_clip(held.images[: cfg.asked]), ids, max_new=cfg.answer_tokens)
@@ -354,53 +352,53 @@ def captioner_numbers(workspace: Workspace) -> dict[str, float]:
     return {"right": float(np.mean(right))}
 
 
-# What comes of the others, the report measures.
+# The report measures the other stages.
 NUMBERS: dict[str, Callable[[Workspace], dict[str, float]]] = {
-    "vae": vae_numbers, "clip": clip_numbers, "judges": judges_numbers, "sam": sam_numbers,
-    "unet": unet_numbers, "captioner": captioner_numbers,
+    "vae": _vae_numbers, "clip": _clip_numbers, "judges": _judges_numbers, "sam": _sam_numbers,
+    "unet": _unet_numbers, "captioner": _captioner_numbers,
 }  # fmt: skip
 
 
-# --- their parts -------------------------------------------------------------------------------------
+# --- parts of the stages -----------------------------------------------------------------------------
 
 
-def learn_vocabularies(workspace: Workspace, words: Sequence[Words]) -> None:
-    """Those of the captions, or the start's."""
-    if workspace.start:
-        workspace.tokenizers.mkdir(exist_ok=True)
+def learn_vocabularies(work: Workspace, words: Sequence[Words]) -> None:
+    """Learn the vocabularies of the captions, or copy those of the start."""
+    if work.start:
+        work.tokenizers.mkdir(exist_ok=True)
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            shutil.copyfile(workspace.start.tokenizer(name), workspace.tokenizers / name)
+            shutil.copyfile(work.start.tokenizer(name), work.tokenizers / name)
         return
     clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
-    talks = (f"{question} {answer}" for question, answer in workspace.cfg.captioner.dialogues)
+    talks = (f"{question} {answer}" for question, answer in work.cfg.captioner.dialogues)
     forms = [talk.replace("<image>", "") for talk in talks]
     llama = sorted({form.format(**vars(w)) for form in forms for w in words})
-    learn_tokenizers(workspace.tokenizers, clip, workspace.cfg.clip_merges, llama, workspace.cfg.llama_pieces)
+    learn_tokenizers(work.tokenizers, clip, work.cfg.clip_merges, llama, work.cfg.llama_pieces)
 
 
 @torch.no_grad()
-def encode_latents(workspace: Workspace, images: Tensor) -> None:
-    """Mean and deviation of every image's posterior, scaled, bf16 (N, Z, h, w) each; once.
+def _encode_latents(work: Workspace, images: Tensor) -> None:
+    """Write the scaled mean and standard deviation of each image's posterior, bf16 (N, Z, h, w), once.
 
-    images: uint8 (N, 3, S, S).
+    images: (N, 3, S, S) uint8.
     """
-    if workspace.latents.exists():
+    if work.latents.exists():
         return
-    network, scaling = workspace.trained("vae", "vae"), workspace.networks()["vae"].scaling
-    parts = [network.encode(to_vae(part)) for part in images.split(workspace.cfg.encode_batch)]
+    network, scaling = work.trained("vae", "vae"), work.networks()["vae"].scaling
+    parts = [network.encode(to_vae(part)) for part in images.split(work.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
-    save_tensors(workspace.work, workspace.latents.stem, found)
+    save_tensors(work.folder, work.latents.stem, found)
 
 
 @torch.no_grad()
-def draw_texts(workspace: Workspace, prompts: list[str]) -> np.ndarray:
-    """Images of the plain UNet, (N, S, S, 3) uint8; seed i for image i."""
-    cfg, sample, dtype = workspace.networks(), workspace.cfg.sample, torch.bfloat16
-    networks = {"unet": workspace.trained("unet", "unet"), "vae": workspace.trained("vae", "vae")}
-    text, tokenizer = workspace.trained("clip", "text"), workspace.clip_tokenizer()
+def _draw_texts(work: Workspace, prompts: list[str]) -> np.ndarray:
+    """Images of the base UNet, (N, S, S, 3) uint8; image i starts from seed i."""
+    cfg, sample, dtype = work.networks(), work.cfg.sample, torch.bfloat16
+    networks = {"unet": work.trained("unet", "unet"), "vae": work.trained("vae", "vae")}
+    text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
     path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
-    side = workspace.cfg.world.size // cfg["vae"].factor
+    side = work.cfg.world.size // cfg["vae"].factor
     images = []
     for start in range(0, len(prompts), sample.batch_size):
         part = prompts[start : start + sample.batch_size]
@@ -419,92 +417,81 @@ def draw_texts(workspace: Workspace, prompts: list[str]) -> np.ndarray:
     return torch.cat(images).numpy()
 
 
-def write_bundle(workspace: Workspace) -> None:
-    """The frozen networks, without an adapter, in work/base."""
-    stages = {
-        "vae": "vae",
-        "text": "clip",
-        "vision": "clip",
-        "unet": "unet",
-        "llava": "captioner",
-        "sam": "sam",
-    }
-    with BundleWriter(workspace.work / "base", workspace.cfg.world.size, overwrite=True) as writer:
+def _write_bundle(work: Workspace) -> None:
+    """Write the frozen networks, without an adapter, to the folder "base"."""
+    stages = {"vae": "vae", "text": "clip", "vision": "clip", "unet": "unet", "sam": "sam"}
+    stages |= {"llava": "captioner"}
+    with BundleWriter(work.folder / "base", work.cfg.world.size, overwrite=True) as writer:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            writer.add_tokenizer(name, workspace.tokenizers / name)
-        networks = workspace.networks()
+            writer.add_tokenizer(name, work.tokenizers / name)
+        networks = work.networks()
         for name, stage in stages.items():
-            tensors = exact_frequencies(read_checkpoint(workspace.weights(stage, name)))
-            writer.add(name, networks[name], tensors, SOURCE, workspace.cfg.dtype)
-        writer.method = dict(workspace.cfg.method)
+            tensors = exact_frequencies(read_checkpoint(work.weights(stage, name)))
+            writer.add(name, networks[name], tensors, SOURCE, work.cfg.dtype)
+        writer.method = dict(work.cfg.method)
 
 
-def write_triplets(workspace: Workspace) -> None:
-    """The training images as shards; the reference of "pairs" is another render of the same identity."""
+def _write_triplets(work: Workspace) -> None:
+    """Write the training images as shards; in "pairs", the reference is another render of the identity."""
+    found, world = work.arrays("train"), work.cfg.world
     for folder, paired in (("triplets", False), ("pairs", True)):
-        found = workspace.arrays("train")
-        with ShardWriter(workspace.work / folder) as shards:
+        with ShardWriter(work.folder / folder) as shards:
             done = shards.done_keys()
-            for i in range(workspace.cfg.triplets):
+            for i in range(work.cfg.triplets):
                 if (key := f"{i:06}") in done:
                     continue
-                label, caption = CLASSES[found["label"][i]], str(found["caption"][i])
-                other = None
+                image, mask = (_png(found[name][i]) for name in ("image", "mask"))
+                reference = None
                 if paired:
-                    shown = spec(i, "train", workspace.cfg.world)
-                    twin = draw(trained_elsewhere(shown, i), workspace.cfg.world)
-                    other = (png(twin.image), png(twin.mask))
-                shards.add(
-                    key, png(found["image"][i]), "png", png(found["mask"][i]), label, caption, reference=other
-                )
+                    twin = draw(trained_elsewhere(spec(i, "train", world), i), world)
+                    reference = _png(twin.image), _png(twin.mask)
+                words = CLASSES[found["label"][i]], str(found["caption"][i])
+                shards.add(key, image, "png", mask, *words, reference=reference)
 
 
-def run_training(stage: str, workspace: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
+def _run_training(stage: str, work: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
     """`python train.py STAGE ...` on all ranks; SystemExit if it fails."""
-    given = {
-        "--bundle": bundle, "--data": workspace.work / "triplets", "--out": out,
-        "--batch-size": workspace.share_of(workspace.cfg.stage_batch), "--device":
-        workspace.ranks.device.type,
-    }  # fmt: skip
+    given = {"--bundle": bundle, "--data": work.folder / "triplets", "--out": out}
+    given |= {"--batch-size": work.share_of(work.cfg.stage_batch), "--device": work.ranks.device.type}
     texts = [str(part) for option in given.items() for part in option]
     if train.run([stage, "--resume", *texts, *options]):
         raise SystemExit(2)
 
 
-def put_in(export: Path, bundle: Path, target: Path) -> None:
+def _put_in(export: Path, bundle: Path, target: Path) -> None:
     """`python convert_weights.py EXPORT --base-bundle BUNDLE --out TARGET --overwrite`."""
     options = [str(export), "--base-bundle", str(bundle), "--out", str(target), "--overwrite"]
     if convert_weights.main(options):
         raise SystemExit(2)
 
 
-def add_scorers(workspace: Workspace, target: Path) -> None:
-    """What images are judged with, beside the finished bundle."""
-    write_scorers(target, workspace.weights("judges", "probes"), workspace.weights("clip", "heads"))
+def add_scorers(work: Workspace, target: Path) -> None:
+    """Write the scorers of `python -m moma.evaluate --world` beside the finished bundle."""
+    write_scorers(target, work.weights("judges", "probes"), work.weights("clip", "heads"))
 
 
-def decibels(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of a mean squared error on pixels in [-1, 1]."""
+def _decibels(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
     return 10 * torch.log10(4 / error)
 
 
-def png(array: np.ndarray) -> bytes:
+def _png(array: np.ndarray) -> bytes:
     """An image or mask as a PNG file."""
     Image.fromarray(array).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 
-def write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def check_shares(workspace: Workspace) -> None:
-    """ValueError unless every step's samples can be shared among the ranks."""
-    cfg = workspace.cfg
+def _check_shares(work: Workspace) -> None:
+    """ValueError unless the ranks can share the batches of all stages equally."""
+    cfg = work.cfg
     for part in (cfg.vae, cfg.clip, cfg.probes, cfg.segmenting, cfg.text_to_image, cfg.captioner):
-        workspace.share_of(part.train.batch_size)
-    workspace.share_of(cfg.stage_batch)
-    classifiers.groups_in(workspace.share_of(cfg.probes.train.batch_size), cfg.probes)
+        work.share_of(part.train.batch_size)
+    work.share_of(cfg.stage_batch)
+    classifiers.groups_in(work.share_of(cfg.probes.train.batch_size), cfg.probes)
 
 
 # --- the recipe --------------------------------------------------------------------------------------
@@ -513,9 +500,11 @@ def check_shares(workspace: Workspace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     set_precision()
     parser = argparse.ArgumentParser(description="Train MoMA-mini from nothing.")
-    parser.add_argument("--work", type=Path, default=Path("out/mini"), help="keeps every stage's result")
+    parser.add_argument("--work", type=Path, default=Path("out/mini"), help="folder for every stage's result")
     parser.add_argument("--out", type=Path, default=Path("out/weights-mini"), help="the finished bundle")
-    parser.add_argument("--start", type=Path, help="bundle whose networks are trained on (default: random)")
+    parser.add_argument(
+        "--start", type=Path, help="bundle whose networks are trained further (default: random weights)"
+    )
     parser.add_argument("--until", choices=tuple(STAGES), default="stage2", help="the last stage to run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -526,13 +515,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_quantised(start)
     args.work.mkdir(parents=True, exist_ok=True)
     with start_ranks(args.device) as ranks:
-        workspace = Workspace(MiniConfig(), args.work, ranks, start)
-        recipe(workspace, args.until)
+        work = Workspace(MiniConfig(), args.work, ranks, start)
+        recipe(work, args.until)
         if args.until == "stage2":
-            workspace.once(
-                lambda: put_in(args.work / "stage2" / "moma" / EXPORT, args.work / "decoder", args.out)
-            )
-            workspace.once(lambda: add_scorers(workspace, args.out))
+            export = args.work / "stage2" / "moma" / EXPORT
+            work.once(lambda: _put_in(export, args.work / "decoder", args.out))
+            work.once(lambda: add_scorers(work, args.out))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -540,22 +528,29 @@ def run(argv: Sequence[str] | None = None) -> int:
     return exit_status("pretrain", lambda: main(argv))
 
 
-def recipe(workspace: Workspace, until: str) -> None:
-    """Every stage up to `until` that is not done yet. ValueError where one misses its gate."""
-    check_shares(workspace)
+def recipe(work: Workspace, until: str) -> None:
+    """Run the stages.
+
+    Args:
+        work: where their results are; stages that are done are skipped.
+        until: name of the last stage to run.
+
+    Raises:
+        ValueError: if a stage misses its gate.
+    """
+    _check_shares(work)
     for name, stage in STAGES.items():
-        done = workspace.work / f"{name}.json"
-        if not workspace.once(done.exists):
-            stage(workspace)
-            numbers = workspace.once(partial(NUMBERS[name], workspace)) if name in NUMBERS else {}
-            if workspace.ranks.main:
+        done = work.folder / f"{name}.json"
+        if not work.once(done.exists):
+            stage(work)
+            numbers = work.once(partial(NUMBERS[name], work)) if name in NUMBERS else {}
+            if work.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
-            for key, least in workspace.cfg.gates.get(name, {}).items():
+            for key, least in work.cfg.gates.get(name, {}).items():
                 if not numbers[key] >= least:
-                    raise ValueError(
-                        f"{name}: {key} is {numbers[key]:.3f}, expected {least}: train it longer"
-                    )
-            workspace.once(partial(write_json, done, numbers))
+                    found = f"{key} is {numbers[key]:.3f}, expected {least}"
+                    raise ValueError(f"{name}: {found}: train it longer")
+            work.once(partial(_write_json, done, numbers))
         if name == until:
             return
 

@@ -1,9 +1,9 @@
 """The paper's claims in miniature: `python -m moma.mini.report --bundle weights/mini --baseline DIR`.
 
-Draws held-out subjects in every setting, has the judges look at them, and rewrites the tables and images of
-docs/mini.md. What is drawn is kept under --work, a file per batch, so that a run that was killed goes on.
+Draws held-out subjects in every setting, classifies the images, and rewrites the tables and images of
+docs/mini.md. Each batch is kept in a file under --work, so an interrupted run resumes.
 
-Letters: N pairs, B batch, S image side, s side of the judges' masks, h w latents, K distractors,
+Letters: N pairs, B batch, S image side, s side of the predicted masks, h w latents, K distractors,
 E embedding.
 """
 
@@ -28,7 +28,7 @@ from models.clip_image import clip_image
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import exit_status, markdown_table, write_text
 from moma.app.record import save_png
-from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image  # fmt: skip
+from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
 from moma.evaluate.methods import Blended, Steered, text_alone
 from moma.methods.moma.adapter import Conditioning
@@ -41,79 +41,74 @@ from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
-from moma.world import classifiers
-from moma.world.classifiers import BYTE, Prediction, Probes, classify, draw_all, stacked
+from moma.world import classifiers, world
+from moma.world.classifiers import BYTE, Prediction, Probes, draw_all, stacked
 from moma.world.drawing import stream
 from moma.world.measures import iou, retrieved
-from moma.world.world import (
-    MATERIALS,
-    SCENES,
-    Spec,
-    WorldConfig,
-    draw,
-    draw_seeds,
-    held_out,
-    neighbour,
-    prompt,
-    spec,
-)
+from moma.world.world import MATERIALS, SCENES, Spec, WorldConfig, draw
 
-MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # what the report owns of a page
-# Names of settings. The last of MASKS samples as the release does, where the bundle does otherwise.
+MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # the report owns what lies between them
+# Names of settings. The last of MASKS samples with the release's settings where the bundle's differ.
 TEXT, BASELINE, MAIN, NONE = "text only", "IP-Adapter", "MoMA, β = 1", "MoMA, β = 0"
 MASKS = ("half", "off", "full, release's settings")
-MASKING = """Background: against β = 0, same noise. Release's settings: M_gen soft, above 0.2, of all layers;
-Eq. 3 below t = 950."""
+MASKING = """Background: against β = 0 with the same noise. Release's settings: soft M_gen above 0.2 from all
+layers; Eq. 3 at t < 950."""
 RELEASED = ("m_gen_layers", "m_gen_threshold", "m_gen_inside", "subject_below_t")
 REAL, OTHER, DECODED = "real renders", "another subject", "real renders, autoencoded"
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What is drawn and what is asked of it."""
+    """What is drawn and measured."""
 
     pairs: int = 240  # of identity and scene: a share of 90% is then known to about 4 points
     textures: int = 120  # of identity and material, 30 of each
-    distractors: int = 10  # identities of the same class beside the right one: chance is 1 of 11
+    distractors: int = 10  # K: other identities of the same class, so chance is 1 in 11
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.2)  # Table 4's β; 0 and 1 are always needed
     texture_strengths: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0)
-    texture_strength: float = 0.4  # the paper's for textures: stands for MoMA where there is one row for it
-    half: float = 0.5  # how much of M_gen "half" masking keeps, the rest being 1
-    margin: int = 2  # cells of the judges' mask around a subject that are not yet background: outline, shadow
+    texture_strength: float = 0.4  # the paper's for textures, used where MoMA has a single row
+    half: float = 0.5  # share of M_gen that "half" masking keeps, the rest being 1
+    margin: int = 2  # mask cells around a subject that are not background yet: outline, shadow
     rows: int = 4  # of a figure: the first pairs, not the best
     scale: int = 2  # of the figures' images
     sample: SampleConfig = SampleConfig(batch_size=16)  # noqa: RUF009 (frozen)
     world: WorldConfig = WorldConfig()  # noqa: RUF009
-    # Least averages of MoMA at β = 1; what is 0 has to be exceeded.
+    # Least averages of MoMA at β = 1, in the order of the targets; 0 has to be exceeded.
     wanted: tuple[float, ...] = (0.9, 0.95, 0.8, 0.25, 0.6, 0.0, 0.0)
 
 
-# --- what is asked for -------------------------------------------------------------------------------
+# --- subjects and prompts ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A subject that nothing was trained on, as it is shown and as it is wanted."""
+    """An unseen subject in the reference and in the wanted image."""
 
     shown: Spec
-    wanted: Spec  # scene and material make the prompt; the pose is only that of the real render
-    seed: int  # of the start noise, the same in every setting
+    wanted: Spec  # scene and material make the prompt; the pose matters to real renders only
+    seed: int  # of the start noise in every setting
 
     @property
     def prompt(self) -> str:
-        return prompt(self.wanted.label, self.wanted.scene, self.wanted.material)
+        return world.prompt(self.wanted.label, self.wanted.scene, self.wanted.material)
 
 
 def make_pairs(number: int, materials: Sequence[str | None], cfg: ReportConfig) -> list[Pair]:
-    """The first `number` identities of the test split, each in another scene, of the materials in turn."""
+    """Pairs of the first identities of the test split.
+
+    Args:
+        number: of pairs.
+        materials: of the wanted images, in turn; None keeps the identity's own colours.
+        cfg: what is drawn.
+    """
     pairs: dict[tuple[str, int], Pair] = {}
     for i in count():
         if len(pairs) == number:
             return list(pairs.values())
-        shown, rng = replace(spec(i, "test", cfg.world), material=None), stream("report", i)
+        shown, rng = replace(world.spec(i, "test", cfg.world), material=None), stream("report", i)
         scene = [scene for scene in SCENES if scene != shown.scene][rng.integers(len(SCENES) - 1)]
         material = materials[len(pairs) % len(materials)]
-        wanted = Spec(shown.label, shown.number, scene, material, *draw_seeds(rng))
+        wanted = Spec(shown.label, shown.number, scene, material, *world.draw_seeds(rng))
         pairs.setdefault((shown.label, shown.number), Pair(shown, wanted, seed=i))
 
 
@@ -121,10 +116,10 @@ def make_pairs(number: int, materials: Sequence[str | None], cfg: ReportConfig) 
 
 
 class Drawn(NamedTuple):
-    """Images of N pairs."""
+    """Drawings of N pairs."""
 
     images: Tensor  # (N, 3, S, S) uint8
-    m_gen: Tensor  # float32 (N, h, w), zeros where nothing was generated
+    m_gen: Tensor  # (N, h, w) float32, zeros for real renders
 
 
 def load_pipe(folder: Path, device: str, dtype: str) -> Steered:
@@ -132,7 +127,7 @@ def load_pipe(folder: Path, device: str, dtype: str) -> Steered:
 
 
 def clip_context(pipe: MoMA, subject: Subject, text: str) -> Tensor:
-    """The baseline's embedding (1, E): CLIP's of the reference on white, whatever the text."""
+    """The baseline's embedding (1, E): CLIP's of the reference on white, for any text."""
     tower = pipe.llava.tower
     pixels = clip_image(subject.reference.white, tower.cfg.image_size)[None]  # (1, 3, S, S)
     return clip_embedding(tower, pixels.to(pipe.device, pipe.dtype))
@@ -148,7 +143,17 @@ def generate(
     change: Callable[[Conditioning], Guide] = Steered.change,
     **method: Any,
 ) -> Drawn:
-    """Images of the pairs in a setting; method: fields of MethodConfig."""
+    """Draw pairs in a setting.
+
+    Args:
+        pipe: the networks.
+        pairs: what to draw.
+        cfg: how to draw.
+        strength: β of Eq. 3.
+        embed: makes the embedding (1, E) from pipe, subject and prompt.
+        change: of the conditioning.
+        method: changed fields of MethodConfig.
+    """
     pipe = pipe.changed(change, **method)
     return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength, embed), cfg.sample))
 
@@ -160,7 +165,10 @@ def make_jobs(
     strength: float,
     embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
 ) -> list[Job]:
-    """An image of each pair, with all that precedes the drawing done."""
+    """One job for each pair, with everything computed that precedes the denoising.
+
+    Args: as in `generate`.
+    """
     jobs = []
     for pair in pairs:
         seen = draw(pair.shown, cfg.world)
@@ -172,60 +180,71 @@ def make_jobs(
 
 
 def drawn(results: Iterable[Result]) -> Drawn:
+    """The drawings of a run."""
     results = list(results)
     return Drawn(stacked([r.image for r in results]), torch.cat([r.m_gen for r in results]).float().cpu())
 
 
 @torch.no_grad()
-def autoencoded(pipe: Steered, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
-    """Real renders through the autoencoder: no generator that uses it can do better."""
-    images = real(pairs, cfg).images.to(pipe.device)
+def _autoencoded(pipe: Steered, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
+    """Real renders after the autoencoder, an upper bound for generators that use it."""
+    images = _real(pairs, cfg).images.to(pipe.device)
     mean, _ = pipe.vae.encode(to_pixels(images, pipe.dtype))  # (N, Z, h, w)
     return Drawn(stacked(to_images(pipe.vae.decode(mean))), torch.zeros_like(mean[:, 0]).float().cpu())
 
 
-def real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
-    """What is asked for as the world draws it; step: of the identity so many numbers further."""
-    specs = [neighbour(pair.wanted, step, cfg.world) for pair in pairs]
+def _real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
+    """The wanted images as the world draws them, of identities `step` places further in the class."""
+    specs = [world.neighbour(pair.wanted, step, cfg.world) for pair in pairs]
     return Drawn(draw_all(specs, cfg.world)[0], torch.zeros(len(pairs), 1, 1))
 
 
-Setting = tuple[Path, Callable[..., Drawn]]  # a bundle and how it draws
+Setting = tuple[Path, Callable[..., Drawn]]  # a bundle, and the function that draws with it
 
 
-def moma(strength: float) -> str:
+def _moma(strength: float) -> str:
     return f"MoMA, β = {strength:g}"
 
 
 def plan(
     bundle: Path, baseline: Path | None, variants: Mapping[str, Path], cfg: ReportConfig
 ) -> dict[str, dict[str, Setting]]:
-    """Set of pairs -> name of a setting -> the setting."""
+    """All settings of the report.
+
+    Args:
+        bundle: MoMA-mini.
+        baseline: bundle whose adapter is an IP-Adapter, if there is one.
+        variants: name -> bundle of another MoMA-mini.
+        cfg: what is drawn.
+
+    Returns:
+        Kind of pairs ("scenes", "textures") -> name of a setting -> the setting.
+    """
     both: dict[str, Setting] = {TEXT: (bundle, partial(generate, change=text_alone))}
     if baseline:
         both[BASELINE] = (baseline, partial(generate, embed=clip_context, context_masked=False))
     full = partial(generate, strength=1.0)
-    ways = {
-        name: partial(full, change=partial(Blended, keep=k))
-        for name, k in zip(MASKS, (cfg.half, 0.0), strict=False)
+    scenes: dict[str, Setting] = {
+        name: (bundle, partial(full, change=partial(Blended, keep=keep)))
+        for name, keep in zip(MASKS, (cfg.half, 0.0), strict=False)
     }
     released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & Bundle.open(bundle).method.keys():
-        ways[MASKS[-1]] = partial(full, **released)
-    scenes = {name: (bundle, way) for name, way in (ways | {DECODED: autoencoded}).items()}
+        scenes[MASKS[-1]] = (bundle, partial(full, **released))
+    scenes[DECODED] = (bundle, _autoencoded)
     scenes |= {name: (folder, full) for name, folder in variants.items()}
     sweeps = [
-        {moma(beta): (bundle, partial(generate, strength=beta)) for beta in betas}
+        {_moma(beta): (bundle, partial(generate, strength=beta)) for beta in betas}
         for betas in (cfg.strengths, cfg.texture_strengths)
     ]
     return {"scenes": both | scenes | sweeps[0], "textures": both | sweeps[1]}
 
 
 @dataclass(frozen=True)
-class Shot:
-    """A batch of pairs to draw in a setting, and the file that keeps the result."""
+class PlannedBatch:
+    """Pairs to draw in a setting, and the file that keeps the result."""
 
-    name: str
+    name: str  # of the setting
     setting: Setting
     pairs: Sequence[Pair]
     file: Path
@@ -233,74 +252,88 @@ class Shot:
 
 @dataclass(frozen=True)
 class ReportRun:
-    """Draws, and keeps what it has drawn in files."""
+    """Draws batches and keeps them in files."""
 
     cfg: ReportConfig
     work: Path
-    place: tuple[str, str]  # device and dtype
+    device: str
+    dtype: str
     load: Callable[[Path], Steered]
 
-    def shots(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> list[Shot]:
-        """The batches of a setting; its name stands for it among the files."""
+    def batches(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> list[PlannedBatch]:
+        """The batches of a setting; all that determines a drawing is hashed into the name of its file."""
         bundle, size = Bundle.open(setting[0]), self.cfg.sample.batch_size
-        cfg = replace(self.cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these draw nothing else
-        facts, shots = [name, bundle.hashes, dict(bundle.method), asdict(cfg), *self.place], []
+        cfg = replace(self.cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these change no drawing
+        facts = [name, bundle.hashes, dict(bundle.method), asdict(cfg), self.device, self.dtype]
+        batches = []
         for start in range(0, len(pairs), size):
             some = pairs[start : start + size]
             text = json.dumps([*facts, [asdict(pair) for pair in some]], sort_keys=True)
             file = self.work / f"{sha256(text.encode()).hexdigest()}.safetensors"
-            shots.append(Shot(name, setting, some, file))
-        return shots
+            batches.append(PlannedBatch(name, setting, some, file))
+        return batches
 
-    def draw(self, shot: Shot) -> None:
-        if shot.file.exists():
+    def draw(self, batch: PlannedBatch) -> None:
+        """Draw a batch unless its file exists."""
+        if batch.file.exists():
             return
-        folder, way = shot.setting
-        save_tensors(self.work, shot.file.stem, way(self.load(folder), shot.pairs, self.cfg)._asdict())
-        print(f"{folder}, {shot.name}: {len(shot.pairs)} images", file=sys.stderr)
+        folder, way = batch.setting
+        save_tensors(self.work, batch.file.stem, way(self.load(folder), batch.pairs, self.cfg)._asdict())
+        print(f"{folder}, {batch.name}: {len(batch.pairs)} images", file=sys.stderr)
 
-    def read(self, shots: Sequence[Shot]) -> Drawn:
-        found = [read_checkpoint(shot.file) for shot in shots]
+    def read(self, batches: Sequence[PlannedBatch]) -> Drawn:
+        """The drawings of all batches of a setting."""
+        found = [read_checkpoint(batch.file) for batch in batches]
         return Drawn(*(torch.cat([part[key].read() for part in found]) for key in Drawn._fields))
 
 
 # --- measures ----------------------------------------------------------------------------------------
 
-Values = dict[str, Tensor]  # name of a measure -> one value for each image (N,), bool or float
+Values = dict[str, Tensor]  # name of a measure -> its value for each image, (N,) bool or float
 HEADINGS = {
     "class": "class %", "scene": "scene %", "material": "material %", "identity": "identity %",
     "pattern": "pattern %", "colour": "colour error", "mask": "M_gen IoU", "change": "background change",
     "tint": "background tint", "difference": "difference",
 }  # fmt: skip
 FIDELITY = ("class", "scene", "identity", "pattern", "colour")
-INTRO = """{pairs} subjects that nothing was trained on, each in another scene than its reference's, and
-{textures} of another material; {sample.steps} steps, guidance {sample.guidance:g}, the same noise in every
-row. Small networks trained on real renders judge; brackets hold 95% solver_steps. Identity: for them the
-image is nearer to another render of its subject than to those of {distractors} others of the class
-(chance: 1 of {of}). Colour error: of the main and the second colour, 0..255. M_gen IoU: of where the last
-M_gen is above 0 with the subject that the judges find. Background, outside of subjects: mean difference,
-and how much nearer to the subject's main colour.
+INTRO = """{pairs} unseen subjects, each in another scene than its reference's, and {textures} of another
+material; {sample.steps} steps, guidance {sample.guidance:g}, the same noise in every row. Small networks
+trained on real renders classify the images; brackets hold 95% intervals. Identity: share of images that
+these networks find nearer to another render of their subject than to those of {distractors} others of the
+class (chance: 1 in {of}). Colour error: of the main and the second colour, 0..255. M_gen IoU: of where the
+last M_gen is above 0 with the subject that these networks find. Background, outside of subjects: mean
+difference, and how much nearer to the subject's main colour.
 """
 
 
 def measure(
-    shots: Mapping[str, Drawn], pairs: Sequence[Pair], probes: Probes, cfg: ReportConfig
+    shown: Mapping[str, Drawn], pairs: Sequence[Pair], probes: Probes, cfg: ReportConfig
 ) -> dict[str, Values]:
-    """Name of a setting -> what the judges say of its images."""
+    """Measure drawings with the classifiers.
+
+    Args:
+        shown: name of a setting -> its drawings of the pairs.
+        pairs: what was to be drawn.
+        probes: the classifiers.
+        cfg: what is measured.
+
+    Returns:
+        Name of a setting -> its measures.
+    """
     wanted = [pair.wanted for pair in pairs]
     true = classifiers.truth_of(wanted, cfg.world)
     others = classifiers.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
-    seen = {name: classify(probes, shot.images) for name, shot in shots.items()}
+    seen = {name: classifiers.classify(probes, its.images) for name, its in shown.items()}
     values = {}
-    for name, shot in shots.items():
-        mask = F.adaptive_avg_pool2d(seen[name].mask.float(), shot.m_gen.shape[-2:]) > 0.5  # (N, h, w)
+    for name, its in shown.items():
+        mask = F.adaptive_avg_pool2d(seen[name].mask.float(), its.m_gen.shape[-2:]) > 0.5  # (N, h, w)
         values[name] = {
             **classifiers.compare(seen[name].truth, true),
             "identity": retrieved(seen[name].embedding, others),
-            "mask": iou(shot.m_gen > 0, mask),
+            "mask": iou(its.m_gen > 0, mask),
         }
         if name in (MAIN, *MASKS):
-            both = (shots[NONE], seen[NONE]), (shot, seen[name])
+            both = (shown[NONE], seen[NONE]), (its, seen[name])
             values[name] |= background(*both, true.colours[:, :3], cfg.margin)
     return values
 
@@ -308,31 +341,41 @@ def measure(
 def background(
     base: tuple[Drawn, Prediction], other: tuple[Drawn, Prediction], colour: Tensor, margin: int
 ) -> Values:
-    """What became of the background in images drawn from the same noise as `base`.
+    """Changes of the background, outside of either image's subject and its margin.
 
-    change: mean difference 0..255; tint: how much nearer it came to the subject's main colour (N, 3), which
-    only spilling does. Both outside either image's subject and its margin, in cells of the judges' mask.
+    Args:
+        base: drawings, and what the classifiers see in them.
+        other: drawings from the same noise.
+        colour: main colours of the subjects, (N, 3) in 0..1.
+        margin: in cells of the predicted mask.
+
+    Returns:
+        change: mean difference, 0..255; tint: how much nearer the background came to the subject's main
+        colour, which only spilling causes.
     """
     subject = (base[1].mask | other[1].mask).float()[:, None]  # (N, 1, s, s)
     near = F.max_pool2d(subject, 2 * margin + 1, stride=1, padding=margin)
-    then, now, colour = base[0].images.float(), other[0].images.float(), colour[..., None, None] * BYTE
-    outside = F.interpolate(1 - near, size=now.shape[-2:], mode="nearest")[:, 0]  # (N, S, S)
-    maps = {"change": (now - then).abs(), "tint": (then - colour).abs() - (now - colour).abs()}
-    area = outside.sum(dim=(1, 2)).clamp_min(1)
+    then, later, colour = base[0].images.float(), other[0].images.float(), colour[..., None, None] * BYTE
+    outside = F.interpolate(1 - near, size=later.shape[-2:], mode="nearest")[:, 0]  # (N, S, S)
+    maps = {"change": (later - then).abs(), "tint": (then - colour).abs() - (later - colour).abs()}
+    area = outside.sum(dim=(1, 2)).clamp_min(1)  # (N,)
     return {name: (x.mean(dim=1) * outside).sum(dim=(1, 2)) / area for name, x in maps.items()}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Settings by measures; a cell that a row lacks stays empty."""
+    """Settings by measures; the cells of measures that a row lacks stay empty."""
 
     title: str
     note: str
     columns: Sequence[str]
     rows: Mapping[str, Values]
-    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading -> row -> text, first
+    facts: Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict
+    )  # first columns: heading -> row -> text
 
     def numbers(self) -> dict[str, dict[str, Estimate]]:
+        """Row -> measure -> its average."""
         return {
             row: {name: estimate(found[name]) for name in self.columns if name in found}
             for row, found in self.rows.items()
@@ -342,11 +385,10 @@ class Table:
         heads = ["", *self.facts, *(HEADINGS[name] for name in self.columns)]
         lines = []
         for row, found in self.numbers().items():
-            said = [of.get(row, "") for of in self.facts.values()]
+            facts = [texts.get(row, "") for texts in self.facts.values()]
             cells = (_cell(name, found[name]) if name in found else "" for name in self.columns)
-            lines.append([row, *said, *cells])
-        rows = markdown_table(heads, lines)
-        return "\n\n".join(filter(None, [f"### {self.title}", self.note, rows]))
+            lines.append([row, *facts, *cells])
+        return "\n\n".join(filter(None, [f"### {self.title}", self.note, markdown_table(heads, lines)]))
 
 
 def _cell(name: str, found: Estimate) -> str:
@@ -355,43 +397,43 @@ def _cell(name: str, found: Estimate) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def tables(
+def _tables(
     values: Mapping[str, Mapping[str, Values]], new: Tensor, variants: Sequence[str], cfg: ReportConfig
 ) -> list[Table]:
-    """values: set of pairs -> setting -> measures; new: bool (N,), combinations that were never trained."""
+    """values: kind of pairs -> setting -> measures; new: (N,) bool, combinations that were never trained."""
     scenes, textures = values["scenes"], values["textures"]
-    low = moma(cfg.texture_strength)
+    low = _moma(cfg.texture_strength)
     methods = {name: name for name in (TEXT, BASELINE) if name in scenes} | {MAIN: low}
     compared = {row: scenes[row] | {"material": textures[made]["material"]} for row, made in methods.items()}
     if new.any():
         rest = {name: x[new] for name, x in scenes[MAIN].items() if name != "material"}
         compared["the same, combinations never trained"] = rest
     masks = {"full": scenes[MAIN]} | {name: scenes[name] for name in MASKS if name in scenes}
-    bounds, others = (
-        {name: scenes[name] for name in row} for row in ((REAL, DECODED, OTHER), (MAIN, *variants))
+    every, spilled = (*FIDELITY, "mask"), ("scene", "identity", "mask", "change", "tint")
+    materials = f"Materials: MoMA with β = {cfg.texture_strength:g}."
+
+    def chosen(of: Mapping[str, Values], names: Iterable[str]) -> dict[str, Values]:
+        return {name: of[name] for name in names}
+
+    sweep, made = (
+        chosen(scenes, map(_moma, cfg.strengths)),
+        chosen(textures, map(_moma, cfg.texture_strengths)),
     )
-    sweep = {moma(beta): scenes[moma(beta)] for beta in cfg.strengths}
-    made = {moma(beta): textures[moma(beta)] for beta in cfg.texture_strengths}
-    all_, spilled = (*FIDELITY, "mask"), ("scene", "identity", "mask", "change", "tint")
+    others, bounds = chosen(scenes, (MAIN, *variants)), chosen(scenes, (REAL, DECODED, OTHER))
     return [
-        Table(
-            "Methods (Table 1)",
-            f"Materials: MoMA with β = {cfg.texture_strength:g}.",
-            ("material", *FIDELITY),
-            compared,
-        ),
+        Table("Methods (Table 1)", materials, ("material", *FIDELITY), compared),
         Table("Masking (Table 3, Fig. 9)", MASKING, spilled, masks),
-        Table("Strength in new scenes (Table 4)", "", all_, sweep),
+        Table("Strength in new scenes (Table 4)", "", every, sweep),
         Table("Strength for new textures (Fig. 8)", "", ("material", "class", "scene"), made),
-        Table("Adapters trained otherwise", "All at β = 1.", all_, others),
-        Table("How well and how ill it could be done", "", FIDELITY, bounds),
+        Table("Adapters trained otherwise", "All at β = 1.", every, others),
+        Table("Upper and lower bounds", "", FIDELITY, bounds),
     ]
 
 
-def targets(
+def _targets(
     values: Mapping[str, Mapping[str, Values]], cfg: ReportConfig
 ) -> dict[str, tuple[float, Estimate]]:
-    """What is asked -> `ReportConfig.wanted` of it and what was found; what needs a baseline comes last."""
+    """Name -> the value of `ReportConfig.wanted` and the average found; those with a baseline come last."""
     scenes, textures = values["scenes"], values["textures"]
 
     def ahead(key: str, of: str) -> Tensor:
@@ -405,7 +447,7 @@ def targets(
         "IoU of M_gen and subject": scenes[MAIN]["mask"],
     }
     if BASELINE in scenes:
-        low, rival = textures[moma(cfg.texture_strength)]["material"], textures[BASELINE]["material"]
+        low, rival = textures[_moma(cfg.texture_strength)]["material"], textures[BASELINE]["material"]
         prompts = torch.cat([ahead("scene", BASELINE), low.float() - rival.float()])
         found[f"scenes, and materials at β = {cfg.texture_strength:g}, ahead of {BASELINE}"] = prompts
         found[f"identity, ahead of {BASELINE}"] = ahead("identity", BASELINE)
@@ -413,7 +455,7 @@ def targets(
     return {text: (least, estimate(values)) for (text, values), least in rows}
 
 
-def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
+def _verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
     rows = []
     for text, (least, e) in found.items():
         met = "met" if (e.mean >= least if least else e.low > 0) else "**missed**"
@@ -427,16 +469,17 @@ def verdicts(found: Mapping[str, tuple[float, Estimate]]) -> str:
 # --- the page ----------------------------------------------------------------------------------------
 
 
-def figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg: ReportConfig) -> None:
-    """The references of the first pairs beside columns of images (N, 3, S, S) or masks (N, h, w)."""
+def _figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg: ReportConfig) -> None:
+    """Save the references of the first pairs beside columns of images (N, 3, S, S) or masks (N, h, w)."""
     shown = draw_all([pair.shown for pair in pairs[: cfg.rows]], cfg.world)[0]
     side = cfg.scale * cfg.world.size
 
     def cell(image: Tensor, text: str) -> Cell:
-        mask = image.ndim == 2
-        shown = mask_image(image[None]) if mask else Image.fromarray(image.permute(1, 2, 0).numpy())
-        line = text.replace("β", "beta")  # PIL's font lacks it
-        return Cell(shown.resize((side, side), Image.Resampling.NEAREST), (line,))
+        picked = (
+            mask_image(image[None]) if image.ndim == 2 else Image.fromarray(image.permute(1, 2, 0).numpy())
+        )
+        caption = text.replace("β", "beta")  # PIL's font lacks it
+        return Cell(picked.resize((side, side), Image.Resampling.NEAREST), (caption,))
 
     rows = [
         [cell(shown[i], pair.prompt), *(cell(images[i], name) for name, images in columns.items())]
@@ -445,25 +488,29 @@ def figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cfg
     save_png(path, contact_sheet(rows, SheetConfig(cell=side, gap=6, caption=18, font=11)))
 
 
-def figures(
-    folder: Path, shots: Mapping[str, Mapping[str, Drawn]], pairs: Mapping[str, list[Pair]], cfg: ReportConfig
+def _figures(
+    folder: Path,
+    drawings: Mapping[str, Mapping[str, Drawn]],
+    pairs: Mapping[str, list[Pair]],
+    cfg: ReportConfig,
 ) -> str:
-    """Write the images; returns the lines that show them."""
+    """Save the images; returns the Markdown that shows them."""
     sheets = {
-        "methods": ("scenes", [TEXT, BASELINE, moma(cfg.strengths[1]), MAIN]),
-        "strength": ("scenes", [moma(beta) for beta in cfg.strengths]),
-        "textures": ("textures", [moma(beta) for beta in cfg.texture_strengths]),
+        "methods": ("scenes", [TEXT, BASELINE, _moma(cfg.strengths[1]), MAIN]),
+        "strength": ("scenes", [_moma(beta) for beta in cfg.strengths]),
+        "textures": ("textures", [_moma(beta) for beta in cfg.texture_strengths]),
         "masking": ("scenes", [NONE, MAIN, "half", "off"]),
     }
     for name, (kind, settings) in sheets.items():
-        columns = {setting: shots[kind][setting].images for setting in settings if setting in shots[kind]}
-        last = {"M_gen": shots[kind][MAIN].m_gen} if name == "masking" else {}
-        figure(folder / f"{name}.png", pairs[kind], columns | last, cfg)
+        of = drawings[kind]
+        columns = {setting: of[setting].images for setting in settings if setting in of}
+        last = {"M_gen": of[MAIN].m_gen} if name == "masking" else {}
+        _figure(folder / f"{name}.png", pairs[kind], columns | last, cfg)
     return "\n".join(f"![{name}]({folder.name}/{name}.png)\n" for name in sheets)
 
 
 def around(page: Path, title: str = "MoMA-mini") -> tuple[str, str]:
-    """What stands before and after the marks of a page, which is begun with a title if it is not there."""
+    """The text before and after the marks of a page; a missing page starts with the title."""
     old = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{MARKS[0]}\n{MARKS[1]}\n"
     if not all(old.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each")
@@ -471,7 +518,16 @@ def around(page: Path, title: str = "MoMA-mini") -> tuple[str, str]:
 
 
 def rewrite(page: Path, text: str, title: str = "MoMA-mini") -> None:
-    """Put the text between the marks of a page."""
+    """Replace the text between the marks of a page.
+
+    Args:
+        page: a Markdown file, created if it is missing.
+        text: of the report.
+        title: of a new page.
+
+    Raises:
+        ValueError: for a page without the marks.
+    """
     before, after = around(page, title)
     write_text(page, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
@@ -479,16 +535,16 @@ def rewrite(page: Path, text: str, title: str = "MoMA-mini") -> None:
 # --- the command -------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cfg = ReportConfig()
     parser = argparse.ArgumentParser("python -m moma.mini.report", description=__doc__.split("\n\n")[1])
     paths = {
         "--bundle": ("weights/mini", "MoMA-mini"),
-        "--probes": ("weights/mini/probes.safetensors", "the judges"),
-        "--baseline": (None, "bundle with an IP-Adapter trained as long"),
-        "--work": ("out/report", "keeps what is drawn"),
-        "--page": ("docs/mini.md", "rewritten between its marks; images and numbers.json go beside it"),
-        "--readme": ("README.md", "gets the targets, if it has the marks"),
+        "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
+        "--baseline": (None, "bundle whose adapter is an IP-Adapter, trained as long"),
+        "--work": ("out/report", "folder of the drawings, reused by the next run"),
+        "--page": ("docs/mini.md", "page to rewrite between its marks; images and numbers.json go beside it"),
+        "--readme": ("README.md", "page that also gets the targets, if it has the marks"),
     }
     for name, (default, text) in paths.items():
         parser.add_argument(name, type=Path, default=default and Path(default), help=text)
@@ -509,51 +565,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """ValueError for a user's mistake. Under torchrun the ranks share the drawing."""
+    """Write the report; under torchrun the ranks share the drawing. ValueError for wrong arguments."""
     set_precision()
-    args = parse(argv)
+    args = _parse(argv)
     with start_ranks(args.device) as ranks:
-        report(args, ranks)
+        _report(args, ranks)
 
 
-def report(args: argparse.Namespace, ranks: Ranks) -> None:
+def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     cfg = ReportConfig(pairs=args.pairs, textures=args.textures)
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
     probes, folder = classifiers.load_probes(args.probes), args.page.with_suffix("")
-    variants = {name: Path(place) for name, place in (text.split("=", 1) for text in args.variant)}
+    variants = {name: Path(path) for name, path in (text.split("=", 1) for text in args.variant)}
     pairs = {
         "scenes": make_pairs(cfg.pairs, [None], cfg),
         "textures": make_pairs(cfg.textures, MATERIALS, cfg),
     }
-    for place in (args.work, folder):
-        place.mkdir(parents=True, exist_ok=True)
+    for path in (args.work, folder):
+        path.mkdir(parents=True, exist_ok=True)
     load = lru_cache(maxsize=1)(partial(load_pipe, device=str(ranks.device), dtype=args.dtype))
-    studio = ReportRun(cfg, args.work, (ranks.device.type, args.dtype), load)
-    wanted = {
-        kind: {name: studio.shots(name, setting, pairs[kind]) for name, setting in settings.items()}
+    run = ReportRun(cfg, args.work, ranks.device.type, args.dtype, load)
+    planned = {
+        kind: {name: run.batches(name, setting, pairs[kind]) for name, setting in settings.items()}
         for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items()
     }
-    every = [shot for settings in wanted.values() for shots in settings.values() for shot in shots]
-    for shot in every[ranks.rank :: ranks.world]:
-        studio.draw(shot)
+    every = [batch for settings in planned.values() for batches in settings.values() for batch in batches]
+    for batch in every[ranks.rank :: ranks.world]:
+        run.draw(batch)
     ranks.gather(None)  # until all have drawn
     if not ranks.main:
         return
-    shots = {}
-    for kind, settings in wanted.items():
-        shots[kind] = {name: studio.read(parts) for name, parts in settings.items()}
-        shots[kind] |= {REAL: real(pairs[kind], cfg), OTHER: real(pairs[kind], cfg, cfg.distractors + 1)}
-    values = {kind: measure(found, pairs[kind], probes, cfg) for kind, found in shots.items()}
-    new = torch.tensor([held_out(p.wanted.label, p.wanted.scene, None, cfg.world) for p in pairs["scenes"]])
-    sheets, goals = tables(values, new, list(variants), cfg), targets(values, cfg)
-    numbers = {"targets": goals, **{sheet.title: sheet.numbers() for sheet in sheets}}
-    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8")
-    verdict, intro = verdicts(goals), INTRO.format(**vars(cfg), of=cfg.distractors + 1)
-    images = figures(folder, shots, pairs, cfg)
-    rewrite(args.page, "\n".join([intro, verdict, images, *(sheet.markdown() for sheet in sheets)]))
+    drawings = {}
+    for kind, settings in planned.items():
+        real = {REAL: _real(pairs[kind], cfg), OTHER: _real(pairs[kind], cfg, cfg.distractors + 1)}
+        drawings[kind] = {name: run.read(batches) for name, batches in settings.items()} | real
+    values = {kind: measure(shown, pairs[kind], probes, cfg) for kind, shown in drawings.items()}
+    new = torch.tensor(
+        [world.held_out(p.wanted.label, p.wanted.scene, None, cfg.world) for p in pairs["scenes"]]
+    )
+    tables, targets = _tables(values, new, list(variants), cfg), _targets(values, cfg)
+    numbers = {"targets": targets, **{table.title: table.numbers() for table in tables}}
+    write_text(folder / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False))
+    verdict, intro = _verdicts(targets), INTRO.format(**vars(cfg), of=cfg.distractors + 1)
+    images = _figures(folder, drawings, pairs, cfg)
+    rewrite(args.page, "\n".join([intro, verdict, images, *(table.markdown() for table in tables)]))
     if args.readme.exists() and MARKS[0] in args.readme.read_text(encoding="utf-8"):
-        shown = Path(os.path.relpath(folder, args.readme.parent), "methods.png").as_posix()
-        rewrite(args.readme, f"{verdict}\n![methods]({shown})\n\n{sheets[0].markdown()}")
+        sheet = Path(os.path.relpath(folder, args.readme.parent), "methods.png").as_posix()
+        rewrite(args.readme, f"{verdict}\n![methods]({sheet})\n\n{tables[0].markdown()}")
     print(verdict)
 
 

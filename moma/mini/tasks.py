@@ -1,4 +1,4 @@
-"""Pretraining of MoMA-mini's frozen networks, one `Task` each for the loop that also trains MoMA itself.
+"""Pretraining of MoMA-mini's frozen networks: one `Task` each for the loop that also trains MoMA.
 
 Letters: N images, B batch, S image side, Z latent channels, h w latents, T text tokens, C width.
 """
@@ -40,7 +40,7 @@ class Images:
 
 @dataclass(frozen=True)
 class PlainAttention:
-    """A hook that changes nothing but the implementation: with gradients, SDPA is slow on CPUs."""
+    """A hook that only selects the implementation of attention."""
 
     impl: str
 
@@ -51,22 +51,18 @@ class PlainAttention:
 
 
 class VAELoss(nn.Module):
-    """Reconstruction error and Kullback-Leibler term of one batch of crops."""
+    """Reconstruction error and Kullback-Leibler divergence."""
 
-    def __init__(self, vae: VAE, cfg: VAETrainingConfig, seed: int) -> None:
+    def __init__(self, vae: VAE, cfg: VAETrainingConfig) -> None:
         super().__init__()
-        self.vae, self.cfg, self.seed = vae, cfg, seed
+        self.vae, self.cfg, self.seed = vae, cfg, cfg.train.seed
 
     def forward(self, batch: Batch) -> Tensor:
-        """batch: pixels (B, 3, S, S) in [-1, 1], mask (B, 1, S, S) in 0..1, number (B,) -> (B,)."""
+        """Losses (B,) of pixels (B, 3, S, S) in [-1, 1], mask (B, 1, S, S) in 0..1, number (B,)."""
         pixels = batch["pixels"]
         mean, std = self.vae.encode(pixels)  # 2 x (B, Z, h, w)
-        noise = torch.stack(
-            [
-                torch.randn(mean.shape[1:], generator=generator_for(self.seed, n))
-                for n in batch["number"].tolist()
-            ]
-        )
+        generators = _generators(self.seed, batch["number"])
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])  # (B, Z, h, w)
         error = (self.vae.decode(mean + std * noise.to(mean)) - pixels).float()  # (B, 3, S, S)
         weight = 1 + (self.cfg.subject_weight - 1) * batch["mask"]  # (B, 1, S, S)
         fit = ((error.square() + self.cfg.absolute_weight * error.abs()) * weight).mean(dim=(1, 2, 3))  # (B,)
@@ -76,22 +72,19 @@ class VAELoss(nn.Module):
 
 
 class VAETask(PretrainingTask):
-    """Images, or random crops of them, through the autoencoder."""
+    """Random crops of images through the autoencoder."""
 
-    def __init__(self, vae: VAE, images: Images, cfg: VAETrainingConfig, seed: int) -> None:
-        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
-        self.model, self.images, self.cfg = VAELoss(vae, cfg, seed), images, cfg
+    def __init__(self, vae: VAE, images: Images, cfg: VAETrainingConfig) -> None:
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
+        self.model, self.images, self.cfg = VAELoss(vae, cfg), images, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        images, masks = self.images.images[items], self.images.masks[items]
-        side = self.cfg.crop
-        room = images.shape[-1] - side + 1
-        crops = []
-        for number in numbers.tolist():
-            y, x = torch.randint(room, (2,), generator=generator_for(self.seed, number)).tolist()
-            crops.append((slice(y, y + side), slice(x, x + side)))
-        pixels = torch.stack([image[:, y, x] for image, (y, x) in zip(images, crops, strict=True)])
-        mask = torch.stack([mask[:, y, x] for mask, (y, x) in zip(masks, crops, strict=True)])
+        whole = torch.cat([self.images.images[items], self.images.masks[items]], dim=1)  # (B, 4, S, S)
+        side, crops = self.cfg.crop, []
+        for image, generator in zip(whole, _generators(self.seed, numbers), strict=True):
+            y, x = torch.randint(whole.shape[-1] - side + 1, (2,), generator=generator).tolist()
+            crops.append(image[:, y : y + side, x : x + side])
+        pixels, mask = torch.stack(crops).split((3, 1), dim=1)  # (B, 3, crop, crop), (B, 1, crop, crop)
         return {"pixels": to_vae(pixels), "mask": mask / 255, "number": numbers}
 
     def networks(self) -> dict[str, nn.Module]:
@@ -99,26 +92,28 @@ class VAETask(PretrainingTask):
 
 
 class ClipLoss(nn.Module):
-    """Symmetric contrastive loss (CLIP, Fig. 3) of images and their rich captions.
+    """Symmetric contrastive loss (arXiv 2103.00020, Fig. 3) of images and their rich captions.
 
-    Each rank contrasts its own samples: with more ranks a sample meets fewer others.
+    Each rank contrasts its own samples only.
     """
 
     def __init__(self, text: CLIPText, vision: CLIPVision, width: int, cfg: ClipConfig) -> None:
         super().__init__()
         self.text, self.vision = text, vision
-        self.text_head = nn.Linear(text.cfg.width, width, bias=False)  # only for this loss: not in the bundle
+        self.text_head = nn.Linear(text.cfg.width, width, bias=False)  # heads: for this loss only
         self.vision_head = nn.Linear(vision.cfg.width, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(cfg.initial_scale).log())
 
     def forward(self, batch: Batch) -> Tensor:
-        """batch: pixels (B, 3, S, S) normalised, ids (B, T) -> (B,)."""
+        """Losses (B,) of pixels (B, 3, S, S), normalised, and ids (B, T)."""
         image = F.normalize(self.vision_head(self.vision(batch["pixels"])[1]).float(), dim=-1)  # (B, P)
         text = F.normalize(self.text_head(self.text(batch["ids"])[1]).float(), dim=-1)  # (B, P)
         logits = self.log_scale.exp() * image @ text.T  # (B, B)
         target = torch.arange(len(logits), device=logits.device)
-        losses = [F.cross_entropy(rows, target, reduction="none") for rows in (logits, logits.T)]
-        return (losses[0] + losses[1]) / 2
+        rows, columns = (
+            F.cross_entropy(x, target, reduction="none") for x in (logits, logits.T)
+        )  # (B,) each
+        return (rows + columns) / 2
 
 
 class ClipTask(PretrainingTask):
@@ -131,16 +126,15 @@ class ClipTask(PretrainingTask):
         images: Images,
         tokenizer: ClipTokenizer,
         cfg: ClipConfig,
-        seed: int,
     ) -> None:
-        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
         self.model = ClipLoss(text, vision, cfg.projection, cfg)
         self.images, self.tokenizer, self.cfg = images, tokenizer, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, texts = [], []
-        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
-            cut_out = bool(torch.rand((), generator=generator_for(self.seed, number)) < self.cfg.cut_out)
+        for item, generator in zip(items.tolist(), _generators(self.seed, numbers), strict=True):
+            cut_out = bool(torch.rand((), generator=generator) < self.cfg.cut_out)
             words = self.images.words[item]
             pixels.append(_image(self.images, item, cut_out))
             texts.append(words.subject if cut_out else words.rich)
@@ -152,16 +146,16 @@ class ClipTask(PretrainingTask):
 
 
 class NoiseLoss(nn.Module):
-    """The error of the predicted noise, weighted over t as min-SNR (arXiv 2303.09556)."""
+    """Squared error of the predicted noise with min-SNR weights over t (arXiv 2303.09556)."""
 
-    def __init__(self, unet: UNet, text: CLIPText, cfg: TextToImageConfig, seed: int) -> None:
+    def __init__(self, unet: UNet, text: CLIPText, cfg: TextToImageConfig) -> None:
         super().__init__()
-        self.unet, self.text, self.cfg, self.seed = unet, text.requires_grad_(False), cfg, seed
+        self.unet, self.text, self.cfg = unet, text.requires_grad_(False), cfg
         self.register_buffer("alphas", alphas_cumprod(ScheduleConfig()), persistent=False)  # (1000,)
 
     def forward(self, batch: Batch) -> Tensor:
-        """batch: mean, std (B, Z, h, w) scaled, ids (B, T), number (B,) -> (B,)."""
-        generators = [generator_for(self.seed, n) for n in batch["number"].tolist()]
+        """Losses (B,) of mean and std (B, Z, h, w), scaled, ids (B, T), number (B,)."""
+        generators = _generators(self.cfg.train.seed, batch["number"])
         shape = batch["mean"].shape[1:]
         t = torch.stack([torch.randint(len(self.alphas), (), generator=g) for g in generators])  # (B,)
         noise = torch.stack([torch.randn((2, *shape), generator=g) for g in generators])  # (B, 2, Z, h, w)
@@ -180,9 +174,8 @@ class NoiseLoss(nn.Module):
 class TextToImageTask(PretrainingTask):
     """Latents with texts of several kinds.
 
-    As in captions of public images, some name colours and pattern: what has to steer these later, context
-    tokens and K', V', then finds a UNet that can be steered. Some are the label alone (the reference pass's
-    text), some are empty.
+    As in captions of public images, some texts name colours and pattern, so that context tokens and K', V'
+    can later steer these. Some are the label alone, the text of the reference pass, and some are empty.
     """
 
     def __init__(
@@ -193,20 +186,19 @@ class TextToImageTask(PretrainingTask):
         text: CLIPText,
         tokenizer: ClipTokenizer,
         cfg: TextToImageConfig,
-        seed: int,
     ) -> None:
-        super().__init__(len(words), cfg.held_out, cfg.train.batch_size, seed)
+        super().__init__(len(words), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
         self.mean, self.std = latents  # each (N, Z, h, w), scaled
         kinds = [[sd_prompt(w.label, w.caption), sd_prompt(w.label, w.rich), w.label, ""] for w in words]
-        place = {text: i for i, text in enumerate(sorted({text for row in kinds for text in row}))}
-        self.ids = tokenizer.ids(list(place))  # (texts, T)
-        self.texts = torch.tensor([[place[text] for text in row] for row in kinds])  # (N, 4)
+        index = {text: i for i, text in enumerate(sorted({text for row in kinds for text in row}))}
+        self.ids = tokenizer.ids(list(index))  # (texts, T)
+        self.texts = torch.tensor([[index[text] for text in row] for row in kinds])  # (N, 4)
         rest = 1 - cfg.rich - cfg.label_only - cfg.empty
-        self.until = torch.tensor([rest, cfg.rich, cfg.label_only]).cumsum(0)  # (3,) bounds of kinds
-        self.model, self.cfg = NoiseLoss(unet, text, cfg, seed), cfg
+        self.until = torch.tensor([rest, cfg.rich, cfg.label_only]).cumsum(0)  # (3,) bounds of the kinds
+        self.model, self.cfg = NoiseLoss(unet, text, cfg), cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        draws = [torch.rand((), generator=generator_for(self.seed, -n)) for n in numbers.tolist()]
+        draws = [torch.rand((), generator=g) for g in _generators(self.seed, -numbers)]
         kind = torch.bucketize(torch.stack(draws), self.until, right=True)  # (B,) 0..3
         ids = self.ids[self.texts[items, kind]]  # (B, T)
         return {"mean": self.mean[items], "std": self.std[items], "ids": ids, "number": numbers}
@@ -216,7 +208,7 @@ class TextToImageTask(PretrainingTask):
 
 
 class CaptionLoss(nn.Module):
-    """Next-token error of the answers. The tower is frozen, as in LLaVA's own training."""
+    """Next-token error of the answers. The image tower is frozen, as in LLaVA's own training."""
 
     def __init__(self, llava: Llava) -> None:
         super().__init__()
@@ -224,32 +216,27 @@ class CaptionLoss(nn.Module):
         llava.tower.requires_grad_(False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """batch: pixels (B, 3, S, S) normalised, ids list of B texts, answer (B,) lengths -> (B,)."""
+        """Losses (B,) of pixels (B, 3, S, S), normalised, ids of B texts, and answer, (B,) lengths."""
         features = self.llava.encode_images(batch["pixels"])  # (B, N, C)
         texts = [ids.to(features.device) for ids in batch["ids"]]
         embeds, lengths = self.llava.splice(texts, features)  # (B, T, C), (B,)
         logits = self.llava.llama.lm_head(self.llava.llama(embeds)).float()  # (B, T, V)
-        losses = []
-        for row, ids, count, end in zip(
-            logits, texts, batch["answer"].tolist(), lengths.tolist(), strict=True
-        ):
-            losses.append(F.cross_entropy(row[end - count - 1 : end - 1], ids[-count:]))
+        rows = zip(logits, texts, batch["answer"].tolist(), lengths.tolist(), strict=True)
+        losses = [F.cross_entropy(row[end - n - 1 : end - 1], ids[-n:]) for row, ids, n, end in rows]
         return torch.stack(losses)
 
 
 class CaptionTask(PretrainingTask):
-    """Instruction tuning: say what is there, or what the subject would look like in a wanted image."""
+    """Instruction tuning: describe the image, or how the subject would look in a wanted image."""
 
-    def __init__(
-        self, llava: Llava, images: Images, tokenizer: LlamaTokenizer, cfg: CaptionerConfig, seed: int
-    ) -> None:
-        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, seed)
+    def __init__(self, llava: Llava, images: Images, tokenizer: LlamaTokenizer, cfg: CaptionerConfig) -> None:
+        super().__init__(len(images), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
         self.model, self.images, self.tokenizer, self.cfg = CaptionLoss(llava), images, tokenizer, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, rows, counts = [], [], []
-        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
-            kind = int(torch.randint(3, (), generator=generator_for(self.seed, number)))
+        for item, generator in zip(items.tolist(), _generators(self.seed, numbers), strict=True):
+            kind = int(torch.randint(3, (), generator=generator))
             words = self.images.words[item]
             pixels.append(_image(self.images, item, cut_out=kind > 0))
             question, answer = self.cfg.dialogues[kind]
@@ -265,16 +252,21 @@ class CaptionTask(PretrainingTask):
 
 
 def to_vae(images: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S) -> float32 in [-1, 1]."""
+    """Images (B, 3, S, S) uint8 as float32 in [-1, 1]."""
     return images / 127.5 - 1
 
 
 def to_clip(images: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S), S the tower's size -> float32, normalised as `models.clip_image` does."""
+    """Images (B, 3, S, S) uint8 of the tower's size as float32, normalised as in `models.clip_image`."""
     return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def _image(images: Images, item: int, cut_out: bool) -> Tensor:
-    """uint8 (3, S, S), whole or the subject alone on white."""
+    """One image (3, S, S) uint8, whole or the subject alone on white."""
     image = images.images[item]
     return torch.where(images.masks[item] > 127, image, 255) if cut_out else image
+
+
+def _generators(seed: int, numbers: Tensor) -> list[torch.Generator]:
+    """A generator for each sample number (B,)."""
+    return [generator_for(seed, number) for number in numbers.tolist()]
