@@ -160,7 +160,7 @@ def options(place, *more):
 
 
 def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
-    (place / "README.md").write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    (place / "README.md").write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "moma.mini.report", *options(place)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -170,7 +170,7 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     images = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
     for text in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
         assert text in page
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "stale" not in readme
     assert set(images) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
     with Image.open(place / "docs/mini/masking.png") as sheet:
         assert np.asarray(sheet).std() > 0
@@ -218,10 +218,10 @@ def approximate(place, *more):
 
 def test_approximations_are_measured(place, capsys):
     page = place / "approximations.md"
-    page.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    page.write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
     assert approximate(place) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert "--steps 5" in text and capsys.readouterr().out.strip() in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     named = approximations.settings(5)
