@@ -1,1 +1,1 @@
-"""How fast and how small this is here: `python -m moma.bench`."""
+"""Benchmark of speed and memory: `python -m moma.bench`."""

@@ -1,4 +1,4 @@
-"""How a step's time grows with what is drawn, as points and as an image."""
+"""Time of a step over image size, batch, subject share and number of steps, as points and as an image."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,40 +16,29 @@ from moma.sampling.sampler import TextOnly
 
 @dataclass(frozen=True)
 class LooksConfig:
-    """Of the image."""
+    """Looks of the image."""
 
     chart: ChartConfig = field(default_factory=lambda: ChartConfig(size=(860, 480)))
-    plain: tuple[Colour, ...] = ((150, 180, 220), (230, 180, 140))  # a tint for each dtype
+    plain: tuple[Colour, ...] = ((150, 180, 220), (230, 180, 140))  # one tint per dtype
     moma: tuple[Colour, ...] = ((30, 90, 170), (200, 80, 30))
     labels: tuple[tuple[str, str], ...] = (
-        ("size", "side of the image in pixels, one image, seconds per step"),
-        ("batch", "images at once, seconds per step"),
-        ("share", "subject's share of reference and image, seconds per step"),
-        ("steps", "steps of the whole loop, one image, seconds for all of them"),
+        ("size", "image side in pixels (one image, seconds per step)"),
+        ("batch", "images in a batch (seconds per step)"),
+        ("share", "share of the subject in reference and image (seconds per step)"),
+        ("steps", "steps of the whole loop (one image, seconds for all)"),
     )
 
 
 @torch.no_grad()
 def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
-    """Each point is one call of each kind after others that do not count."""
-    for axis, values, name in (
-        ("size", cfg.sizes, "size"), ("batch", cfg.batches, None), ("share", cfg.shares, "share"),
-    ):  # fmt: skip
-        for value in values:
-            changed = replace(cfg, **{name: value}) if name else cfg
-            yield point(axis, value, changed, networks, int(value) if name is None else 1)
-    yield from lengths(cfg, networks)
-
-
-def point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: int) -> Point:
-    step = make_step(networks, cfg, batch)
-    memory = memory_of(partial(step.moma, networks.unet), networks.device)  # a call that does not count
-    plain, moma = seconds_of(step.plain), seconds_of(step.moma)
-    return Point(axis, value, dtype_name(networks.dtype), plain, moma, memory)
-
-
-def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
-    """Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before."""
+    """All points; each is one call of each kind, after warm-up calls."""
+    for size in cfg.sizes:
+        yield _point("size", size, replace(cfg, size=size), networks)
+    for batch in cfg.batches:
+        yield _point("batch", batch, cfg, networks, batch)
+    for share in cfg.shares:
+        yield _point("share", share, replace(cfg, share=share), networks)
+    # Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before.
     step = make_step(networks, cfg)
     for steps in cfg.lengths:
         guides = TextOnly(step.text), step.cond
@@ -57,8 +46,15 @@ def lengths(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
         yield Point("steps", steps, dtype_name(networks.dtype), plain, moma, None)
 
 
+def _point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: int = 1) -> Point:
+    step = make_step(networks, cfg, batch)
+    memory = memory_of(partial(step.moma, networks.unet), networks.device)  # also warms up
+    plain, moma = seconds_of(step.plain), seconds_of(step.moma)
+    return Point(axis, value, dtype_name(networks.dtype), plain, moma, memory)
+
+
 def curves_image(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:
-    """A chart for each axis, two beside each other."""
+    """One chart per axis, two in a row."""
     cfg = cfg or LooksConfig()
     dtypes = list(dict.fromkeys(p.dtype for p in points))
     w, h = cfg.chart.size

@@ -1,4 +1,4 @@
-"""What surrounds the steps: the decoder, the VAE, a whole drawing, and the memory of all of it.
+"""Everything around the steps: feature decoder, VAE, whole drawings, and their memory.
 
 Letters: B images, S side of the images.
 """
@@ -49,12 +49,12 @@ from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, e
 from moma.weights.tiny import SOURCE, TinyConfig, build_tokenizers, draw
 
 SCRIPT = Path(__file__).parents[2] / "sample.py"
-PEAK_MEMORY = re.compile(r"peak memory ([\d.]+) GB")  # in the last line of sample.py
+PEAK_MEMORY = re.compile(r"peak memory ([\d.]+) GB")  # last line of sample.py
 WORD, PROMPT = "cat", "a cat on the beach at sunset"
 
 
-def full_size() -> dict[str, Any]:
-    """Every network's sizes in the public set."""
+def _full_size() -> dict[str, Any]:
+    """Sizes of all networks of the public weights."""
     llama, vision = LlamaConfig(lm_head=False), CLIPVisionConfig()
     return {
         "unet": SD15,
@@ -68,23 +68,28 @@ def full_size() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Of what is measured here."""
+    """Settings of this module."""
 
-    networks: Mapping[str, Any] = field(default_factory=full_size)
-    # A pass of a 7B model takes half a minute on a CPU.
-    repeats: int = 2
-    # Steps of the drawing whose memory is measured: the second one has masks, all later ones are like it.
-    steps: int = 2
+    networks: Mapping[str, Any] = field(default_factory=_full_size)
+    repeats: int = 2  # few, since a pass of a 7B model is slow on a CPU
+    steps: int = 2  # of the drawing whose memory is measured: the second one has masks, as all later ones do
 
 
 def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int = 0) -> None:
-    """A bundle with pseudo-random weights in bf16, tensors of one shape alike; tokenizers know few words.
+    """Write a bundle of pseudo-random bf16 weights (tensors of one shape are equal) and tiny tokenizers.
 
-    size: S. ValueError if the disk has no room for it: 16 GB for the public sizes.
+    Args:
+        folder: of the bundle.
+        size: image side S in pixels.
+        networks: name -> sizes.
+        seed: of the weights.
+
+    Raises:
+        ValueError: if the disk lacks the space.
     """
     kind = torch.bfloat16
 
-    @lru_cache(maxsize=4)  # weights of the next block have the same shapes; the largest of them takes 0.3 GB
+    @lru_cache(maxsize=4)  # the next block has weights of the same shapes
     def values(ending: str, shape: tuple[int, ...]) -> torch.Tensor:
         return draw(ending, shape, torch.Generator().manual_seed(seed), TinyConfig()).to(kind)
 
@@ -102,33 +107,34 @@ def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int
             writer.add(name, config, tensors, SOURCE)
 
 
-def image(size: int) -> Image.Image:
-    """A disc on white: RGB (S, S)."""
+def _image(size: int) -> Image.Image:
+    """A disc on white, RGB (S, S)."""
     image = Image.new("RGB", (size, size), "white")
     ImageDraw.Draw(image).ellipse([size // 4, size // 4, 3 * size // 4, 3 * size // 4], (150, 90, 40))
     return image
 
 
-# --- the decoder -------------------------------------------------------------------------------------
+# --- the feature decoder -----------------------------------------------------------------------------
 
 
 def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """One question to the MLLM, its weights in memory or read from the file block by block."""
+    """One MLLM query with weights in memory or streamed from the file block by block.
+
+    Args:
+        folder: bundle with full-size weights.
+        cfg: what is measured.
+        device: where.
+        dtype: of weights and activations.
+    """
     kind, repeats = dtype_name(dtype), min(cfg.repeats, FlowConfig().repeats)
-    question = [MLLMInput(image(cfg.size), WORD, PROMPT)]
+    question = [MLLMInput(_image(cfg.size), WORD, PROMPT)]
     streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
     error = relative_error(streamed(question)[0], resident(question)[0])
     slow, fast = in_turn(partial(resident, question), partial(streamed, question), repeats)
-    yield Ratio(
-        "decoder, resident / streamed, file in the page cache",
-        kind,
-        cfg.wanted["streamed"],
-        slow,
-        fast,
-        error,
-    )
+    what = "decoder, resident / streamed, file in the page cache"
+    yield Ratio(what, kind, cfg.wanted["streamed"], slow, fast, error)
     memory = memory_of(partial(streamed, question), device, mapped=True)
-    del resident, streamed  # 14 GB
+    del resident, streamed  # frees 14 GB
 
     def loaded(how: Toggle) -> None:
         load_decoder(folder, str(device), kind, stream=how)(question)
@@ -139,15 +145,8 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
     yield Part("decoder, resident", kind, slow)
     yield Part("decoder, streamed", kind, fast, memory=memory)
     if memory is not None:
-        most = cfg.most["streamed"]
-        yield Ratio(
-            "streamed decoder's memory, limit / with its mapped weights",
-            kind,
-            1.0,
-            most,
-            memory / GIB,
-            unit="GiB",
-        )
+        what = "streamed decoder's memory, limit / with its mapped weights"
+        yield Ratio(what, kind, 1.0, cfg.most["streamed"], memory / GIB, unit="GiB")
 
 
 # --- the VAE -----------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.d
 
 @torch.no_grad()
 def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """One image to latents and one back."""
+    """Encoding and decoding of one image."""
     vae = pseudo_random(lambda: VAE(VAE_SD15), cfg.seed, device, dtype)
     generator, peak = torch.Generator().manual_seed(cfg.seed), matmul_peak(cfg, device, dtype)
     x = torch.randn(1, VAE_SD15.in_channels, cfg.size, cfg.size, generator=generator).to(device, dtype)
@@ -165,65 +164,76 @@ def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> I
         yield part_of(what, dtype, call, median_of(call, cfg.repeats), peak, device)
 
 
-# --- a whole drawing -----------------------------------------------------------------------------------
+# --- a whole drawing ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
-    """The steps of as many images of the flow as the pipeline draws at once: one, or where steps are
-    recorded, which takes its time, all of them."""
-    together, kind = at_once(cfg, networks.device), dtype_name(networks.dtype)
+    """One batch of the pipeline: a single step, or all steps where capturing CUDA graphs takes time."""
+    batch, kind = _batch(cfg, networks.device), dtype_name(networks.dtype)
     if networks.make_recorder is not None:
-        step = make_step(networks, cfg, together)
+        step = make_step(networks, cfg, batch)
         seconds = median_of(lambda: step.drawing(cfg.steps), FlowConfig().repeats)
-        yield Part(drawing_name(cfg.steps, together), kind, seconds)
-    elif together > 1:  # `moma.bench.step.steps` has the other one
-        yield Part(step_name(together), kind, median_of(make_step(networks, cfg, together).moma, cfg.repeats))
+        yield Part(_drawing_name(cfg.steps, batch), kind, seconds)
+    elif batch > 1:  # `moma.bench.step.steps` yields a batch of one
+        yield Part(_step_name(batch), kind, median_of(make_step(networks, cfg, batch).moma, cfg.repeats))
 
 
-def at_once(cfg: BenchConfig, device: torch.device) -> int:
+def _batch(cfg: BenchConfig, device: torch.device) -> int:
+    """Images that the pipeline draws at once."""
     return max_batch(cfg.images, prod(cfg.grid), device)
 
 
-def step_name(together: int) -> str:
-    return "MoMA step" if together == 1 else f"MoMA step, {together} at once"
+def _step_name(batch: int) -> str:
+    return "MoMA step" if batch == 1 else f"MoMA step, {batch} at once"
 
 
-def drawing_name(steps: int, together: int) -> str:
-    return f"{steps} MoMA steps and their recording, {together} at once"
+def _drawing_name(steps: int, batch: int) -> str:
+    return f"{steps} MoMA steps and their recording, {batch} at once"
 
 
 def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Several images of one subject for one prompt, the sum of the parts that were measured.
+    """Several images of one subject and prompt, summed from parts.
 
-    Ours: the decoder and the reference pass once, images in the pipeline's batches. The release's: all of
-    it anew for each image, with its own step; what else it does is taken to be as fast as ours. Loading
-    and text encoding are in neither.
+    Ours runs decoder and reference pass once, and images in batches. The release repeats everything for each
+    image, with its own step; its other parts are assumed to be as fast as ours. Loading and text encoding
+    count for neither.
+
+    Args:
+        found: the parts.
+        cfg: what is measured.
+        device: where.
+        dtype: of weights and activations.
     """
     kind, n, steps = dtype_name(dtype), cfg.images, cfg.steps
     part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
-    together = at_once(cfg, device)
-    drawn = part.get(drawing_name(steps, together)) or steps * part.get(step_name(together), 0.0)  # a batch
+    batch = _batch(cfg, device)
+    drawn = part.get(_drawing_name(steps, batch)) or steps * part.get(_step_name(batch), 0.0)  # of a batch
     if not release or not drawn or not {"reference pass", "VAE, encode", "VAE, decode"} <= set(part):
         return
     read = part.get("decoder, resident", 0.0)
     once = read + part["VAE, encode"] + part["reference pass"]
-    fast = once + -(-n // together) * drawn + n * part["VAE, decode"]
+    fast = once + -(-n // batch) * drawn + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
     least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
-    decoded = "with" if read else "without"
-    what = (
-        f"{n} images of one prompt, {steps} steps, {decoded} the decoder, summed from parts, release / ours"
-    )
+    decoded = f"{'with' if read else 'without'} the decoder, summed from parts"
+    what = f"{n} images of one prompt, {steps} steps, {decoded}, release / ours"
     yield Ratio(what, kind, least, slow, fast)
 
 
 def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Most memory of `sample.py` from its start to its end; on CPUs without the files that are mapped."""
+    """Peak memory of a run of `sample.py`; on CPUs without mapped files.
+
+    Args:
+        folder: bundle with full-size weights.
+        cfg: what is measured.
+        device: where.
+        dtype: of weights and activations.
+    """
     kind, least = dtype_name(dtype), f"pipeline {device.type}"
     with tempfile.TemporaryDirectory() as out:
-        image(cfg.size).save(Path(out, "ref.png"))
+        _image(cfg.size).save(Path(out, "ref.png"))
         options = {
             "--ref": Path(out, "ref.png"), "--subject": WORD, "--prompt": PROMPT, "--weights": folder,
             "--out": out, "--cache": "off", "--stream": "on", "--steps": FlowConfig().steps, "--num": 1,
@@ -236,8 +246,8 @@ def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.
     if process.returncode:
         last = text.strip().rpartition("\n")[2] or f"exit status {process.returncode}"
         raise ValueError(f"{SCRIPT.name} failed with {folder}: {last}")
-    told = PEAK_MEMORY.search(text)
-    memory = float(told[1]) * 1e9 if device.type == "cuda" and told else max(seen)
+    match = PEAK_MEMORY.search(text)
+    memory = float(match[1]) * 1e9 if device.type == "cuda" and match else max(seen)
     if memory and least in cfg.most:
         what = "memory of the whole pipeline, limit / ours"
         yield Ratio(what, kind, 1.0, cfg.most[least], memory / GIB, unit="GiB")

@@ -1,4 +1,4 @@
-"""Seconds, operations and memory, and the lines that they become.
+"""Time, operations and memory, and the lines of the report.
 
 Letters: h w latents.
 """
@@ -23,9 +23,9 @@ from moma.methods.moma.masks import Grid
 from moma.sampling.device import dtype_name
 
 GIB = 2**30
-POLL = 0.005  # seconds between two looks at a process's memory: a buffer of a UNet step lives longer
+POLL = 0.005  # seconds between two samples of a process's memory; buffers of a UNet step live longer
 STATUS = Path("/proc/self/status")
-OWN, MAPPED = "RssAnon:", "RssFile:"  # pages of no file, and of files, in it
+OWN, MAPPED = "RssAnon:", "RssFile:"  # its lines on anonymous pages, and on pages of mapped files
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class BenchConfig:
 
     unet: UNetConfig = SD15
     size: int = 512  # pixels
-    share: float = 0.35  # of the subject in the reference and in the image
-    repeats: int = 3  # of each side, in turn; the median counts
+    share: float = 0.35  # of reference and image that the subject takes
+    repeats: int = 3  # timed calls of each side, in turn; the median counts
     factor: int = 8  # pixels per latent
     text_tokens: int = 77
-    timestep: int = 500  # where Eq. 3 acts
-    peak: int = 4096  # side of the matrices whose product is taken for this machine's peak
+    timestep: int = 500  # at which Eq. 3 acts
+    peak: int = 4096  # side of the matrices whose product measures the machine's peak
     seed: int = 0
-    # Free memory, as a multiple of what a sample of the training's baseline keeps, without which its second
-    # sample is left out: two of them, buffers of operators, another UNet.
+    # The second sample of the training baseline needs this multiple of one sample's saved tensors as free
+    # memory: two samples, buffers of operators, another UNet.
     room: float = 3.0
-    images: int = 4  # of the whole flow
+    images: int = 4  # of a whole drawing
     steps: int = 50
-    # Of the curves. Each point varies one thing and leaves the others.
+    # Curves; each varies one quantity.
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024)
     batches: tuple[int, ...] = (1, 4, 16)
     lengths: tuple[int, ...] = (1, 2, 5)  # steps
     shares: tuple[float, ...] = (0.05, 0.35, 0.7, 1.0)
-    # Least ratios; "half": where 16-bit types have another one.
+    # Least ratios; "half" is that of 16-bit types where it differs.
     wanted: Mapping[str, float] = field(
         default_factory=lambda: {
             "eq3": 4.0, "moma": 1 / 1.1, "plain": 1.0, "plain half": 1 / 0.9, "release": 2.8,
@@ -59,14 +59,14 @@ class BenchConfig:
             "batch": 2.0, "graph": 1.0,
         }
     )  # fmt: skip
-    # Most memory in GiB: of the streamed decoder, and of the whole pipeline in 16 bits.
+    # Memory limits in GiB: of the streamed decoder, and of the whole pipeline in 16 bits.
     most: Mapping[str, float] = field(
         default_factory=lambda: {"streamed": 1.2, "pipeline cpu": 6.0, "pipeline cuda": 4.0}
     )
 
     @property
     def grid(self) -> Grid:
-        """Latents."""
+        """Height and width of the latents."""
         return self.size // self.factor, self.size // self.factor
 
 
@@ -77,13 +77,14 @@ class Ratio:
     what: str
     dtype: str
     wanted: float  # least ratio
-    slow: float  # what is compared with
+    slow: float  # the other side
     fast: float  # ours
-    error: float | None = None  # largest difference over the largest value, where both give the same
+    error: float | None = None  # largest difference over the largest value, if both compute the same
     unit: str = "s"
 
     @property
     def times(self) -> float:
+        """The ratio."""
         return self.slow / self.fast
 
 
@@ -96,7 +97,7 @@ class Part:
     seconds: float
     flops: int | None = None
     of_peak: float | None = None  # operations per second over those of a matrix product
-    memory: int | None = None  # bytes beyond what was there before, on a call that is not the first
+    memory: int | None = None  # bytes that a warmed-up call allocates
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class Point:
     axis: str
     x: float
     dtype: str
-    plain: float  # seconds of a plain step, or of several
+    plain: float  # seconds of one or more plain steps
     moma: float  # seconds of as many MoMA steps
-    memory: int | None  # bytes beyond weights and inputs, of an eager MoMA step
+    memory: int | None  # bytes that an eager MoMA step allocates
 
 
 Found = Ratio | Part | Point
@@ -123,31 +124,37 @@ def half(key: str, dtype: torch.dtype) -> str:
 
 
 def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, called in turn after one call each that does not count."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(repeats + 1):
-        for call, kept in zip((first, second), seconds, strict=True):
-            taken = seconds_of(call)
-            if round_:
-                kept.append(taken)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    """Time two calls in turn, after one warm-up call of each.
+
+    Args:
+        first: one side.
+        second: the other side.
+        repeats: timed calls of each.
+
+    Returns:
+        Median seconds of both.
+    """
+    rounds = [(seconds_of(first), seconds_of(second)) for _ in range(repeats + 1)]
+    slow, fast = (statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))
+    return slow, fast
 
 
 def median_of(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of a call, after one that does not count."""
+    """Median seconds of a call, after a warm-up call."""
     return in_turn(call, lambda: None, repeats)[0]
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    wait()
+    """Seconds of one call, including work on the device."""
+    _wait()
     start = time.perf_counter()
     call()
-    wait()
+    _wait()
     return time.perf_counter() - start
 
 
-def wait() -> None:
-    """Until the device has done what it was given."""
+def _wait() -> None:
+    """Wait for the device to finish its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
@@ -156,7 +163,7 @@ def wait() -> None:
 
 
 def operations(run: Callable[[], Any]) -> int:
-    """Floating point operations of matrix products, convolutions and attention."""
+    """Floating-point operations of a call's matrix products, convolutions and attention."""
 
     def sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **options: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -168,7 +175,7 @@ def operations(run: Callable[[], Any]) -> int:
         return conv_flop_count(x, weight, out_shape)
 
     ops = torch.ops
-    known = {ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}  # these are not in torch's own list
+    known = {ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}  # missing in torch's own list
     if torch.backends.mkldnn.is_available():
         known |= {ops.mkldnn._linear_pointwise: linear, ops.mkldnn._convolution_pointwise: conv}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
@@ -177,7 +184,13 @@ def operations(run: Callable[[], Any]) -> int:
 
 
 def matmul_peak(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product."""
+    """Operations per second of a large matrix product.
+
+    Args:
+        cfg: side of the matrices, repeats and seed.
+        device: where.
+        dtype: of the matrices.
+    """
     generator = torch.Generator(device).manual_seed(cfg.seed)
     a = torch.randn(cfg.peak, cfg.peak, generator=generator, device=device).to(dtype)
     return 2 * cfg.peak**3 / median_of(lambda: a @ a, cfg.repeats)
@@ -186,12 +199,22 @@ def matmul_peak(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> f
 def part_of(
     what: str, dtype: torch.dtype, call: Callable[[], Any], seconds: float, peak: float, device: torch.device
 ) -> Part:
-    """A call's line; peak: of `matmul_peak`."""
+    """The line of a call.
+
+    Args:
+        what: name of the line.
+        dtype: of weights and activations.
+        call: what was timed.
+        seconds: its time.
+        peak: operations per second, of `matmul_peak`.
+        device: where.
+    """
     flops = operations(call)
     return Part(what, dtype_name(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
@@ -199,20 +222,25 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def memory_of(call: Callable[[], Any], device: torch.device, mapped: bool = False) -> int | None:
-    """Most bytes that a call takes beyond what was there before; None = the system does not tell.
+    """Peak memory of a call beyond what was allocated before.
 
-    On CUDA what torch has allocated; on CPUs this process's own pages and, with `mapped`, those of files that
-    are mapped into it and were touched.
+    Args:
+        call: what to measure.
+        device: on CUDA, memory is what torch has allocated; on CPUs, the anonymous pages of this process.
+        mapped: on CPUs, whether touched pages of mapped files count, too.
+
+    Returns:
+        Bytes, or None where the system does not tell.
     """
     if device.type == "cuda":
-        wait()
+        _wait()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    give_back()
+    _trim()
     kinds = (OWN, MAPPED) if mapped else (OWN,)
-    if (before := pages(STATUS, kinds)) is None:
+    if (before := _pages(STATUS, kinds)) is None:
         call()
         return None
     with watched(STATUS, kinds) as seen:
@@ -220,15 +248,14 @@ def memory_of(call: Callable[[], Any], device: torch.device, mapped: bool = Fals
     return max(seen) - before
 
 
-def give_back() -> None:
-    """Memory that was freed but kept by the C library for later goes back to the system: it would hide what
-    a call takes."""
-    with suppress(OSError, AttributeError):  # another C library
+def _trim() -> None:
+    """Return memory that the C library keeps after it was freed; it would hide what a call allocates."""
+    with suppress(OSError, AttributeError):  # of another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def pages(status: Path, kinds: tuple[str, ...]) -> int | None:
-    """Bytes of a process's pages of these kinds; status: its file of that name in /proc."""
+def _pages(status: Path, kinds: tuple[str, ...]) -> int | None:
+    """Bytes of a process's pages of these kinds; status: its file "status" in /proc."""
     try:
         lines = [line.split() for line in status.read_text().splitlines()]
     except OSError:
@@ -239,17 +266,17 @@ def pages(status: Path, kinds: tuple[str, ...]) -> int | None:
 
 @contextmanager
 def watched(status: Path, kinds: tuple[str, ...]) -> Iterator[list[int]]:
-    """`pages` again and again while the context is open, in a list."""
-    seen, over = [pages(status, kinds) or 0], threading.Event()
+    """Sample the memory of a process while the context is open; yields the list of samples in bytes."""
+    seen, stop = [_pages(status, kinds) or 0], threading.Event()
 
-    def look() -> None:
-        while not over.wait(POLL):
-            seen.append(pages(status, kinds) or 0)
+    def sample() -> None:
+        while not stop.wait(POLL):
+            seen.append(_pages(status, kinds) or 0)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield seen
     finally:
-        over.set()
+        stop.set()
         thread.join()

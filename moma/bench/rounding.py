@@ -1,7 +1,7 @@
-"""What storing LLaMA's matrices in 8 or 4 bits does to the decoder's embedding.
+"""Effect of 8- and 4-bit LLaMA weights on the embedding of the feature decoder.
 
     python convert_weights.py --base-bundle weights/mini --llm-bits 4 --out out/mini4
-    # bundles on subjects and prompts of MoMA-mini's world
+    # compare bundles on subjects and prompts of MoMA-mini's world
     python -m moma.bench.rounding weights/mini out/mini4
     python -m moma.bench.rounding --full-size 32              # LLaVA-1.5-7B's sizes, pseudo-random weights
 
@@ -38,7 +38,7 @@ class RoundingConfig:
     """What is compared."""
 
     pairs: int = 64  # N
-    tokens: int = 64  # T at full size; LLaVA's prompts have 640, which takes ten times as long
+    tokens: int = 64  # T at full size; LLaVA's prompts have 640
     seed: int = 0  # of the pseudo-random weights and states
     llama: LlamaConfig = LlamaConfig(lm_head=False)  # noqa: RUF009 (frozen)
 
@@ -47,8 +47,8 @@ class RoundingConfig:
 
 
 @torch.no_grad()
-def embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
-    """The decoder's embeddings of a bundle that knows the mini world's words, float32 (N, E)."""
+def _embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
+    """Embeddings of a bundle for MoMA-mini's world, (N, E) float32."""
     decoder, size, questions = load_decoder(folder, "cpu", dtype), Bundle.open(folder).image_size, []
     for pair in pairs:
         seen = draw(pair.shown, ReportConfig().world)
@@ -58,18 +58,18 @@ def embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
     return torch.cat(decoder(questions)).float()  # (N, E)
 
 
-def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
-    """Every bundle beside the first one in bf16, in lines for people."""
+def _compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
+    """Lines of text that compare each bundle with the first one in bf16."""
     pairs = make_pairs(cfg.pairs, [None], ReportConfig())
-    wanted = embeddings(folders[0], "bf16", pairs)
+    wanted = _embeddings(folders[0], "bf16", pairs)
     yield f"{cfg.pairs} pairs of subject and prompt, cosine to {folders[0]} in bf16"
-    yield line("another pair's embedding", F.cosine_similarity(wanted, wanted.roll(1, dims=0)))
+    yield _line("another pair's embedding", F.cosine_similarity(wanted, wanted.roll(1, dims=0)))
     for folder, dtype in [(folders[0], "fp32"), *((folder, "bf16") for folder in folders[1:])]:
-        found = embeddings(folder, dtype, pairs)
-        yield line(f"{folder} in {dtype}", F.cosine_similarity(wanted, found))
+        found = _embeddings(folder, dtype, pairs)
+        yield _line(f"{folder} in {dtype}", F.cosine_similarity(wanted, found))
 
 
-def line(name: str, cosines: Tensor) -> str:
+def _line(name: str, cosines: Tensor) -> str:
     return f"{name}: mean {cosines.mean():.5f}, least {cosines.min():.5f}"
 
 
@@ -77,10 +77,10 @@ def line(name: str, cosines: Tensor) -> str:
 
 
 @torch.no_grad()
-def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
-    """LLaMA on random states, plain in bf16 and in fewer bits; one block's weights in memory at a time.
+def _full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
+    """LLaMA on random states in bf16 and in fewer bits, with one block's weights in memory at a time.
 
-    After each block a line: cosines of the last token's embedding and of the states of all tokens.
+    Yields a line per block: cosine of the last token's embedding, and of the states of all tokens.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     mapping = Mapping(AdapterConfig(mllm_dim=cfg.llama.width)).bfloat16()
@@ -95,7 +95,7 @@ def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
         block.to_empty(device="cpu")
         fill(block, generator)
         for bits, x in states.items():
-            states[bits] = (block if bits is None else in_bits(block, bits, cfg.llama))(x, rope)
+            states[bits] = (block if bits is None else _in_bits(block, bits, cfg.llama))(x, rope)
         normed = {bits: norm(x.float())[0] for bits, x in states.items()}  # (T, C)
         last = {bits: mapping(x[-1:].bfloat16()).float() for bits, x in normed.items()}  # (1, E)
         found = [
@@ -106,8 +106,8 @@ def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
         yield f"{i} blocks, embedding (states): {', '.join(found)}"
 
 
-def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
-    """The same block with its matrices as `models.weights.quant` stores them."""
+def _in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
+    """The block with matrices quantised by `models.weights.quant`."""
     with torch.device("meta"):
         other = LlamaBlock(replace(cfg, quant=PRESETS[bits]))
     state = block.state_dict()
@@ -119,19 +119,22 @@ def in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the comparison. ValueError for wrong arguments."""
     set_precision()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("bundles", nargs="*", type=Path, help="the first is what the others are compared to")
-    parser.add_argument("--full-size", type=int, metavar="BLOCKS", help="of LLaVA-1.5-7B's 32")
+    parser.add_argument("bundles", nargs="*", type=Path, help="bundles to compare with the first one")
+    parser.add_argument(
+        "--full-size", type=int, metavar="BLOCKS", help="compare that many of LLaVA-1.5-7B's 32 blocks"
+    )
     args = parser.parse_args(argv)
     if bool(args.bundles) == (args.full_size is not None):
         raise ValueError("expected bundles, or --full-size with a number of blocks")
     cfg = RoundingConfig()
     if args.full_size is not None and not 1 <= args.full_size <= cfg.llama.layers:
         raise ValueError(f"--full-size {args.full_size}: expected 1 to {cfg.llama.layers} blocks")
-    for text in full_size(args.full_size, cfg) if args.full_size else compare(args.bundles, cfg):
+    for text in _full_size(args.full_size, cfg) if args.full_size else _compare(args.bundles, cfg):
         print(text, flush=True)
 
 

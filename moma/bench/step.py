@@ -1,6 +1,6 @@
-"""One denoising step: Eq. 3 by itself, MoMA's step and the plain one, diffusers' and the release's.
+"""One denoising step: Eq. 3 alone, and the steps of MoMA, the base model, diffusers and the release.
 
-Pseudo-random weights: times do not depend on what the weights are.
+Weights are pseudo-random; times do not depend on them.
 
 Letters: B images, R = 2B rows of a UNet call (both of guidance), H heads, N tokens of a layer, D channels
 per head, T text tokens, h w latents.
@@ -57,7 +57,7 @@ from moma.weights.tiny import fill
 
 
 def square(cfg: BenchConfig) -> Tensor:
-    """A subject of `share` of the image in its middle: (1, 1, h, w) in {0, 1}."""
+    """A mask (1, 1, h, w) in {0, 1} of a subject in the middle that takes `share` of the image."""
     h, w = cfg.grid
     side = cfg.share**0.5
     tall, wide = round(h * side), round(w * side)
@@ -67,7 +67,13 @@ def square(cfg: BenchConfig) -> Tensor:
 
 
 def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ratio:
-    """All self-attentions of a step without their projections: the formula against the fused path."""
+    """All self-attentions of a step without projections: the explicit formula against the fused path.
+
+    Args:
+        cfg: what is measured.
+        device: where.
+        dtype: of the activations.
+    """
     generator, mask, layers, rows = torch.Generator().manual_seed(cfg.seed), square(cfg), [], 2
     for layer, grid in zip(attention_layers(cfg.unet), attention_grids(cfg.unet, cfg.grid), strict=True):
         shape = (rows, grid[0] * grid[1], layer.channels)
@@ -96,13 +102,8 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
 
     error = max(relative_error(a, b) for a, b in zip(fused(), explicit(), strict=True))
     seconds = in_turn(explicit, fused, cfg.repeats)
-    return Ratio(
-        "Eq. 3, explicit (probabilities in fp32) / fused",
-        dtype_name(dtype),
-        cfg.wanted["eq3"],
-        *seconds,
-        error,
-    )
+    what = "Eq. 3, explicit (probabilities in fp32) / fused"
+    return Ratio(what, dtype_name(dtype), cfg.wanted["eq3"], *seconds, error)
 
 
 # --- whole steps -------------------------------------------------------------------------------------
@@ -110,12 +111,12 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """Our UNet as the pipeline runs it, its weights as they are stored, and an adapter for it."""
+    """The UNet as the pipeline runs it, its stored weights, and an adapter."""
 
     unet: UNet
-    weights: dict[str, Tensor]  # empty if no baseline needs them
+    weights: dict[str, Tensor]  # empty without a baseline
     adapter: Adapter
-    make_recorder: Callable[[], Recorder] | None  # of steps, as the pipeline's; None = they run eagerly
+    make_recorder: Callable[[], Recorder] | None  # of CUDA graphs, as in the pipeline; None: eager steps
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +128,14 @@ class Networks:
 
 
 def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, keep: bool = True) -> Networks:
-    """keep: `weights`, beside the UNet's own."""
+    """Networks with pseudo-random weights.
+
+    Args:
+        cfg: sizes and seed.
+        device: where.
+        dtype: of the weights.
+        keep: whether to keep a copy of the UNet's weights for a baseline.
+    """
     unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
     adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
     weights = unet.state_dict() if keep else {}
@@ -137,7 +145,14 @@ def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ke
 def pseudo_random(
     make: Callable[[], nn.Module], seed: int, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """A network with weights from a seed."""
+    """A frozen network with pseudo-random weights.
+
+    Args:
+        make: constructs it.
+        seed: of the weights.
+        device: where.
+        dtype: of the weights.
+    """
     with torch.device("meta"):
         network = make().to(dtype)
     network = network.to_empty(device=device).requires_grad_(False).eval()
@@ -147,7 +162,7 @@ def pseudo_random(
 
 @dataclass(frozen=True)
 class HeldMask:
-    """A guide that makes each step's M_gen and then takes another one: random weights have no subject."""
+    """Conditioning that computes M_gen but returns a fixed one, since random weights draw no subject."""
 
     cond: Conditioning
     m_gen: Tensor  # (B, 1, h, w)
@@ -172,26 +187,33 @@ class Step:
     """One denoising step of B images: networks and inputs."""
 
     networks: Networks
-    unet: GraphedUNet  # the networks' as the pipeline calls it: on CUDA devices the calls below are recorded
+    unet: GraphedUNet  # the UNet as the pipeline calls it, with CUDA graphs on CUDA devices
     x: Tensor  # (R, Z, h, w)
     t: Tensor  # (R,)
     text: Tensor  # (R, T, context_dim)
-    layers: list[ReferenceLayer]  # L x K', V', M_ref of the reference, one row, with all keys
+    layers: list[ReferenceLayer]  # K', V', M_ref of each layer, one row, with all keys
     mask: Tensor  # (1, 1, h, w), of the reference
     cond: Conditioning
     m_gen: Tensor  # (B, 1, h, w)
     timestep: int
 
     def plain(self, unet: UNet | None = None) -> Tensor:
+        """A step of the base model."""
         return (unet or self.unet)(self.x, self.t, self.text)[0]
 
     def drawing(self, steps: int) -> None:
-        """All steps of a drawing, its recordings among them, with M_gen held as it is."""
+        """All steps of a drawing with a fixed M_gen, including the capture of CUDA graphs."""
         unet = GraphedUNet(self.networks.unet, self.networks.make_recorder)
         self.loop(unet, HeldMask(self.cond, self.m_gen), steps)
 
     def loop(self, unet: GraphedUNet, guide: Guide, steps: int) -> None:
-        """All steps from the noise of this one."""
+        """All steps of a drawing from this step's noise.
+
+        Args:
+            unet: the UNet.
+            guide: the conditioning.
+            steps: number of steps.
+        """
         path, start = solver_steps(ScheduleConfig(), steps, "ddim"), self.x[: len(self.m_gen)].float()
         for _ in denoise(unet, guide, path, start, SampleConfig().guidance, "ddim"):  # start (B, Z, h, w)
             pass
@@ -204,7 +226,7 @@ class Step:
         )
 
     def moma(self, unet: UNet | None = None) -> Tensor:
-        """With all that a step of MoMA does besides: masks, and the mask of the next step."""
+        """A step of MoMA, including the mask of the next step."""
         hook = self.cond.hook(self.timestep, self.m_gen)
         eps, records = (unet or self.unet)(self.x, self.t, self.text, hook)
         self.cond.next_m_gen(records, self.x.shape[-2:])
@@ -213,7 +235,13 @@ class Step:
 
 @torch.no_grad()
 def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
-    """batch: B."""
+    """A step with pseudo-random inputs.
+
+    Args:
+        networks: what to run.
+        cfg: sizes, subject and seed.
+        batch: B.
+    """
     device, generator = networks.device, torch.Generator().manual_seed(cfg.seed)
 
     def rand(*shape: int) -> Tensor:
@@ -235,21 +263,27 @@ def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
     m_gen = mask.expand(batch, -1, -1, -1)
     step = Step(networks, unet, x, t, text, layers, mask, cond, m_gen, cfg.timestep)
     if unet.recorder is not None:
-        for call in (step.plain, step.moma) * 2:  # after which they are recorded
+        for call in (step.plain, step.moma) * 2:  # captures the CUDA graphs
             call()
     return step
 
 
 @torch.no_grad()
 def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found]:
-    """Whole UNet calls; baseline: the module tests.baseline, or None."""
+    """Whole UNet calls.
+
+    Args:
+        cfg: what is measured.
+        networks: what to run.
+        baseline: the module tests.baseline, or None.
+    """
     device, dtype, kind = networks.device, networks.dtype, dtype_name(networks.dtype)
     step = make_step(networks, cfg)
     plain, moma = in_turn(step.plain, step.moma, cfg.repeats)
     reference = median_of(step.reference, cfg.repeats)
     peak = matmul_peak(cfg, device, dtype)
     print(f"{kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
-    eager = networks.unet  # operations and memory are counted call by call
+    eager = networks.unet  # operations and memory cannot be counted in CUDA graphs
     for what, seconds, call in (
         ("plain step", plain, partial(step.plain, eager)),
         ("MoMA step", moma, partial(step.moma, eager)),
@@ -272,7 +306,7 @@ def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found
 
 @torch.no_grad()
 def recorded(cfg: BenchConfig, step: Step) -> Ratio:
-    """A step as Python starts it, against its recording."""
+    """An eager step against its CUDA graph."""
     eager = partial(step.moma, step.networks.unet)
     error = relative_error(step.moma(), eager())
     seconds = in_turn(eager, step.moma, cfg.repeats)

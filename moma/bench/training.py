@@ -34,18 +34,19 @@ from moma.training.common import pack, train_only
 from moma.training.stage2 import PARTS, Stage2, Stage2Config, draw
 from moma.training.task import Batch
 
-STEP = "stage 2, forward and backward, batch 1"  # the optimiser's own step is short
+STEP = "stage 2, forward and backward, batch 1"  # the optimizer's step is short
 
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """One step: the model with frozen weights in `dtype` and trained ones in float32, and a batch."""
+    """One training step: a model with frozen weights in `dtype`, trained ones in float32, and a batch."""
 
     model: Stage2
     batch: Batch
     dtype: torch.dtype
 
     def loss(self) -> Tensor:
+        """The mean loss of the batch."""
         device = self.batch["mean"].device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(self.batch).mean()
@@ -55,14 +56,21 @@ class Training:
         self.loss().backward()
 
     def gradient(self) -> Tensor:
-        """Of every trained parameter, in one row."""
+        """The gradients of all trained parameters, concatenated."""
         self()
         trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
         return torch.cat([p.grad.flatten() for p in trained])
 
 
 def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, batch: int = 1) -> Training:
-    """batch: B samples."""
+    """A step with pseudo-random weights and inputs.
+
+    Args:
+        cfg: what is measured.
+        device: where.
+        dtype: of frozen weights and activations.
+        batch: B.
+    """
     generator = torch.Generator().manual_seed(cfg.seed)
 
     def rand(*shape: int) -> Tensor:
@@ -87,7 +95,14 @@ def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ba
 
 
 def training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: Any) -> Iterator[Found]:
-    """baseline: the module tests.baseline, or None."""
+    """The lines of a training step.
+
+    Args:
+        cfg: what is measured.
+        device: where.
+        dtype: of frozen weights and activations.
+        baseline: the module tests.baseline, or None.
+    """
     kind = dtype_name(dtype)
     ours = make_training(cfg, device, dtype)
     if baseline is None:
@@ -99,10 +114,10 @@ def training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baselin
     yield Part(STEP, kind, fast, memory=memory_of(ours, device))
     what = "stage 2, forward and backward, diffusers with explicit processors / ours"
     yield Ratio(what, kind, cfg.wanted["training"], slow, fast, error)
-    # The largest batch grows as what a further sample keeps shrinks.
+    # The largest batch depends on what each further sample keeps.
     kept, free = kept_for_backward(theirs.loss), free_memory(device)
     if free is not None and free < cfg.room * kept:
-        print(f"{kind}: no room for two samples of the baseline, left out", file=sys.stderr)
+        print(f"{kind}: too little memory for two samples of the baseline, skipped", file=sys.stderr)
         return
     pair = make_training(cfg, device, dtype, batch=2)
     slow = (kept_for_backward(baseline.training(pair).loss) - kept) / 1e9

@@ -1,9 +1,8 @@
-"""What full-size training needs of a GPU's memory, counted without a GPU: `python -m
-moma.bench.training_memory`.
+"""Memory of full-size training, counted without a GPU: `python -m moma.bench.training_memory`.
 
-The networks run on shapes alone (torch's FakeTensorMode), and every tensor that autograd keeps for the
-backward pass is counted. To it come the weights (frozen 2 bytes; trained 4, with gradient 4 and AdamW's
-averages 8). Not counted: buffers of single operators and the allocator's rounding, usually 1 to 3 GB.
+The networks run on shapes alone (torch's FakeTensorMode), and every tensor that autograd saves for the
+backward pass is counted. Weights are added: 2 bytes if frozen; if trained, 4 and as many for the gradient and
+each of AdamW's two averages. Buffers of single operators and the allocator's rounding are not counted.
 
 Letters: B samples, Z latent channels, h w latents, T text tokens, M reference keys, C width of LLaMA.
 """
@@ -35,11 +34,11 @@ FROZEN, TRAINED = 2, 16  # bytes per parameter: bf16; float32 with gradient and 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is counted."""
+    """Sizes of the training."""
 
     side: int = 64  # of the latents: 512 pixels
     text_tokens: int = 77  # of Stable Diffusion's text encoder
-    subject_share: float = 0.35  # of the positions: the subject's keys and queries, a usual size
+    subject_share: float = 0.35  # of the positions that are the subject's keys and queries
     prompt_tokens: int = 640  # of LLaVA: 576 patches and the instruction
     lora_rank: int = 64  # stage 1's default
     batches: tuple[int, ...] = (1, 4, 8)
@@ -48,13 +47,13 @@ class MemoryConfig:
 
 
 def kept_for_backward(forward: Callable[[], Tensor]) -> int:
-    """Bytes of the tensors that autograd keeps while `forward` runs, parameters and shared memory once."""
+    """Bytes that autograd saves in `forward`; shared memory counts once, parameters do not count."""
     found: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            found[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            found[storage._cdata] = (storage.nbytes(), tensor)  # the reference keeps the address unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -63,15 +62,24 @@ def kept_for_backward(forward: Callable[[], Tensor]) -> int:
 
 
 def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int]:
-    """Bytes of weights and of what is kept, for one step of stage 2."""
+    """Memory of one step of stage 2.
+
+    Args:
+        batch: B.
+        checkpointing: whether the UNet uses gradient checkpointing.
+        cfg: sizes.
+
+    Returns:
+        Bytes of weights, and of tensors saved for the backward pass.
+    """
     with FakeTensorMode(), torch.device("cpu"):
-        with parameters_in(torch.bfloat16):
+        with _parameters_in(torch.bfloat16):
             unet = UNet(replace(SD15, gradient_checkpointing=checkpointing)).requires_grad_(False)
         adapter = Adapter(cfg.adapter, SD15)
         trained = sum(
             p.numel() for n, p in adapter.named_parameters() if not n.startswith(("mapping", "token"))
         )
-        weights = FROZEN * count(unet) + TRAINED * trained
+        weights = FROZEN * _count(unet) + TRAINED * trained
         x = torch.empty(batch, SD15.in_channels, cfg.side, cfg.side, dtype=torch.bfloat16)
         text = torch.empty(batch, cfg.text_tokens, SD15.context_dim[0], dtype=torch.bfloat16)
 
@@ -88,35 +96,35 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
                 method = replace(DEFAULT, attention="fused")
                 cond = condition_rows(adapter, embedding, text, label, reference, beta, method)
                 m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
-                hook = MoMAHook(cond, True, m_gen, {grid: gate(batch, grid, cfg) for grid in set(grids)})
+                hook = MoMAHook(cond, True, m_gen, {grid: _gate(batch, grid, cfg) for grid in set(grids)})
                 eps, _ = unet(x, torch.zeros(batch), text, hook)
                 return eps.float().square().mean()
 
         return weights, kept_for_backward(forward)
 
 
-def gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
-    """With the shapes of a grid's; in training M_gen is the target's mask."""
+def _gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
+    """A gate with the shapes of a grid."""
     tokens = grid[0] * grid[1]
     asked = queries_asked(int(cfg.subject_share * tokens), tokens)
     m_gen = torch.ones(batch, 1, tokens if asked is None else asked, 1, dtype=torch.bfloat16)
     return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
 
 
-def stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
-    """Bytes of weights per rank and of what is kept, for one step of stage 1 with gradient checkpointing."""
+def _stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
+    """Bytes of weights per rank and of saved tensors, for one step of stage 1 with gradient checkpointing."""
     sizes = replace(LlamaConfig(), gradient_checkpointing=True, lm_head=False)
     with FakeTensorMode(), torch.device("cpu"):
-        with parameters_in(torch.float32 if train == "mllm" else torch.bfloat16):
+        with _parameters_in(torch.float32 if train == "mllm" else torch.bfloat16):
             llama = Llama(sizes)
-        rest = count(Adapter(cfg.adapter, SD15).mapping) + projector_parameters(LlavaConfig())
+        rest = _count(Adapter(cfg.adapter, SD15).mapping) + _projector_parameters(LlavaConfig())
         if train == "mllm":
-            weights = TRAINED * (count(llama) + rest)
+            weights = TRAINED * (_count(llama) + rest)
         else:
-            frozen = count(llama.requires_grad_(False))
+            frozen = _count(llama.requires_grad_(False))
             if train == "lora":
                 add_lora(llama, LORA_LAYERS.replace("llama\\.", "", 1), cfg.lora_rank, 1.0, 0)
-            weights = FROZEN * frozen + TRAINED * (count(llama) - frozen + rest)
+            weights = FROZEN * frozen + TRAINED * (_count(llama) - frozen + rest)
         embeds = torch.empty(batch, cfg.prompt_tokens, sizes.width, dtype=torch.bfloat16, requires_grad=True)
 
         def forward() -> Tensor:
@@ -127,8 +135,8 @@ def stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, 
 
 
 @contextmanager
-def parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters have this dtype."""
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Create parameters in this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -137,31 +145,32 @@ def parameters_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def count(model: nn.Module) -> int:
-    """Parameters."""
+def _count(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def projector_parameters(cfg: LlavaConfig) -> int:
-    """Of LLaVA's two layers between tower and language model."""
+def _projector_parameters(cfg: LlavaConfig) -> int:
+    """Number of parameters of LLaVA's two layers between tower and language model."""
     return (cfg.vision.width + 1 + cfg.llama.width + 1) * cfg.llama.width
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     cfg = MemoryConfig()
-    print("| training | ranks | batch per rank | weights | kept for the backward | together |")
+    print("| training | ranks | batch per rank | weights | saved tensors | total |")
     print("|---|---|---|---|---|---|")
     for checkpointing in (False, True):
         for batch in cfg.batches:
             name = "stage 2" + (", gradient checkpointing" if checkpointing else "")
-            print_row(name, 1, batch, *stage2(batch, checkpointing, cfg))
+            _print_row(name, 1, batch, *stage2(batch, checkpointing, cfg))
     for train in ("new", "lora", "mllm"):
         for ranks in cfg.ranks:
-            print_row(f"stage 1, {train}", ranks, 1, *stage1(train, 1, ranks, cfg))
+            _print_row(f"stage 1, {train}", ranks, 1, *_stage1(train, 1, ranks, cfg))
 
 
-def print_row(name: str, ranks: int, batch: int, weights: int, kept: int) -> None:
+def _print_row(name: str, ranks: int, batch: int, weights: int, kept: int) -> None:
     numbers = (f"{number / GB:.1f} GB" for number in (weights, kept, weights + kept))
     print(f"| {name} | {ranks} | {batch} | " + " | ".join(numbers) + " |")
 
