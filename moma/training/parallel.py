@@ -3,6 +3,7 @@
 Started by `torchrun`, each process is a rank (NCCL on GPUs, Gloo on CPUs); started plainly, there is one.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -102,6 +103,7 @@ def start_ranks(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        gc.collect()  # a DDP model in a reference cycle would keep the group and its threads alive
         dist.destroy_process_group()
 
 
