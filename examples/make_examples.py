@@ -1,4 +1,4 @@
-"""Draws the example references, subjects that MoMA-mini was not trained on, and what it makes of them.
+"""Draw the example references, subjects that MoMA-mini was not trained on, and its images of them.
 
 python examples/make_examples.py
 """
@@ -19,11 +19,11 @@ from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
 from moma.inputs.preprocess import find_mask, open_image  # noqa: E402
 from moma.world.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 
-WORLD = WorldConfig(size=512)  # pixels: the world draws at any size
+WORLD = WorldConfig(size=512)  # the world draws at any size
 UNSEEN = DEFAULT.identities + DEFAULT.unseen_identities  # the first number of the test split
 SUBJECTS = {"cat": UNSEEN + 22, "dog": UNSEEN + 1, "car": UNSEEN + 7, "teapot": UNSEEN + 6}
 MATERIALS = ("wooden", "golden")
-TEXTURE_STRENGTH = 0.4  # β of Eq. 3 for a new texture, the paper's
+TEXTURE_STRENGTH = 0.4  # β of Eq. 3 for new textures, as in the paper
 RESULTS = Path(__file__).with_name("results.png")
 
 

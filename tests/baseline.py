@@ -1,7 +1,7 @@
-"""What `moma.bench` compares with: diffusers' UNet, the released MoMA on it, and the same way trained.
+"""The baselines of `moma.bench`: diffusers' UNet, and the released MoMA on it in sampling and training.
 
-The release's attention processors are restated here: softmax with materialised probabilities, every key and
-every query, masks and label maps at the size of the image.
+The release's attention processors are restated here: softmax with materialised probabilities, all keys and
+queries, masks and label maps at the size of the image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,12 @@ from moma.methods.moma.config import DEFAULT
 from moma.methods.moma.masks import m_ref_of_layer
 from moma.training.stage2 import Stage2
 
-FACTOR = 8  # pixels per latent: masks are kept at the image's size
-EXPLICIT = replace(DEFAULT, attention="explicit")  # every key stays
+FACTOR = 8  # pixels per latent; masks have the image's size
+EXPLICIT = replace(DEFAULT, attention="explicit")  # drops no key
 
 
 def diffusers_unet(cfg: UNetConfig, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """diffusers' UNet with the weights of ours, not copied."""
+    """diffusers' UNet that shares the weights of ours."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)]
     with torch.device("meta"):
@@ -53,14 +53,12 @@ def plain(step: Step) -> Callable[[], Tensor]:
 
 
 def release(step: Step) -> Callable[[], Tensor]:
-    """MoMA's step with the release's processors, and its mask for the next step."""
+    """MoMA's step with the release's processors, including its mask for the next step."""
     unet = Released(diffusers_unet(step.networks.unet.cfg, step.networks.weights))
     cond = replace(step.cond, reference=step.layers, method=EXPLICIT)
     size = tuple(FACTOR * side for side in step.x.shape[-2:])
     m_gen = F.interpolate(step.m_gen, size=size).to(step.x)  # (B, 1, H, W)
-    hook = MoMAHook(cond, True, torch.cat([m_gen, m_gen]))
-
-    maps = unet.install(hook)  # once: nothing of it changes over the steps
+    maps = unet.install(MoMAHook(cond, True, torch.cat([m_gen, m_gen])))  # the same in all steps
 
     def run() -> Tensor:
         maps.clear()
@@ -74,7 +72,7 @@ def release(step: Step) -> Callable[[], Tensor]:
 
 
 def training(ours: Training) -> Training:
-    """The same step of stage 2, with the same parameters, through diffusers and the release's processors."""
+    """The same training step, with shared parameters, through diffusers and the release's processors."""
     model = ours.model
     unet = Released(diffusers_unet(model.unet.cfg, model.unet.state_dict()))
     other = Stage2(unet, model.adapter, model.scaling, model.image_size, EXPLICIT, model.cfg)
@@ -82,7 +80,7 @@ def training(ours: Training) -> Training:
 
 
 class Released(nn.Module):
-    """diffusers' UNet in the place of ours: a hook becomes the release's processors."""
+    """diffusers' UNet with the interface of ours; hooks become the release's processors."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -97,7 +95,7 @@ class Released(nn.Module):
         return self.unet(x, t, text).sample, records
 
     def install(self, hook: ReferenceHook | MoMAHook) -> list[Any]:
-        """Sets the processors that do what the hook does; the list that they fill."""
+        """Install the processors that do what the hook does; returns the list that they fill."""
         records: list[Any] = []
         drawing = isinstance(hook, MoMAHook) and hook.cond.label.any()
         label = int(hook.cond.label[0].argmax()) if drawing else None
@@ -116,7 +114,7 @@ class Released(nn.Module):
 
 
 def execution_order(name: str) -> tuple[int, str]:
-    """Of a processor's name: down, mid, up; the numbers in it have one digit."""
+    """Sort key of a processor's name: down, mid, up; its numbers have one digit."""
     return ("down", "mid", "up").index(name.split("_")[0]), name
 
 
@@ -192,7 +190,7 @@ class ContextProcessor(PlainProcessor):
     """Decoupled cross-attention (IPAttnProcessor)."""
 
     m_gen: Tensor  # (R, 1, H, W)
-    label: int | None  # position of the subject's token; None: no map is recorded
+    label: int | None  # position of the subject's token; None records no map
     k: Tensor  # (R, C, channels)
     v: Tensor
     records: list[Tensor]  # maps (R, 1, H, W)
@@ -217,7 +215,7 @@ class ContextProcessor(PlainProcessor):
         return attn.to_out[0](z + gate(self.m_gen, x.shape[1]) * z_context)
 
     def label_map(self, probs: Tensor, rows: int) -> Tensor:
-        """The attention that the label gets, scaled, at the image's size (R, 1, H, W)."""
+        """The label's attention map, scaled, at the image's size (R, 1, H, W)."""
         side = int(probs.shape[1] ** 0.5)
         found = probs.unflatten(0, (rows, -1)).mean(dim=1)[..., self.label]  # (R, N)
         low, high = found.amin(1, keepdim=True), found.amax(1, keepdim=True)
