@@ -126,7 +126,7 @@ def test_decoder_and_pipeline(tmp_path: Path) -> None:
     if sys.platform == "linux":
         (memory,) = flow.pipeline(tmp_path / "tiny", cfg, CPU, torch.bfloat16)
         assert 0.05 < memory.fast < 4 and memory.unit == "GiB"
-    with pytest.raises(ValueError, match="failed with"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         list(flow.pipeline(tmp_path, cfg, CPU, torch.bfloat16))
 
 

@@ -93,7 +93,7 @@ class TextToImageConfig:
     """The base UNet."""
 
     held_out: int = 512
-    drawn: int = 128  # images that the judges see for the gate
+    drawn: int = 128  # images that the gate generates
     shown: int = 16  # of them, as a sheet to look at
     attention: str = "explicit"  # faster than SDPA in training on CPUs
     snr_limit: float = 5.0  # min-SNR's gamma, its paper's value: the nearly clean steps do not dominate
