@@ -18,8 +18,7 @@ import train
 from models.llama import Llama, LlamaConfig
 from models.weights.loading import in_memory
 from models.weights.stream import StreamedLlama
-from moma import Job, load
-from moma.inputs.segment import Segmenter
+from moma import Job, load, load_segmenter
 from moma.methods.moma.attention import (
     Gate,
     ReferenceLayer,
@@ -185,7 +184,7 @@ def test_streamed_blocks(stored: torch.dtype) -> None:
 
 def test_masks_are_the_cpus() -> None:
     image = Image.fromarray(render(3, "test").image)
-    here, there = (Segmenter.load(ROOT / "weights" / "mini", device) for device in ("cpu", "cuda"))
+    here, there = (load_segmenter(ROOT / "weights" / "mini", device) for device in ("cpu", "cuda"))
     for options in ({}, {"point": (0, 0)}, {"box": (8, 8, 56, 56)}, {"object": 1}):
         a, b = (np.asarray(segmenter.subject_mask(image, **options)) > 0 for segmenter in (here, there))
         assert (a & b).sum() > 0.99 * (a | b).sum() > 0

@@ -11,7 +11,7 @@ import sample
 from moma.app import options as cli
 from moma.inputs.preprocess import find_mask, open_image
 from moma.inputs.regions import middle
-from moma.inputs.segment import Segmenter
+from moma.load import load, load_segmenter
 from moma.mini import SOURCE
 from moma.sampling.config import SampleConfig
 from moma.weights.bundle import SAMPLING, Bundle
@@ -47,7 +47,7 @@ def test_is_used_by_default_and_draws_what_is_asked(
 
 
 def test_its_sam_finds_unseen_subjects() -> None:
-    segmenter, found, true = Segmenter.load(MINI, "cpu"), [], []
+    segmenter, found, true = load_segmenter(MINI, "cpu"), [], []
     for i in range(16):
         shown = render(i, "test")
         found.append(torch.from_numpy(np.asarray(segmenter.subject_mask(Image.fromarray(shown.image))) > 0))
@@ -57,7 +57,7 @@ def test_its_sam_finds_unseen_subjects() -> None:
 
 def test_its_sam_takes_what_is_pointed_at() -> None:
     """In every corner the background, in the middle of the subject the subject."""
-    segmenter, shown = Segmenter.load(MINI, "cpu"), render(3, "test")
+    segmenter, shown = load_segmenter(MINI, "cpu"), render(3, "test")
     image, true = Image.fromarray(shown.image), shown.mask > 127
     side = image.width - 1
     for point in ((0, 0), (side, 0), (0, side), (side, side), middle(true)):
@@ -70,7 +70,7 @@ def test_its_sam_sees_nothing_in_an_empty_image() -> None:
     empty = np.full((64, 64, 3), (120, 160, 200), np.uint8)
     empty[::2] += 3  # as compression leaves it
     with pytest.raises(ValueError):
-        Segmenter.load(MINI, "cpu").objects(Image.fromarray(empty))
+        load_segmenter(MINI, "cpu").objects(Image.fromarray(empty))
 
 
 def test_an_image_without_transparency_needs_no_mask(
