@@ -1,8 +1,8 @@
-"""Samples in tar shards: one reader that never seeks, and one writer that can be interrupted.
+"""Samples in tar shards: a reader that never seeks, and a writer that can be interrupted.
 
-A sample is a run of neighbouring members, in any order: `<key>.jpg` (or another of `IMAGE_SUFFIXES`),
-`<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, where there is another image of the same
-subject, `<key>.ref.jpg` and `<key>.refmask.png`. Other members are passed over.
+A sample consists of adjacent members in any order: `<key>.jpg` (or another of `IMAGE_SUFFIXES`),
+`<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, if there is another image of the subject,
+`<key>.ref.jpg` and `<key>.refmask.png`. Other members are ignored.
 """
 
 import io
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# What follows a key in a member's name -> what it is.
+# Suffix of a member's name -> field of the sample.
 FIELDS = {"json": "json", "mask.png": "mask", "refmask.png": "refmask"}
 FIELDS |= {suffix: "image" for suffix in IMAGE_SUFFIXES} | {
     f"ref.{suffix}": "ref" for suffix in IMAGE_SUFFIXES
@@ -30,10 +30,10 @@ KEY = re.compile(r"[\w-]+")
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """What reading a file may take."""
+    """Limits of reading files."""
 
-    file_bytes: int = 2**27  # of one image, mask or description; the largest JPEGs of cameras take 2**26
-    buffer_bytes: int = 2**20  # read at once from a shard: network disks are slow with small reads
+    file_bytes: int = 2**27  # of one image, mask or JSON file; the largest camera JPEGs take 2**26
+    buffer_bytes: int = 2**20  # per read of a shard: network disks are slow with small reads
 
 
 READ = ReadConfig()
@@ -41,15 +41,15 @@ READ = ReadConfig()
 
 @dataclass
 class Raw:
-    """A sample as it lies in its file, nothing decoded."""
+    """A sample as stored, undecoded."""
 
     key: str
-    fields: dict[str, bytes] = field(default_factory=dict)  # a value of `FIELDS` -> the file's content
+    fields: dict[str, bytes] = field(default_factory=dict)  # value of `FIELDS` -> file content
     fault: str | None = None  # why it cannot be a sample
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Damage and a missing end are errors; tarfile itself takes both for the archive's end."""
+    """Raises for damage and for a missing end, which tarfile takes for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
@@ -62,10 +62,9 @@ class _StrictHeader(tarfile.TarInfo):
 
 
 def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
-    """The shard's samples in order, read as a stream; keys are `<key>` of the members' names.
+    """Stream a shard's samples in order.
 
-    Raises nothing: a shard that cannot be read (further) ends with a `Raw` that has a fault, in place of the
-    sample at which it broke.
+    Never raises: if the shard cannot be read on, the last `Raw` has a fault in place of the broken sample.
     """
     sample: Raw | None = None
     try:
@@ -76,7 +75,7 @@ def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                if not member.isreg() or not stem:  # a hidden file is nobody's part
+                if not member.isreg() or not stem:  # hidden files belong to no sample
                     continue
                 key = f"{folder}/{stem}" if folder else stem
                 if sample is None or key != sample.key:
@@ -92,10 +91,10 @@ def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
                     sample.fault = f"{name} has {member.size:,} bytes: expected at most {cfg.file_bytes:,}"
                 else:
                     content = archive.extractfile(member)
-                    assert content is not None  # only for what is no regular file
+                    assert content is not None  # it is a regular file
                     sample.fields[kind] = content.read()
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        fault = f"the shard is cut off or damaged here ({error}), what follows is lost: write it again"
+        fault = f"the shard is cut off or damaged from here on ({error}): write it again"
         yield Raw("" if sample is None else sample.key, fault=fault)
         return
     if sample is not None:
@@ -103,15 +102,15 @@ def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
 
 
 class ShardWriter:
-    """Writes samples into shards `00000.tar`, `00001.tar`, ... of a folder.
+    """Writes samples to shards `00000.tar`, `00001.tar`, ... of a folder.
 
     with ShardWriter(folder) as shards:
         shards.add("0001", jpeg, "jpg", mask_png, "cat", "a cat on a sofa")
 
-    A shard appears when it is complete, the last one at the end of the `with`. After an interruption the
-    complete shards stay and the begun one is gone: add what is not in `done_keys()`, in the same order, and
-    the folder becomes, byte for byte, that of an uninterrupted run. ValueError: the folder holds other files
-    or a damaged shard.
+    A shard appears when it is complete, the last one at the end of the `with`. An interruption keeps the
+    complete shards and discards the open one. To resume, add the samples that are not in `done_keys()` in the
+    same order: the result is byte for byte that of an uninterrupted run. ValueError: the folder holds other
+    files or a damaged shard.
     """
 
     def __init__(self, folder: str | Path, per_shard: int = 1000) -> None:
@@ -129,14 +128,14 @@ class ShardWriter:
                 )
         shards = [path for path in found if SHARD_NAME.fullmatch(path.name)]
         for path in set(found) - set(shards):
-            path.unlink()  # begun by an interrupted run
+            path.unlink()  # of an interrupted run
         self._number = int(shards[-1].stem) + 1 if shards else 0
         self._keys = {key for path in shards for key in _keys(path)}
         self._archive: tarfile.TarFile | None = None
-        self._begun: list[str] = []  # keys of the begun shard
+        self._open_keys: list[str] = []  # of the shard being written
 
     def done_keys(self) -> frozenset[str]:
-        """Keys of all samples written so far, those of earlier runs included."""
+        """Keys of all samples in the folder, including earlier runs'."""
         return frozenset(self._keys)
 
     def add(
@@ -150,18 +149,27 @@ class ShardWriter:
         extra: dict[str, Any] | None = None,
         reference: tuple[bytes, bytes] | None = None,
     ) -> None:
-        """One sample: encoded image and PNG mask, texts; `extra` goes into its JSON file as well.
+        """Add one sample.
 
-        reference: another image of the same subject (JPEG, PNG or WebP) and its PNG mask.
-        ValueError: a key that is taken or no plain word, another kind of image.
+        Args:
+            key: letters, digits, - and _; unique in the folder.
+            image: the encoded file.
+            image_suffix: one of `IMAGE_SUFFIXES`.
+            mask_png: the encoded mask.
+            label: the subject's class.
+            caption: names the label.
+            extra: more fields of its JSON file.
+            reference: another image of the subject (JPEG, PNG or WebP) and its PNG mask.
+        Raises:
+            ValueError: the key is taken or not allowed, or the suffix is unknown.
         """
         suffix = image_suffix.removeprefix(".").lower()
         if suffix not in IMAGE_SUFFIXES:
-            raise ValueError(f"sample {key!r}: an image {image_suffix!r}, expected one of {IMAGE_SUFFIXES}")
+            raise ValueError(f"sample {key!r}: image {image_suffix!r}, expected one of {IMAGE_SUFFIXES}")
         if not KEY.fullmatch(key):
             raise ValueError(f"sample key {key!r}: expected letters, digits, - and _ only")
         if key in self._keys:
-            raise ValueError(f"sample {key!r} is already written: leave out those of done_keys()")
+            raise ValueError(f"sample {key!r} is already written, see done_keys()")
         texts = {**(extra or {}), "label": label, "caption": caption}
         files = {
             suffix: image,
@@ -173,37 +181,37 @@ class ShardWriter:
         try:
             if self._archive is None:
                 self._file = self._part.open("wb")
-                self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (spans calls)
+                self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (stays open)
             for name, content in files.items():
-                info = tarfile.TarInfo(f"{key}.{name}")  # its time and owner are 0: equal data, equal shards
+                info = tarfile.TarInfo(f"{key}.{name}")  # time and owner stay 0: same data, same bytes
                 info.size = len(content)
                 self._archive.addfile(info, io.BytesIO(content))
-        except BaseException:  # half a sample may be in the shard
+        except BaseException:  # the shard may hold half a sample
             self.discard()
             raise
-        self._begun.append(key)
+        self._open_keys.append(key)
         self._keys.add(key)
-        if len(self._begun) == self.per_shard:
+        if len(self._open_keys) == self.per_shard:
             self.close()
 
     def close(self) -> None:
-        """Complete the begun shard, if there is one."""
+        """Complete the open shard, if any."""
         if self._archive is None:
             return
         self._archive.close()
         self._file.flush()
-        os.fsync(self._file.fileno())  # the name must not outlive the content in a power cut
+        os.fsync(self._file.fileno())  # content before name, in case of a power cut
         self._file.close()
         os.replace(self._part, self.folder / f"{self._number:05d}.tar")
-        self._archive, self._begun, self._number = None, [], self._number + 1
+        self._archive, self._open_keys, self._number = None, [], self._number + 1
 
     def discard(self) -> None:
-        """Remove the begun shard; its keys are free again."""
+        """Remove the open shard and free its keys."""
         if self._archive is not None:
             self._file.close()
         self._part.unlink(missing_ok=True)
-        self._keys.difference_update(self._begun)
-        self._archive, self._begun = None, []
+        self._keys.difference_update(self._open_keys)
+        self._archive, self._open_keys = None, []
 
     @property
     def _part(self) -> Path:
@@ -222,7 +230,7 @@ class ShardWriter:
 
 
 def _keys(path: Path) -> set[str]:
-    """Keys of a complete shard; only its headers are read."""
+    """Keys of a complete shard, from its headers."""
     try:
         with tarfile.open(path, "r:", tarinfo=_StrictHeader) as archive:
             return {name.partition(".")[0] for name in archive.getnames()}
@@ -231,7 +239,7 @@ def _keys(path: Path) -> set[str]:
 
 
 def _suffix(image: bytes) -> str:
-    """The usual name of an image's format."""
+    """The file suffix of an encoded image."""
     if image.startswith(b"\xff\xd8"):
         return "jpg"
     return "webp" if image.startswith(b"RIFF") else "png"

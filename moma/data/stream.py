@@ -1,9 +1,10 @@
-"""The order of training samples, the same for any number of ranks and workers, resumable anywhere.
+"""An endless shuffled stream of training samples that can resume after any sample.
 
-The samples are spread over L lanes. A unit is a shard, or a part of one where there are fewer shards than
-lanes. In each epoch the units are shuffled and dealt out to the lanes; a lane reads its units one by one,
-shuffles inside windows of W samples and goes on with its next epoch. Sample n of the stream is number n // L
-of lane n % L. Ranks, and workers within a rank, own whole lanes: what a lane gives depends on the seed only.
+The order is the same for any number of ranks and workers. The samples are spread over L lanes. A unit is a
+shard, or a part of one if there are fewer shards than lanes. Each epoch shuffles the units and deals them out
+to the lanes; a lane reads its units one by one and shuffles within windows of W samples. Sample n of the
+stream is number n // L of lane n % L. Each rank, and each worker within it, owns whole lanes, and a lane's
+order depends on the seed only.
 """
 
 import hashlib
@@ -23,22 +24,20 @@ from moma.data.shards import Raw
 from moma.data.triplets import SkipLog, Source, Triplet, load
 from moma.inputs.preprocess import INPUT, InputConfig
 
-# Where the data stands; JSON. Ranks' positions are united key by key, the larger value of a key winning.
+# Position in the data, as JSON. The position of several ranks is the maximum of each key.
 Position = dict[str, int]
-
-
-# Run in the worker; its ValueError or OSError makes the sample a skipped one.
+# Runs in the worker; a ValueError or OSError skips the sample.
 Transform = Callable[[Triplet], Any]
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What the order depends on, besides the data."""
+    """What the order depends on besides the data."""
 
     seed: int = 0
-    # ranks * workers must divide it; each lane holds a window and an open shard, so more cost memory.
+    # ranks * workers must divide it. Each lane holds a window and an open shard in memory.
     lanes: int = 16
-    window: int = 256  # encoded samples, some 30 MB in each lane; neighbours in a shard should get apart
+    window: int = 256  # encoded samples, some 30 MB per lane; separates neighbours of a shard
     limits: InputConfig = INPUT
 
     def __post_init__(self) -> None:
@@ -50,11 +49,11 @@ class StreamConfig:
 class Item:
     """One delivered sample."""
 
-    number: int  # in the stream: counts the delivered ones; from `once`: place in file order
+    number: int  # in the stream, counting delivered samples; from `once`: in file order
     key: str
     sample: Any  # the `Triplet`, or what the transform made of it
-    position: Position  # of its lane after it; a rank's position is the union of its items'
-    skipped: list[tuple[str, str]]  # (key, reason) of what its lane passed over since its last item
+    position: Position  # of its lane after this sample; a rank's is the union of its items'
+    skipped: list[tuple[str, str]]  # (key, reason), by its lane since its last item
 
 
 def stream(
@@ -67,11 +66,19 @@ def stream(
     transform: Transform | None = None,
     skips: SkipLog | None = None,
 ) -> Iterator[Item]:
-    """The endless stream's samples n with n % world == rank, in order, from a position on.
+    """The samples n of the endless stream with n % world == rank, in order.
 
-    workers: processes that decode; 0 decodes here. What cannot be used is skipped and told to `skips` (by
-    default as warnings). ValueError: lanes do not divide, a position of other data, settings or of some
-    ranks only, a source without a single usable sample.
+    Args:
+        source: the data.
+        cfg: seed, lanes and windows.
+        rank, world: of the process.
+        workers: processes that decode; 0 decodes in this one.
+        start: position to resume from.
+        transform: applied to each triplet in the worker.
+        skips: counts samples that cannot be used; None = warnings.
+    Raises:
+        ValueError: ranks * workers do not divide the lanes; the position belongs to other data or settings,
+            or lacks ranks; the source has no usable sample.
     """
     skips, start = skips or SkipLog(), start or {}
     groups = world * max(workers, 1)
@@ -89,9 +96,9 @@ def stream(
     own = range(rank, cfg.lanes, world)
     upcoming = sorted((start.get(f"lane.{lane}.good", 0) * cfg.lanes + lane, lane) for lane in own)
     if any(number - upcoming[0][0] != i * world for i, (number, _) in enumerate(upcoming)):
-        raise ValueError("the position lacks lanes of this rank: unite the positions of all ranks")
+        raise ValueError("the position lacks lanes of this rank: merge the positions of all ranks")
     lanes = [partial(_lane, source, cfg, lane, start, order, transform) for _, lane in upcoming]
-    return _told(_Lanes(lanes), workers, skips)
+    return _checked(_Lanes(lanes), workers, skips)
 
 
 def once(
@@ -103,9 +110,17 @@ def once(
     skips: SkipLog | None = None,
     limits: InputConfig = INPUT,
 ) -> Iterator[Item]:
-    """Every sample once, in file order: those with number % parts == part, from number `start` on.
+    """Every sample once, in file order; a repeated key is skipped, so that keys can name files.
 
-    A key that came before in this pass is skipped, so that keys can name files. ValueError: nothing usable.
+    Args:
+        source: the data.
+        part, parts: of the samples, those whose number % parts == part.
+        start: first number.
+        transform: applied to each triplet.
+        skips: counts samples that cannot be used; None = warnings.
+        limits: of the images.
+    Raises:
+        ValueError: the source has no usable sample.
     """
     skips, seen, skipped = skips or SkipLog(), set(), []
     everything = (raw for shard in range(len(source.shards)) for raw in source.read(shard))
@@ -128,7 +143,13 @@ def once(
 
 
 def batches(items: Iterator[Item], size: int, start: Position) -> Iterator[tuple[list[Item], Position]]:
-    """`size` items each, and the rank's position after them; `start`: what `stream` was given."""
+    """Group items into batches, each with the rank's position after it.
+
+    Args:
+        items: of one rank, from `stream`.
+        size: items per batch.
+        start: the position that `stream` was given.
+    """
     position = dict(start)
     while batch := list(islice(items, size)):
         for item in batch:
@@ -139,11 +160,11 @@ def batches(items: Iterator[Item], size: int, start: Position) -> Iterator[tuple
 def _lane(
     source: Source, cfg: StreamConfig, lane: int, start: Position, order: int, transform: Transform | None
 ) -> Iterator[Item]:
-    """One lane's endless samples, from where `start` says."""
-    # Numbers that only grow, so that positions can be united by their larger values: units that are done,
-    # samples read in all (raw), those read before the present unit (base), and those delivered (good).
+    """One lane's endless samples from a position on."""
+    # Counters that only grow, so that positions can be merged by their maximum: finished units, samples read
+    # (raw), samples read before the current unit (base), samples delivered (good).
     unit, raw, base, good = (start.get(f"lane.{lane}.{name}", 0) for name in ("unit", "raw", "base", "good"))
-    parts = -(-cfg.lanes // len(source.shards))  # of each shard; 1 where there are enough shards
+    parts = -(-cfg.lanes // len(source.shards))  # per shard; 1 if there are enough shards
     units = parts * len(source.shards)
     in_epoch = len(range(lane, units, cfg.lanes))
     skipped: list[tuple[str, str]] = []
@@ -157,7 +178,7 @@ def _lane(
         while held := list(islice(items, cfg.window)):
             shuffled = _generator(cfg.seed, "window", lane, unit, window).permutation(len(held))
             waiting = deque(held[i] for i in shuffled[done:].tolist())
-            held.clear()  # so that never more than one window is in memory
+            held.clear()  # at most one window is in memory
             while waiting:
                 item, raw = waiting.popleft(), raw + 1
                 try:
@@ -173,13 +194,13 @@ def _lane(
             window, done = window + 1, 0
         unit, base = unit + 1, raw
         if unit % in_epoch == 0:
-            if good == good_before:  # perhaps by chance: this lane's units may be empty
+            if good == good_before:  # perhaps only this lane's units are empty
                 _require_something(source, cfg.limits, transform)
             good_before = good
 
 
 class _Lanes(IterableDataset):
-    """Lanes in turn, or those of them that this worker owns."""
+    """Takes turns over the lanes, or over those that this worker owns."""
 
     def __init__(self, lanes: list[Callable[[], Iterator[Item]]]) -> None:
         self.lanes = lanes
@@ -192,13 +213,13 @@ class _Lanes(IterableDataset):
             while True:
                 for iterator in iterators:
                     yield next(iterator)
-        except ValueError as error:  # raised here it would reach the user with the worker's traceback
+        except ValueError as error:  # yielded, since a raised one gets the worker's traceback
             yield error
 
 
-def _told(lanes: _Lanes, workers: int, skips: SkipLog) -> Iterator[Item]:
-    # One item of each worker in turn is the order of the lanes. The generator of its own keeps the loader
-    # from drawing from the program's.
+def _checked(lanes: _Lanes, workers: int, skips: SkipLog) -> Iterator[Item]:
+    # The loader takes one item per worker in turn, which is the order of the lanes. With its own generator it
+    # does not draw from the global one.
     loader = DataLoader(lanes, batch_size=None, num_workers=workers, generator=torch.Generator())
     for item in loader if workers else lanes:
         if isinstance(item, ValueError):
@@ -208,13 +229,13 @@ def _told(lanes: _Lanes, workers: int, skips: SkipLog) -> Iterator[Item]:
 
 
 def _use(source: Source, raw: Raw, limits: InputConfig, transform: Transform | None) -> tuple[str, Any]:
-    """A sample's key and what is delivered of it. ValueError, OSError: it cannot be used."""
+    """A sample's key and its (transformed) content; ValueError or OSError if it cannot be used."""
     triplet = load(source, raw, limits)
     return triplet.key, triplet if transform is None else transform(triplet)
 
 
 def _require_something(source: Source, limits: InputConfig, transform: Transform | None) -> None:
-    """ValueError where no sample at all can be used."""
+    """ValueError if no sample at all can be used."""
     reason = "it holds no samples"
     for shard in range(len(source.shards)):
         for raw in source.read(shard):
@@ -223,11 +244,11 @@ def _require_something(source: Source, limits: InputConfig, transform: Transform
                 return
             except (ValueError, OSError) as error:
                 reason = f"the last one, {raw.key!r}: {_line(error)}"
-    raise ValueError(f"the training data has not one usable sample ({reason}): mend it or give other data")
+    raise ValueError(f"the training data has no usable sample ({reason})")
 
 
 def _order_id(source: Source, cfg: StreamConfig) -> int:
-    """Tells streams of another order apart; 48 bits."""
+    """Identifies the order; 48 bits."""
     settings = json.dumps([source.fingerprint(), cfg.seed, cfg.lanes, cfg.window])
     return int.from_bytes(hashlib.sha256(settings.encode()).digest()[:6])
 

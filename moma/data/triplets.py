@@ -1,4 +1,4 @@
-"""A training sample, and where it comes from: a folder with `metadata.jsonl`, or tar shards."""
+"""Training samples, from a folder with `metadata.jsonl` or from tar shards."""
 
 import glob
 import hashlib
@@ -11,31 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from moma.data.shards import READ, Raw, ReadConfig, read_shard
-from moma.inputs.preprocess import GREY16, INPUT, InputConfig
+from moma.inputs.preprocess import GREY16, INPUT, InputConfig, decode_image, on_white, same_aspect
 from moma.methods.prompts import check_prompt
 
 METADATA = "metadata.jsonl"
-FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's others are rare in data sets, and some of them start programs
+FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's others are rare in data sets, and some start programs
 # A pixel of a mask is subject above this; between 0 and it lie soft edges and JPEG noise.
 HALF = 127
-ImageAndMask = tuple[
-    Image.Image, Image.Image
-]  # RGB, and its subject's mask: L of the same size, 255 = subject
+# An RGB image and its subject's mask, mode L of the same size, 255 = subject.
+ImageAndMask = tuple[Image.Image, Image.Image]
 
 
 @dataclass(frozen=True, eq=False)
 class Triplet:
-    """One training sample."""
+    """One training sample: an image, its subject's mask, and the texts."""
 
     key: str  # names the sample in messages and caches
     image: Image.Image  # RGB
     mask: Image.Image  # L, of the image's size, 255 = subject
     label: str
     caption: str  # names the label
-    reference: ImageAndMask | None = None  # another image of the same subject; None: the image itself is it
+    reference: ImageAndMask | None = None  # another image of the subject; None: `image` itself
 
 
 class Files(NamedTuple):
@@ -47,24 +46,25 @@ class Files(NamedTuple):
 
 
 class Source(Protocol):
-    """Where samples lie: numbered shards, each a sequence that is read from its beginning."""
+    """Numbered shards of samples; each is read from its beginning."""
 
     shards: Sequence[str]  # names
 
     def read(self, shard: int) -> Iterator[Raw]:
-        """The samples of a shard in order, undecoded; what cannot be read is a `Raw` with a fault."""
+        """The samples of a shard in order, undecoded; one that cannot be read is a `Raw` with a fault."""
 
     def files(self, raw: Raw) -> Files:
-        """ValueError, OSError: the sample is incomplete or cannot be read."""
+        """The sample's encoded files; ValueError or OSError if it is incomplete or cannot be read."""
 
     def fingerprint(self) -> str:
-        """Identifies the data, wherever the folder lies."""
+        """Identifies the data, independent of the folder's path."""
 
 
 class FolderSource:
-    """`metadata.jsonl`, a line {"image", "mask", "label", "caption"} for each sample; paths from its folder.
+    """A folder whose `metadata.jsonl` has a line {"image", "mask", "label", "caption"} per sample.
 
-    Optional: "key", which should be unique, and "reference_image" with "reference_mask".
+    Paths are relative to the folder. Optional fields: "key", which should be unique, and "reference_image"
+    with "reference_mask".
     """
 
     shards = (METADATA,)
@@ -101,12 +101,9 @@ class FolderSource:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _content(self, name: Any) -> bytes:
-        # Links are followed: whoever made the folder may keep its images elsewhere.
-        if (
-            not isinstance(name, str)
-            or os.path.isabs(name)
-            or os.path.normpath(name).split(os.sep)[0] == ".."
-        ):
+        # Links may lead outside: the owner of the folder may keep its images elsewhere.
+        first = os.path.normpath(name).split(os.sep)[0] if isinstance(name, str) else ".."
+        if first in ("", ".."):  # "": an absolute path
             raise ValueError(f"the path {name!r} leaves the folder: expected one inside it")
         path = self.folder / name
         if not path.is_file():
@@ -117,7 +114,7 @@ class FolderSource:
 
 
 class ShardSource:
-    """Tar shards, in the order of their names (see `moma/data/shards.py` for what is in them)."""
+    """Tar shards in the order of their names; `moma/data/shards.py` describes their content."""
 
     def __init__(self, paths: Iterable[Path], cfg: ReadConfig = READ) -> None:
         self.paths, self.cfg = sorted(set(paths)), cfg
@@ -141,9 +138,10 @@ class ShardSource:
 
 
 def open_source(place: str | Path | Sequence[str | Path]) -> Source:
-    """A folder with `metadata.jsonl` or `*.tar`, a shard, a pattern such as `data/*/*.tar`, a list of shards.
+    """The samples at `place`; ValueError if there are none.
 
-    ValueError: there is nothing of this.
+    place: a folder with `metadata.jsonl` or `*.tar`, a shard, a pattern such as `data/*/*.tar`, or a list of
+    shards.
     """
     if not isinstance(place, str | Path):
         paths = [Path(path) for path in place]
@@ -152,20 +150,18 @@ def open_source(place: str | Path | Sequence[str | Path]) -> Source:
     elif glob.has_magic(str(place)) and not Path(place).exists():
         paths = [Path(path) for path in glob.glob(str(place), recursive=True)]
         if not paths:
-            raise ValueError(f"training data {str(place)!r}: no file fits this pattern, check it")
+            raise ValueError(f"training data {str(place)!r}: no file matches this pattern")
     elif Path(place).is_dir():
         folder = Path(place)
         paths = list(folder.glob("*.tar"))
         if (folder / METADATA).is_file():
             if paths:
                 raise ValueError(
-                    f"training data {str(folder)!r}: has {METADATA} and tar shards, keep one kind"
+                    f"training data {str(folder)!r}: has {METADATA} and tar shards, keep one of them"
                 )
             return FolderSource(folder)
         if not paths:
-            raise ValueError(
-                f"training data {str(folder)!r}: has neither {METADATA} nor *.tar, give a folder that has"
-            )
+            raise ValueError(f"training data {str(folder)!r}: has neither {METADATA} nor *.tar")
     elif Path(place).name == METADATA and Path(place).exists():
         return FolderSource(Path(place).parent)
     else:
@@ -179,7 +175,15 @@ def open_source(place: str | Path | Sequence[str | Path]) -> Source:
 
 
 def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
-    """Read and decode a sample. ValueError, OSError: it is damaged, incomplete or not what training takes."""
+    """Read and decode a sample.
+
+    Args:
+        source: that `raw` comes from.
+        raw: the undecoded sample.
+        limits: of its images.
+    Raises:
+        ValueError, OSError: the sample is damaged, incomplete or unfit for training.
+    """
     if raw.fault is not None:
         raise ValueError(raw.fault)
     files = source.files(raw)
@@ -199,12 +203,12 @@ def _texts(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its JSON is damaged ({error})") from None
     if not isinstance(texts, dict):
-        raise ValueError("its JSON is no object: expected {...}")
+        raise ValueError("its JSON is not an object: expected {...}")
     return texts
 
 
 def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
-    """From image, mask, reference, its mask; the last two may both be None."""
+    """Pair up image, mask, reference and its mask; the last two may both be None."""
     names = ("image", "mask", "reference", "mask of the reference")
     wanted = names if any(content is not None for content in contents[2:]) else names[:2]
     found = [content for content in contents if content is not None]
@@ -215,57 +219,27 @@ def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
 
 
 def _image(content: bytes, mask_content: bytes, whose: str, limits: InputConfig) -> ImageAndMask:
-    image = _decode(content, f"{whose}image", limits)
-    mask = _decode(mask_content, f"{whose}mask", limits).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if abs(image.width * mask.height / (image.height * mask.width) - 1) > limits.aspect_tolerance:
+    image, mask = (
+        decode_image(io.BytesIO(encoded), f"its {whose}{kind}", limits, FORMATS)
+        for encoded, kind in ((content, "image"), (mask_content, "mask"))
+    )
+    if image.mode in GREY16 or mask.mode in GREY16:
+        raise ValueError(f"its {whose}image or mask has 16-bit values: expected 8 bits")
+    if not same_aspect(image.size, mask.size, limits):
         raise ValueError(f"its {whose}mask is {mask.size} pixels, the image {image.size}: expected one shape")
+    mask = mask.convert("L")
     if mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
     if mask.getextrema()[1] <= HALF:
         raise ValueError(f"its {whose}mask is empty: expected white where the subject is")
-    return image.convert("RGB"), mask
-
-
-def _decode(content: bytes, what: str, limits: InputConfig) -> Image.Image:
-    """The image, upright, in its own mode; its size is checked before its pixels are decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"its {what} is no image: expected one of {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"its {what} has far more than the {limits.max_pixels:,} pixels that are allowed"
-        ) from None
-    except Exception as error:  # PIL's format readers raise whatever a damaged file makes them stumble over
-        raise _broken(what, error) from None
-    if min(image.size) < limits.min_side or image.width * image.height > limits.max_pixels:
-        raise ValueError(
-            f"its {what} is {image.width}x{image.height} pixels: expected at least {limits.min_side} on each"
-            f" side and at most {limits.max_pixels:,} in all"
-        )
-    if image.mode in GREY16:
-        raise ValueError(f"its {what} has 16-bit values: expected 8 bits")
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise _broken(what, error) from None
-
-
-def _broken(what: str, error: Exception) -> ValueError:
-    return ValueError(f"its {what} is broken or cut off ({error})")
+    return on_white(image), mask
 
 
 @dataclass
 class SkipLog:
-    """What was passed over: every occurrence counts, every sample is told once."""
+    """Counts every skipped sample and reports each key once."""
 
-    tell: Callable[[str], None] = warnings.warn
+    report: Callable[[str], None] = warnings.warn
     total: int = 0
     reasons: dict[str, str] = field(default_factory=dict)  # key -> why
 
@@ -275,4 +249,4 @@ class SkipLog:
             self.total += 1
             if key not in self.reasons:
                 self.reasons[key] = reason
-                self.tell(f"training data: {key!r} is skipped: {reason}")
+                self.report(f"training data: {key!r} is skipped: {reason}")

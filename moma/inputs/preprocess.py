@@ -1,16 +1,16 @@
 """From a file to what the networks see: open the image, find its subject, make it square.
 
-Nothing here knows a network. Sizes are PIL's (width, height) as long as images are PIL images.
+No network is known here. Sizes are PIL's (width, height) as long as images are PIL images.
 
 Letters: H, W pixels of the input; S side of the square reference.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +22,15 @@ from moma.inputs.regions import components, frame
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What an image from outside must be like."""
+    """Limits of images that users give, and how a mask is found in them."""
 
-    min_side: int = 32  # pixels; below this there is nothing to recognise
-    max_pixels: int = 80_000_000  # an 80-megapixel photo takes 240 MB as RGB; above it, decompression bombs
-    aspect_tolerance: float = 0.02  # relative; a mask scaled with its photo is off by its rounding only
+    min_side: int = 32  # pixels; a subject in a smaller image cannot be recognised
+    max_pixels: int = 80_000_000  # an 80-megapixel photo takes 240 MB as RGB; guards against bombs
+    aspect_tolerance: float = 0.02  # relative; rounding of a mask scaled with its photo
     border_tolerance: int = 24  # 0..255, any channel: JPEG noise and soft vignettes of a studio background
-    border_share: float = 0.9  # of the border's pixels; the rest may be a subject that touches the edge
+    border_share: float = 0.9  # of the border's pixels; a subject may touch the rest
     border_side: int = 1024  # pixels; larger images are scaled down to find their background, for speed
-    crop_stray: float = 0.002  # of the subject's pixels beyond each side of its box: specks of a JPEG mask
+    crop_stray: float = 0.002  # share of subject pixels ignored beyond each side of its box: specks
     crop_margin: float = 0.1  # of the subject's longer side, left free on each side by geometry "crop"
 
 
@@ -68,7 +68,7 @@ class FoundMask(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A subject's image, ready for the networks; all parts show the same square."""
+    """A subject's image, ready for the networks; all parts but `original` show the same square."""
 
     image: Tensor  # (1, 3, S, S) float32 in [-1, 1]: what the VAE encodes
     mask: Tensor  # (1, 1, S, S) float32, 0 or 1: M_ref
@@ -78,40 +78,62 @@ class Reference:
 
 
 def open_image(path: str | Path, limits: InputConfig = INPUT) -> Image.Image:
-    """The image of a file, upright, as RGB, or as RGBA when it has transparency.
+    """The image of a file, upright, as RGB, or as RGBA if it has transparency.
 
-    Takes every mode PIL reads but float: 1-bit, grey, 16-bit grey (scaled to 8), palette, CMYK, ...; an
-    animation gives its first frame. ValueError: no such file, not an image, broken, too small, too large.
+    Takes every mode PIL reads except float: 1-bit, grey, 16-bit grey (scaled to 8), palette, CMYK, ...; of
+    an animation, the first frame. ValueError: no such file, not an image, broken, too small, too large.
     """
     path = Path(path)
+    what = f"image {str(path)!r}"
     if not path.is_file():
-        raise ValueError(f"image {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
+        raise ValueError(f"{what}: {'not a file' if path.exists() else 'no such file'}")
+    image = decode_image(path, what, limits)
+    if image.mode in GREY16:
+        values = np.asarray(image).astype(np.int64)  # (H, W)
+        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+            raise ValueError(f"{what} has 32-bit values: expected 8 or 16 bits, convert it")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError(f"{what} has float values: expected 8 or 16 bits, convert it")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def decode_image(
+    file: Path | BinaryIO, what: str, limits: InputConfig = INPUT, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """The image of a file, upright, in its own mode; its size is checked before its pixels are decoded.
+
+    Args:
+        file: a path, or a file open for reading.
+        what: names the image in messages, such as "image 'cat.png'".
+        limits: of the size.
+        formats: PIL's names of those that are accepted; None = all.
+    Raises:
+        ValueError: not an image, broken, too small, too large.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(path)  # only the header is read
+            image = Image.open(file, formats=formats)  # reads only the header
+        with image:
+            width, height = image.size
+            fits = min(width, height) >= limits.min_side and width * height <= limits.max_pixels
+            if fits:
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError(
-            f"image {str(path)!r} is not an image: expected PNG, JPEG or another format PIL reads"
-        ) from None
+        expected = ", ".join(formats or ("PNG", "JPEG", "another format PIL reads"))
+        raise ValueError(f"{what} is not an image: expected {expected}") from None
     except Image.DecompressionBombError:
+        raise ValueError(f"{what} has far more pixels than the limit of {limits.max_pixels:,}") from None
+    except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
+        raise ValueError(f"{what} is broken or cut off ({error}): save it again") from None
+    if not fits:
         raise ValueError(
-            f"image {str(path)!r} has far more pixels than the limit of {limits.max_pixels:,}: scale it down"
-        ) from None
-    except Exception as error:  # PIL's format readers raise whatever a damaged file makes them stumble over
-        raise _broken(path, error) from None
-    with image:
-        _check_size(path, image.size, limits)
-        try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        except Exception as error:
-            raise _broken(path, error) from None
-        return _to_rgb(path, upright)
-
-
-def _broken(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"image {str(path)!r} is broken or cut off ({error}): save it again")
+            f"{what} is {width}x{height} pixels: expected at least {limits.min_side} on each side and at most"
+            f" {limits.max_pixels:,} in all"
+        )
+    return image
 
 
 def find_mask(
@@ -120,21 +142,26 @@ def find_mask(
     limits: InputConfig = INPUT,
     segment: Callable[[Image.Image], Image.Image] | None = None,
 ) -> FoundMask:
-    """Where the subject is: a mask file, else the image's transparency, else what `segment` finds, else
-    what stands out from its plain background.
+    """The subject's mask: from a file, else the image's transparency, else `segment`, else what stands out
+    from a plain background.
 
-    image: from `open_image`. A mask file may have any mode: its alpha channel counts if it varies, else its
-    brightest channel (for a grey mask the same as the release's first channel). segment: such as
-    `moma.inputs.segment.Segmenter(...).subject_mask`, which raises ValueError if it finds nothing. A
-    background
-    counts as plain when nearly the whole border has one colour; it is what hangs together with the border in
-    that colour, so that patches of it inside the subject stay subject. ValueError when nothing of this is
-    there.
+    A mask file may have any mode. Its alpha channel counts if it varies, else its brightest channel (for a
+    grey mask the same as the release's first channel). A background is plain if nearly the whole border has
+    one colour; patches of that colour inside the subject stay subject.
+
+    Args:
+        image: as from `open_image`.
+        mask_path: white or opaque = subject.
+        limits: of the mask file, and what counts as a plain background.
+        segment: gives a mask or raises ValueError, such as `moma.inputs.segment.Segmenter.subject_mask`.
+    Raises:
+        ValueError: none of these gives a mask.
     """
     if mask_path is not None:
         mask = open_image(mask_path, limits)
         alpha = _alpha(mask)
-        return FoundMask(_brightest(mask) if alpha is None else alpha, "file")
+        brightest = np.asarray(mask.convert("RGB")).max(axis=2)
+        return FoundMask(Image.fromarray(brightest) if alpha is None else alpha, "file")
     if (alpha := _alpha(image)) is not None:
         return FoundMask(alpha, "alpha")
     if segment is None:
@@ -154,16 +181,27 @@ def make_reference(
     cfg: ReferenceConfig = REFERENCE,
     limits: InputConfig = INPUT,
 ) -> Reference:
-    """The square reference of side `size` (S) from an image and its mask.
+    """The square reference of an image and its mask.
 
-    image: RGB or RGBA (transparent parts become white); mask: mode L, 255 = subject, of the same aspect
-    ratio. Geometry and threshold are `cfg`'s; resizing is PIL's antialiased bilinear, as in the release
-    (Dataset_evaluate_MoMA), whose tensors `RELEASE` reproduces bit for bit.
-    ValueError: mask of another shape than the image; without or with nothing but subject, unless
-    `cfg.empty_mask` is "mean".
+    Resizing is PIL's antialiased bilinear, as in the release (Dataset_evaluate_MoMA); with the preset
+    "release" the tensors are the same bit for bit.
+
+    Args:
+        image: RGB or RGBA (transparent parts become white).
+        mask: mode L, 255 = subject, of the same aspect ratio.
+        size: side S of the square, pixels.
+        cfg: geometry, threshold and background; a method's config has these fields.
+        limits: margins of geometry "crop", tolerance of the aspect ratio.
+    Raises:
+        ValueError: the mask has another shape than the image; it covers nothing or everything, unless
+            `cfg.empty_mask` is "mean".
     """
     original, image, mask = image, on_white(image), mask.convert("L")
-    _check_shapes(image.size, mask.size, limits)
+    if not same_aspect(image.size, mask.size, limits):
+        raise ValueError(
+            f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels:"
+            " expected the same shape, make the mask from this image"
+        )
     threshold = cfg.mask_binarise_above * 255
     if np.asarray(mask).min() > threshold and cfg.empty_mask == "error":
         raise ValueError("the mask covers the whole image: white should be the subject only")
@@ -189,7 +227,7 @@ def make_reference(
 
 
 class _Square(NamedTuple):
-    """A square of the input's plane, in its pixels; it may stick out of the image."""
+    """A square in pixels of the image; it may extend beyond it."""
 
     left: float
     top: float
@@ -203,7 +241,7 @@ def _whole(size: tuple[int, int]) -> _Square:
 
 
 def _around(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
-    """The square around the subject with a margin; around the whole image when there is no subject."""
+    """The square around the subject with a margin; around the whole image if there is no subject."""
     rows, columns = np.nonzero(np.asarray(mask) > threshold)
     if not len(rows):
         return _whole(mask.size)
@@ -214,7 +252,7 @@ def _around(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square
 
 
 def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "constant"]) -> Image.Image:
-    """The square as an image of side `size`; beyond the input its edge is repeated, or 0 stands there."""
+    """The square as an image of side `size`; beyond the image, `fill` repeats its edge or is 0."""
     spans, inside = [], []
     for start, length in zip((square.left, square.top), image.size, strict=True):
         low, high = max(start, 0), min(start + square.side, length)
@@ -228,42 +266,20 @@ def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "
     return Image.fromarray(np.pad(np.asarray(part), widths, mode=fill))
 
 
-def _check_size(path: Path, size: tuple[int, int], limits: InputConfig) -> None:
-    shape = f"image {str(path)!r} is {size[0]}x{size[1]} pixels"
-    if min(size) < limits.min_side:
-        raise ValueError(f"{shape}: expected at least {limits.min_side} on each side, use a larger image")
-    if size[0] * size[1] > limits.max_pixels:
-        raise ValueError(f"{shape}: expected at most {limits.max_pixels:,} in all, scale it down")
-
-
-def _check_shapes(image: tuple[int, int], mask: tuple[int, int], limits: InputConfig) -> None:
-    if abs(image[0] * mask[1] / (image[1] * mask[0]) - 1) > limits.aspect_tolerance:
-        raise ValueError(
-            f"the mask is {mask[0]}x{mask[1]} and the image {image[0]}x{image[1]} pixels: expected the same"
-            " shape, make the mask from this image"
-        )
-
-
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
-    if image.mode in GREY16:
-        values = np.asarray(image).astype(np.int64)  # (H, W)
-        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
-            raise ValueError(f"image {str(path)!r} has 32-bit values: expected 8 or 16 bits, convert it")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError(f"image {str(path)!r} has float values: expected 8 or 16 bits, convert it")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+def same_aspect(size: tuple[int, int], other: tuple[int, int], limits: InputConfig = INPUT) -> bool:
+    """Whether two sizes (width, height) have one shape, up to `limits.aspect_tolerance`."""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= limits.aspect_tolerance
 
 
 def on_white(image: Image.Image) -> Image.Image:
     """RGB of any image; transparent parts become white."""
-    if image.mode != "RGBA":
+    if not image.has_transparency_data:
         return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    """The alpha channel if it says anything."""
+    """The alpha channel, unless it is constant."""
     if image.mode != "RGBA":
         return None
     alpha = image.getchannel("A")
@@ -271,12 +287,8 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return alpha if low < high else None
 
 
-def _brightest(image: Image.Image) -> Image.Image:
-    return Image.fromarray(np.asarray(image.convert("RGB")).max(axis=2))
-
-
 def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
-    """255 where the image is not its plain background; mode L, at most `border_side` pixels a side."""
+    """Mode L, 255 where the image is not its plain background, at most `border_side` pixels per side."""
     image = on_white(image)
     image.thumbnail((limits.border_side, limits.border_side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).astype(np.int16)  # (H, W, 3)
@@ -285,8 +297,8 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
     alike = np.abs(pixels - colour).max(axis=2) <= limits.border_tolerance  # (H, W)
     if alike[edge].mean() < limits.border_share:
         raise ValueError(
-            "where is the subject? The image has no transparency and no plain background: give a mask"
-            " (--mask FILE, white = subject), cut the subject out, or add SAM to the weights"
+            "where is the subject? The image has neither transparency nor a plain background: give a mask"
+            " (--mask FILE, white = subject), cut out the subject, or add SAM to the weights"
             " (convert_weights.py)"
         )
     if alike.all():
