@@ -525,7 +525,7 @@ def test_llava_writes_the_captions(world, bundle, monkeypatch):
     assert len(lines) == 3
     raw = {line["image_id"]: line["caption"] for line in lines}
     for sample in world.samples().values():
-        check_prompt(sample["label"], sample["caption"])
+        check_prompt([sample["label"]], sample["caption"])
         assert sample["raw_caption"] == raw[sample["image_id"]]
     assert stats["written"] + stats["dropped"].get("caption unusable", 0) == 3
     one = Captioner.load(bundle, dtype="fp32", cfg=short)([Image.open(world.image(1))])
@@ -600,7 +600,7 @@ def test_a_bundle_that_cannot_write_is_refused(world, bundle, tmp_path):
 )  # fmt: skip
 def test_training_captions(caption, label, expected):
     assert training_caption(caption, label) == expected
-    check_prompt(label, expected)
+    check_prompt([label], expected)
     assert training_caption(expected, label) == expected
 
 

@@ -19,7 +19,7 @@ from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import IMAGE_TEXT, LlamaTokenizer
 from moma.data import words
-from moma.methods.prompts import check_prompt
+from moma.methods.prompts import check_prompt, occurrences
 from moma.sampling.device import choose_device, choose_dtype
 from moma.weights.bundle import Bundle
 
@@ -106,8 +106,8 @@ def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) ->
     ValueError for an empty label or caption or for `<image>` in the caption.
     """
     label = " ".join(label.split())
-    if not caption.strip() or IMAGE_TEXT in caption:
-        raise ValueError(f"the caption {caption!r} is empty or holds {IMAGE_TEXT}, reserved for the image")
+    if not (label and caption.strip()) or IMAGE_TEXT in caption:
+        raise ValueError(f"label {label!r}, caption {caption!r}: expected texts without {IMAGE_TEXT}")
     tokens = _tokens(PHRASES.sub("", MARKS.sub(" ", caption)), label)
     if len(tokens) > cfg.max_words:
         del tokens[cfg.max_words :]
@@ -120,7 +120,7 @@ def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) ->
     if not _find(label, tokens):
         text = text[:1].lower() + text[1:] if tokens and tokens[0].low in words.ARTICLES else text
         text = ", ".join(part for part in (with_article(label), text) if part)
-    check_prompt(label, text)
+    check_prompt([label], text)
     return text
 
 
@@ -174,15 +174,7 @@ def _find(name: str, tokens: Sequence[_Token]) -> list[tuple[int, int]]:
     """Where the name stands in the tokens, in singular or plural."""
     size = len(TOKEN.findall(name))
     windows = [(i, i + size) for i in range(len(tokens) - size + 1)]
-    return [(a, b) for a, b in windows if _names(name, _text(tokens[a:b]))]
-
-
-def _names(name: str, text: str) -> bool:
-    try:
-        check_prompt(name, text)
-    except ValueError:
-        return False
-    return True
+    return [(a, b) for a, b in windows if occurrences(name, _text(tokens[a:b]))]
 
 
 def _without_attributes(tokens: list[_Token], label: str) -> list[_Token]:

@@ -191,7 +191,7 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
     for name, text in (("label", label), ("caption", caption)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"its {name} is {text!r}: expected a text")
-    check_prompt(label, caption)
+    check_prompt([label], caption)
     pairs = zip(files.images, ("", "reference's "), strict=False)
     (image, mask), *others = (_image(*pair, whose, limits) for pair, whose in pairs)
     return Triplet(files.key, image, mask, label, caption, others[0] if others else None)

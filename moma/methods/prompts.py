@@ -55,6 +55,31 @@ def read_prompt(
     Raises:
         ValueError: for an empty subject or prompt, and under "error".
     """
+    check_prompt(words, prompt, absent_label)
+    text = sd_prompt(" and a ".join(words), prompt) if words else prompt
+    encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
+    start = len(text) - len(prompt)
+    for word in words if absent_label == "error" else ():
+        _surviving(encodings[0], [(start + a, start + b) for a, b in occurrences(word, prompt)], word)
+    labels = tuple(
+        tuple(label_positions(tokenizers[0], encodings[0], text, word, label_tokens)) for word in words
+    )
+    if absent_label == "error" and not all(labels):
+        raise ValueError(f"no token of the subject {words[0]!r} is in {text!r}: name it in the prompt")
+    return Prompt(text, encodings, labels)
+
+
+def check_prompt(words: Sequence[str], prompt: str, absent_label: AbsentLabel = "error") -> None:
+    """What `read_prompt` checks without a tokenizer.
+
+    Args:
+        words: of the subjects.
+        prompt: the user's text.
+        absent_label: "error" refuses a prompt that does not name every subject.
+
+    Raises:
+        ValueError: for an empty subject or prompt, and under "error".
+    """
     if not all(word.strip() for word in words):
         raise ValueError("the subject is empty: expected the word for what the image shows, e.g. cat")
     if not prompt.strip():
@@ -62,22 +87,11 @@ def read_prompt(
         raise ValueError(f"the prompt is empty: expected a scene, e.g. '{example} on the beach'")
     if IMAGE_TEXT in "".join(words) + prompt:
         raise ValueError(f"{IMAGE_TEXT} stands in the prompt: it is reserved for the image, leave it out")
-    text = sd_prompt(" and a ".join(words), prompt) if words else prompt
-    encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
-    start = len(text) - len(prompt)
     for word in words if absent_label == "error" else ():
-        places = _occurrences(word, prompt)
-        if not places:
+        if not occurrences(word, prompt):
             raise ValueError(
                 f"the prompt {prompt!r} does not name the subject {word!r}: try 'a {word}, {prompt}'"
             )
-        _surviving(encodings[0], [(start + a, start + b) for a, b in places], word)
-    labels = tuple(
-        tuple(label_positions(tokenizers[0], encodings[0], text, word, label_tokens)) for word in words
-    )
-    if absent_label == "error" and not all(labels):
-        raise ValueError(f"no token of the subject {words[0]!r} is in {text!r}: name it in the prompt")
-    return Prompt(text, encodings, labels)
 
 
 def sd_prompt(subject: str, prompt: str) -> str:
@@ -112,7 +126,7 @@ def label_positions(
     if label_tokens == "first_piece":
         pieces = {tokenizer.encode(word).ids[1] for word in subject.split()}  # 0 is BOS
         return [i for i, token in enumerate(encoding.ids) if token in pieces]
-    places = _occurrences(subject, text)
+    places = occurrences(subject, text)
     if not places:
         raise ValueError(f"the subject {subject!r} is not in the prompt {text!r}: name it there")
     places = _surviving(encoding, places, subject)
@@ -123,8 +137,8 @@ def label_positions(
     ]
 
 
-def _occurrences(subject: str, text: str) -> list[tuple[int, int]]:
-    """Character ranges of the subject's words in the text."""
+def occurrences(subject: str, text: str) -> list[tuple[int, int]]:
+    """Character ranges of a subject's words in a text, in any case, the last one in singular or plural."""
     *first, last = subject.split()
     forms = sorted(_forms(last.lower()), key=len, reverse=True)
     words = [re.escape(word) for word in first] + ["(?:" + "|".join(map(re.escape, forms)) + ")"]
