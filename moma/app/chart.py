@@ -1,7 +1,4 @@
-"""Charts drawn with Pillow.
-
-Lines: the losses of a training run, the curves of the benchmark. Dots: the subjects of an evaluation.
-"""
+"""Charts drawn with Pillow: lines for training and the benchmark, dots for the subjects of an evaluation."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +13,12 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ChartConfig:
-    """Looks of a chart; sizes in pixels."""
+    """Layout and colours of a line chart, in pixels."""
 
     size: tuple[int, int] = (960, 540)
-    margins: tuple[int, int, int, int] = (84, 44, 30, 56)  # left, top, right, bottom: numbers and legend
+    margins: tuple[int, int, int, int] = (84, 44, 30, 56)  # left, top, right, bottom: for numbers and legend
     font: int = 15
-    ticks: int = 6  # about as many numbers on each axis
+    ticks: int = 6  # approximate count of numbers per axis
     background: Colour = (255, 255, 255)
     grid: Colour = (228, 228, 228)
     ink: Colour = (60, 60, 60)
@@ -31,13 +28,13 @@ class ChartConfig:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart, from left to right."""
+    """One line of a chart; its points go from left to right."""
 
     name: str
     points: Points
     colour: Colour
     thin: bool = False
-    marks: bool = False  # each point is seen: for few
+    marks: bool = False  # mark each point
 
 
 def chart(
@@ -46,9 +43,13 @@ def chart(
     y_range: tuple[float, float] | None = None,
     cfg: ChartConfig | None = None,
 ) -> Image.Image:
-    """Lines over axes with round numbers. The legend gives each line's last value. x begins at 0.
+    """Lines over axes with round numbers; x starts at 0. The legend shows each line's last value.
 
-    y_range: what the axis must hold, None = every value; values above it are drawn at its end.
+    Args:
+        lines: drawn in order.
+        x_label: below the x axis.
+        y_range: that the y axis must cover, None = all values; larger values are drawn at its end.
+        cfg: layout.
     """
     cfg = cfg or ChartConfig()
     xs = [x for line in lines for x, _ in line.points]
@@ -74,7 +75,7 @@ def chart(
         draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], cfg.grid)
         draw.text((left - 8, place(0, y)[1]), f"{y:.3g}", cfg.ink, font, anchor="rm")
     draw.text(((left + right) / 2, cfg.size[1] - 8), x_label, cfg.ink, font, anchor="mb")
-    at = left  # where the legend goes on
+    at = left  # of the next entry of the legend
     for line in (line for line in lines if line.points):
         width = 1 if line.thin else cfg.width
         draw.line([place(x, y) for x, y in line.points], line.colour, width, joint="curve")
@@ -89,7 +90,13 @@ def chart(
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers, the first at or below `low`, the last at or above `high`."""
+    """Tick positions of an axis.
+
+    Args:
+        low: the first tick is at or below it.
+        high: the last tick is at or above it.
+        count: about so many round numbers.
+    """
     span = high - low or abs(high) or 1.0
     size = 10 ** math.floor(math.log10(span / count))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor * count >= span)
@@ -98,7 +105,16 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def fit(text: str, font: Any, width: float) -> str:
-    """The text, cut to a width in pixels; its end is then an ellipsis."""
+    """Cut a text to a width.
+
+    Args:
+        text: one line.
+        font: PIL's.
+        width: pixels.
+
+    Returns:
+        The text, or its start with an ellipsis.
+    """
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:
@@ -111,17 +127,17 @@ def fit(text: str, font: Any, width: float) -> str:
 
 @dataclass(frozen=True)
 class DotsConfig:
-    """Looks of a chart of dots; sizes in pixels, of an image that is shown at half its size."""
+    """Layout and colours of a dot chart, in pixels; it is shown at half its size."""
 
-    names: int = 380  # most for the names at the left
+    names: int = 380  # maximum width of the names at the left
     panel: int = 520
     gap: int = 36  # around everything
     row: int = 36
-    line: int = 44  # of text: legend, titles, numbers of the axis, caption
+    line: int = 44  # height of a line of text: legend, titles, axis, caption
     mark: int = 7  # radius
-    spread: float = 5.0  # between the dots of one row, up and down: equal values stay visible
+    spread: float = 5.0  # vertical distance of the dots in a row, so that equal values stay visible
     font: int = 24
-    ticks: int = 5  # about as many numbers on each axis
+    ticks: int = 5  # approximate count of numbers per axis
     background: Colour = (255, 255, 255)
     band: Colour = (246, 246, 244)  # every other row
     grid: Colour = (224, 224, 224)
@@ -130,25 +146,32 @@ class DotsConfig:
 
 @dataclass(frozen=True)
 class Series:
-    """What is drawn in one colour and shape: name of a row -> value."""
+    """Values that share a colour and a shape."""
 
     name: str
-    values: Mapping[str, float]
+    values: Mapping[str, float]  # row -> value
     colour: Colour
-    shape: int = 0  # disc, square, diamond, triangle: tell apart what colours alone may not
+    shape: int = 0  # 0 disc, 1 square, 2 diamond, 3 triangle, for readers who do not see the colours
     hollow: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of the chart with an axis of its own."""
+    """A part of the chart with its own axis."""
 
     title: str
     series: Sequence[Series]
 
 
 def dots(rows: Sequence[str], panels: Sequence[Panel], caption: str, cfg: DotsConfig) -> Image.Image:
-    """A row for each name, in the caller's order; in each panel a dot for every series that has a value."""
+    """A row for each name and, in each panel, a dot for every series with a value there.
+
+    Args:
+        rows: names, from top to bottom.
+        panels: from left to right.
+        caption: below the chart.
+        cfg: layout.
+    """
     font = ImageFont.load_default(cfg.font)
     names = int(max((min(font.getlength(_plain(row)), cfg.names) for row in rows), default=0))
     width = 2 * cfg.gap + names + len(panels) * (cfg.gap + cfg.panel)
@@ -183,7 +206,7 @@ def _panel(
     corner: tuple[int, int],
     cfg: DotsConfig,
 ) -> None:
-    """Title, axis and dots; corner: left, top of the first row."""
+    """Draw a panel's title, axis and dots; corner: left and top of the first row."""
     (left, top), bottom = corner, corner[1] + cfg.row * len(rows)
     values = [v for series in panel.series for v in series.values.values()]
     axis = ticks(min(values, default=0), max(values, default=1), cfg.ticks)
@@ -207,7 +230,7 @@ def _panel(
 def _legend(
     names: Sequence[str], font: Any, width: float, cfg: DotsConfig
 ) -> Iterator[tuple[float, int, str]]:
-    """Where each name goes: x, number of the line, name."""
+    """(x, number of the line, name) of each entry."""
     x, line = float(cfg.gap), 0
     for name in names:
         needed = 3 * cfg.mark + font.getlength(_plain(name))
@@ -233,5 +256,5 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, series: Series, cfg: Do
 
 
 def _plain(text: str) -> str:
-    """What Pillow's own font can draw: one line, no Greek."""
+    """The text as one line without Greek, which Pillow's own font lacks."""
     return " ".join(text.replace("β", "beta").split())

@@ -10,20 +10,22 @@ from typing import NoReturn
 
 import torch
 
+from models.weights.atomic import atomic_write
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; it appears or changes as a whole."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file; it appears or changes as a whole."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    """Write a file atomically."""
+    with atomic_write(path) as part:
+        part.write_bytes(data)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, with a line break at its end."""
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
@@ -51,12 +53,14 @@ def exit_status(command: str, main: Callable[[], object], stopped: str = "stoppe
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises ValueError for wrong options, with one line, instead of ending the process."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see --help")
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Make the folder; ValueError if nothing can be written there."""
+    """Create a folder; ValueError, naming the option, if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,13 +1,9 @@
-"""What a run leaves behind: images that know how they were made, and contact sheets.
-
-An image's settings are a `Record`, kept as JSON in an iTXt chunk of its PNG file.
-"""
+"""PNG files that hold the settings they were made with: a `Record` as JSON in an iTXt chunk."""
 
 import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,17 +12,18 @@ from typing import Any, Self
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from models.weights.atomic import atomic_write
 from moma.methods import find_method
 from moma.sampling.config import SampleConfig
 
 CHUNK = "moma"  # key of the PNG text chunk
-STAMP = "moma-stamp"  # another: a text by which a program knows what it has made
+STAMP = "moma-stamp"  # another key: a text that identifies a file's origin
 FORMAT, VERSION = "moma-picture", 1
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that went into an image."""
+    """A file that an image was made from."""
 
     path: str  # as the user gave it
     sha256: str
@@ -38,15 +35,15 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Segmented:
-    """A mask that a network drew. It is kept itself, some kilobytes: another machine rounds otherwise, and
-    might draw another edge."""
+    """A mask from SAM. The record keeps the mask itself, a few kilobytes, because another machine rounds
+    differently and could move its edge."""
 
-    how: str  # what the network was asked for
+    how: str  # the hint that SAM was given
     png: str  # base64, one bit per pixel
 
     @classmethod
     def of(cls, mask: Image.Image, how: str) -> Self:
-        """mask: mode L, 0 or 255."""
+        """Encode a mask of mode L, 0 or 255."""
         file = io.BytesIO()
         mask.convert("1", dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
         return cls(how, base64.b64encode(file.getvalue()).decode("ascii"))
@@ -55,37 +52,37 @@ class Segmented:
         """The mask, mode L, 0 or 255; ValueError if it is damaged."""
         try:
             return Image.open(io.BytesIO(base64.b64decode(self.png, validate=True))).convert("L")
-        except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
+        except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
             raise ValueError(f"the mask in the image's settings is damaged ({error})") from None
 
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that one image was made from."""
+    """Everything needed to draw an image again."""
 
     subject: str
     prompt: str
     negative: str
     seed: int  # of the start noise
-    batch: tuple[tuple[str, int], ...]  # prompts and seeds that were drawn together with it, itself included
+    batch: tuple[tuple[str, int], ...]  # prompts and seeds of its batch, its own included
     sample: SampleConfig
     method_name: str  # in the registry
     method: Any  # its config
     reference: InputFile | None  # None: there is no subject
-    mask: InputFile | None  # None: found in the image itself
+    mask: InputFile | None  # None: found in the reference itself
     weights: str  # the bundle's folder
     weight_hashes: Mapping[str, str]  # file -> sha256
     dtype: str  # bf16, fp16, fp32
     device: str
     versions: Mapping[str, str]  # package -> version
-    segmented: Segmented | None = None  # the mask if it was SAM's; images from before there was SAM lack it
+    segmented: Segmented | None = None  # the mask if it is SAM's
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """ValueError for what `to_json` of this version did not write."""
+        """ValueError for anything but the output of `to_json` in this version of the format."""
         try:
             data: dict[str, Any] = json.loads(text)
             found = (data.pop("format"), data.pop("version"))
@@ -115,23 +112,25 @@ class Record:
 def save_png(
     path: str | Path, image: Image.Image, record: Record | None = None, stamp: str | None = None
 ) -> None:
-    """Write a PNG, with the record or the stamp in it; the file appears only when it is complete."""
+    """Write a PNG atomically.
+
+    Args:
+        path: of the file.
+        image: any image.
+        record: for `read_record`.
+        stamp: for `read_stamp`.
+    """
     info = PngInfo()
     if record is not None:
         info.add_itxt(CHUNK, record.to_json())
     if stamp is not None:
         info.add_itxt(STAMP, stamp)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic_write(path) as part:
         image.save(part, "PNG", pnginfo=info)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_stamp(path: Path) -> str | None:
-    """The stamp of a PNG file; None where there is no whole image, "" for one without a stamp."""
+    """The stamp of a PNG file; None if there is no intact image, "" if it has no stamp."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -141,7 +140,7 @@ def read_stamp(path: Path) -> str | None:
 
 
 def read_record(path: str | Path) -> Record:
-    """The record of an image that `save_png` wrote; ValueError for any other file."""
+    """The record in a PNG of `save_png`; ValueError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"image {str(path)!r}: no such file")
@@ -156,6 +155,3 @@ def read_record(path: str | Path) -> Record:
         return Record.from_json(text)
     except ValueError as error:
         raise ValueError(f"image {str(path)!r}: {error}") from None
-
-
-# --- contact sheets ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from moma.inputs.regions import middle, outline
 
 @dataclass(frozen=True)
 class SheetConfig:
-    """Looks of a contact sheet, in pixels."""
+    """Layout and colours of a contact sheet, in pixels."""
 
     cell: int = 256  # side of the square that an image is fitted into
     gap: int = 12
@@ -26,14 +26,14 @@ class SheetConfig:
 
 
 class Cell(NamedTuple):
-    """One image of a sheet with up to two short lines below."""
+    """One image of a sheet, with up to two lines of caption."""
 
     image: Image.Image
     lines: tuple[str, ...] = ()
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None) -> Image.Image:
-    """Rows of images, each fitted into an equal square; lines that are too long end in an ellipsis."""
+    """Rows of images, each fitted into a square; captions that are too long end in an ellipsis."""
     cfg = cfg or SheetConfig()
     step_x, step_y = cfg.cell + cfg.gap, cfg.cell + cfg.caption + cfg.gap
     size = (cfg.gap + step_x * max(map(len, rows)), cfg.gap + step_y * len(rows))
@@ -52,14 +52,14 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None
 
 @dataclass(frozen=True)
 class NumberedConfig:
-    """Looks of an image whose objects are numbered, in pixels."""
+    """Layout of an image with numbered objects, in pixels."""
 
-    side: int = 1024  # the longer one: small images grow, so that outlines and numbers find room
+    side: int = 1024  # longer side; images are scaled to it, so that outlines and numbers have room
     line: int = 3
     font: int = 44
-    halo: int = 4  # of the numbers, black: they must be seen on any image
-    coarse: int = 8  # places for numbers are sought on a grid of such steps, for speed
-    hue: float = 0.381966  # of the next number, in turns: the golden angle keeps neighbours apart
+    halo: int = 4  # black, around the numbers: visible on any image
+    coarse: int = 8  # step of the grid that is searched for the numbers' positions
+    hue: float = 0.381966  # step between numbers, in turns: the golden angle
 
 
 def numbered(
@@ -67,10 +67,13 @@ def numbered(
     draw_masks: Callable[[tuple[int, int]], Sequence[Image.Image]],
     cfg: NumberedConfig | None = None,
 ) -> Image.Image:
-    """An RGB image with an outline in its own colour and a number, from 1, for each object.
+    """Outline and number an image's objects, from 1, each in its own colour.
 
-    draw_masks: gives the objects' masks, mode L, 255 = object, of the size (width, height) that it is asked
-    for: a photo's own would take much memory. The first one lies on top.
+    Args:
+        image: any image.
+        draw_masks: (width, height) -> the objects' masks at that size, mode L, 255 = object; the first one
+            is drawn on top. Masks at a photo's own size would take much memory.
+        cfg: layout.
     """
     cfg = cfg or NumberedConfig()
     canvas = ImageOps.contain(image.convert("RGB"), (cfg.side, cfg.side))
@@ -82,11 +85,11 @@ def numbered(
     sheet, font = Image.fromarray(pixels), ImageFont.load_default(cfg.font)
     draw = ImageDraw.Draw(sheet)
     for i, (mask, colour) in enumerate(zip(inside, colours, strict=True)):
-        # Not on smaller objects, which have numbers of their own.
+        # Away from smaller objects, which have their own numbers.
         others = [other for other in inside if other.sum() < mask.sum()]
         alone = mask & ~np.any(others, axis=0)
         place = _place(alone, cfg.coarse) or _place(mask, cfg.coarse) or _place(mask, 1)
-        if place is None:  # a mask that vanishes in this size
+        if place is None:  # the mask vanishes at this size
             continue
         halo = {"stroke_width": cfg.halo, "stroke_fill": "black"}
         draw.text(place, str(i + 1), colour, font, anchor="mm", **halo)
@@ -94,7 +97,7 @@ def numbered(
 
 
 def _place(mask: np.ndarray, coarse: int) -> tuple[int, int] | None:
-    """(x, y) well inside a mask, on a grid of `coarse` pixels; None if no point of the grid is in it."""
+    """(x, y) deep inside a mask, on a grid with steps of `coarse`; None if no grid point is in it."""
     grid = mask[coarse // 2 :: coarse, coarse // 2 :: coarse]
     if not grid.any():
         return None
@@ -103,7 +106,7 @@ def _place(mask: np.ndarray, coarse: int) -> tuple[int, int] | None:
 
 
 def mask_image(mask: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """A mask (1, h, w) or (1, 1, h, w) in [0, 1] as grey image, its cells blown up to `size` if given."""
+    """A mask (1, h, w) or (1, 1, h, w) in [0, 1] as a grey image, enlarged to `size` (width, height)."""
     values = mask.detach().float().cpu().numpy().reshape(mask.shape[-2:])  # (h, w)
     image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
     return image if size is None else image.resize(size, Image.Resampling.NEAREST)
