@@ -34,6 +34,7 @@ from models.llava import LlavaConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
 from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
+from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, QuantConfig, quantise
 from moma.sampling.device import DTYPES
 from moma.weights.bundle import (
@@ -49,7 +50,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
-from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, from_public, read_json, read_source
+from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_json, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
 LLM = ("llava", "vision")  # what --no-llm leaves out
@@ -194,7 +195,7 @@ def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | N
     if vision is None:
         model = read_json(llava.config).get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
         raise ValueError(f"{folder}: without an image tower; give the CLIP folder of {model} as a source too")
-    config = from_public(LlavaConfig, llava.config, vision)
+    config = read_config(llava.config, llava_config, vision)
     has_head = any(name.startswith(LM_HEAD) for name in llava.tensors)
     return replace(llava, config=replace(config, llama=replace(config.llama, lm_head=has_head)))
 

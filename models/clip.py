@@ -8,43 +8,13 @@ H heads, D channels per head.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
-
-# What transformers' CLIP configurations mean by a key that is absent from config.json.
-PUBLIC_DEFAULTS: dict[str, dict[str, Any]] = {
-    "text": {
-        "vocab_size": 49408,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": 512,
-        "eos_token_id": 49407,
-    },
-    "vision": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_channels": 3,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": 512,
-    },
-}
-# Written by old versions of transformers in place of the real id; it then pools at the largest id.
-LEGACY_END_ID = 2
 
 Activation = Literal["quick_gelu", "gelu"]
 QUICK_GELU = 1.702  # makes x·sigmoid(1.702 x) nearly GELU: OpenAI's weights were trained with it
@@ -78,18 +48,6 @@ class CLIPTextConfig(_BlockConfig):
     positions: int = 77  # longest text, BOS and EOS included
     end_id: int | None = None  # pooled at its first occurrence; None = at the largest id (OpenAI's own rule)
 
-    @classmethod
-    def from_public(cls, public: dict[str, Any]) -> Self:
-        """From the config.json of a CLIPModel or CLIPTextModel(WithProjection), else ValueError."""
-        part, common = _read_public(public, "text")
-        end = part["eos_token_id"]
-        return cls(
-            **common,
-            vocab=part["vocab_size"],
-            positions=part["max_position_embeddings"],
-            end_id=None if end == LEGACY_END_ID else end,
-        )
-
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(_BlockConfig):
@@ -113,42 +71,6 @@ class CLIPVisionConfig(_BlockConfig):
     def patches(self) -> int:
         """N."""
         return (self.image_size // self.patch) ** 2
-
-    @classmethod
-    def from_public(cls, public: dict[str, Any]) -> Self:
-        """From the config.json of a CLIPModel or CLIPVisionModel(WithProjection), else ValueError."""
-        part, common = _read_public(public, "vision")
-        if part["num_channels"] != 3:
-            raise ValueError(f"CLIP config.json: num_channels {part['num_channels']}, expected 3 (RGB)")
-        return cls(**common, image_size=part["image_size"], patch=part["patch_size"])
-
-
-def _read_public(
-    public: dict[str, Any], kind: Literal["text", "vision"]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the text or vision part of a config.json with its gaps filled, our fields common to both kinds)."""
-    model_type = public.get("model_type", "clip" if f"{kind}_config" in public else f"clip_{kind}_model")
-    architecture = (public.get("architectures") or [""])[0]
-    defaults = PUBLIC_DEFAULTS[kind]
-    if model_type == "clip":
-        # Old files hold the part twice; the `_dict` one wins wholly, its gaps being defaults.
-        part = defaults | (public.get(f"{kind}_config_dict") or public.get(f"{kind}_config") or {})
-        projection = public.get("projection_dim", defaults["projection_dim"])
-    elif model_type == f"clip_{kind}_model":
-        part = defaults | public
-        projection = part["projection_dim"] if architecture.endswith("WithProjection") else None
-    else:
-        raise ValueError(f"config.json: model_type {model_type!r}, expected 'clip' or 'clip_{kind}_model'")
-    common = {
-        "width": part["hidden_size"],
-        "layers": part["num_hidden_layers"],
-        "heads": part["num_attention_heads"],
-        "mlp": part["intermediate_size"],
-        "act": part["hidden_act"],
-        "eps": part["layer_norm_eps"],
-        "projection": projection,
-    }
-    return part, common
 
 
 TEXT_PRESETS = {

@@ -8,7 +8,6 @@ M cached keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention, merge_heads, split_heads
 from models.weights.quant import QuantConfig, linear
-
-# What transformers' LlamaConfig means by a key that is absent from config.json.
-PUBLIC_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 2048,
-    "eos_token_id": 2,
-}
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (B or 1, 1, T, D) float32
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated), values, each (B, G, M, D)
@@ -73,39 +59,6 @@ class LlamaConfig:
     def head_dim(self) -> int:
         """D."""
         return self.width // self.heads
-
-    @classmethod
-    def from_public(cls, public: dict[str, Any]) -> Self:
-        """From a LLaMA or original LLaVA config.json (or the `text_config` of llava-hf's).
-
-        Absent keys mean transformers' defaults; ValueError for what this file does not compute.
-        """
-        part = PUBLIC_DEFAULTS | public
-        rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        head_dim = part.get("head_dim") or part["hidden_size"] // part["num_attention_heads"]
-        for key, value, expected in (
-            ("hidden_act", part.get("hidden_act", "silu"), "silu"),
-            ("rope type", rope_type, "default"),
-            ("attention_bias", part.get("attention_bias", False), False),
-            ("mlp_bias", part.get("mlp_bias", False), False),
-            ("tie_word_embeddings", part.get("tie_word_embeddings", False), False),
-            ("head_dim", head_dim, part["hidden_size"] // part["num_attention_heads"]),
-        ):
-            if value != expected:
-                raise ValueError(f"LLaMA config.json: {key} {value!r}, expected {expected!r}")
-        return cls(
-            vocab=part["vocab_size"],
-            width=part["hidden_size"],
-            layers=part["num_hidden_layers"],
-            heads=part["num_attention_heads"],
-            kv_heads=part.get("num_key_value_heads"),
-            mlp=part["intermediate_size"],
-            eps=part["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta", part["rope_theta"]),
-            positions=part["max_position_embeddings"],
-            eos=part["eos_token_id"],
-        )
 
 
 PRESETS = {"7b": LlamaConfig()}

@@ -8,8 +8,8 @@ image's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,56 +34,6 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
             raise ValueError(f"LLaVA projector {self.projector!r}: expected one of {', '.join(PROJECTORS)}")
-
-    @classmethod
-    def from_public(cls, public: dict[str, Any], vision: CLIPVisionConfig | None = None) -> Self:
-        """From the config.json of the original LLaVA or of transformers' (llava-hf).
-
-        vision: the tower's configuration, which the original file does not hold (it names a CLIP folder).
-        ValueError for what this file does not compute.
-        """
-        return cls._from_hf(public) if "text_config" in public else cls._from_original(public, vision)
-
-    @classmethod
-    def _from_original(cls, public: dict[str, Any], vision: CLIPVisionConfig | None) -> Self:
-        if vision is None:
-            raise ValueError("LLaVA config.json without a vision tower: give its CLIP model too")
-        if public.get("mm_hidden_size", vision.width) != vision.width:
-            raise ValueError(
-                f"LLaVA config.json: mm_hidden_size {public['mm_hidden_size']}, but the CLIP model has "
-                f"{vision.width}; give the CLIP model that mm_vision_tower names"
-            )
-        _expect(public, "mm_vision_select_feature", "patch", "patch")
-        _expect(public, "mm_use_im_start_end", False, False)
-        _expect(public, "mm_patch_merge_type", "flat", "flat")
-        if "mm_vision_select_layer" not in public:
-            raise ValueError("LLaVA config.json: mm_vision_select_layer is missing; is this a LLaVA model?")
-        return cls(
-            llama=LlamaConfig.from_public(public),
-            vision=replace(vision, projection=None),
-            projector=public.get("mm_projector_type", "linear"),
-            tower_layer=public["mm_vision_select_layer"],
-        )
-
-    @classmethod
-    def _from_hf(cls, public: dict[str, Any]) -> Self:
-        _expect(public, "vision_feature_select_strategy", "default", "default")
-        _expect(public, "projector_hidden_act", "gelu", "gelu")
-        _expect(public, "multimodal_projector_bias", True, True)
-        llama = LlamaConfig.from_public(public["text_config"])
-        # Ids from the image token on were added by llava-hf (image, pad, filling up to a multiple of 64).
-        vocab = min(llama.vocab, public.get("image_token_index", llama.vocab))
-        return cls(
-            llama=replace(llama, vocab=vocab),
-            vision=replace(CLIPVisionConfig.from_public(public["vision_config"]), projection=None),
-            projector="mlp2x_gelu",
-            tower_layer=public.get("vision_feature_layer", -2),
-        )
-
-
-def _expect(public: dict[str, Any], key: str, default: Any, expected: Any) -> None:
-    if (value := public.get(key, default)) != expected:
-        raise ValueError(f"LLaVA config.json: {key} {value!r}, expected {expected!r}")
 
 
 class Llava(nn.Module):

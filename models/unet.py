@@ -79,59 +79,6 @@ class UNetConfig:
     def time_dim(self) -> int:
         return self.channels[0] * self.time_mult
 
-    @classmethod
-    def from_public(cls, json: dict[str, Any]) -> "UNetConfig":
-        """From a diffusers `unet/config.json`; ValueError for what this UNet cannot represent."""
-        channels = tuple(json["block_out_channels"])
-        expected = {
-            "act_fn": "silu",
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "center_input_sample": False,
-            "dual_cross_attention": False,
-            "only_cross_attention": False,
-            "class_embed_type": None,
-            "num_class_embeds": None,
-            "encoder_hid_dim": None,
-            "resnet_time_scale_shift": "default",
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "downsample_padding": 1,
-            "conv_in_kernel": 3,
-            "conv_out_kernel": 3,
-        }
-        for key, value in expected.items():
-            if json.get(key, value) != value:
-                raise ValueError(
-                    f"UNet config: {key} is {json[key]!r}, expected {value!r}: not an SD1.5 or SDXL UNet"
-                )
-
-        def per_level(value: Any) -> tuple:
-            return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
-
-        kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-        if unknown := set(json["down_block_types"]) - set(kinds):
-            raise ValueError(f"UNet config: block type {unknown.pop()!r}, expected one of {', '.join(kinds)}")
-        depths = per_level(json.get("transformer_layers_per_block", 1))
-        # `attention_head_dim` of the SD models is the number of heads, whatever its name says.
-        heads = json.get("num_attention_heads") or json.get("attention_head_dim", 8)
-        added = json.get("addition_embed_type")
-        if added not in (None, "text_time"):
-            raise ValueError(f"UNet config: addition_embed_type {added!r}, expected none or 'text_time'")
-        return cls(
-            in_channels=json["in_channels"],
-            out_channels=json["out_channels"],
-            channels=channels,
-            depth=tuple(d * kinds[kind] for d, kind in zip(depths, json["down_block_types"], strict=True)),
-            mid_depth=depths[-1],
-            heads=per_level(heads),
-            context_dim=per_level(json["cross_attention_dim"]),
-            linear_projection=json.get("use_linear_projection", False),
-            resnets=json["layers_per_block"],
-            norm_groups=json.get("norm_num_groups", 32),
-            norm_eps=json.get("norm_eps", 1e-5),
-            added_cond_dim=json["projection_class_embeddings_input_dim"] if added else None,
-        )
-
 
 SD15 = UNetConfig()
 SDXL = UNetConfig(

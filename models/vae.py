@@ -7,7 +7,6 @@ Letters: B batch, C channels, H W pixels, h w latents, f = 2^(levels-1) the redu
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +37,6 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels per latent along a side."""
         return 2 ** (len(self.channels) - 1)
-
-    @classmethod
-    def from_public(cls, json: dict[str, Any]) -> "VAEConfig":
-        """From a diffusers `vae/config.json`; ValueError for what this VAE cannot represent."""
-        for key, value in {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}.items():
-            if json.get(key, value) != value:
-                raise ValueError(
-                    f"VAE config: {key} is {json[key]!r}, expected {value!r}: not an SD1.x autoencoder"
-                )
-        return cls(
-            in_channels=json.get("in_channels", 3),
-            latent_channels=json["latent_channels"],
-            channels=tuple(json["block_out_channels"]),
-            resnets=json["layers_per_block"],
-            norm_groups=json.get("norm_num_groups", 32),
-            scaling=json.get("scaling_factor", 0.18215),
-        )
 
 
 SD15 = VAEConfig()

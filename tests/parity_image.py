@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.unet import SD15, SDXL, UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.weights.public_configs import unet_config, vae_config
 from tests.parity_case import Case
 from tests.parity_language import build, share
 from tests.recipe import normal
@@ -53,7 +54,7 @@ def tensor(key: str, *shape: int) -> Tensor:
 @torch.no_grad()
 def noise_prediction(cfg: UNetConfig, json: dict, size: int) -> tuple[Tensor, Tensor]:
     """eps (2, 4, size, size) at two timesteps."""
-    assert UNetConfig.from_public(json) == cfg
+    assert unet_config(json) == cfg
     ours = build(lambda: UNet(cfg))
     theirs = share(lambda: diffusers.UNet2DConditionModel(**json), ours.state_dict())
     x, t, text = (
@@ -72,7 +73,7 @@ def noise_prediction(cfg: UNetConfig, json: dict, size: int) -> tuple[Tensor, Te
 @torch.no_grad()
 def autoencoder(part: str) -> tuple[Tensor, Tensor]:
     """Posterior mean of, or image from, 512 x 512."""
-    assert VAEConfig.from_public(VAE_JSON) == VAEConfig()
+    assert vae_config(VAE_JSON) == VAEConfig()
     ours = build(lambda: VAE(VAEConfig()))
     theirs = share(lambda: diffusers.AutoencoderKL(**VAE_JSON), ours.state_dict())
     if part == "encode":

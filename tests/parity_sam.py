@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.sam import BACKGROUND, BOX_END, BOX_START, FOREGROUND, Prompts
 from models.sam_config import PRESETS, SAMConfig
+from models.weights.public_configs import sam_config
 from tests.make_checkpoints import sam_json
 from tests.parity_case import Case
 from tests.recipe import normal, uniform
@@ -19,7 +20,7 @@ INSIDE = 768, 1024  # the image within the square input, the rest is padding
 @torch.no_grad()
 def sam(cfg: SAMConfig, part: Literal["masks", "iou"]) -> tuple[Tensor, Tensor]:
     """From the image: two prompts of two points, two boxes, and two of both, all four outputs of each."""
-    assert SAMConfig.from_public(sam_json(cfg)) == cfg
+    assert sam_config(sam_json(cfg)) == cfg
     ours = build_sam(cfg)
     theirs = share_sam(ours)
     height, width = INSIDE

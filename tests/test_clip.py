@@ -17,6 +17,7 @@ from models.clip import (
     CLIPVisionConfig,
 )
 from models.clip_image import clip_image
+from models.weights.public_configs import clip_text_config, clip_vision_config
 from tests.compare import assert_close_to_std
 from tests.golden_files import CARRIED
 from tests.parity_scorers import clip_pair
@@ -40,14 +41,14 @@ def ids_ending_at(*lengths: int, end: int) -> torch.Tensor:
 def text_pair(json: dict, projection: bool) -> tuple[CLIPText, torch.nn.Module]:
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
     theirs = kind(transformers.CLIPTextConfig(**json)).eval()
-    ours = CLIPText(CLIPTextConfig.from_public({**json, "architectures": [kind.__name__]})).eval()
+    ours = CLIPText(clip_text_config({**json, "architectures": [kind.__name__]})).eval()
     return ours, share(ours, theirs, "text_model.")
 
 
 def vision_pair(json: dict, projection: bool) -> tuple[CLIPVision, torch.nn.Module]:
     kind = transformers.CLIPVisionModelWithProjection if projection else transformers.CLIPVisionModel
     theirs = kind(transformers.CLIPVisionConfig(**json)).eval()
-    ours = CLIPVision(CLIPVisionConfig.from_public({**json, "architectures": [kind.__name__]})).eval()
+    ours = CLIPVision(clip_vision_config({**json, "architectures": [kind.__name__]})).eval()
     return ours, share(ours, theirs, "vision_model.")
 
 
@@ -216,7 +217,7 @@ def test_presets_read_from_public_files() -> None:
         "projection_dim": 768,
         "eos_token_id": 2,
     }
-    assert CLIPTextConfig.from_public(sd15) == TEXT_PRESETS["sd15"]
+    assert clip_text_config(sd15) == TEXT_PRESETS["sd15"]
     vision = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -233,16 +234,16 @@ def test_presets_read_from_public_files() -> None:
         "vision_config": {"hidden_size": 1},  # old files repeat a part; `_dict` is the one that counts
         "vision_config_dict": vision,
     }
-    assert CLIPTextConfig.from_public(l14) == TEXT_PRESETS["l14"]
-    assert CLIPVisionConfig.from_public(l14) == VISION_PRESETS["l14"]
+    assert clip_text_config(l14) == TEXT_PRESETS["l14"]
+    assert clip_vision_config(l14) == VISION_PRESETS["l14"]
     b32 = {
         "model_type": "clip",
         "projection_dim": 512,
         "text_config": {"eos_token_id": 2},
         "vision_config": {},
     }
-    assert CLIPTextConfig.from_public(b32) == TEXT_PRESETS["b32"]
-    assert CLIPVisionConfig.from_public(b32) == VISION_PRESETS["b32"]
+    assert clip_text_config(b32) == TEXT_PRESETS["b32"]
+    assert clip_vision_config(b32) == VISION_PRESETS["b32"]
     h14 = {
         "architectures": ["CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
@@ -254,9 +255,9 @@ def test_presets_read_from_public_files() -> None:
         "patch_size": 14,
         "projection_dim": 1024,
     }
-    assert CLIPVisionConfig.from_public(h14) == VISION_PRESETS["h14"]
+    assert clip_vision_config(h14) == VISION_PRESETS["h14"]
     plain = h14 | {"architectures": ["CLIPVisionModel"]}
-    assert CLIPVisionConfig.from_public(plain) == replace(VISION_PRESETS["h14"], projection=None)
+    assert clip_vision_config(plain) == replace(VISION_PRESETS["h14"], projection=None)
 
 
 @torch.no_grad()
@@ -270,8 +271,8 @@ def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="13 tokens: expected at most 12"):
         text(torch.zeros(1, 13, dtype=torch.long))
     with pytest.raises(ValueError, match="activation 'relu'"):
-        CLIPTextConfig.from_public({"hidden_act": "relu"})
+        clip_text_config({"hidden_act": "relu"})
     with pytest.raises(ValueError, match="model_type 'bert'"):
-        CLIPVisionConfig.from_public({"model_type": "bert"})
+        clip_vision_config({"model_type": "bert"})
     with pytest.raises(ValueError, match="num_channels 4"):
-        CLIPVisionConfig.from_public({"num_channels": 4})
+        clip_vision_config({"num_channels": 4})

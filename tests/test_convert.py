@@ -667,7 +667,7 @@ REFUSALS = {
     "broken config": (folder_with(config__json="{"), "not JSON"),
     "incomplete config": (
         folder_with(config__json='{"_class_name": "AutoencoderKL"}'),
-        "has no '.*', which a",
+        "has no '.*'",
     ),
     "no weights": (no_weights, "no weights there, expected diffusion_pytorch_model"),
     "other tensors": (only(something=W), "not a checkpoint known here; its tensors are called something"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.clip import PRESETS, CLIPConfig
 from models.weights.loading import in_memory, joined
+from models.weights.public_configs import clip_text_config, clip_vision_config
 from moma.evaluate.scorers import load_scorers
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 from moma.weights.sources import DefaultConfigs, read_source
@@ -211,7 +212,7 @@ def test_openais_configs(sizes: tuple[int, ...], name: str) -> None:
         },
     }
     preset = PRESETS[name.removeprefix("clip_")]
-    found = CLIPConfig(type(preset.text).from_public(public), type(preset.vision).from_public(public))
+    found = CLIPConfig(clip_text_config(public), clip_vision_config(public))
     assert found == preset == DefaultConfigs().clips[name]
 
 

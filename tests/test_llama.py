@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.llama import PRESETS, Llama, LlamaConfig, rope_at
+from models.llama import PRESETS, Llama, rope_at
+from models.weights.public_configs import llama_config
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, ints, normal
 
@@ -26,7 +27,7 @@ LENGTHS = (9, 4, 7)
 
 def pair(json: dict) -> tuple[Llama, torch.nn.Module]:
     """Ours and transformers', holding the same weights."""
-    ours = Llama(LlamaConfig.from_public(json)).eval()
+    ours = Llama(llama_config(json)).eval()
     fill(ours)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**json)).eval()
     state = {key if key.startswith("lm_head") else f"model.{key}": w for key, w in ours.state_dict().items()}
@@ -206,18 +207,18 @@ def test_bfloat16() -> None:
 
 def test_rope_turns_by_the_distance_alone() -> None:
     """Scores depend on the difference of two positions: angles add."""
-    cfg = LlamaConfig.from_public(SMALL)
+    cfg = llama_config(SMALL)
     cos, sin = rope_at(torch.tensor([[0, 3, 5, 8]]), cfg)
     torch.testing.assert_close(cos[0, 0, 1] * cos[0, 0, 2] - sin[0, 0, 1] * sin[0, 0, 2], cos[0, 0, 3])
     assert (cos[0, 0, 0] == 1).all()
 
 
-def test_from_public() -> None:
+def test_public_config() -> None:
     vicuna = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-    assert LlamaConfig.from_public(vicuna) == PRESETS["7b"]
-    assert LlamaConfig.from_public({}).eps == 1e-6  # transformers' default
-    assert LlamaConfig.from_public(GROUPED).rope_theta == 500.0
-    assert LlamaConfig.from_public(GROUPED).groups == 2
+    assert llama_config(vicuna) == PRESETS["7b"]
+    assert llama_config({}).eps == 1e-6  # transformers' default
+    assert llama_config(GROUPED).rope_theta == 500.0
+    assert llama_config(GROUPED).groups == 2
     refused = (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
@@ -230,7 +231,7 @@ def test_from_public() -> None:
     )
     for json in refused:
         with pytest.raises(ValueError, match="expected"):
-            LlamaConfig.from_public(json)
+            llama_config(json)
 
 
 def test_wrong_inputs() -> None:

@@ -9,6 +9,7 @@ from models.llama import LlamaConfig
 from models.llava import Llava, LlavaConfig
 from models.tokenizers import IMAGE_TOKEN
 from models.unet import UNetConfig
+from models.weights.public_configs import llava_config
 from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.config import RELEASE
 from moma.methods.moma.feature_decoder import FeatureDecoder
@@ -57,7 +58,7 @@ TOWER = CLIPVisionConfig(width=128, layers=3, heads=4, mlp=512, image_size=56)
 
 
 def small() -> Llava:
-    model = Llava(LlavaConfig.from_public(HF)).eval()
+    model = Llava(llava_config(HF)).eval()
     fill(model)
     return model
 
@@ -115,7 +116,7 @@ class RecordedTokenizer:
 def test_golden() -> None:
     """The release's forward_MLLM, mapping and projector on a small LLaVA, prompts alone and batched."""
     golden = load_file(CARRIED / "llava.safetensors")
-    model = Llava(LlavaConfig.from_public(ORIGINAL, TOWER)).eval()
+    model = Llava(llava_config(ORIGINAL, TOWER)).eval()
 
     def public(key: str) -> str:
         part, name = key.split(".", 1)
@@ -240,7 +241,7 @@ def test_one_image_token_per_prompt(count: int) -> None:
         small().splice([ids], torch.zeros(1, 4, 32))
 
 
-def test_from_public() -> None:
+def test_public_config() -> None:
     """llava-hf's sparse file, the original's, and what is refused."""
     hf = {
         "model_type": "llava",
@@ -260,14 +261,14 @@ def test_from_public() -> None:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    assert LlavaConfig.from_public(hf) == LlavaConfig()
+    assert llava_config(hf) == LlavaConfig()
     linear = {key: value for key, value in ORIGINAL.items() if key != "mm_projector_type"}
-    assert LlavaConfig.from_public(linear, TOWER).projector == "linear"
-    assert Llava(LlavaConfig.from_public(linear, TOWER)).projector[0].weight.shape == (256, 128)
+    assert llava_config(linear, TOWER).projector == "linear"
+    assert Llava(llava_config(linear, TOWER)).projector[0].weight.shape == (256, 128)
     expected = LlamaConfig(width=256, mlp=688, layers=4, heads=8, kv_heads=8)
-    assert LlavaConfig.from_public(ORIGINAL, TOWER).llama == expected
+    assert llava_config(ORIGINAL, TOWER).llama == expected
     with pytest.raises(ValueError, match="give its CLIP model too"):
-        LlavaConfig.from_public(ORIGINAL)
+        llava_config(ORIGINAL)
     for key, value in (
         ("mm_hidden_size", 1024),
         ("mm_projector_type", "mlp3x_gelu"),
@@ -276,8 +277,8 @@ def test_from_public() -> None:
         ("mm_patch_merge_type", "spatial_unpad"),
     ):
         with pytest.raises(ValueError, match=str(value)):
-            LlavaConfig.from_public(ORIGINAL | {key: value}, TOWER)
-    with pytest.raises(ValueError, match="mm_vision_select_layer is missing"):
-        LlavaConfig.from_public({"mm_hidden_size": 128}, TOWER)
+            llava_config(ORIGINAL | {key: value}, TOWER)
+    with pytest.raises(KeyError, match="mm_vision_select_layer"):
+        llava_config({"mm_hidden_size": 128}, TOWER)
     with pytest.raises(ValueError, match="'full'"):
-        LlavaConfig.from_public(hf | {"vision_feature_select_strategy": "full"})
+        llava_config(hf | {"vision_feature_select_strategy": "full"})

@@ -24,8 +24,9 @@ from models.sam import (
     relative_positions,
     to_windows,
 )
-from models.sam_config import PRESETS, SAMConfig
+from models.sam_config import PRESETS
 from models.sam_image import MEAN, STD, placement, preprocess, to_image, to_input
+from models.weights.public_configs import sam_config
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import TINY as SCALE
 from tests.make_checkpoints import sam_json
@@ -64,11 +65,11 @@ def features(ours: SAM) -> Tensor:
 
 def test_configs_from_json() -> None:
     for cfg in (TINY, *PRESETS.values()):
-        assert SAMConfig.from_public(sam_json(cfg)) == cfg
-    assert SAMConfig.from_public({"model_type": "sam"}) == PRESETS["b"]
+        assert sam_config(sam_json(cfg)) == cfg
+    assert sam_config({"model_type": "sam"}) == PRESETS["b"]
     huge = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_dim": 5120}
     huge |= {"global_attn_indexes": [7, 15, 23, 31]}  # what facebook/sam-vit-huge adds to the defaults
-    assert SAMConfig.from_public({"model_type": "sam", "vision_config": huge}) == PRESETS["h"]
+    assert sam_config({"model_type": "sam", "vision_config": huge}) == PRESETS["h"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_configs_from_json() -> None:
 )
 def test_other_networks_are_refused(public: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SAMConfig.from_public(public)
+        sam_config(public)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from models.attention import attention
 from models.unet import SD15, UNet, UNetConfig, attention_layers
+from models.weights.public_configs import unet_config
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, normal
 
@@ -41,7 +42,7 @@ def tensor(key: str, *shape: int) -> torch.Tensor:
 
 def pair(json: dict) -> tuple[UNet, torch.nn.Module]:
     """Ours and diffusers', holding the same weights."""
-    ours, theirs = UNet(UNetConfig.from_public(json)), diffusers.UNet2DConditionModel(**json)
+    ours, theirs = UNet(unet_config(json)), diffusers.UNet2DConditionModel(**json)
     fill(ours)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours.eval(), theirs.eval()
@@ -83,7 +84,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     json = SMALL | {"down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"]}
     results = []
     for on in (False, True):
-        cfg = UNetConfig(**{**vars(UNetConfig.from_public(json)), "gradient_checkpointing": on})
+        cfg = UNetConfig(**{**vars(unet_config(json)), "gradient_checkpointing": on})
         unet = UNet(cfg)
         fill(unet)
         text = tensor("text", 1, 7, 48).requires_grad_()
@@ -107,9 +108,7 @@ def test_projected_text_changes_nothing(checkpointing: bool) -> None:
         def cross_attn(self, layer, q, k, v, grid):
             return attention(q, k, v), (layer, k.detach(), v.detach())
 
-    cfg = replace(
-        UNetConfig.from_public(SDXL_LIKE), added_cond_dim=None, gradient_checkpointing=checkpointing
-    )
+    cfg = replace(unet_config(SDXL_LIKE), added_cond_dim=None, gradient_checkpointing=checkpointing)
     unet = UNet(cfg)
     fill(unet)
     text = tensor("text", 2, 7, 48)
@@ -148,7 +147,7 @@ def test_attention_layers_in_execution_order() -> None:
             return q, None
 
     for json in (SMALL, SDXL_LIKE | {"addition_embed_type": None}):
-        cfg = UNetConfig.from_public(json)
+        cfg = unet_config(json)
         spy = Spy()
         with torch.no_grad():
             _, records = UNet(cfg)(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.zeros(1, 7, 48), spy)
@@ -170,4 +169,4 @@ def test_attention_layers_in_execution_order() -> None:
 )
 def test_refuses_other_unets(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        UNetConfig.from_public(SMALL | change)
+        unet_config(SMALL | change)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.vae import VAE, VAEConfig
+from models.vae import VAE
+from models.weights.public_configs import vae_config
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, normal
 
@@ -20,7 +21,7 @@ SMALL = {
 
 
 def pair(json: dict) -> tuple[VAE, torch.nn.Module]:
-    ours, theirs = VAE(VAEConfig.from_public(json)), diffusers.AutoencoderKL(**json)
+    ours, theirs = VAE(vae_config(json)), diffusers.AutoencoderKL(**json)
     fill(ours)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours.eval(), theirs.eval()
@@ -40,7 +41,7 @@ def test_parity(size: tuple[int, int]) -> None:
 
 
 def test_gradients_reach_every_weight() -> None:
-    vae = VAE(VAEConfig.from_public(SMALL))
+    vae = VAE(vae_config(SMALL))
     fill(vae)
     mean, std = vae.encode(torch.from_numpy(normal("x", (1, 3, 16, 16))))
     (vae.decode(mean).square().mean() + std.mean()).backward()
@@ -49,4 +50,4 @@ def test_gradients_reach_every_weight() -> None:
 
 def test_refuses_other_autoencoders() -> None:
     with pytest.raises(ValueError, match="use_quant_conv"):
-        VAEConfig.from_public(SMALL | {"use_quant_conv": False})
+        vae_config(SMALL | {"use_quant_conv": False})

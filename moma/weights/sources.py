@@ -8,7 +8,7 @@ Only headers are read here; whatever cannot be used is refused with the reason.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from models.clip import PRESETS as CLIPS
 from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from models.dino import PRESETS as DINOS
 from models.dino import DINOConfig
-from models.llava import LlavaConfig
 from models.sam_config import PRESETS as SAMS
 from models.sam_config import SAMConfig
 from models.unet import UNetConfig
@@ -25,6 +24,14 @@ from models.vae import VAEConfig
 from models.weights import keymaps
 from models.weights.keymaps import Table
 from models.weights.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
+from models.weights.public_configs import (
+    clip_text_config,
+    clip_vision_config,
+    llava_config,
+    sam_config,
+    unet_config,
+    vae_config,
+)
 from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import (
     CLIP_TOKENIZER,
@@ -165,13 +172,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def from_public(kind: Any, path: Path, *more: Any) -> Any:
-    """A config from a public config.json, with the file in the message when it does not fit."""
-    public = read_json(path)
+def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
+    """parse(JSON of the file, *more), with the file in the message of a ValueError."""
+    json = read_json(path)
     try:
-        return kind.from_public(public, *more)
+        return parse(json, *more)
     except KeyError as error:
-        raise ValueError(f"{path}: has no {error}, which a {kind.__name__} needs") from error
+        raise ValueError(f"{path}: has no {error}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -241,7 +248,7 @@ def _read_model(source: Source, path: Path, assumed: DefaultConfigs) -> None:
     elif layout == "UNet2DConditionModel" or (not layout and "cross_attention_dim" in config):
         _read_unet(source, path)
     elif kind.startswith("sam"):
-        config = from_public(SAMConfig, path / "config.json")
+        config = read_config(path / "config.json", sam_config)
         _add_sam(source, config, keymaps.SAM_TRANSFORMERS, _weights_of(path, TRANSFORMERS_STEMS))
     elif "llava" in kind or "mm_projector_type" in config:
         _read_llava(source, path, config, assumed)
@@ -263,11 +270,11 @@ def _read_unet(source: Source, path: Path) -> None:
     public = read_json(path / "config.json")
     width = public.get("cross_attention_dim", 0)
     _refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
-    source.add("unet", from_public(UNetConfig, path / "config.json"), _weights_of(path, DIFFUSERS_STEMS))
+    source.add("unet", read_config(path / "config.json", unet_config), _weights_of(path, DIFFUSERS_STEMS))
 
 
 def _read_vae(source: Source, path: Path) -> None:
-    _add_vae(source, from_public(VAEConfig, path / "config.json"), _weights_of(path, DIFFUSERS_STEMS))
+    _add_vae(source, read_config(path / "config.json", vae_config), _weights_of(path, DIFFUSERS_STEMS))
 
 
 def _add_vae(source: Source, config: VAEConfig, tensors: Tensors) -> None:
@@ -283,7 +290,7 @@ def _add_vae(source: Source, config: VAEConfig, tensors: Tensors) -> None:
 
 
 def _read_text(source: Source, path: Path) -> None:
-    config = replace(from_public(CLIPTextConfig, path / "config.json"), projection=None)
+    config = replace(read_config(path / "config.json", clip_text_config), projection=None)
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     table = keymaps.CLIP_TEXT if any("text_model." in key for key in tensors) else keymaps.CLIP_BARE
     named = source.rename(table, tensors)
@@ -293,11 +300,11 @@ def _read_text(source: Source, path: Path) -> None:
 
 def _read_clip(source: Source, path: Path, public: Mapping[str, Any], assumed: DefaultConfigs) -> None:
     """Both towers in a scorer's sizes: that scorer. Else only the image tower is of use."""
-    vision = from_public(CLIPVisionConfig, path / "config.json")
+    vision = read_config(path / "config.json", clip_vision_config)
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     name = next((name for name, config in assumed.clips.items() if config.vision == vision), None)
     if name and public["model_type"] == "clip" and any(key.startswith("text_model.") for key in tensors):
-        config = CLIPConfig(from_public(CLIPTextConfig, path / "config.json"), vision)
+        config = CLIPConfig(read_config(path / "config.json", clip_text_config), vision)
         source.add(name, config, source.rename(keymaps.CLIP_WHOLE, tensors))
     else:
         _add_vision(source, vision, tensors, public)
@@ -356,7 +363,7 @@ def _read_llava(source: Source, path: Path, public: Mapping[str, Any], assumed: 
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     if "text_config" in public:
         named = source.rename(_llava_hf_table(tensors, public), tensors)
-        tower = from_public(LlavaConfig, path / "config.json").vision
+        tower = read_config(path / "config.json", llava_config).vision
         source.notes.append("llava-hf layout; its extra words <image> and <pad> are cut off")
     else:
         named = source.rename(keymaps.LLAVA_ORIGINAL, tensors)
