@@ -8,6 +8,7 @@ M cached keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention, merge_heads, split_heads
-from models.weights.quant import QuantConfig, linear
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (B or 1, 1, T, D) float32
 KeyValue = tuple[Tensor, Tensor]  # keys (rotated), values, each (B, G, M, D)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How files store the matrices of the blocks; models/weights/quant.py has the layers that read them."""
+
+    bits: Literal[8, 4]
+    group: int | None = None  # inputs that share a scale; None = all of them
+
+    MIN_GROUP: ClassVar[int] = 16  # in smaller groups scales would cost more than a bit per weight
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4):
+            raise ValueError(f"weights of {self.bits!r} bits: expected 8 or 4")
+        if self.group is not None and self.group < self.MIN_GROUP:
+            raise ValueError(f"groups of {self.group} weights: expected at least {self.MIN_GROUP}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,8 @@ class LlamaConfig:
     eos: int = 2  # token that ends a generated text
     lm_head: bool = True  # only `generate` needs it; MoMA reads hidden states
     gradient_checkpointing: bool = False  # recompute each block in the backward to save memory
-    # How the blocks' matrices are stored, None = as plain weights. They are 96% of a 7B model; of the rest
-    # (embedding, norms, lm_head, LLaVA's projector and tower) rounding would save little and cost accuracy.
+    # How files store the blocks' matrices, None = as plain weights. The loader swaps the layers, not `Llama`.
+    # Rounding the rest (embedding, norms, lm_head, LLaVA's projector and tower) would save little.
     quant: QuantConfig | None = None
 
     def __post_init__(self) -> None:
@@ -46,9 +62,6 @@ class LlamaConfig:
             raise ValueError(f"LLaMA width {self.width}: expected a multiple of 2 * heads ({2 * self.heads})")
         if self.heads % self.groups:
             raise ValueError(f"LLaMA kv_heads {self.kv_heads}: expected a divisor of heads ({self.heads})")
-        if self.quant:
-            for inputs in (self.width, self.mlp):
-                self.quant.group_of(inputs)  # ValueError for sizes that have none
 
     @property
     def groups(self) -> int:
@@ -100,10 +113,10 @@ class _SelfAttention(nn.Module):
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
         self.heads, self.groups = cfg.heads, cfg.groups
-        self.q_proj = linear(cfg.width, cfg.width, cfg.quant)
-        self.k_proj = linear(cfg.width, cfg.groups * cfg.head_dim, cfg.quant)
-        self.v_proj = linear(cfg.width, cfg.groups * cfg.head_dim, cfg.quant)
-        self.o_proj = linear(cfg.width, cfg.width, cfg.quant)
+        self.q_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.groups * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.width, cfg.width, bias=False)
 
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeyValue | None
@@ -122,9 +135,9 @@ class _SelfAttention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = linear(cfg.width, cfg.mlp, cfg.quant)
-        self.up_proj = linear(cfg.width, cfg.mlp, cfg.quant)
-        self.down_proj = linear(cfg.mlp, cfg.width, cfg.quant)
+        self.gate_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)
@@ -200,30 +213,18 @@ class Llama(nn.Module):
         self._check_length(embeds.shape[1])
         return rope_at(torch.arange(embeds.shape[1], device=embeds.device)[None], self.cfg)  # (1, 1, T, D)
 
-    def generate(
-        self,
-        embeds: Tensor,
-        lengths: Tensor,
-        *,
-        max_new: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> list[list[int]]:
-        """Continue each row; result i does not depend on the other rows. Grad mode is the caller's.
+    def generate(self, embeds: Tensor, lengths: Tensor, max_new: int) -> list[list[int]]:
+        """Continue each row with its likeliest tokens; the other rows do not matter.
 
-        embeds (B, T, C) right-padded, lengths (B,) int64 valid positions of each row. temperature 0 takes the
-        likeliest token; above 0 it draws from the smallest set of tokens with probability >= top_p, with
-        generators[i] (on the CPU) for row i. Returns B lists of at most max_new ids, without the end token.
+        Args:
+            embeds: prompts (B, T, C), right-padded.
+            lengths: valid positions of each row, (B,) int64.
+            max_new: largest number of tokens to add.
+
+        Returns: B lists of ids, without the end token.
         """
         if not self.cfg.lm_head:
-            raise ValueError(
-                "this LLaMA has no lm_head to generate with: set lm_head=True and load its weight"
-            )
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature {temperature}, top_p {top_p}: expected >= 0 and a value in (0, 1]")
-        if temperature > 0 and (generators is None or len(generators) != len(embeds)):
-            raise ValueError(f"temperature {temperature}: expected {len(embeds)} generators, one per row")
+            raise ValueError("LLaMA without lm_head cannot generate: set lm_head=True and load its weight")
         rows, total = embeds.shape[:2]
         self._check_length(total + max_new)
         device = embeds.device
@@ -239,11 +240,7 @@ class Llama(nn.Module):
             for i, block in enumerate(self.layers):
                 x, caches[i] = block.step(x, rope, step_mask, caches[i])
             newest = x[torch.arange(rows, device=device), last]  # (B, C)
-            logits = self.lm_head(self.norm(newest)).float()  # (B, V)
-            if temperature == 0:
-                ids = logits.argmax(dim=-1)  # (B,)
-            else:
-                ids = _draw(logits / temperature, top_p, generators)
+            ids = self.lm_head(self.norm(newest)).float().argmax(dim=-1)  # (B,)
             for row, token in enumerate(ids.tolist()):
                 done[row] = done[row] or token == self.cfg.eos
                 if not done[row]:
@@ -260,15 +257,3 @@ class Llama(nn.Module):
     def _check_length(self, length: int) -> None:
         if length > self.cfg.positions:
             raise ValueError(f"LLaMA sequence of {length} tokens: expected at most {self.cfg.positions}")
-
-
-def _draw(logits: Tensor, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token per row of logits (B, V): (B,) int64."""
-    probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
-    # A token stays if those before it have not reached top_p; the first always does.
-    before = probs.cumsum(dim=-1) - probs
-    kept = torch.where(before < top_p, probs, 0).cumsum(dim=-1)  # (B, V)
-    uniform = torch.stack([torch.rand(1, generator=g) for g in generators]).to(logits)  # (B, 1)
-    total = kept[:, -1:]  # (B, 1)
-    place = ((kept <= uniform * total) & (kept < total)).sum(dim=-1, keepdim=True)  # (B, 1)
-    return order.gather(1, place)[:, 0]

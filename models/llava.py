@@ -9,7 +9,7 @@ image's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Llava(nn.Module):
             for hidden, (_, lengths) in zip(states, rows, strict=True)
         ]
 
-    def generate(self, pixels: Tensor, ids: Sequence[Tensor], **options: Any) -> list[list[int]]:
-        """Answer each prompt; arguments as forward, options (max_new, ...) and result as `Llama.generate`."""
+    def generate(self, pixels: Tensor, ids: Sequence[Tensor], max_new: int) -> list[list[int]]:
+        """Answer each prompt with at most max_new ids; see `forward` and `Llama.generate`."""
         embeds, lengths = self.splice(ids, self.encode_images(pixels))
-        return self.llama.generate(embeds, lengths, **options)
+        return self.llama.generate(embeds, lengths, max_new)

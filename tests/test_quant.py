@@ -19,9 +19,11 @@ from models.weights.quant import (
     QuantConfig,
     QuantLinear,
     dequantise,
+    group_size,
     pack,
     quantise,
     unpack,
+    use_quantised_layers,
 )
 from moma.bench import rounding
 from moma.methods.moma.config import DEFAULT
@@ -114,16 +116,16 @@ def test_packing() -> None:
 
 def test_groups() -> None:
     four = PRESETS[4]
-    assert [four.group_of(n) for n in (4096, 11008, 192, 64, 96)] == [128, 128, 96, 64, 96]
-    assert PRESETS[8].group_of(11008) == 11008
+    assert [group_size(four, n) for n in (4096, 11008, 192, 64, 96)] == [128, 128, 96, 64, 96]
+    assert group_size(PRESETS[8], 11008) == 11008
     for width in (131, 2 * 131, 8, 225):  # no divisor of a fit size, too small, odd
         with pytest.raises(ValueError, match=f"4 bits for a width of {width}"):
-            four.group_of(width)
+            group_size(four, width)
     with pytest.raises(ValueError, match="4 bits for a width of 524"):
-        LlamaConfig(width=64, heads=4, mlp=524, quant=four)
-    with pytest.raises(ValueError, match="3 bits: expected 8 or 4"):
+        use_quantised_layers(LlamaBlock(LlamaConfig(width=64, heads=4, mlp=524)), four)
+    with pytest.raises(ValueError, match="3 bits"):
         QuantConfig(3)
-    with pytest.raises(ValueError, match="groups of 4 weights"):
+    with pytest.raises(ValueError, match="groups of 4"):
         QuantConfig(4, group=4)
 
 
@@ -143,11 +145,11 @@ def test_layer_is_a_linear_layer(bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_block_from_its_config(bits: int) -> None:
+def test_block_of_quantised_layers(bits: int) -> None:
     """Whoever holds one block at a time fills it by the names of its state dict."""
-    cfg = LlamaConfig(width=64, heads=4, mlp=128, quant=PRESETS[bits])
     with torch.device("meta"):
-        block = LlamaBlock(cfg)
+        block = LlamaBlock(LlamaConfig(width=64, heads=4, mlp=128))
+        use_quantised_layers(block, PRESETS[bits])
     kinds = {name: value.dtype for name, value in block.state_dict().items()}
     layers = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
     parts = {"codes": torch.int8 if bits == 8 else torch.uint8, "scale": SCALE_DTYPE}
@@ -222,7 +224,9 @@ def test_size_on_disk(few: dict[int, Bundle], bits: int) -> None:
     width, mlp = llama.width, llama.mlp
     shapes = [(width, width)] * 4 + [(mlp, width)] * 2 + [(width, mlp)]  # (outputs, inputs)
     weights = sum(rows * columns for rows, columns in shapes) * llama.layers
-    scales = sum(rows * columns // llama.quant.group_of(columns) for rows, columns in shapes) * llama.layers
+    scales = (
+        sum(rows * columns // group_size(llama.quant, columns) for rows, columns in shapes) * llama.layers
+    )
     rest = llama.vocab * width * 2 + width * (2 * llama.layers + 1) + (32 + 1 + width + 1) * width
     (file,) = few[bits].files("llava")
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")

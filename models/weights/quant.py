@@ -1,73 +1,59 @@
-"""Weight-only quantisation: a matrix as integers of 8 or 4 bits and a scale for every group of inputs.
+"""Weights as integers of 8 or 4 bits, with a scale for every group of inputs.
 
     weight[o, i] ≈ codes[o, i] · scale[o, group of i]
 
-Activations are not rounded: a layer makes its matrix in their dtype, multiplies, and drops it.
+Activations keep their dtype: a layer restores its matrix in that dtype, multiplies, and drops it.
 
 Letters: O outputs, I inputs, G groups of a row, g inputs of a group (I = G g).
 """
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# bfloat16 has float32's range, so that no group's scale under- or overflows, and its 8 bits of precision are
-# enough: codes are chosen for the scale as it is stored.
+from models.llama import Llama, QuantConfig
+from models.llava import Llava, LlavaConfig
+
+# bfloat16 has float32's range, so that no scale under- or overflows. Its 8 bits of precision are enough,
+# as the codes are chosen for the scale as it is stored.
 SCALE_DTYPE = torch.bfloat16
-MIN_GROUP = 16  # in smaller groups scales would cost more than a bit per weight
-# Shares of a group's largest value that may become the end of its grid; the one with the least squared error
-# is taken. With 16 levels it pays to cut off a rare large value: on MoMA-mini's decoder the root of the mean
-# squared error falls by 3 to 4%, on Gaussian weights by 5%; smaller steps of the search gain 1% more. 256
-# levels are fine enough.
+# Fractions of a group's largest value at which its grid may end; the search takes the one with the least
+# squared error. With 16 levels it pays to clip a rare large value, 256 are fine enough without.
 CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}
-# Weights that are worked on at a time: intermediate results of whole matrices would fall out of a CPU's
-# caches, which makes both directions about twice as slow.
-CHUNK = 2**20
+CHUNK = 2**20  # weights worked on at a time, so that intermediate results stay in a CPU's caches
 
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """How the matrices of LLaMA's blocks are stored."""
-
-    bits: Literal[8, 4]
-    group: int | None = None  # g, inputs that share a scale; None = all of an output's
-
-    def __post_init__(self) -> None:
-        if self.bits not in CLIPS:
-            raise ValueError(f"weights of {self.bits!r} bits: expected 8 or 4")
-        if self.group is not None and self.group < MIN_GROUP:
-            raise ValueError(f"groups of {self.group} weights: expected at least {MIN_GROUP}")
-
-    def group_of(self, inputs: int) -> int:
-        """g for a matrix with that many inputs: the largest divisor of them that is not above `group`.
-
-        LLaMA's widths are multiples of 128, smaller models' need not be. ValueError if such groups would be
-        too small, or if 4-bit codes cannot share bytes in pairs.
-        """
-        limit = self.group or inputs
-        size = max(d for d in range(1, limit + 1) if inputs % d == 0)
-        if size < min(MIN_GROUP, limit) or (self.bits == 4 and inputs % 2):
-            raise ValueError(
-                f"{self.bits} bits for a width of {inputs}: expected an even one with a divisor from "
-                f"{MIN_GROUP} to {limit}; use 8 bits, one scale per output"
-            )
-        return size
-
-
-# One scale per output is enough for 256 levels; 16 need groups, of the usual size: 16 bits of scale for 128
-# codes are 1/8 bit per weight.
+# One scale per output is enough for 256 levels. 16 levels need groups: a scale for 128 codes is 1/8 bit per
+# weight.
 PRESETS = {8: QuantConfig(8), 4: QuantConfig(4, group=128)}
 
 
-def quantise(weight: Tensor, cfg: QuantConfig) -> tuple[Tensor, Tensor]:
-    """weight (O, I), any float dtype -> codes (int8 (O, I), or uint8 (O, I/2) of `pack`), scale (O, G).
+def group_size(cfg: QuantConfig, inputs: int) -> int:
+    """g for a matrix with that many inputs: their largest divisor up to `cfg.group`.
 
-    Codes are the nearest of -2^(bits-1) .. 2^(bits-1) - 1. There is one more level below 0 than above, so the
-    scale takes its sign from the group's largest value, which gets that level. No offset besides: weights lie
-    about evenly around 0, and a second number per group would gain 2 to 3% of the error for another 1/8 bit.
+    ValueError if the groups would be too small, or if 4-bit codes cannot share bytes in pairs.
+    """
+    limit = cfg.group or inputs
+    size = max(d for d in range(1, limit + 1) if inputs % d == 0)
+    if size < min(QuantConfig.MIN_GROUP, limit) or (cfg.bits == 4 and inputs % 2):
+        raise ValueError(
+            f"{cfg.bits} bits for a width of {inputs}: expected an even one with a divisor from "
+            f"{QuantConfig.MIN_GROUP} to {limit}; use 8 bits, one scale per output"
+        )
+    return size
+
+
+def quantise(weight: Tensor, cfg: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Round a matrix to codes and scales.
+
+    The codes are the nearest of -2^(bits-1) .. 2^(bits-1) - 1. There is one more level below 0 than above, so
+    the scale takes the sign that puts the group's largest value at the lowest level. There is no offset, as
+    weights lie about evenly around 0.
+
+    Args:
+        weight: (O, I), any float dtype.
+        cfg: bits and size of the groups.
+
+    Returns: codes, int8 (O, I) or for 4 bits uint8 (O, I/2) of `pack`; scale (O, G) in SCALE_DTYPE.
     """
     parts = [_quantise_rows(rows, cfg) for rows in weight.split(_rows(weight.shape[1]))]
     codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -79,7 +65,7 @@ def _rows(inputs: int) -> int:
 
 
 def _quantise_rows(weight: Tensor, cfg: QuantConfig) -> tuple[Tensor, Tensor]:
-    groups = weight.float().unflatten(1, (-1, cfg.group_of(weight.shape[1])))  # (O, G, g)
+    groups = weight.float().unflatten(1, (-1, group_size(cfg, weight.shape[1])))  # (O, G, g)
     low, high = groups.aminmax(dim=-1)  # (O, G)
     extreme = torch.where(high > -low, high, low)  # (O, G)
     scale, codes = _rounded(groups, extreme, cfg.bits)
@@ -96,7 +82,7 @@ def _rounded(groups: Tensor, extreme: Tensor, bits: int) -> tuple[Tensor, Tensor
     """Scales (O, G) that put `extreme` at the lowest level, and the codes (O, G, g), float32."""
     levels = 2 ** (bits - 1)
     scale = (extreme / -levels).to(SCALE_DTYPE)
-    step = torch.where(scale == 0, 1, scale).float()[..., None]  # of a group of zeros, any will do
+    step = torch.where(scale == 0, 1, scale).float()[..., None]  # in a group of zeros any step will do
     return scale, (groups / step).round().clamp(-levels, levels - 1)
 
 
@@ -106,7 +92,15 @@ def _error(groups: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
 
 
 def dequantise(codes: Tensor, scale: Tensor, cfg: QuantConfig, dtype: torch.dtype) -> Tensor:
-    """codes and scale of `quantise` -> the matrix (O, I) in `dtype`: products in float32, rounded once."""
+    """Restore a matrix: products in float32, rounded once.
+
+    Args:
+        codes, scale: as `quantise` returns them.
+        cfg: what they were made with.
+        dtype: of the result.
+
+    Returns: (O, I).
+    """
     inputs = codes.shape[1] * 8 // cfg.bits
     weight = torch.empty(len(codes), inputs, dtype=dtype, device=codes.device)
     parts = (tensor.split(_rows(inputs)) for tensor in (weight, codes, scale))
@@ -130,21 +124,38 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer without bias whose weight is stored as codes and scales. It cannot be trained."""
+    """A linear layer without bias that stores its weight as codes and scales. It cannot be trained."""
 
     def __init__(self, inputs: int, outputs: int, cfg: QuantConfig) -> None:
-        """cfg: ValueError if it has no groups for that many inputs. The weight starts at zero."""
+        """The weight starts at zero. ValueError if cfg has no groups for that many inputs."""
         super().__init__()
         self.cfg = cfg
-        columns, kind = (inputs, torch.int8) if cfg.bits == 8 else (inputs // 2, torch.uint8)
-        groups = inputs // cfg.group_of(inputs)
-        self.register_buffer("codes", torch.zeros(outputs, columns, dtype=kind))
+        columns, dtype = (inputs, torch.int8) if cfg.bits == 8 else (inputs // 2, torch.uint8)
+        groups = inputs // group_size(cfg, inputs)
+        self.register_buffer("codes", torch.zeros(outputs, columns, dtype=dtype))
         self.register_buffer("scale", torch.zeros(outputs, groups, dtype=SCALE_DTYPE))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantise(self.codes, self.scale, self.cfg, x.dtype))  # (..., I) -> (..., O)
 
 
-def linear(inputs: int, outputs: int, cfg: QuantConfig | None) -> nn.Module:
-    """A linear layer without bias, stored as `cfg` says; None = as a plain weight."""
-    return nn.Linear(inputs, outputs, bias=False) if cfg is None else QuantLinear(inputs, outputs, cfg)
+def use_quantised_layers(network: nn.Module, cfg: QuantConfig) -> None:
+    """Replace each Linear layer below `network`, in place, by a QuantLinear of the same sizes at zero."""
+    for name, layer in list(network.named_children()):
+        if isinstance(layer, nn.Linear):
+            setattr(network, name, QuantLinear(layer.in_features, layer.out_features, cfg))
+        else:
+            use_quantised_layers(layer, cfg)
+
+
+def quantise_as_configured(llama: Llama) -> None:
+    """Replace the blocks' Linear layers as `llama.cfg.quant` says. None leaves them."""
+    if llama.cfg.quant is not None:
+        use_quantised_layers(llama.layers, llama.cfg.quant)
+
+
+def build_llava(cfg: LlavaConfig) -> Llava:
+    """A Llava to load weights into that are stored as `cfg.llama.quant` says."""
+    llava = Llava(cfg)
+    quantise_as_configured(llava.llama)
+    return llava

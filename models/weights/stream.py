@@ -19,6 +19,7 @@ from torch.func import functional_call
 from models.llama import Llama, LlamaConfig
 from models.llava import Llava, LlavaConfig
 from models.weights.loading import LazyTensor, does_not_fit, state_dict_mismatch
+from models.weights.quant import quantise_as_configured
 
 PAGE = 4096  # bytes: touching one byte in as many brings a mapped file into memory (smallest page in use)
 
@@ -34,6 +35,7 @@ class StreamedLlama(Llama):
         """tensors: exactly the parameters of `Llama(cfg)`."""
         with torch.device("meta"):
             super().__init__(cfg)
+            quantise_as_configured(self)
         self.embed_tokens = EmbeddingRows(tensors["embed_tokens.weight"], dtype)
         self.blocks = [_below(tensors, f"layers.{i}.") for i in range(cfg.layers)]
         self.final_norm = _below(tensors, "norm.")
@@ -83,6 +85,7 @@ class StreamedLlava(Llava):
         """tensors: by the names of `Llava(cfg)`; ValueError, before any is read, unless they fit it."""
         with torch.device("meta"):
             super().__init__(cfg)
+            quantise_as_configured(self.llama)
         wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         if problems := state_dict_mismatch(wanted, tensors):
             where = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))

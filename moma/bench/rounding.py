@@ -11,7 +11,7 @@ Letters: N pairs of subject and prompt, T tokens, C width of LLaMA, E embedding.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
-from models.weights.quant import PRESETS, quantise
+from models.weights.quant import PRESETS, quantise, use_quantised_layers
 from moma.app.files import exit_status
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import AdapterConfig, Mapping
@@ -109,7 +109,8 @@ def _full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
 def _in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
     """The block with matrices quantised by `models.weights.quant`."""
     with torch.device("meta"):
-        other = LlamaBlock(replace(cfg, quant=PRESETS[bits]))
+        other = LlamaBlock(cfg)
+        use_quantised_layers(other, PRESETS[bits])
     state = block.state_dict()
     for name in [name for name in state if "_proj." in name]:
         layer = name.removesuffix(".weight")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from models.dino import DINO, DINOConfig
-from models.llava import Llava, LlavaConfig
+from models.llava import LlavaConfig
 from models.sam import SAM, SAMConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
@@ -40,6 +40,7 @@ from models.weights.loading import (
     stored_bytes,
     write_safetensors,
 )
+from models.weights.quant import build_llava
 from models.weights.stream import StreamedLlava
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
@@ -50,12 +51,12 @@ ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of eac
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")
 LLAMA_TOKENIZER = ("tokenizer.model",)
 
-PUBLIC: dict[str, tuple[type, type[nn.Module]]] = {  # network -> its config dataclass and its class
+PUBLIC: dict[str, tuple[type, Callable[..., nn.Module]]] = {  # network -> its config dataclass, what builds it
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, VAE),
     "text": (CLIPTextConfig, CLIPText),
     "vision": (CLIPVisionConfig, CLIPVision),
-    "llava": (LlavaConfig, Llava),
+    "llava": (LlavaConfig, build_llava),
     "sam": (SAMConfig, SAM),
     "ip_vision": (CLIPVisionConfig, CLIPVision),
     "dino_s16": (DINOConfig, DINO),
@@ -260,7 +261,7 @@ class Bundle:
             config = replace(config, llama=replace(config.llama, lm_head=lm_head))
             groups = {"": self.files("llava"), TOWER: self.files("vision")}
             ignore = () if lm_head else (LM_HEAD,)
-            return load_into(lambda: Llava(config), groups, device, dtype, ignore)
+            return load_into(lambda: build_llava(config), groups, device, dtype, ignore)
         return load_into(lambda: build_network(name, config, unet), self.files(name), device, dtype)
 
     def stream(self, device: torch.device, dtype: torch.dtype) -> StreamedLlava:
