@@ -23,10 +23,6 @@ from models.attention import attention, merge_heads, split_heads
 Grid = tuple[int, int]
 KeysValues = tuple[Tensor, Tensor]  # k and v of one attention layer, (B, H, T, D) each
 Text = Tensor | Sequence[KeysValues]  # text states (B, T, context_dim), or k and v of every layer
-# A CPU's feed-forward layers take so many tokens at a time: what lies between their two products, eight times
-# as wide as a token, then stays in the caches, and below the size from which the C library gives memory back
-# to the system after each use.
-TOKENS_AT_ONCE = 2048
 
 
 class AttentionHook(Protocol):
@@ -172,10 +168,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self.net[2](self.net[0](x))  # (B, N, C)
-        parts = x.flatten(0, 1).split(TOKENS_AT_ONCE)  # (P, C) each
-        return torch.cat([self.net[2](self.net[0](part)) for part in parts]).view_as(x)  # (B, N, C)
+        return self.net[2](self.net[0](x))  # (B, N, C)
 
 
 class TransformerBlock(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.unet import UNet, UNetConfig
+from models.unet import UNet, UNetConfig, attention_layers
 from models.vae import VAE, VAEConfig
-from models.weights.packed import can_pack, optimize_layout, pack_weights
+from models.weights.packed import MAX_TOKENS, ChunkedFeedForward, can_pack, optimize_layout, pack_weights
 from moma.bench.measure import relative_error
 from moma.weights.tiny import fill
 
@@ -66,6 +66,20 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     together = unet(x, t, text)[0]
     for i in range(5):
         close(unet(x[i : i + 1], t[i : i + 1], text[i : i + 1])[0], together[i : i + 1])
+
+
+def test_feed_forward_in_chunks() -> None:
+    """Several chunks, the last one smaller: the same values, also where nothing is packed."""
+    unet = filled(UNet(UNET), torch.float64)
+    x, text, t = rand(3, 4, 32, 40).double(), rand(3, 5, 16).double(), torch.arange(3)
+    assert MAX_TOKENS < 3 * 32 * 40
+    names = list(unet.state_dict())
+    expected = unet(x, t, text)[0]
+    torch.testing.assert_close(optimize_layout(unet, CPU, torch.float64)(x, t, text)[0], expected)
+    assert list(unet.state_dict()) == names
+    assert [type(b.ff) for b in unet.transformer_blocks()] == [ChunkedFeedForward] * len(
+        attention_layers(UNET)
+    )
 
 
 @pytest.mark.parametrize(("device", "kind"), [("cuda", torch.float32), ("cpu", torch.float64)])

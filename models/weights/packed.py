@@ -1,13 +1,12 @@
-"""Weights laid out for networks that only compute: as oneDNN multiplies them on CPUs, channels last on GPUs.
+"""Faster layouts for inference: weights packed for oneDNN on CPUs, channels last on GPUs.
 
 torch keeps a weight row by row. In every call oneDNN then rearranges it, or torch hands float32 matrices to a
-library that is slower on some processors (seen on an AMD one). `pack_weights` rearranges each weight once.
-Outputs are the same up to rounding (tests/test_packed.py); there are no gradients, and no way back.
+library that is slower on some processors. `pack_weights` rearranges each weight once. Outputs are the same up
+to rounding (tests/test_packed.py); the packed network has no gradients and cannot be unpacked.
 
-cuDNN's 16-bit convolutions read pixels channels last, and rearrange what is not: on an H200 a step of SD1.5
-at 512 pixels took 9.7 ms in bf16 with such weights and 11.5 ms without. Its float32 ones do not: 74 and 70.
+cuDNN's 16-bit convolutions read pixels channels last and rearrange other layouts; its float32 ones do not.
 
-Letters: I inputs, O outputs, B batch, h w grid.
+Letters: I inputs, O outputs, B batch, N tokens, C channels, h w grid.
 """
 
 from functools import cache
@@ -15,8 +14,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from models.unet import FeedForward, TransformerBlock
+
 PROBE = 0.05  # largest difference over the largest value that a probe may have: 16-bit types round to 0.01
 PLAIN = ("none", [], "")  # the operators' last arguments: no activation follows the product
+# Tokens that a CPU's feed-forward layer takes at a time. Its inner activations, eight times as wide as a
+# token, then stay in the caches, and below the size from which the C library returns memory after each use.
+MAX_TOKENS = 2048
 
 
 class PackedLinear(nn.Module):
@@ -41,6 +45,18 @@ class PackedPointwise(PackedLinear):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, O, h, w), channels last
 
 
+class ChunkedFeedForward(FeedForward):
+    """The UNet's feed-forward layer on at most MAX_TOKENS tokens at a time; it shares the layer's weights."""
+
+    def __init__(self, layer: FeedForward) -> None:
+        nn.Module.__init__(self)
+        self.net = layer.net
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.flatten(0, 1).split(MAX_TOKENS)  # (n, C) each
+        return torch.cat([self.net[2](self.net[0](part)) for part in parts]).view_as(x)  # (B, N, C)
+
+
 class PackedConv(nn.Module):
     """A Conv2d: x (B, I, h, w) in any memory format -> (B, O, h', w'), channels last."""
 
@@ -62,7 +78,18 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 
 def optimize_layout(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The network, which lies there in this dtype, with its weights laid out for speed, in place."""
+    """Lay the weights of a network out for speed, in place.
+
+    Args:
+        network: on `device` in `dtype`, for inference only.
+        device: decides on packing (CPU) or channels last (CUDA, 16 bits).
+        dtype: of the parameters.
+
+    Returns: the network itself.
+    """
+    if device.type == "cpu":
+        for block in [m for m in network.modules() if isinstance(m, TransformerBlock)]:
+            block.ff = ChunkedFeedForward(block.ff)
     if can_pack(device, dtype):
         return pack_weights(network)
     if device.type == "cuda" and dtype.itemsize == 2:
@@ -80,7 +107,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 @torch.no_grad()
 def _agrees(dtype: torch.dtype) -> bool:
-    """Whether two small layers give the same packed. torch does not promise the operators that pack."""
+    """Whether two small packed layers compute the same. torch does not promise the packing operators."""
     generator = torch.Generator().manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)).requires_grad_(False)
     for parameter in layers.parameters():
@@ -95,9 +122,9 @@ def _agrees(dtype: torch.dtype) -> bool:
 
 
 def pack_weights(network: nn.Module) -> nn.Module:
-    """The network with the Linear and Conv2d layers below it replaced, in place, one after another.
+    """Replace the Linear and Conv2d layers below the network, in place, where `can_pack` allows it.
 
-    For where `can_pack` says so. `state_dict` no longer has their weights.
+    `state_dict` then lacks their weights.
     """
     for name, layer in list(network.named_children()):
         match layer:
