@@ -1,16 +1,18 @@
 """What many tests share: images and masks, comparisons, and short ways into the pipeline."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from moma import Job, MoMASubject, Pipeline, SampleConfig
+from moma import DEFAULT, Bundle, Job, MethodConfig, MoMASubject, Pipeline, Runtime, SampleConfig
 from moma.methods.moma.conditioning import MoMAConditioning
-from moma.methods.moma.feature_decoder import MLLMInput
+from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.methods.text import TextConditioning
+from moma.sampling.memory import Toggle
 
 QUICK = SampleConfig(steps=3, height=64, width=64)
 
@@ -41,6 +43,14 @@ def latents(pipe: Pipeline, jobs: list[Job], config: SampleConfig = QUICK) -> Te
 def embed(pipe: Pipeline, subject: MoMASubject, prompt: str) -> Tensor:
     """MoMA's embedding (1, E) of one subject and prompt."""
     return pipe.method.embed([MLLMInput(subject.reference.white, subject.word, prompt)])[0]
+
+
+def feature_decoder(
+    folder: str | Path, dtype: str = "fp32", method: MethodConfig = DEFAULT, stream: Toggle = "on"
+) -> FeatureDecoder:
+    """MoMA's feature decoder alone, on the CPU."""
+    runtime = Runtime.choose(Bundle.open(folder), "cpu", dtype, stream=stream)
+    return FeatureDecoder.load(runtime, method, None, ("adapter",))
 
 
 def with_embedding(subject: MoMASubject, prompt: str, embedding: Tensor) -> MoMASubject:

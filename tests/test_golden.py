@@ -131,8 +131,8 @@ def test_self_attention_layer(impl: str) -> None:
         both = ReferenceLayer(*(torch.cat([x, x]) for x in (stored.k, stored.v, stored.key_mask)))
         both = drop_background(both) if impl == "fused" else both
         cond = MoMAConditioning(
-            text=hidden, added=None, label=hidden, context=[], reference=[both], lam=[adapter.subject[0].scale],
-            beta=torch.tensor(beta)[:, None, None, None], method=method,
+            text=hidden, added=None, label=hidden, context=[], reference=[both],
+            lam=[adapter.subject[0].scale], beta=torch.tensor(beta)[:, None, None, None], method=method,
         )  # fmt: skip
         hook = MoMAHook(cond, subject_on, m_gen)
         return layer(hidden, hidden, lambda q, k, v: hook.self_attn(0, q, k, v, (32, 32)))[0]

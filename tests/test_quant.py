@@ -25,15 +25,16 @@ from models.weights.quant import (
     unpack,
     use_quantised_layers,
 )
+from moma import MoMASubject, Pipeline, load
 from moma.bench import rounding
 from moma.methods.moma.config import DEFAULT
 from moma.mini import pretrain
 from moma.sampling.config import SampleConfig
-from moma.sampling.pipeline import Subject
 from moma.training import stage1, stage2
 from moma.training.config import TrainConfig
 from moma.weights.bundle import Bundle, config_from_json
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
+from tests.helpers import embed
 from tests.make_checkpoints import TINY, make_clip, make_llava
 from tests.training_data import write_data
 
@@ -185,7 +186,7 @@ def few(plain: Bundle) -> dict[int, Bundle]:
     return found
 
 
-def subject_of(pipe: Pipeline) -> Subject:
+def subject_of(pipe: Pipeline) -> MoMASubject:
     image = Image.radial_gradient("L").resize((64, 64))
     mask = image.point(lambda value: 255 * (value < 100))
     return pipe.encode_subject(image.convert("RGB"), mask, "cat")

@@ -15,12 +15,12 @@ from torch import Tensor
 from models.tokenizers import IMAGE_TOKEN
 from models.weights.loading import LazyTensor
 from models.weights.stream import StreamedLlava, one_after_another
-from moma import Job, MethodConfig, SampleConfig
+from moma import Job, MethodConfig, SampleConfig, load
 from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, MLLMInput
 from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, max_batch
-from moma.sampling.pipeline import load_decoder
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
+from tests.helpers import feature_decoder
 
 CPU = torch.device("cpu")
 BLOCKS = 4
@@ -59,13 +59,13 @@ def questions() -> list[MLLMInput]:
 def test_equals_resident(folder: Path, dtype: str, template: str, layers: int | None) -> None:
     """Bit for bit, together and alone; the stored float32 is used as it lies there, or cast."""
     method = MethodConfig(template=template, mllm_layers=layers)
-    resident, streamed = (load_decoder(folder, "cpu", dtype, method, stream) for stream in ("off", "on"))
+    resident, streamed = (feature_decoder(folder, dtype, method, stream) for stream in ("off", "on"))
     assert type(resident.llava) is not StreamedLlava and type(streamed.llava) is StreamedLlava
     assert (resident.how, streamed.how) == ("resident: asked for", "streamed: asked for")
-    expected, found = resident(questions()), streamed(questions())
+    expected, found = resident.encode_features(questions()), streamed.encode_features(questions())
     for question, a, b in zip(questions(), expected, found, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, streamed([question])[0])
-        assert torch.equal(a, resident([question])[0])
+        assert torch.equal(a, b) and torch.equal(a, streamed.encode_features([question])[0])
+        assert torch.equal(a, resident.encode_features([question])[0])
     assert not torch.equal(expected[0], expected[2]) and expected[0].shape == (1, 32)
 
 
@@ -87,21 +87,17 @@ def test_has_the_interface_of_llava(folder: Path) -> None:
 
 
 def test_pipeline(folder: Path) -> None:
-    """`MoMA.load` with either; without a decoder, jobs bring what `load_decoder` gives."""
+    """A pipeline with either; without an MLLM, subjects bring what it gave before."""
     size, drawn = SampleConfig(steps=2, height=64, width=64), []
     mask = Image.fromarray(np.uint8(255) * (np.hypot(*np.ogrid[-45:45, -45:45]) < 30))
-    for stream in ("off", "on", "none"):
-        pipe = load(folder, device="cpu", dtype="fp32", stream="on", decoder=stream != "none")
-        if stream == "off":
-            pipe = load(folder, device="cpu", dtype="fp32", stream="off")
-        subject = pipe.encode_subject(image(0), mask, "cat")
-        jobs = [Job(subject, prompt, 0) for prompt in ("a cat", "two cats")]
-        if stream == "none":
-            with pytest.raises(ValueError, match="every job must bring its embedding"):
-                pipe.run(jobs, size)
-            asked = [MLLMInput(subject.reference.white, "cat", job.prompt) for job in jobs]
-            found = load_decoder(folder, "cpu", "fp32", stream="on")(asked)
-            jobs = [replace(job, embedding=e) for job, e in zip(jobs, found, strict=True)]
+    prompts, features = ("a cat", "two cats"), None
+    for stream, encoders in (("off", True), ("on", True), ("on", False)):
+        pipe = load(folder, device="cpu", dtype="fp32", stream=stream, encoders=encoders)
+        subject = pipe.encode_subject(
+            image(0), mask, "cat", prompts=prompts if encoders else (), features=features
+        )
+        features = subject.features
+        jobs = [Job(subject, prompt, 0) for prompt in prompts]
         drawn.append(torch.cat([result.latents for result in pipe.run(jobs, size)]))
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
@@ -159,7 +155,7 @@ def test_an_error_while_reading_arrives() -> None:
 
 def watched_decoder(folder: Path, reads: Counter, **method: int) -> object:
     """A streamed decoder that counts how often each tensor is read."""
-    decoder = load_decoder(folder, "cpu", "fp32", MethodConfig(**method), "on")
+    decoder = feature_decoder(folder, method=MethodConfig(**method))
 
     def count(name: str, tensor: LazyTensor) -> LazyTensor:
         return replace(tensor, read=lambda: reads.update([name]) or tensor.read())
@@ -176,19 +172,19 @@ def watched_decoder(folder: Path, reads: Counter, **method: int) -> object:
 
 def test_every_block_is_read_once_for_all(folder: Path) -> None:
     reads: Counter = Counter()
-    watched_decoder(folder, reads)(questions())
-    parts = len(load_decoder(folder, "cpu", "fp32", stream="on").llava.llama.blocks[0])
+    watched_decoder(folder, reads).encode_features(questions())
+    parts = len(feature_decoder(folder).llava.llama.blocks[0])
     assert {reads[f"block {i}"] for i in range(BLOCKS)} == {parts}
     tower = reads["front"]
 
     reads.clear()
     cat = image(0)
     many = [MLLMInput(cat, "cat", f"a cat {i}") for i in range(MAX_MLLM_BATCH + 1)]
-    watched_decoder(folder, reads, mllm_layers=2)(many)
+    watched_decoder(folder, reads, mllm_layers=2).encode_features(many)
     assert reads == {"front": tower, "block 0": 2 * parts, "block 1": 2 * parts}
 
     reads.clear()
-    assert watched_decoder(folder, reads)([]) == [] and not reads
+    assert watched_decoder(folder, reads).encode_features([]) == [] and not reads
 
 
 def test_wrong_names_are_found_before_anything_is_read(folder: Path) -> None:
@@ -234,11 +230,15 @@ def test_choice_follows_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatc
     llava = sum(p.nbytes for p in bundle.build("llava").parameters())
     assert bundle.nbytes(("llava",), torch.float32) == llava
     assert bundle.nbytes(("llava",), torch.bfloat16) == llava // 2
-    monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[decoder] + 1)
-    assert load_decoder(folder, "cpu", "fp32").how.startswith("resident: 0.00 GB needed")
-    assert type(load(folder, device="cpu", dtype="fp32").llava) is StreamedLlava
-    monkeypatch.setattr("moma.sampling.pipeline.free_memory", lambda device: with_margin[everything] + 1)
-    assert type(load(folder, device="cpu", dtype="fp32").llava) is not StreamedLlava
+    monkeypatch.setattr(
+        "moma.methods.moma.feature_decoder.free_memory", lambda device: with_margin[decoder] + 1
+    )
+    assert feature_decoder(folder, stream="auto").how.startswith("resident: 0.00 GB needed")
+    assert type(load(folder, device="cpu", dtype="fp32").method.decoder.llava) is StreamedLlava
+    monkeypatch.setattr(
+        "moma.methods.moma.feature_decoder.free_memory", lambda device: with_margin[everything] + 1
+    )
+    assert type(load(folder, device="cpu", dtype="fp32").method.decoder.llava) is not StreamedLlava
     with pytest.raises(ValueError, match="stream 'maybe'"):
         load(folder, device="cpu", dtype="fp32", stream="maybe")
 

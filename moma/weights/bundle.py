@@ -51,7 +51,7 @@ ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of eac
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")
 LLAMA_TOKENIZER = ("tokenizer.model",)
 
-PUBLIC: dict[str, tuple[type, Callable[..., nn.Module]]] = {  # network -> its config dataclass, what builds it
+PUBLIC: dict[str, tuple[type, Callable[..., nn.Module]]] = {  # network -> config dataclass, what builds it
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, VAE),
     "text": (CLIPTextConfig, CLIPText),

@@ -81,6 +81,8 @@ class FeatureDecoder:
     @torch.no_grad()
     def encode_features(self, inputs: Sequence[MLLMInput]) -> list[Tensor]:
         """An embedding (1, E) of each input. It does not depend on the other inputs, bit for bit."""
+        if not inputs:
+            return []
         weight = self.adapter.mapping.down_proj.weight
         images = {id(one.white): one.white for one in inputs}  # each is encoded once
         side = self.llava.cfg.vision.image_size
