@@ -1,4 +1,4 @@
-"""OpenImages to shards, on small files of the real format, and the captions' filter."""
+"""OpenImages to shards, on small files in the real format, and the filter of captions."""
 
 import io
 import json
@@ -43,7 +43,7 @@ SMALL = OpenImagesConfig(min_side=64, min_pixels=64, per_shard=3)
 
 
 class World:
-    """A folder with OpenImages' files, which tests fill object by object."""
+    """A folder with OpenImages' files, filled object by object."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.rows, self.boxes, self.captions = root, [], [], []
@@ -62,7 +62,7 @@ class World:
         self, number: int, label: str = "cat", box=BOX, size=(160, 120), mask_size=(80, 60), iou="0.9",
         flags=None, caption="a red cat on a wooden table", image=True, box_id="9a041d52",
     ) -> str:  # fmt: skip
-        """An object of image `number`; returns the mask's name without suffix, the sample's key."""
+        """Add an object to image `number`; returns the sample's key, its mask's name without suffix."""
         image_id = f"{number:016x}"
         mid = MID.get(label, label)
         key = f"{image_id}_{mid.replace('/', '')}_{box_id}"
@@ -110,7 +110,7 @@ class World:
         return convert(replace(self.request, cfg=replace(SMALL, **(cfg or {})), **changes))
 
     def samples(self) -> dict[str, dict]:
-        """key -> the texts of all shards' samples, in order; each can be loaded for training."""
+        """key -> texts of the samples of all shards, in order."""
         found = {}
         for path in sorted((self.root / "shards").glob("*.tar")):
             for raw in read_shard(path):
@@ -229,7 +229,7 @@ def test_filters(world, change, reason):
 
 
 def test_what_passes(world):
-    """No IoU given, a flag not known, a mask at one edge, no box file."""
+    """No IoU, an unknown flag, a mask at one edge, no box file."""
     world.add(1, iou="")
     world.add(2, flags=[-1] * 5)
     world.add(3, box=(0, 0.5, 0.2, 0.8))
@@ -261,7 +261,7 @@ def test_small_masks_in_large_boxes(world):
     assert world.convert(cfg={"min_pixels": 2000})["dropped"] == {"subject too small": 2}
 
 
-def test_turned_images(world):
+def test_rotated_images(world):
     world.add(1), world.add(2), world.add(3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -308,7 +308,7 @@ def test_excluded_classes():
 # --- files -------------------------------------------------------------------------------------------
 
 
-def test_missing_images_are_listed_and_taken_up_later(world):
+def test_missing_images_are_listed_and_added_later(world):
     filled(world, 6)
     kept = {number: world.image(number).read_bytes() for number in (2, 4)}
     for number in kept:
@@ -330,7 +330,7 @@ def test_a_call_without_captions_or_images_lists_what_to_get(world, capsys):
     world.write()
     args = arguments(world)[:-2]
     assert main(args) == 2
-    assert capsys.readouterr().err.startswith("openimages: 1 of 2 images are not in ")
+    assert capsys.readouterr().err.startswith("openimages: error: 1 of 2 images")
     assert world.info("missing_images.txt") == f"train/{7:016x}\n"
     world.image(1).unlink()
     assert main(arguments(world)) == 2
@@ -384,34 +384,31 @@ def test_bad_tables_stop_it_before_anything_is_written(world, capsys, name, line
 
 def test_other_user_mistakes(world, capsys):
     world.add(1)
-    world.csv("challenge-2018-image-labels.csv", ["ImageID,Source,Confidence", "a,b,1"])  # passed over
+    world.csv("challenge-2018-image-labels.csv", ["ImageID,Source,Confidence", "a,b,1"])  # ignored
     world.write()
     for extra, message in [
-        (["--allow", "unicorn"], "no class is called 'unicorn'"),
-        (["--allow", "man"], "'man' is asked for and excluded"),
-        (["--set", "min_share=x"], "expected min_share as float"),
-        (["--set", "colour=1"], "expected one of exclude, only"),
-        (["--set", "max_share=0.01"], "expected 0 <= min < max <= 1"),
-        (["--set", "per_image=0"], "expected at least 1"),
-        (["--set", "drop_flags=IsBlue"], "expected some of IsOccluded"),
-        (["--masks", "nowhere"], "nowhere: no such folder"),
-        (["--csv", "nowhere"], "nowhere: no such file"),
+        (["--allow", "unicorn"], "'unicorn'"),
+        (["--allow", "man"], "'man'"),
+        (["--set", "min_share=x"], "min_share=x"),
+        (["--set", "colour=1"], "colour=1"),
+        (["--set", "max_share=0.01"], "0.01"),
+        (["--set", "per_image=0"], "per_image 0"),
+        (["--set", "drop_flags=IsBlue"], "'IsBlue'"),
+        (["--masks", "nowhere"], "nowhere"),
+        (["--csv", "nowhere"], "nowhere"),
         (["--csv", str(world.root / "csv" / "challenge-2018-image-labels.csv")], "lacks MaskPath"),
         (["--csv", str(world.root / "csv" / "oidv6-train-annotations-bbox.csv")], "no segmentation file"),
         (["--captions", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--nonsense"], "see --help"),
+        (["--nonsense"], "--nonsense"),
     ]:
         assert main([*arguments(world), *extra]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert message in lines[-1], lines
     (world.root / "captions.jsonl").write_text('{"image_id": "a", "caption": "b"}\n{"image": 1}\n')
-    assert main(arguments(world)) == 2 and "captions.jsonl:2: expected" in capsys.readouterr().err
+    assert main(arguments(world)) == 2 and "captions.jsonl:2" in capsys.readouterr().err
     assert not (world.root / "shards").exists()
-    shutil.move(
-        world.root / "csv" / OBJECTS,
-        world.root / "csv" / "segmentation.csv",
-    )
-    assert main(arguments(world)) == 2 and "expected train, validation, test" in capsys.readouterr().err
+    shutil.move(world.root / "csv" / OBJECTS, world.root / "csv" / "segmentation.csv")
+    assert main(arguments(world)) == 2 and "segmentation.csv" in capsys.readouterr().err
 
 
 def arguments(world: World) -> list[str]:
@@ -425,7 +422,7 @@ def arguments(world: World) -> list[str]:
 # --- order, workers, interruptions -------------------------------------------------------------------
 
 
-def test_workers_and_the_csv_order_change_nothing_and_the_seed_the_order(world):
+def test_only_the_seed_changes_the_order(world):
     filled(world, 8)
     world.convert()
     expected, order = world.bytes(), list(world.samples())
@@ -447,7 +444,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 5, 9])
-def test_an_interrupted_run_goes_on_to_the_same_shards(tmp_path, monkeypatch, after):
+def test_an_interrupted_run_resumes_to_the_same_shards(tmp_path, monkeypatch, after):
     whole, stopped = (World(tmp_path / name) for name in ("whole", "stopped"))
     for world in (whole, stopped):
         filled(world)
@@ -471,7 +468,7 @@ def test_an_interrupted_run_goes_on_to_the_same_shards(tmp_path, monkeypatch, af
     assert len(stopped.samples()) == after // 3 * 3
     progress = stopped.root / "shards-info" / "progress.jsonl"
     with progress.open("a") as file:
-        file.write('["0000')  # cut off while it was written
+        file.write('["0000')  # a line that was cut off
     writes = []
     monkeypatch.setattr(ShardWriter, "add", lambda self, key, *a: (writes.append(key), add(self, key, *a)))
     assert stopped.convert(cfg={"per_image": 2}) == expected
@@ -493,13 +490,13 @@ def test_a_lost_shard_is_written_again(world):
 def test_a_folder_of_other_settings_is_refused(world):
     filled(world, 2)
     world.convert()
-    with pytest.raises(ValueError, match="begun with another config"):
+    with pytest.raises(ValueError, match="config"):
         world.convert(cfg={"seed": 3})
     world.captions.append({"image_id": "x", "caption": "y"})
-    with pytest.raises(ValueError, match="begun with another files"):
+    with pytest.raises(ValueError, match="files"):
         world.convert()
     shutil.rmtree(world.root / "shards-info")
-    with pytest.raises(ValueError, match="not empty and without"):
+    with pytest.raises(ValueError, match=r"settings\.json"):
         world.convert()
 
 
@@ -533,7 +530,7 @@ def test_llava_writes_the_captions(world, bundle, monkeypatch):
 
     before = world.bytes()
     shutil.rmtree(world.root / "shards")
-    monkeypatch.setattr(Captioner, "__call__", None)  # what was written is used again
+    monkeypatch.setattr(Captioner, "__call__", None)  # the written captions are used again
     assert world.convert(**options) == stats and world.bytes() == before
 
 
@@ -543,7 +540,7 @@ def test_a_bundle_that_cannot_write_is_refused(world, bundle, tmp_path):
     config = (mute / "config.json").read_text()
     (mute / "config.json").write_text(config.replace('"lm_head": true', '"lm_head": false'))
     world.add(1)
-    with pytest.raises(ValueError, match="without lm_head"):
+    with pytest.raises(ValueError, match="lm_head"):
         world.convert(captions=None, caption_bundle=mute)
     assert not world.bytes()
 

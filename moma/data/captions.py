@@ -1,8 +1,8 @@
-"""Captions for training: written by LLaVA, freed of what the image shall say, and naming the subject.
+"""Captions for training: LLaVA writes them, colour, shape and texture words go, and they name the subject.
 
-The paper leaves colour, shape and texture words out, so that the model learns to take them from the image.
-`training_caption` does that by word lists and the words around, without a parser: it leaves no dangling
-article or joiner behind, but where a word may be an attribute or a thing it can err.
+The paper leaves these words out so that the model learns them from the image. `training_caption` uses word
+lists and the neighbouring words, not a parser: it leaves no dangling article or conjunction, but it can err
+where a word may be an attribute or a thing.
 """
 
 import json
@@ -26,10 +26,9 @@ from moma.weights.bundle import Bundle
 TOKEN = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 # Phrases whose noun is the attribute: "in the shape of a heart", "shaped like a heart".
 PHRASES = re.compile(r"\s*\b(?:in the (?:shape|colou?r) of|shaped like)(?: an?| the)? \w+", re.IGNORECASE)
-MARKS = re.compile(
-    r"[\"“”„«»()\[\]{}<>*_#]+"
-)  # add nothing, and would stand between an attribute and its noun
-CLOSING = set(".,;:!?%")  # follow the word before them without a space
+# Marks that would separate an attribute from its noun.
+MARKS = re.compile(r"[\"“”„«»()\[\]{}<>*_#]+")
+CLOSING = set(".,;:!?%")  # take no space before them
 NO_START = words.JOINERS | CLOSING
 
 
@@ -37,22 +36,22 @@ NO_START = words.JOINERS | CLOSING
 class CaptionConfig:
     """How captions are written and cut."""
 
-    # LLaVA-1.5's own conversation (vicuna_v1), which it writes best in; one sentence, as BLIP-2 writes.
+    # LLaVA-1.5's conversation format (vicuna_v1); one sentence, like BLIP-2's captions.
     prompt: str = (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives"
         " helpful, detailed, and polite answers to the human's questions."
         f" USER: {IMAGE_TEXT}\nDescribe this image in one short sentence. ASSISTANT:"
     )
-    max_new: int = 40  # tokens; one sentence of about 25 words, after which LLaVA ends by itself
-    batch: int = 8  # images at once; 600 tokens each: 7B in bf16 fits a 24 GB card
-    max_words: int = 45  # of a caption; more would not fit the text encoder's 77 tokens with SD's template
+    max_new: int = 40  # tokens; enough for one sentence of about 25 words, after which LLaVA stops
+    batch: int = 8  # images; with 600 tokens each, 7B in bf16 fits a 24 GB card
+    max_words: int = 45  # of a caption: the text encoder has 77 tokens, SD's template included
 
 
 CAPTIONS = CaptionConfig()
 
 
 class Captioner:
-    """LLaVA with its language head, describing images."""
+    """Describes images with LLaVA and its language head."""
 
     def __init__(self, llava: Llava, tokenizer: LlamaTokenizer, cfg: CaptionConfig = CAPTIONS) -> None:
         self.llava, self.cfg = llava, cfg
@@ -63,14 +62,24 @@ class Captioner:
     def load(
         cls, folder: str | Path, device: str = "auto", dtype: str = "auto", cfg: CaptionConfig = CAPTIONS
     ) -> "Captioner":
-        """LLaVA of a bundle; device and dtype as `MoMA.load`. ValueError: it has none that writes."""
-        bundle, place = Bundle.open(folder), choose_device(device)
-        llava = bundle.build("llava", place, choose_dtype(dtype, place)[0], lm_head=True)
+        """Build LLaVA from a bundle.
+
+        Args:
+            folder: the bundle.
+            device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+            dtype: "auto", "bf16", "fp16" or "fp32".
+            cfg: prompt and lengths.
+
+        Raises:
+            ValueError: the bundle has no LLaVA with a language head.
+        """
+        bundle, resolved = Bundle.open(folder), choose_device(device)
+        llava = bundle.build("llava", resolved, choose_dtype(dtype, resolved)[0], lm_head=True)
         return cls(llava.eval().requires_grad_(False), bundle.llama_tokenizer(), cfg)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """A caption for each image of any size, the likeliest; one line each, as written."""
+        """One caption per image, decoded greedily, on one line; images may have any size."""
         weight = self.llava.projector[0].weight
         side = self.llava.cfg.vision.image_size
         pixels = torch.stack([clip_image(image, side, pad=True) for image in images])  # (B, 3, S, S)
@@ -82,7 +91,7 @@ class Captioner:
 
 
 def read_captions(path: Path, wanted: Collection[str]) -> dict[str, str]:
-    """image_id -> caption of the wanted images, without empty ones. ValueError: not such a JSONL file."""
+    """image_id -> caption of the wanted images, without empty ones; ValueError if the file is malformed."""
     captions = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -100,10 +109,17 @@ def read_captions(path: Path, wanted: Collection[str]) -> dict[str, str]:
 
 
 def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) -> str:
-    """The caption without colour, shape and texture words, naming the label as `check_prompt` wants it.
+    """The caption without colour, shape and texture words, naming the label as `check_prompt` requires.
 
-    A caption that does not name the label gets it in place of a synonym, or in front ("a cat, ...").
-    ValueError for an empty label or caption or for `<image>` in the caption.
+    If the caption does not name the label, the label replaces a synonym or comes first ("a cat, ...").
+
+    Args:
+        caption: any text.
+        label: the subject's class.
+        cfg: maximum length.
+
+    Raises:
+        ValueError: for an empty label or caption, or for `<image>` in the caption.
     """
     label = " ".join(label.split())
     if not (label and caption.strip()) or IMAGE_TEXT in caption:
@@ -119,12 +135,12 @@ def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) ->
     text = text[:1].upper() + text[1:] if caption.strip()[:1].isupper() else text
     if not _find(label, tokens):
         text = text[:1].lower() + text[1:] if tokens and tokens[0].low in words.ARTICLES else text
-        text = ", ".join(part for part in (with_article(label), text) if part)
+        text = ", ".join(part for part in (_with_article(label), text) if part)
     check_prompt([label], text)
     return text
 
 
-def with_article(label: str) -> str:
+def _with_article(label: str) -> str:
     """'a cat', 'an orange', 'scissors'."""
     plural = label.endswith("s") and not label.endswith(words.SINGULAR_S)
     return label if plural else f"{_article(label)} {label}"
@@ -132,12 +148,12 @@ def with_article(label: str) -> str:
 
 @dataclass(slots=True)
 class _Token:
-    """A word or a sign of a caption."""
+    """A word or a punctuation mark of a caption."""
 
     text: str
-    glued: bool = False  # follows its neighbour without a space
+    glued: bool = False  # no space before it
     fixed: bool = False  # part of a name
-    repair: bool = False  # a or an, before another word than in the original
+    repair: bool = False  # "a" or "an" whose next word has changed
 
     @property
     def low(self) -> str:
@@ -150,18 +166,18 @@ class _Token:
 
     @property
     def noun(self) -> bool:
-        """Whether an adjective before it would be its own, as far as word lists tell."""
+        """Whether an adjective before it would describe it, by the word lists."""
         return self.fixed or (self.text[0].isalnum() and self.low not in words.AFTER_NOUN)
 
 
 def _tokens(caption: str, label: str) -> list[_Token]:
-    """The caption's tokens; those of the label and of fixed names are marked."""
+    """The caption's tokens; those of the label and of fixed names are marked as fixed."""
     tokens, end = [], 0
     for match in TOKEN.finditer(caption):
         tokens.append(_Token(match[0], glued=bool(tokens) and match.start() == end))
         end = match.end()
     names = [name for name in words.FIXED_NAMES if name in caption.lower()]
-    if label.lower() not in words.ATTRIBUTES:  # "orange" is the label as a noun only: `_without_attributes`
+    if label.lower() not in words.ATTRIBUTES:  # "orange" is the label only as a noun: `_without_attributes`
         names.append(label)
     for name in names:
         for start, stop in _find(name, tokens):
@@ -171,7 +187,7 @@ def _tokens(caption: str, label: str) -> list[_Token]:
 
 
 def _find(name: str, tokens: Sequence[_Token]) -> list[tuple[int, int]]:
-    """Where the name stands in the tokens, in singular or plural."""
+    """Ranges of tokens that are the name, in singular or plural."""
     size = len(TOKEN.findall(name))
     windows = [(i, i + size) for i in range(len(tokens) - size + 1)]
     return [(a, b) for a, b in windows if occurrences(name, _text(tokens[a:b]))]
@@ -214,7 +230,7 @@ def _without_attributes(tokens: list[_Token], label: str) -> list[_Token]:
 
 
 def _tidy(tokens: Sequence[_Token]) -> list[_Token]:
-    """Without joiners that join nothing and articles of nothing."""
+    """Remove conjunctions and articles that have lost their words."""
     kept: list[_Token] = []  # from the end
     for token in reversed(tokens):
         after = kept[-1].low if kept else "."
@@ -229,7 +245,7 @@ def _tidy(tokens: Sequence[_Token]) -> list[_Token]:
 
 
 def _run_end(tokens: Sequence[_Token], start: int) -> int:
-    """End of the attributes from `start` on, with their modifiers and joiners; `start` without any."""
+    """End of the run of attributes, modifiers and joiners at `start`; `start` if there is none."""
     end = i = start
     while i < len(tokens):
         if tokens[i].low in words.MODIFIERS and not tokens[i].fixed and not tokens[i].attribute:
@@ -246,7 +262,7 @@ def _run_end(tokens: Sequence[_Token], start: int) -> int:
 
 
 def _suffixed(tokens: Sequence[_Token], i: int) -> bool:
-    """Whether "cream colored" stands here before its noun."""
+    """Whether a phrase such as "cream colored" and its noun start here."""
     if i + 2 >= len(tokens):
         return False
     word, suffix, thing = tokens[i : i + 3]
@@ -256,14 +272,14 @@ def _suffixed(tokens: Sequence[_Token], i: int) -> bool:
 
 
 def _list_goes_on(after: Sequence[_Token], stops: frozenset[str]) -> bool:
-    """Whether a joiner and then a word that is no stop follow."""
+    """Whether a joiner follows, and then a word that is not a stop."""
     if len(after) < 2 or after[0].low not in words.JOINERS:
         return False
     return after[1].fixed or (after[1].text[0].isalnum() and after[1].low not in stops)
 
 
 def _pop_hanging(out: list[_Token]) -> bool:
-    """Remove from the end what cannot stand there; True if a copula was among it."""
+    """Remove words that cannot end a phrase from the end; returns whether a copula was among them."""
     copula = False
     while out and out[-1].low in words.HANGING and not out[-1].fixed:
         copula |= out.pop().low in words.COPULAS
@@ -284,7 +300,7 @@ def _article(word: str) -> str:
 
 
 def _renamed(tokens: list[_Token], label: str) -> list[_Token]:
-    """The tokens with the label in place of its last word alone or of a synonym; as they are without one."""
+    """The tokens with the label in place of its last word or of a synonym, if there is one."""
     *first, last = label.split()
     options = [(name, label) for name in words.SYNONYMS.get(label.lower(), ())]
     if first and label.lower() not in words.WHOLE_LABELS:

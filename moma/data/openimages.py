@@ -1,17 +1,16 @@
-"""OpenImages' segmentations -> shards of (image, subject mask, label, caption), the paper's training data.
+"""Convert OpenImages' segmentations to shards of (image, subject mask, label, caption), the paper's data.
 
     python -m moma.data.openimages --images images/ --masks masks/ --csv csv/ --captions captions.jsonl \
         --out shards/
 
-csv/ holds OpenImages' own files: `*-annotations-object-segmentation.csv` and `*class-descriptions*.csv`; with
-`*-annotations-bbox.csv` occluded and other unclear objects are dropped, with `*-images-*rotation.csv` turned
-images. Captions are lines {"image_id": ..., "caption": ...}, or LLaVA's (--caption-bundle).
+csv/ holds OpenImages' own files: `*-annotations-object-segmentation.csv` and `*class-descriptions*.csv`.
+`*-annotations-bbox.csv` also drops occluded and other unclear objects, `*-images-*rotation.csv` drops rotated
+images. Captions are lines {"image_id": ..., "caption": ...}, or LLaVA writes them (--caption-bundle).
 
-Nothing is downloaded: a call without captions lists the images to get, in the form that OpenImages'
-downloader.py takes, in `missing_images.txt` of the folder `<out>-info`. This folder also gets `stats.json`,
-`broken_files.txt`, LLaVA's captions and the record by which an interrupted run, called again, goes on. The
-images' order is drawn from the seed; the shards are the same bytes whatever the number of workers and
-interruptions.
+Nothing is downloaded: a run without captions lists the images to get in `<out>-info/missing_images.txt`, in
+the format of OpenImages' downloader.py. That folder also gets `stats.json`, `broken_files.txt`, LLaVA's
+captions and the progress from which an interrupted run resumes. The seed gives the order of the images; the
+shards are the same bytes for any number of workers and interruptions.
 """
 
 import argparse
@@ -31,40 +30,40 @@ from itertools import islice
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
+from moma.app.files import Parser, exit_status, write_text
 from moma.data.captions import CAPTIONS, CaptionConfig, Captioner, read_captions, training_caption
 from moma.data.shards import ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
 from moma.data.triplets import HALF
 from moma.data.words import WORN_CLASSES
-from moma.inputs.preprocess import INPUT, find_mask, open_image
+from moma.inputs.preprocess import INPUT, find_mask, open_image, same_aspect
 from moma.sampling.device import DTYPES, set_precision
 from moma.weights.bundle import Bundle
 
-# Where a file may lie in its folder: {s} split, {h} first character of the image's id, as in the archives.
+# Possible paths of a file: {s} split, {h} first character of the image's id, as in the archives.
 LAYOUTS = ("{n}", "{h}/{n}", "{s}/{n}", "{s}/{h}/{n}", "{s}_{h}/{n}", "{s}-masks-{h}/{n}")
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
-CAPTIONS_FILE = "captions.jsonl"  # what LLaVA wrote
-TOP = 20  # classes named at the end; stats.json has all
-AHEAD = 4  # images per worker that are decoded before they are written: bounds the memory
+CAPTIONS_FILE = "captions.jsonl"  # LLaVA's
+TOP = 20  # classes printed at the end; stats.json has all
+AHEAD = 4  # images decoded ahead per worker; bounds the memory
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `convert` reads and writes; captions come from a JSONL file or else are LLaVA's."""
+    """What `convert` reads and writes."""
 
     images: Path
     masks: Path
     tables: Sequence[Path]  # CSV files and folders of them
     out: Path
-    captions: Path | None = None
-    caption_bundle: Path | None = None
+    captions: Path | None = None  # JSONL file
+    caption_bundle: Path | None = None  # whose LLaVA writes the captions instead
     workers: int = 1
     device: str = "auto"  # of LLaVA
     dtype: str = "auto"
@@ -78,11 +77,16 @@ class Request:
 
 
 def convert(request: Request) -> dict[str, Any]:
-    """Write the shards and what goes with them; returns the statistics, as in stats.json.
+    """Write the shards and the files beside them; resume an earlier run with the same settings.
 
-    Goes on where an earlier call with the same settings stopped; broken files are tried again. ValueError,
-    with nothing written: unusable CSV or caption files or settings; with the list of missing images: all
-    are missing, or no captions are given.
+    Broken files are tried again.
+
+    Returns:
+        The statistics, as in stats.json.
+
+    Raises:
+        ValueError: with nothing written, for unusable CSV or caption files or settings; with the list of
+            missing images, if all are missing or no captions are given.
     """
     cfg, info, dropped = request.cfg, request.info, Counter[str]()
     cfg.check()
@@ -95,38 +99,38 @@ def convert(request: Request) -> dict[str, Any]:
     if not images:
         raise ValueError(f"none of {count} objects passes the filters; dropped: {dict(dropped)}")
     captions = read_captions(request.captions, images) if request.captions else {}
-    settings = check_settings(request, tables)
+    settings = _check_settings(request, tables)
     writer = ShardWriter(request.out, cfg.per_shard)
     info.mkdir(exist_ok=True)
     progress = Progress(info / "progress.jsonl", writer, cfg.per_shard)
 
     new = [i for i in images if i not in progress.done]
-    paths = {i: find(request.images, images[i][0].split, f"{i}.jpg") for i in new}
+    paths = {i: _find(request.images, images[i][0].split, f"{i}.jpg") for i in new}
     missing = sorted(f"{images[i][0].split}/{i}" for i in new if paths[i] is None)
-    _write(info / "missing_images.txt", missing)
+    write_text(info / "missing_images.txt", _lines(missing))
     if len(missing) == len(images) or not (request.captions or request.caption_bundle):
         raise ValueError(
             f"{len(missing)} of {len(images)} images are not in {request.images}, see"
             f" {info}/missing_images.txt; get them, then give --captions or --caption-bundle"
         )
-    captioner = load_captioner(request, images, captions)
-    _write(info / "settings.json", [settings])
+    captioner = _load_captioner(request, images, captions)
+    write_text(info / "settings.json", f"{settings}\n")
     tasks = []
     for i in new:
         if paths[i] is None or not (captioner or i in captions):
             dropped["image missing" if paths[i] is None else "no caption"] += len(images[i])
         else:
             tasks.append(Task(paths[i], images[i]))
-    outcomes = ordered(partial(examine, masks=request.masks, cfg=cfg), tasks, request.workers)
+    outcomes = _ordered(partial(examine, masks=request.masks, cfg=cfg), tasks, request.workers)
     with progress, closing(outcomes), writer, tqdm(total=len(tasks), unit="image") as bar:
-        for outcome in with_captions(outcomes, captions, captioner, info / CAPTIONS_FILE):
+        for outcome in _with_captions(outcomes, captions, captioner, info / CAPTIONS_FILE):
             progress.add(outcome, captions.get(outcome.image_id, ""), request.caption_cfg)
             bar.update()
     classes = Counter[str]()
     for _, written, reasons in progress.results(images):
         classes.update(written.values())
         dropped.update(reasons)
-    _write(info / "broken_files.txt", progress.broken)
+    write_text(info / "broken_files.txt", _lines(progress.broken))
     stats = {
         "rows": count,
         "written": classes.total(),
@@ -134,12 +138,12 @@ def convert(request: Request) -> dict[str, Any]:
         "dropped": dict(dropped.most_common()),
         "classes": dict(classes.most_common()),
     }
-    _write(info / "stats.json", [json.dumps(stats, indent=1)])
+    write_text(info / "stats.json", json.dumps(stats, indent=1) + "\n")
     return stats
 
 
-def check_settings(request: Request, tables: Mapping[str, Sequence[Path]]) -> str:
-    """What the shards are made from, as JSON. ValueError: the folders hold another run's."""
+def _check_settings(request: Request, tables: Mapping[str, Sequence[Path]]) -> str:
+    """The settings of a run as JSON; ValueError if the folders hold a run with others."""
     files = [path for paths in (*tables.values(), [request.captions]) for path in paths if path]
     values = {
         "config": asdict(request.cfg),
@@ -176,22 +180,28 @@ class Sample(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an image's objects."""
+    """The samples of an image, and why its other objects were dropped."""
 
     image_id: str
     samples: list[Sample]
     dropped: Counter[str]
-    broken: list[str]  # files, and what is wrong with them
+    broken: list[str]  # a line per broken file
 
 
-def find(folder: Path, split: str, name: str) -> Path | None:
-    """Where the file lies, by one of `LAYOUTS`."""
+def _find(folder: Path, split: str, name: str) -> Path | None:
+    """The file under one of the `LAYOUTS`."""
     places = (folder / layout.format(n=name, h=name[0], s=split) for layout in LAYOUTS)
     return next((place for place in places if place.is_file()), None)
 
 
 def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
-    """Read an image and its masks, apply the filters that need them. Runs in a worker."""
+    """Read an image and its masks and filter by them; runs in a worker.
+
+    Args:
+        task: the image and its objects.
+        masks: folder of the mask files.
+        cfg: the filters.
+    """
     outcome, limits = Outcome(task.rows[0].image_id, [], Counter(), []), replace(INPUT, min_side=1)
     try:
         image, data = open_image(task.path, limits), task.path.read_bytes()
@@ -202,12 +212,12 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
         outcome.broken.append(str(error))
         outcome.dropped["image broken"] = len(task.rows)
         return outcome
-    if not upright or min(image.size) < cfg.min_side:  # how the mask of a turned image lies is not known
+    if not upright or min(image.size) < cfg.min_side:  # rotated: the mask's orientation is unknown
         outcome.dropped["image too small" if upright else "rotated"] = len(task.rows)
         return outcome
     kept = []
     for row in task.rows:
-        path = find(masks, row.split, row.mask) or masks / row.mask
+        path = _find(masks, row.split, row.mask) or masks / row.mask
         try:
             mask = np.asarray(find_mask(image, path, limits).mask) > HALF  # (H, W)
         except (ValueError, OSError) as error:
@@ -233,9 +243,8 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
 
 
 def _fault(mask: np.ndarray, size: tuple[int, int], cfg: OpenImagesConfig) -> str | None:
-    """Why a mask, bool (H, W), of an image of `size` is no subject."""
-    height, width = mask.shape
-    if abs(size[0] * height / (size[1] * width) - 1) > INPUT.aspect_tolerance:
+    """Why a mask, bool (H, W), is not a subject of an image of this (width, height); None if it is."""
+    if not same_aspect(size, mask.shape[::-1]):
         return "mask of another shape"
     share = mask.mean()
     if share < cfg.min_share or share * size[0] * size[1] < cfg.min_pixels:
@@ -252,14 +261,14 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def ordered(
+def _ordered(
     function: Callable[[Task], Outcome], tasks: Iterable[Task], workers: int
 ) -> Generator[Outcome, None, None]:
-    """Results in the tasks' order. ValueError: a worker died."""
+    """The results in the order of the tasks; ValueError if a worker dies."""
     if workers <= 1:
         yield from map(function, tasks)
         return
-    # Not "fork": it may deadlock where torch has started threads.
+    # "fork" may deadlock once torch has started threads.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     waiting: deque[Future[Outcome]] = deque()
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
@@ -278,7 +287,7 @@ def ordered(
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the main process's business; a worker ends with it, also when it is killed."""
+    """Leave Ctrl-C to the main process, and end with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
 
@@ -293,21 +302,22 @@ def _end_with_parent() -> None:
 # --- captions and progress ---------------------------------------------------------------------------
 
 
-def load_captioner(request: Request, images: Collection[str], captions: dict[str, str]) -> Captioner | None:
-    """Who writes captions, if they are not given; `captions` gets those of an earlier run."""
+def _load_captioner(request: Request, images: Collection[str], captions: dict[str, str]) -> Captioner | None:
+    """LLaVA, if no captions are given; adds an earlier run's captions to `captions`."""
     if request.captions is not None or request.caption_bundle is None:
         return None
     path = request.info / CAPTIONS_FILE
     if path.exists():
-        _write(path, path.read_text(encoding="utf-8").split("\n")[:-1])  # the last may be cut off
+        complete = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last line may be cut off
+        write_text(path, _lines(complete))
         captions.update(read_captions(path, images))
     return Captioner.load(request.caption_bundle, request.device, request.dtype, request.caption_cfg)
 
 
-def with_captions(
+def _with_captions(
     outcomes: Iterable[Outcome], captions: dict[str, str], captioner: Captioner | None, path: Path
 ) -> Iterator[Outcome]:
-    """The outcomes; before one with samples comes, its image's caption is in `captions` and in the file."""
+    """Pass the outcomes on, once the captions of those with samples are in `captions` and in the file."""
     if captioner is None:
         yield from outcomes
         return
@@ -326,10 +336,10 @@ Result = tuple[str, dict[str, str], dict[str, int]]  # image; key -> label of it
 
 
 class Progress:
-    """Writes samples and remembers which images are done: a line each, once its shards are complete.
+    """Writes samples and keeps a line for each finished image, once its shards are complete.
 
-    An interrupted run loses at most lines, never samples: its images are looked at again, and samples that
-    are in a complete shard are not written twice. Images with broken files are never done.
+    An interruption loses lines but no samples: those images are examined again, and samples in a complete
+    shard are not written twice. An image with broken files is never finished.
     """
 
     def __init__(self, path: Path, writer: ShardWriter, per_shard: int) -> None:
@@ -338,13 +348,13 @@ class Progress:
         self.done: dict[str, Result] = {}
         self.new: list[Result] = []
         self.broken: list[str] = []
-        self._waiting: deque[tuple[int, Result]] = deque()  # (samples added up to it, what to write)
+        self._waiting: deque[tuple[int, Result]] = deque()  # (samples added so far, its line)
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with suppress(ValueError):  # the last line is cut off when the run was
+            with suppress(ValueError):  # the last line may be cut off
                 image_id, written, reasons = json.loads(line)
                 if self.keys.issuperset(written):  # else a shard was deleted
                     self.done[image_id] = (image_id, written, reasons)
-        _write(path, map(json.dumps, self.done.values()))
+        write_text(path, _lines(map(json.dumps, self.done.values())))
 
     def add(self, outcome: Outcome, raw_caption: str, cfg: CaptionConfig) -> None:
         """Write an image's samples."""
@@ -367,7 +377,7 @@ class Progress:
         self._flush(self.added - self.added % self.per_shard)
 
     def results(self, images: Collection[str]) -> list[Result]:
-        """Of these images, earlier runs' included."""
+        """The results of these images, including earlier runs'."""
         return [result for result in (*self.done.values(), *self.new) if result[0] in images]
 
     def _flush(self, complete: int) -> None:
@@ -385,43 +395,45 @@ class Progress:
             self._flush(self.added)
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """The file appears or changes as a whole."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(part, path)
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 # --- command line ------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-def parse(argv: Sequence[str] | None) -> Request:
-    """ValueError: wrong options."""
+def _parse(argv: Sequence[str] | None) -> Request:
     parser = Parser(prog="python -m moma.data.openimages", description=(__doc__ or "").split("\n")[0])
     add = partial(parser.add_argument, metavar="DIR")
-    add("--images", type=Path, required=True, help="images, <ImageID>.jpg")
-    add("--masks", type=Path, required=True, help="mask PNGs")
+    add("--images", type=Path, required=True, help="folder of the images, <ImageID>.jpg")
+    add("--masks", type=Path, required=True, help="folder of the mask PNGs")
     add("--csv", type=Path, required=True, nargs="+", metavar="PATH", help="CSV files or folders of them")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--captions", type=Path, metavar="FILE", help='JSONL of {"image_id", "caption"}')
-    source.add_argument("--caption-bundle", type=Path, metavar="DIR", help="or whose LLaVA writes them")
-    add("--out", type=Path, required=True, help="folder of the shards; DIR-info gets everything else")
+    source.add_argument("--caption-bundle", type=Path, metavar="DIR", help="bundle whose LLaVA writes them")
+    add("--out", type=Path, required=True, help="folder for the shards; DIR-info holds everything else")
     names = {"type": _names, "default": frozenset(), "metavar": "A,B"}
-    add("--allow", **names, help="only these classes, or a file with one on each line")
-    add("--deny", **names, help="not these classes, or a file of them")
-    parser.add_argument("--keep-worn", action="store_true", help="keep clothes, mostly cut-outs of people")
+    add("--allow", **names, help="use only these classes: a list, or a file with one per line")
+    add("--deny", **names, help="exclude these classes: a list, or a file with one per line")
+    parser.add_argument("--keep-worn", action="store_true", help="keep clothes, which mostly show people")
     add("--max-side", type=int, metavar="N", help="pixels; larger images are scaled down (default: 1024)")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
-    add("--device", default="auto", metavar="NAME", help="of LLaVA: auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), metavar="NAME", help="of LLaVA: auto, bf16 ...")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (%(default)s)",
+    )
+    add("--device", default="auto", metavar="NAME", help="LLaVA's device: auto, cpu, cuda, cuda:N or mps")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        metavar="NAME",
+        help="LLaVA's dtype",
+    )
     several = {"action": "append", "default": [], "type": _field, "metavar": "FIELD=VALUE"}
-    add("--set", **several, help="of OpenImagesConfig, e.g. per_image=2; may be repeated")
+    add("--set", **several, help="set a field of OpenImagesConfig, e.g. per_image=2; repeatable")
     args = parser.parse_args(argv)
     values = dict(args.set) | ({} if args.max_side is None else {"max_side": args.max_side})
     cfg = replace(OpenImagesConfig(), **values)
@@ -432,14 +444,14 @@ def parse(argv: Sequence[str] | None) -> Request:
 
 
 def _names(text: str) -> frozenset[str]:
-    """Classes, from a list with commas or a file with one on each line."""
+    """Classes from a comma-separated list or from a file with one per line."""
     path = Path(text)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
     return frozenset(" ".join(line.lower().split()) for line in lines if line.strip())
 
 
 def _field(text: str) -> tuple[str, Any]:
-    """'name=value' -> a field of OpenImagesConfig and its value, of the field's type."""
+    """'name=value' -> a field of OpenImagesConfig and its value in the field's type."""
     name, _, value = text.partition("=")
     kinds = {f.name: type(getattr(OpenImagesConfig(), f.name)) for f in fields(OpenImagesConfig)}
     if name not in kinds:
@@ -452,22 +464,19 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 2 and one line for a user's mistake."""
+    """Run the command; returns its exit status."""
     set_precision()
-    try:
-        stats = convert(parse(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"openimages: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("openimages: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_status(
+        "openimages", lambda: _report(convert(_parse(argv))), "stopped; the same command resumes from here"
+    )
+
+
+def _report(stats: Mapping[str, Any]) -> None:
     print(f"{stats['written']:,} of {stats['rows']:,} objects written")
     for reason, number in stats["dropped"].items():
         print(f"{number:>9,} dropped: {reason}")
     for label, number in list(stats["classes"].items())[:TOP]:
         print(f"{number:>9,} {label}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """OpenImages' CSV files: which segmentations become training samples.
 
-Files are recognised by their headers; box attributes are matched by image, class and coordinates.
+Headers identify the files. Box attributes are matched by image, class and coordinates.
 """
 
 import csv
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from moma.data.words import HUMAN_CLASSES, WORN_CLASSES
 
-# Of a box: 1 yes, 0 no, -1 not known.
+# Attributes of a box: 1 yes, 0 no, -1 unknown.
 FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
-# Kind of CSV file, which is part of its usual name -> the columns that are read.
+# Kind of CSV file, part of its usual name -> the columns that are read.
 TABLES = {
     "segmentation": (
         "MaskPath", "ImageID", "LabelName", "BoxXMin", "BoxXMax", "BoxYMin", "BoxYMax", "PredictedIoU",
@@ -29,34 +29,34 @@ TABLES = {
 }  # fmt: skip
 NEEDED = ("segmentation", "class-descriptions")
 CLASS_HEADERS = (["LabelName", "DisplayName"], ["id", "name"])  # older files have none
-SPLITS = ("train", "validation", "test")  # one of them is in a segmentation file's name
-NAME = re.compile(r"[\w-]+")  # of an image or a mask: becomes a path and a key
+SPLITS = ("train", "validation", "test")  # a segmentation file's name contains one
+NAME = re.compile(r"[\w-]+")  # of an image or a mask; used as path and key
 
 
 @dataclass(frozen=True)
 class OpenImagesConfig:
-    """Which objects become training samples, and in what form."""
+    """Which objects become training samples, and how they are stored."""
 
     exclude: frozenset[str] = HUMAN_CLASSES | WORN_CLASSES  # reasons: moma/data/words.py
-    only: frozenset[str] = frozenset()  # classes to keep; empty: all that are not excluded
-    # Hidden parts, groups, drawings and interiors are no clear look at one subject. Without IsOccluded, which
+    only: frozenset[str] = frozenset()  # classes to keep; empty: all but `exclude`
+    # Hidden parts, groups, drawings and interiors do not show one subject clearly. Without IsOccluded, which
     # most boxes have, there are more samples.
     drop_flags: frozenset[str] = frozenset(FLAGS)
-    min_iou: float = 0.7  # OpenImages' own estimate of the mask's quality, where it gives one
-    min_share: float = 0.05  # of the image: three of the UNet's smallest, 8x8 map
-    max_share: float = 0.8  # of the image; beyond it there is no context that a caption could describe
-    min_pixels: int = 128**2  # of the subject; below it its details are gone
+    min_iou: float = 0.7  # OpenImages' estimate of the mask's quality, if given
+    min_share: float = 0.05  # of the image: three cells of the UNet's smallest map, 8x8
+    max_share: float = 0.8  # of the image; above it there is no context to describe
+    min_pixels: int = 128**2  # of the subject; below it details are lost
     min_side: int = 256  # of the image: half of what the UNet is trained at
-    max_edges: int = 1  # of the image that the mask may touch: at more it is cut off, or scenery
-    per_image: int = 1  # the largest masks; several subjects of one image share a caption and its words
-    box_tolerance: float = 2e-3  # between a mask's and its box's coordinates, rounded differently
-    max_side: int = 1024  # pixels stored; training takes 512, the rest is room for crops
-    jpeg_quality: int = 95  # of images scaled down; others keep their bytes
-    per_shard: int = 1000  # samples; some 200 MB, large enough to read fast and small enough to shuffle
-    seed: int = 0  # of the images' order, which mixes the classes within a shard
+    max_edges: int = 1  # of the image that the mask may touch; if more, it is cut off or scenery
+    per_image: int = 1  # the largest masks; several subjects of an image would share one caption
+    box_tolerance: float = 2e-3  # between the coordinates of a mask and its box, rounded differently
+    max_side: int = 1024  # pixels stored; training uses 512, the rest is room for crops
+    jpeg_quality: int = 95  # of images that are scaled down; others keep their bytes
+    per_shard: int = 1000  # samples, some 200 MB: large enough to read fast, small enough to shuffle
+    seed: int = 0  # of the order of the images, which mixes the classes within a shard
 
     def check(self) -> None:
-        """ValueError for values that make no sense."""
+        """ValueError for values that contradict each other or are out of range."""
         if not 0 <= self.min_share < self.max_share <= 1:
             raise ValueError(
                 f"min_share {self.min_share}, max_share {self.max_share}: expected 0 <= min < max <= 1"
@@ -71,7 +71,7 @@ class OpenImagesConfig:
 
 
 class Row(NamedTuple):
-    """An object of the segmentation CSV."""
+    """An object of the segmentation file."""
 
     image_id: str
     split: str
@@ -82,9 +82,9 @@ class Row(NamedTuple):
 
 
 def find_tables(places: Sequence[Path]) -> dict[str, list[Path]]:
-    """CSV files by kind, recognised by their header; what else is in a folder is passed over.
+    """The CSV files of each kind, identified by their headers; other files of a folder are ignored.
 
-    ValueError: a file without the columns that its name promises; none of a kind that is needed.
+    ValueError: a file lacks the columns of the kind in its name, or a necessary kind is missing.
     """
     found: dict[str, list[Path]] = {kind: [] for kind in TABLES}
     for place in places:
@@ -95,20 +95,20 @@ def find_tables(places: Sequence[Path]) -> dict[str, list[Path]]:
                 header = next(csv.reader(file), [])
             classes = header in CLASS_HEADERS or (len(header) == 2 and header[0].startswith("/"))
             fits = [kind for kind, columns in TABLES.items() if set(columns) <= set(header)]
-            meant = next((kind for kind in TABLES if kind in path.name), "segmentation")
+            named = next((kind for kind in TABLES if kind in path.name), "segmentation")
             if classes or fits:
                 found["class-descriptions" if classes else fits[0]].append(path)
-            elif meant in path.name or path == place:
-                lacks = ", ".join(column for column in TABLES[meant] if column not in header)
-                raise ValueError(f"{path}: its header lacks {lacks}; expected OpenImages' {meant} file")
+            elif named in path.name or path == place:
+                lacks = ", ".join(column for column in TABLES[named] if column not in header)
+                raise ValueError(f"{path}: its header lacks {lacks}; expected OpenImages' {named} file")
     for kind in NEEDED:
         if not found[kind]:
             raise ValueError(f"--csv: no {kind} file, expected one named like *{kind}*.csv")
     return found
 
 
-def read_table(path: Path, kind: str) -> Iterator[list[str]]:
-    """The columns of `TABLES` of every line. ValueError: a line is too short."""
+def _read_table(path: Path, kind: str) -> Iterator[list[str]]:
+    """The columns in `TABLES` of every line; ValueError if a line is too short."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         places = [0, 1]
@@ -125,19 +125,29 @@ def read_table(path: Path, kind: str) -> Iterator[list[str]]:
 def select_rows(
     tables: Mapping[str, Sequence[Path]], cfg: OpenImagesConfig, dropped: Counter[str]
 ) -> tuple[list[Row], int]:
-    """The objects that pass all filters which need no image, and how many there are; counts the others."""
-    lines = (line for path in tables["class-descriptions"] for line in read_table(path, "class-descriptions"))
+    """The objects that pass all filters that need no image, and the number of all objects.
+
+    Args:
+        tables: files by kind, from `find_tables`.
+        cfg: the filters.
+        dropped: counts the other objects by reason.
+
+    Raises:
+        ValueError: for unusable files or an unknown class.
+    """
+    classes = tables["class-descriptions"]
+    lines = (line for path in classes for line in _read_table(path, "class-descriptions"))
     names = {label_id: _display(name) for label_id, name in lines}
     if unknown := sorted(cfg.only - set(names.values())):
-        raise ValueError(f"--allow: no class is called {unknown[0]!r}, see {tables['class-descriptions'][0]}")
-    lines = (line for path in tables["rotation"] for line in read_table(path, "rotation"))
+        raise ValueError(f"--allow: no class is called {unknown[0]!r}, see {classes[0]}")
+    lines = (line for path in tables["rotation"] for line in _read_table(path, "rotation"))
     rotated = {image_id for image_id, angle in lines if angle.strip("0.")}
     rows, count = [], 0
     for path in tables["segmentation"]:
         split = next((split for split in SPLITS if split in path.name), None)
         if split is None:
             raise ValueError(f"{path}: expected {', '.join(SPLITS)} in its name: it is the images' folder")
-        for mask, image_id, label_id, *values, iou in read_table(path, "segmentation"):
+        for mask, image_id, label_id, *values, iou in _read_table(path, "segmentation"):
             count += 1
             box = _numbers(values, path)
             label = names.get(label_id, "")
@@ -149,13 +159,13 @@ def select_rows(
                 dropped["class"] += 1
             elif iou and _numbers([iou], path)[0] < cfg.min_iou:
                 dropped["predicted IoU"] += 1
-            elif (box[1] - box[0]) * (box[3] - box[2]) < cfg.min_share:  # the mask lies in its box
+            elif (box[1] - box[0]) * (box[3] - box[2]) < cfg.min_share:  # the box contains the mask
                 dropped["box too small"] += 1
             elif image_id in rotated:
                 dropped["rotated"] += 1
             else:
                 rows.append(Row(image_id, split, mask, label_id, label, box))
-    return without_flags(rows, tables["bbox"], cfg, dropped), count
+    return _without_flags(rows, tables["bbox"], cfg, dropped), count
 
 
 def _display(name: str) -> str:
@@ -170,16 +180,16 @@ def _numbers(values: Sequence[str], path: Path) -> tuple[float, ...]:
         raise ValueError(f"{path}: {', '.join(values)}: expected numbers") from None
 
 
-def without_flags(
+def _without_flags(
     rows: Sequence[Row], paths: Iterable[Path], cfg: OpenImagesConfig, dropped: Counter[str]
 ) -> list[Row]:
-    """The rows whose box has none of `drop_flags`; boxes are found by image, class and coordinates."""
+    """The rows whose box has none of `cfg.drop_flags`."""
     wanted: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         wanted.setdefault((row.image_id, row.label_id), []).append(i)
     reasons: dict[int, str] = {}
     for path in paths:
-        for image_id, label_id, *values in read_table(path, "bbox"):
+        for image_id, label_id, *values in _read_table(path, "bbox"):
             places = wanted.get((image_id, label_id), ())
             flags = zip(FLAGS, values[4:], strict=True)
             if not places or not (bad := [f for f, v in flags if v == "1" and f in cfg.drop_flags]):
@@ -193,7 +203,13 @@ def without_flags(
 
 
 def by_image(rows: Iterable[Row], seed: int, dropped: Counter[str]) -> dict[str, list[Row]]:
-    """Rows by image, images in the seed's order, in which no image depends on the others."""
+    """Group rows by image.
+
+    Args:
+        rows: objects.
+        seed: of the order of the images; an image's place depends only on its own id.
+        dropped: counts objects that are listed twice.
+    """
     masks: dict[str, dict[str, Row]] = {}
     for row in rows:
         if masks.setdefault(row.image_id, {}).setdefault(row.mask, row) is not row:

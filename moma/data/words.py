@@ -1,6 +1,6 @@
 """Word lists for cleaning captions (`moma.data.captions`) and choosing classes (`moma.data.openimages`).
 
-All in lower case. Plurals are listed where they count as attributes too ("a cat with stripes").
+Lower case. Plurals are listed if they count as attributes too ("a cat with stripes").
 """
 
 
@@ -8,9 +8,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Colours. Foods that name a colour only at times (chocolate, cherry, lemon, cream ...) are left out: before a
-# noun they mostly say what something is made of ("chocolate cake", "ice cream"). "cream colored" is caught by
-# SUFFIXES.
+# Colours. Foods that are sometimes colours (chocolate, cherry, lemon, cream ...) are left out: before a noun
+# they usually name an ingredient ("chocolate cake", "ice cream"). SUFFIXES catches "cream colored".
 COLOURS = _words(
     """red orange yellow green blue purple violet pink brown black white gray grey beige tan gold golden
     silver silvery bronze copper turquoise teal cyan magenta maroon crimson scarlet burgundy navy indigo
@@ -19,12 +18,12 @@ COLOURS = _words(
     greyish colorful colourful colored coloured multicolored multicoloured multicolor rainbow monochrome
     pastel neon"""
 )
-# Shapes, of things as a whole. "ring", "star", "heart", "circle" mostly are things, not shapes of things.
+# Shapes of whole things. "ring", "star", "heart" and "circle" usually are things, not shapes of things.
 SHAPES = _words(
     """round rounded square rectangular circular oval triangular spherical cylindrical conical cubic cubical
     hexagonal octagonal pentagonal elliptical pointed pointy curved spiral shaped"""
 )
-# Patterns, surfaces and materials: what can be seen of a texture.
+# Textures: patterns, surfaces and materials.
 TEXTURES = _words(
     """striped stripes spotted spots dot dotted dots plaid checkered chequered patterned floral paisley argyle
     camo camouflage tabby calico brindle tortoiseshell speckled mottled marbled textured tinted furry
@@ -35,19 +34,19 @@ TEXTURES = _words(
     aluminium brass chrome tin concrete straw wicker rattan bamboo rubber clay terracotta cardboard lace"""
 )
 ATTRIBUTES = COLOURS | SHAPES | TEXTURES
-# After another word they make an attribute of both: "cream colored dog", "heart shaped box".
+# They turn the word before them into an attribute: "cream colored dog", "heart shaped box".
 SUFFIXES = _words("shaped colored coloured patterned textured tinted toned hued")
-# Gone together with the attribute that they stand before: "light blue", "very shiny", "polka dot".
+# Removed together with the attribute they precede: "light blue", "very shiny", "polka dot".
 MODIFIERS = _words(
     """light lightly dark darkly bright brightly pale deep deeply vivid very mostly partly all solid multi off
     polka semi half hot royal sky navy lime forest baby brick blood rose"""
 )
-# Attributes that also name a thing when no noun follows: "an orange on a table", "a glass of water".
+# Attributes that are things if no noun follows: "an orange on a table", "a glass of water".
 NOUNS = _words(
     """orange rose violet lavender square spiral tabby calico ginger glass stone brick paper iron straw marble
     lace tin knit gold silver bronze plaid wood rainbow"""
 )
-# Names in which such a word is no attribute; a class label in the caption is kept in any case.
+# Names in which such a word is not an attribute; a class label in the caption is always kept.
 FIXED_NAMES = (
     "red panda", "brown bear", "black bear", "golden retriever", "blue jay", "blue whale", "red wine",
     "white wine", "orange juice", "orange tree", "green tea", "green beans", "green onions", "black pepper",
@@ -63,7 +62,7 @@ PREPOSITIONS = _words(
     "in of from with on at by to for near under over into onto like as through out above below behind beside"
 )
 COPULAS = _words("is are was were be being been looks appears seems turned")
-# What follows a noun, not an adjective: before one of these an attribute has no noun of its own.
+# Words that follow nouns: an attribute before one of them has no noun of its own.
 AFTER_NOUN = (
     PREPOSITIONS | COPULAS | DETERMINERS | COUNTS | JOINERS | _words(
         """but while which who where when next between among against across along around inside outside down
@@ -72,25 +71,25 @@ AFTER_NOUN = (
         eating looking holding wearing playing sleeping swimming jumping"""
     )
 )  # fmt: skip
-# What would be left hanging before a removed attribute: "is [red]", "made of [wood]", "dressed in [black]".
+# Words left hanging before a removed attribute: "is [red]", "made of [wood]", "dressed in [black]".
 HANGING = (
     PREPOSITIONS | COPULAS | DETERMINERS | COUNTS | JOINERS | _words(
         """which made built carved painted dyed dressed clad wrapped decorated printed wearing featuring all
         both mostly ones either partly entirely"""
     )
 )  # fmt: skip
-# Of these, what makes an attribute the quality of what stands before it, also where it could name a thing.
+# Of these, words that make an attribute describe what precedes them, even if it could be a thing.
 PREDICATIVE = COPULAS | _words("in of from made built carved painted dyed dressed")
-# Other adjectives: "a big, red car" loses its comma with the colour, "a dog and white cat" keeps its "and".
+# Other adjectives: "a big, red car" loses its comma too, "a dog and white cat" keeps its "and".
 ADJECTIVES = _words(
     """big small little large huge tiny tall short long old young new modern vintage antique cute beautiful
     nice fat thin soft wet dry clean dirty empty happy fancy simple"""
 )
-# Spelling does not tell a/an for these beginnings.
+# Beginnings whose spelling does not tell "a" from "an".
 VOWEL_EXCEPTIONS = ("uni", "use", "usu", "ute", "eu", "one", "once", "ukulele")  # take "a"
 SILENT_H = ("hour", "honest", "honor", "honour", "heir")  # take "an"
 
-# Other words that captions use for a class; the first one that is found becomes the class's name.
+# Other words that captions use for a class; the first one found is replaced by the class's name.
 SYNONYMS = {
     "airplane": ("aeroplane", "plane", "jet", "aircraft"),
     "aircraft": ("airplane", "plane", "jet"),
@@ -118,15 +117,15 @@ SYNONYMS = {
     "waste container": ("trash can", "garbage can", "bin"),
     "watercraft": ("boat", "ship"),
 }
-# Labels whose last word alone is another thing: "dog" in a caption is no hot dog.
+# Labels whose last word alone is another thing: a "dog" is not a hot dog.
 WHOLE_LABELS = frozenset(
     {"hot dog", "sea lion", "bell pepper", "computer mouse", "drinking straw", "ice cream"}
 )
-# Class names that end like a plural but are none.
+# Endings of singular class names that look like plurals.
 SINGULAR_S = ("ss", "us", "lens", "canvas", "christmas")
 
-# People and their parts: the paper trains on subjects other than humans, whose identity is a face's and needs
-# other data; a mask of a hand or of hair shows no subject at all.
+# People and their parts. The paper trains on other subjects: the identity of a person lies in the face and
+# needs other data, and a mask of a hand or of hair shows no subject at all.
 HUMAN_CLASSES = frozenset(
     {
         "person", "man", "woman", "boy", "girl", "human body", "human head", "human face", "human hair",
@@ -134,8 +133,8 @@ HUMAN_CLASSES = frozenset(
         "human leg", "human foot",
     }
 )  # fmt: skip
-# Garments: in these photos nearly always worn, so that their masks are cut-outs of a person. What often
-# stands by itself (boots, hats, glasses, bags, watches) is kept.
+# Garments: nearly always worn in these photos, so that their masks are cut-outs of a person. Things that
+# often appear on their own (boots, hats, glasses, bags, watches) are kept.
 WORN_CLASSES = frozenset(
     {
         "clothing", "footwear", "dress", "shirt", "jeans", "trousers", "shorts", "skirt", "miniskirt",
