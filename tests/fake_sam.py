@@ -1,4 +1,4 @@
-"""A network with SAM's interface that knows the answers, regions of one colour; and sizes for a small SAM."""
+"""A stand-in for SAM whose masks are regions of one colour, and the sizes of a small SAM."""
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,15 @@ SMALL = SAMConfig(
     width=16, layers=2, heads=2, mlp=32, global_blocks=(1,), window=2, image_size=64, out_channels=32,
     decoder_mlp=32, iou_width=16,
 )  # fmt: skip
-ALIKE = 0.2  # of normalised pixels: two colours of a test image are further apart
-# Of the four masks: the region, its left part, the region, the whole image.
+ALIKE = 0.2  # distance of normalised pixels; the colours of a test image are further apart
+# Predicted for the four masks: the region, its left part, the region, the whole image.
 IOUS = (0.9, 0.9, 0.95, 0.99)
 
 
 class FlatSAM(nn.Module):
-    """To a point it answers with all that has the colour there, to a box with the colour of its middle.
+    """Answers a point with all pixels of the colour there, and a box with those of its centre's colour.
 
-    Its logits have the size of its input. `asked` keeps how many prompts of how many points came at once.
+    The logits have the size of the input. `asked` collects the shapes of the prompts' labels.
     """
 
     def __init__(self, side: int = 128) -> None:

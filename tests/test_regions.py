@@ -1,4 +1,4 @@
-"""Regions of boolean arrays, against a flood written pixel by pixel and shapes with known answers."""
+"""Regions of boolean arrays, against a pixel-by-pixel flood fill and shapes with known answers."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def drawn(text: str) -> np.ndarray:
 
 
 def flooded(mask: np.ndarray) -> np.ndarray:
-    """The same as `components`, one pixel after the other."""
+    """`components`, one pixel at a time."""
     labels, count = np.zeros(mask.shape, int), 0
     for start in zip(*np.nonzero(mask), strict=True):
         if labels[start]:
@@ -61,9 +61,9 @@ def test_tidied_drops_specks_and_fills_small_holes():
     mask = np.zeros((60, 60), bool)
     mask[10:50, 10:50] = True
     mask[20:23, 20:23] = False  # 9 of 1591 pixels
-    mask[30:44, 30:44] = False  # 196, as the handle of a cup
+    mask[30:44, 30:44] = False  # 196, like the handle of a cup
     mask[2:4, 2:6] = True  # 8
-    mask[54:60, 0:30] = True  # 180, such as a foot behind something
+    mask[54:60, 0:30] = True  # 180, like a foot behind something
     expected = mask.copy()
     expected[20:23, 20:23] = True
     expected[2:4, 2:6] = False
@@ -90,7 +90,7 @@ def test_outline_and_middle():
     assert eroded(mask).sum() == 81 and outline(mask, 1).sum() == 121 - 81
     assert outline(mask, 2).sum() == 121 - 49 and np.array_equal(outline(mask, 9), mask)
     assert middle(mask) == (7, 9)
-    assert eroded(np.ones((5, 5), bool)).sum() == 9  # beyond the image there is nothing
+    assert eroded(np.ones((5, 5), bool)).sum() == 9  # outside the image there is nothing
     bar = np.zeros((20, 30), bool)
     bar[3, 5:12] = True
     x, y = middle(bar)

@@ -1,4 +1,4 @@
-"""A handful of generated images in the triplet format, and a tiny bundle that suits them."""
+"""A few generated triplets, and a tiny bundle that fits them."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SCENES = ("in the snow", "on the beach at sunset")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A disc of one colour on a background of another."""
+    """A disc on a background of another colour."""
 
     label: str
     centre: tuple[int, int]
@@ -31,7 +31,7 @@ class Drawing:
 
 
 def write_data(folder: Path, count: int, broken: int | None = None) -> Path:
-    """Triplets; every third has another image as its reference. broken: a number whose mask is full."""
+    """Write triplets; every third has another image as its reference. broken: the one whose mask is full."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(count):
