@@ -410,7 +410,7 @@ def _parse(argv: Sequence[str] | None) -> Request:
     add("--csv", type=Path, required=True, nargs="+", metavar="PATH", help="CSV files or folders of them")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--captions", type=Path, metavar="FILE", help='JSONL of {"image_id", "caption"}')
-    source.add_argument("--caption-bundle", type=Path, metavar="DIR", help="bundle whose LLaVA writes them")
+    source.add_argument("--caption-bundle", type=Path, metavar="DIR", help="bundle with a captioning LLaVA")
     add("--out", type=Path, required=True, help="folder for the shards; DIR-info holds everything else")
     names = {"type": _names, "default": frozenset(), "metavar": "A,B"}
     add("--allow", **names, help="use only these classes: a list, or a file with one per line")
@@ -422,16 +422,10 @@ def _parse(argv: Sequence[str] | None) -> Request:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (%(default)s)",
+        help="processes (default: all cores)",
     )
     add("--device", default="auto", metavar="NAME", help="LLaVA's device: auto, cpu, cuda, cuda:N or mps")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *DTYPES),
-        metavar="NAME",
-        help="LLaVA's dtype",
-    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="LLaVA's dtype")
     several = {"action": "append", "default": [], "type": _field, "metavar": "FIELD=VALUE"}
     add("--set", **several, help="set a field of OpenImagesConfig, e.g. per_image=2; repeatable")
     args = parser.parse_args(argv)
