@@ -1,6 +1,4 @@
-"""Scaled dot-product attention, written twice: readable (`explicit`) and fast (`fused`).
-
-Every network of this repository calls `attention`; the two forms agree (tests/test_attention.py).
+"""Scaled dot-product attention in two forms that agree: readable ("explicit") and fast ("fused").
 
 Letters: B batch, H heads, N queries, M keys, D channels per head.
 """
@@ -36,14 +34,18 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v.
 
-    q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), any float dtype; mask: bool, broadcastable to
-    (B, H, N, M), True = attend; bias: float, broadcastable likewise; `causal` = query n sees keys 0..n
-    (N == M); scale defaults to 1/√D. Returns (B, H, N, E) in q's dtype.
+    A query whose mask is False everywhere attends to all keys alike (the mean of v), as masked scores are the
+    lowest finite number rather than -inf. In float16 the fused form only comes near that mean.
 
-    A query whose mask is False everywhere attends to all keys alike (the mean of v): masked scores are
-    the lowest finite number, not -inf, so there is no NaN (in float16 the fused form is only near that mean:
-    its lowest number does not swallow the scores). impl: "fused" calls torch's SDPA, "explicit"
-    materialises the probabilities in float32.
+    Args:
+        q, k, v: (B, H, N, D), (B, H, M, D), (B, H, M, E), any float dtype.
+        mask: bool, broadcastable to (B, H, N, M); True = attend.
+        bias: float, broadcastable to (B, H, N, M).
+        causal: query n sees keys 0..n (N == M).
+        impl: "fused" calls torch's SDPA, "explicit" materialises the probabilities in float32.
+        scale: None = 1/√D.
+
+    Returns: (B, H, N, E) in q's dtype.
     """
     if impl == "explicit":
         return attention_probs(q, k, mask, bias=bias, causal=causal, scale=scale).to(v.dtype) @ v
@@ -52,7 +54,7 @@ def attention(
     if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if causal:
-        mask = causal_mask(q, k) if mask is None else mask & causal_mask(q, k)
+        mask = _causal_mask(q, k) if mask is None else mask & _causal_mask(q, k)
     if mask is not None:
         # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
         start = torch.zeros_like(mask, dtype=q.dtype) if bias is None else bias.to(q.dtype)
@@ -69,18 +71,18 @@ def attention_probs(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + bias) in float32, (B, H, N, M). Arguments as `attention`."""
+    """softmax(q kᵀ · scale + bias), float32 (B, H, N, M); the arguments of `attention`."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
     if bias is not None:
         scores = scores + bias.float()
     if causal:
-        mask = causal_mask(q, k) if mask is None else mask & causal_mask(q, k)
+        mask = _causal_mask(q, k) if mask is None else mask & _causal_mask(q, k)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
-def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
     """Query n sees keys 0..n: bool (N, M)."""
     return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

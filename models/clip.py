@@ -16,22 +16,21 @@ from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
 
-Activation = Literal["quick_gelu", "gelu"]
-QUICK_GELU = 1.702  # makes x·sigmoid(1.702 x) nearly GELU: OpenAI's weights were trained with it
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU * x), "gelu": F.gelu}
+# OpenAI's weights were trained with the approximation x·σ(1.702x), OpenCLIP's with the true GELU.
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 @dataclass(frozen=True)
 class _BlockConfig:
-    """What the text and the vision transformer have in common; defaults are ViT-L/14's text side."""
+    """Sizes of either transformer; the defaults are those of ViT-L/14's text encoder."""
 
     width: int = 768  # C
     layers: int = 12
     heads: int = 12
     mlp: int = 3072  # width of the hidden layer of each MLP
-    act: Activation = "quick_gelu"  # x·σ(1.702x), OpenAI's; OpenCLIP's weights want the true GELU
+    act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     eps: float = 1e-5  # LayerNorm
-    projection: int | None = None  # P of the joint text-image space; None = a model without the projection
+    projection: int | None = None  # P of the joint text-image space; None = without projection
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -42,11 +41,11 @@ class _BlockConfig:
 
 @dataclass(frozen=True)
 class CLIPTextConfig(_BlockConfig):
-    """Text encoder; the defaults are Stable Diffusion 1.5's (ViT-L/14 without projection)."""
+    """Text encoder; the defaults are Stable Diffusion 1.5's, ViT-L/14 without projection."""
 
     vocab: int = 49408
     positions: int = 77  # longest text, BOS and EOS included
-    end_id: int | None = None  # pooled at its first occurrence; None = at the largest id (OpenAI's own rule)
+    end_id: int | None = None  # pool at its first occurrence; None = at the largest id (OpenAI's own rule)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ VISION_PRESETS = {
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, projected into one space; the defaults are ViT-B/32's."""
+    """Both towers, projected to one width; the defaults are ViT-B/32's."""
 
     text: CLIPTextConfig = TEXT_PRESETS["b32"]
     vision: CLIPVisionConfig = VISION_PRESETS["b32"]
@@ -101,8 +100,8 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         if self.text.projection is None or self.text.projection != self.vision.projection:
             raise ValueError(
-                f"CLIP: text projected to {self.text.projection} and images to {self.vision.projection}, "
-                "expected one width for both"
+                f"CLIP projects texts to {self.text.projection} and images to {self.vision.projection}: "
+                "expected one width"
             )
 
 
@@ -200,17 +199,17 @@ class CLIPText(nn.Module):
             self.text_projection = nn.Linear(cfg.width, cfg.projection, bias=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, T) int64, T <= cfg.positions, padding included: the mask is causal, padding is not masked
-        (as in Stable Diffusion).
+        """Encode texts; the mask is causal and does not cover padding, as in Stable Diffusion.
 
-        Returns (hidden states after the final LayerNorm (B, T, C), the state at the end token, projected if
-        cfg.projection is set, (B, P or C)), in the parameters' dtype.
+        ids: (B, T) int64, T <= cfg.positions, padding included; ValueError if T is larger.
+        Returns: states after the final LayerNorm (B, T, C), and the state at the end token (B, C), or
+        (B, P) if cfg.projection is set.
         """
         if ids.shape[1] > self.cfg.positions:
             raise ValueError(f"text of {ids.shape[1]} tokens: expected at most {self.cfg.positions}")
         x = self.encoder(self.embeddings(ids), self.cfg.layers)  # (B, T, C)
         hidden = self.final_layer_norm(x)
-        # argmax of 0/1 is the first 1; of the ids, the end token, which is the last of OpenAI's vocabulary.
+        # argmax finds the first 1, or in the ids the end token, which is the last of OpenAI's vocabulary
         score = ids if self.cfg.end_id is None else (ids == self.cfg.end_id).int()  # (B, T)
         pooled = hidden[torch.arange(ids.shape[0], device=ids.device), score.argmax(dim=1)]  # (B, C)
         if self.cfg.projection is not None:
@@ -225,7 +224,7 @@ class CLIPVision(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embeddings = _VisionEmbeddings(cfg)
-        self.pre_layrnorm = nn.LayerNorm(cfg.width, cfg.eps)  # the name is misspelt in every public file
+        self.pre_layrnorm = nn.LayerNorm(cfg.width, cfg.eps)  # misspelt in every public file
         self.encoder = _Encoder(cfg, causal=False)
         self.post_layernorm = nn.LayerNorm(cfg.width, cfg.eps)
         if cfg.projection is not None:
@@ -234,8 +233,9 @@ class CLIPVision(nn.Module):
     def hidden(self, pixels: Tensor, layer: int = -1) -> Tensor:
         """Hidden states (B, 1+N, C), the class token first, before `post_layernorm`.
 
-        pixels (B, 3, S, S), normalised by `models.clip_image`. layer counts as transformers' `hidden_states`:
-        0 = before the first block, -1 = after the last, -2 = what LLaVA reads. Later blocks are not run.
+        pixels: (B, 3, S, S), normalised by `models.clip_image`; ValueError for another size.
+        layer: as in transformers' `hidden_states`, 0 = before the first block, -1 = after the last, -2 = what
+        LLaVA reads. Later blocks do not run.
         """
         size = self.cfg.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
@@ -247,16 +247,13 @@ class CLIPVision(nn.Module):
         return self.encoder(x, count)  # (B, 1+N, C)
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """The class token of the last layer's hidden states (B, 1+N, C), normalised: (B, C).
-
-        It is the target of Eq. 4 (with ViT-L/14: 1024 wide), and what `visual_projection` projects.
-        """
+        """Normalised class token (B, C) of the last layer's states (B, 1+N, C): the target of Eq. 4."""
         return self.post_layernorm(hidden[:, 0])  # (B, C)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, S, S) -> (hidden states of the last layer (B, 1+N, C), embedding (B, P)).
+        """pixels (B, 3, S, S) -> states of the last layer (B, 1+N, C), and the embedding (B, P).
 
-        Without cfg.projection the embedding is the pooled feature (B, C).
+        Without cfg.projection the embedding is the normalised class token (B, C).
         """
         hidden = self.hidden(pixels)  # (B, 1+N, C)
         pooled = self.pool(hidden)  # (B, C)
@@ -266,7 +263,7 @@ class CLIPVision(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Texts and images in one space (transformers' CLIPModel; the projections are inside the towers)."""
+    """Both towers (transformers' CLIPModel); the projections belong to the towers."""
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
@@ -275,9 +272,9 @@ class CLIP(nn.Module):
         self.vision_model = CLIPVision(cfg.vision)
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 as `CLIPText` takes them -> (B, P), of any length."""
+        """ids (B, T) int64, see `CLIPText.forward` -> (B, P), not normalised."""
         return self.text_model(ids)[1]
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S), normalised by `models.clip_image` -> (B, P), of any length."""
+        """pixels (B, 3, S, S), see `CLIPVision.hidden` -> (B, P), not normalised."""
         return self.vision_model(pixels)[1]

@@ -1,4 +1,4 @@
-"""DINO's vision transformers (Caron et al., arXiv 2104.14294), whose class token compares subjects.
+"""DINO's vision transformers (Caron et al., arXiv 2104.14294); their class token measures subject fidelity.
 
 Parameter names are those of the official backbone files (facebookresearch/dino, dino_deitsmall16_pretrain.pth
 and dino_vitbase16_pretrain.pth).
@@ -25,7 +25,7 @@ class DINOConfig:
     mlp: int = 1536  # width of the hidden layer of each MLP
     image_size: int = 224  # S, pixels
     patch: int = 16  # pixels
-    eps: float = 1e-6  # LayerNorm; transformers' conversion says 1e-12, the training code has this
+    eps: float = 1e-6  # LayerNorm, as in the training code; transformers' conversion has 1e-12
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -76,7 +76,7 @@ class _MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # (B, 1+N, C)
 
 
-class DINOBlock(nn.Module):
+class _Block(nn.Module):
     """One pre-norm transformer block, (B, 1+N, C) -> (B, 1+N, C)."""
 
     def __init__(self, cfg: DINOConfig) -> None:
@@ -100,12 +100,14 @@ class DINO(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.patches, cfg.width))
         self.patch_embed = _PatchEmbed(cfg)
-        self.blocks = nn.ModuleList(DINOBlock(cfg) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(_Block(cfg) for _ in range(cfg.layers))
         self.norm = nn.LayerNorm(cfg.width, cfg.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S), normalised by `models.dino_image` -> the class token after the last norm
-        (B, C), in the parameters' dtype. ValueError for images of another size."""
+        """Class token after the last norm, (B, C).
+
+        pixels: (B, 3, S, S), normalised by `models.dino_image`; ValueError for another size.
+        """
         size = self.cfg.image_size
         if tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"DINO image of shape {tuple(pixels.shape)}: expected (B, 3, {size}, {size})")

@@ -49,10 +49,10 @@ class LlamaConfig:
     mlp: int = 11008  # hidden width of the SwiGLU
     eps: float = 1e-5  # RMSNorm
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    positions: int = 4096  # longest sequence of the training; rotary angles beyond it are untrained
+    positions: int = 4096  # longest sequence in training
     eos: int = 2  # token that ends a generated text
-    lm_head: bool = True  # only `generate` needs it; MoMA reads hidden states
-    gradient_checkpointing: bool = False  # recompute each block in the backward to save memory
+    lm_head: bool = True  # only `generate` needs it
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass to save memory
     # How files store the blocks' matrices, None = as plain weights. The loader swaps the layers, not `Llama`.
     # Rounding the rest (embedding, norms, lm_head, LLaVA's projector and tower) would save little.
     quant: QuantConfig | None = None
@@ -78,25 +78,22 @@ PRESETS = {"7b": LlamaConfig()}
 
 
 def rope_at(positions: Tensor, cfg: LlamaConfig) -> Rope:
-    """cos and sin of the rotary angles at `positions` (B or 1, T) int64: each (B or 1, 1, T, D) float32."""
+    """Cosines and sines of the rotary angles at `positions` (B or 1, T) int64."""
     exponent = torch.arange(0, cfg.head_dim, 2, device=positions.device).float() / cfg.head_dim  # (D/2,)
     angles = positions[..., None].float() * (1 / cfg.rope_theta**exponent)  # (B, T, D/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, D)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn channel pairs (d, d + D/2) of x (B, H, T, D) by their position's angles.
-
-    It is the layout of transformers' LLaMA files (Meta's own files pair neighbours).
-    """
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate channel pairs (d, d + D/2) of x (B, H, T, D), as transformers' files pair them."""
     cos, sin = (a.to(x.dtype) for a in rope)
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, the mean square in float32."""
+    """x / rms(x) · weight over the last axis; the mean square is float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -121,8 +118,8 @@ class _SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, past: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        q = rotate(split_heads(self.q_proj(x), self.heads), rope)  # (B, T, C) -> (B, H, T, D)
-        k = rotate(split_heads(self.k_proj(x), self.groups), rope)  # (B, G, T, D)
+        q = _rotate(split_heads(self.q_proj(x), self.heads), rope)  # (B, T, C) -> (B, H, T, D)
+        k = _rotate(split_heads(self.k_proj(x), self.groups), rope)  # (B, G, T, D)
         v = split_heads(self.v_proj(x), self.groups)  # (B, G, T, D)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, G, M+T, D)
@@ -144,7 +141,7 @@ class _MLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """One block as a function of its input: whoever calls it may hold a single block's weights at a time."""
+    """One pre-norm transformer block, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
@@ -154,15 +151,21 @@ class LlamaBlock(nn.Module):
         self.mlp = _MLP(cfg)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). mask: bool, broadcast to (B, H, T, T), True = attend; None = causal."""
+        """x (B, T, C) -> (B, T, C); mask: bool, broadcastable to (B, H, T, T); None = causal."""
         return self.step(x, rope, mask)[0]
 
     def step(
         self, x: Tensor, rope: Rope, mask: Tensor | None = None, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
-        """As forward, after the M keys and values of `past` (mask then covers M+T keys and is not None).
+        """As `forward`, and also attend to cached keys and values.
 
-        Returns (x (B, T, C), keys and values including past's (B, G, M+T, D)).
+        Args:
+            x: (B, T, C).
+            rope: angles of the T positions.
+            mask: bool, broadcastable to (B, H, T, M+T); None = causal, without `past` only.
+            past: M cached keys and values.
+
+        Returns: (B, T, C), and keys and values including past's.
         """
         out, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + out
@@ -170,7 +173,7 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model over input embeddings (images are spliced in before)."""
+    """The language model over input embeddings, into which LLaVA splices images."""
 
     def __init__(self, cfg: LlamaConfig) -> None:
         super().__init__()
@@ -182,11 +185,11 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(self, embeds: Tensor, layers: int | None = None) -> Tensor:
-        """embeds (B, T, C), rows right-padded -> hidden states after the final RMSNorm (B, T, C).
+        """Hidden states after the final RMSNorm, (B, T, C).
 
-        Attention is causal, so that valid positions never see the padding at their right; states at padding
-        positions have no meaning. layers: use only the first blocks; None = all. ValueError if T or layers is
-        out of range.
+        embeds: (B, T, C), right-padded. Attention is causal, so that valid positions never see the padding,
+        whose own states have no meaning.
+        layers: number of blocks to run; None = all. ValueError if it or T is out of range.
         """
         rope, count = self.rope(embeds), self.depth(layers)
         x = embeds
@@ -198,11 +201,11 @@ class Llama(nn.Module):
         return self.norm(x)  # (B, T, C)
 
     def each(self, embeds: Sequence[Tensor], layers: int | None = None) -> list[Tensor]:
-        """`forward` of each by itself: the others do not matter, not even in the rounding."""
+        """`forward` of each on its own, so that the others do not change even the rounding."""
         return [self(x, layers) for x in embeds]
 
     def depth(self, layers: int | None) -> int:
-        """How many blocks `layers` means; ValueError if there are not as many."""
+        """Number of blocks to run, see `forward`."""
         count = self.cfg.layers if layers is None else layers
         if not 1 <= count <= self.cfg.layers:
             raise ValueError(f"LLaMA layers {layers}: expected 1..{self.cfg.layers}")
@@ -214,7 +217,7 @@ class Llama(nn.Module):
         return rope_at(torch.arange(embeds.shape[1], device=embeds.device)[None], self.cfg)  # (1, 1, T, D)
 
     def generate(self, embeds: Tensor, lengths: Tensor, max_new: int) -> list[list[int]]:
-        """Continue each row with its likeliest tokens; the other rows do not matter.
+        """Continue each row with its likeliest tokens, independently of the other rows.
 
         Args:
             embeds: prompts (B, T, C), right-padded.

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): LLaMA reads CLIP's patch features in an image token's place.
+"""LLaVA-1.5 (Liu et al., arXiv 2310.03744): LLaMA reads CLIP's patch features in place of an image token.
 
 Parameter names: `tower.*` as in models/clip.py, `llama.*` as in models/llama.py, `projector.*` as the
 original files' `model.mm_projector.*`.
@@ -29,7 +29,7 @@ class LlavaConfig:
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # LLaVA-1 has one linear layer, LLaVA-1.5 two
-    tower_layer: int = -2  # hidden state read from the tower; the last is too specialised to CLIP's own loss
+    tower_layer: int = -2  # hidden state read from the tower
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
@@ -52,7 +52,13 @@ class Llava(nn.Module):
     def forward(
         self, pixels: Tensor, ids: Sequence[Tensor], extra: Tensor | None = None, layers: int | None = None
     ) -> Tensor:
-        """pixels (B, 3, S, S), ids and extra as `splice`, layers as `Llama` -> `last_hidden` (B, C)."""
+        """Last hidden state (B, C) of each prompt.
+
+        Args:
+            pixels: (B, 3, S, S), normalised by `models.clip_image`.
+            ids, extra: see `splice`.
+            layers: number of LLaMA's blocks to run; None = all.
+        """
         embeds, lengths = self.splice(ids, self.encode_images(pixels), extra)
         return self.last_hidden(embeds, lengths, layers)
 
@@ -62,17 +68,20 @@ class Llava(nn.Module):
         return self.projector(patches)  # (B, N, C)
 
     def encode_each(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """`encode_images` of each (B, 3, S, S) by itself."""
+        """`encode_images` of each (B, 3, S, S) on its own."""
         return [self.encode_images(x) for x in pixels]
 
     def splice(
         self, ids: Sequence[Tensor], image_features: Tensor, extra: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Embed each prompt with its image in the place of IMAGE_TOKEN.
+        """Embed each prompt with its image in place of IMAGE_TOKEN.
 
-        ids: B int64 vectors, each with IMAGE_TOKEN once; image_features (B, N, C); extra (B, 1, C): an
-        embedding appended to each row (a learnable token). Returns (embeddings (B, T, C), right-padded with
-        zeros, lengths (B,) int64). ValueError unless a row holds the image token exactly once.
+        Args:
+            ids: B int64 vectors; ValueError unless each holds IMAGE_TOKEN exactly once.
+            image_features: (B, N, C) of `encode_images`.
+            extra: (B, 1, C) appended to each row, such as a learnable token.
+
+        Returns: embeddings (B, T, C), right-padded with zeros, and lengths (B,) int64.
         """
         rows = []
         for i, row in enumerate(ids):
@@ -88,13 +97,18 @@ class Llava(nn.Module):
         return pad_sequence(rows, batch_first=True), lengths  # (B, T, C), (B,)
 
     def last_hidden(self, embeds: Tensor, lengths: Tensor, layers: int | None = None) -> Tensor:
-        """State after the final RMSNorm at each row's last valid position, (B, C), of `splice`'s result."""
+        """State after the final RMSNorm at each row's last valid position, (B, C).
+
+        Args:
+            embeds, lengths: see `splice`.
+            layers: number of LLaMA's blocks to run; None = all.
+        """
         return self.last_hidden_each([(embeds, lengths)], layers)[0]
 
     def last_hidden_each(
         self, rows: Sequence[tuple[Tensor, Tensor]], layers: int | None = None
     ) -> list[Tensor]:
-        """`last_hidden` of each (embeds, lengths) by itself."""
+        """`last_hidden` of each (embeds, lengths) on its own."""
         states = self.llama.each([embeds for embeds, _ in rows], layers)  # (B, T, C) each
         return [
             hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # (B, C)

@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a trained update of rank r. It starts as the layer itself: B is zero."""
+    """A linear layer with a trained update of rank r, which starts at zero."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
-        """base: kept as it is and frozen; alpha: α, size of the update whatever the rank."""
+        """Freeze `base` and add the update.
+
+        Args:
+            base: the layer to adapt.
+            rank: r.
+            alpha: α, which scales the update by α/r.
+            generator: draws A, on the CPU.
+        """
         super().__init__()
         self.base, self.scaling = base.requires_grad_(False), alpha / rank
         bound = 1 / math.sqrt(base.in_features)
@@ -21,16 +28,25 @@ class LoRALinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # B (out, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scaling
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scaling  # (..., out)
 
     def merged(self) -> Tensor:
-        """The weight of the one linear layer that computes the same, in the base's dtype."""
+        """Weight of the single linear layer that computes the same, in the base's dtype."""
         weight = self.base.weight
         return (weight.float() + self.scaling * self.up @ self.down).to(weight.dtype)  # (out, in)
 
 
 def add_lora(model: nn.Module, pattern: str, rank: int, alpha: float, seed: int) -> dict[str, LoRALinear]:
-    """Put a LoRALinear in the place of every linear layer whose whole name fits `pattern`; name -> module."""
+    """Replace linear layers by LoRALinear, in place.
+
+    Args:
+        model: network to adapt.
+        pattern: regular expression for the whole name of a layer.
+        rank, alpha: see `LoRALinear`.
+        seed: of the updates' initial values.
+
+    Returns: name -> new layer.
+    """
     generator, added = torch.Generator().manual_seed(seed), {}
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:
@@ -42,7 +58,7 @@ def add_lora(model: nn.Module, pattern: str, rank: int, alpha: float, seed: int)
 
 
 def merged_tensors(model: nn.Module, added: dict[str, LoRALinear]) -> dict[str, Tensor]:
-    """The parameters of the model under the names it had before `add_lora`, updates merged in."""
+    """Parameters of the model under their names from before `add_lora`, with the updates merged in."""
     inside = tuple(f"{name}." for name in added)
     plain = {name: p for name, p in model.named_parameters() if not name.startswith(inside)}
     for name, layer in added.items():

@@ -18,28 +18,27 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
-from models.sam_config import KINDS, MASK_SCALE, MASKS, MLP_LAYERS, UPSCALING, SAMConfig
+from models.sam_config import MASK_SCALE, MASKS, MLP_LAYERS, POINT_LABELS, UPSCALING, SAMConfig
 
-FOREGROUND, BACKGROUND, BOX_START, BOX_END = 1, 0, 2, 3  # labels of points; a box is two of them
-NOT_A_POINT = -1  # a token of its own that takes the place of the box where a prompt has none
-IGNORED = -10  # fills up prompts of fewer points than others of the batch; takes no part at all
-DECODER_EPS = 1e-5  # of the decoder's LayerNorms; transformers has 1e-6, which SAM was not trained with
+FOREGROUND, BACKGROUND, BOX_START, BOX_END = 1, 0, 2, 3  # labels of points; a box is two points
+NOT_A_POINT = -1  # the token that replaces the box in a prompt without one
+IGNORED = -10  # pads prompts with fewer points than others in the batch; masked out
+DECODER_EPS = 1e-5  # of the decoder's LayerNorms in training; transformers has 1e-6
 
 
 class Prompts(NamedTuple):
-    """What to segment, P prompts for each of B images.
+    """P prompts for each of B images.
 
-    points: (B, P, N, 2) float, x and y in pixels of the S x S input; labels: (B, P, N) int64, the constants
-    above. A box is two points, its upper left and lower right corners. Prompts without a box get the official
-    NOT_A_POINT token from `decode`; prompts of unequal numbers of points are filled up with IGNORED.
+    A box is two points, its upper left and lower right corners. `decode` adds the official NOT_A_POINT token
+    to prompts without a box. IGNORED pads prompts to the same number of points.
     """
 
-    points: Tensor
-    labels: Tensor
+    points: Tensor  # (B, P, N, 2) float, x and y in pixels of the S x S input
+    labels: Tensor  # (B, P, N) int64, the constants above
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Over the channels of (B, C, h, w)."""
+    """LayerNorm over the channels of (B, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -60,37 +59,45 @@ class _MLP(nn.Module):
 
 
 def to_windows(x: Tensor, side: int) -> Tensor:
-    """(B, h, w, C) -> (B*windows, side, side, C), zeros at the right and bottom filling up the last ones."""
+    """(B, h, w, C) -> (B*windows, side, side, C), padded with zeros at the right and bottom."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % side, 0, -x.shape[1] % side))
     return rearrange(x, "b (rows i) (columns j) c -> (b rows columns) i j c", i=side, j=side)
 
 
 def from_windows(x: Tensor, h: int, w: int) -> Tensor:
-    """(B*windows, side, side, C) -> (B, h, w, C), the filling cut off."""
+    """(B*windows, side, side, C) -> (B, h, w, C), without the padding."""
     rows, columns = math.ceil(h / x.shape[1]), math.ceil(w / x.shape[2])
     x = rearrange(x, "(b rows columns) i j c -> b (rows i) (columns j) c", rows=rows, columns=columns)
     return x[:, :h, :w]
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of a table (2L-1, D), one for each distance -L+1..L-1, by query and key: (size, size, D).
+    """Look up a table (2L-1, D) of distances -L+1..L-1 for every query and key: (size, size, D).
 
-    Where size is not L, the table is stretched or shrunk linearly.
+    Where size is not L, the table is resampled linearly.
     """
     length = 2 * size - 1
     if table.shape[0] != length:
         table = F.interpolate(table.T[None], length, mode="linear")[0].T  # (2*size-1, D)
-    places = torch.arange(size, device=table.device)
-    return table[places[:, None] - places[None, :] + size - 1]
+    index = torch.arange(size, device=table.device)
+    return table[index[:, None] - index[None, :] + size - 1]  # (size, size, D)
 
 
 def relative_bias(q: Tensor, table_h: Tensor, table_w: Tensor, h: int, w: int) -> Tensor:
-    """q · (vertical + horizontal relative position of each key): q (B, H, h*w, D) -> (B, H, h*w, h*w)."""
+    """q · (vertical + horizontal relative position of each key).
+
+    Args:
+        q: (B, H, h*w, D).
+        table_h, table_w: see `relative_positions`.
+        h, w: grid of the tokens.
+
+    Returns: (B, H, h*w, h*w).
+    """
     q = q.unflatten(2, (h, w))  # (B, H, h, w, D)
     vertical = torch.einsum("bnhwd,hkd->bnhwk", q, relative_positions(table_h, h))
     horizontal = torch.einsum("bnhwd,wkd->bnhwk", q, relative_positions(table_w, w))
     bias = vertical[..., :, None] + horizontal[..., None, :]  # (B, H, h, w, h, w)
-    return bias.flatten(4).flatten(2, 3)
+    return bias.flatten(4).flatten(2, 3)  # (B, H, h*w, h*w)
 
 
 class _EncoderAttention(nn.Module):
@@ -111,7 +118,7 @@ class _EncoderAttention(nn.Module):
 
 
 class _EncoderBlock(nn.Module):
-    """(B, h, w, C) -> the same; window: side of its windows, 0 = the whole image."""
+    """(B, h, w, C) -> (B, h, w, C); window: side of its windows in patches, 0 = global attention."""
 
     def __init__(self, cfg: SAMConfig, window: int) -> None:
         super().__init__()
@@ -164,7 +171,7 @@ class _ImageEncoder(nn.Module):
         return self.neck(x.movedim(-1, 1))  # (B, C, h, w)
 
     def _positions(self, grid: int) -> Tensor:
-        """(1, grid, grid, width), resampled where the image has another size than cfg.image_size."""
+        """(1, grid, grid, width), resampled for images of another size than cfg.image_size."""
         if grid == self.pos_embed.shape[1]:
             return self.pos_embed
         x = F.interpolate(self.pos_embed.movedim(-1, 1), (grid, grid), mode="bicubic", align_corners=False)
@@ -175,14 +182,14 @@ class _ImageEncoder(nn.Module):
 
 
 class _PositionEncoding(nn.Module):
-    """Sine and cosine of random frequencies (Tancik et al., arXiv 2006.10739), fixed when SAM is made."""
+    """Random Fourier features (Tancik et al., arXiv 2006.10739), with frequencies fixed in training."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, channels // 2))
 
     def forward(self, xy: Tensor) -> Tensor:
-        """xy (..., 2) in [0, 1] of the input -> (..., C), float32."""
+        """xy (..., 2), fractions of the input in [0, 1] -> (..., C), float32."""
         angles = 2 * math.pi * (2 * xy.float() - 1) @ self.positional_encoding_gaussian_matrix.float()
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -192,7 +199,7 @@ class _PromptEncoder(nn.Module):
         super().__init__()
         channels, narrow, wide = cfg.out_channels, cfg.mask_channels // MASK_SCALE, cfg.mask_channels
         self.pe_layer = _PositionEncoding(channels)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, channels) for _ in range(KINDS))
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, channels) for _ in range(POINT_LABELS))
         self.not_a_point_embed = nn.Embedding(1, channels)
         self.mask_downscaling = nn.Sequential(
             nn.Conv2d(1, narrow, 2, 2),
@@ -206,19 +213,19 @@ class _PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, channels)
 
     def points(self, prompts: Prompts, side: int) -> tuple[Tensor, Tensor]:
-        """(tokens (B, P, N+1, C), which of them take part: bool (B, P, N+1)); side: S."""
+        """Tokens (B, P, N+1, C) and their mask, bool (B, P, N+1); side: S."""
         points, labels = prompts
         no_box = (labels != BOX_START).all(dim=-1, keepdim=True)  # (B, P, 1)
         labels = torch.cat([labels, torch.where(no_box, NOT_A_POINT, IGNORED)], dim=-1)  # (B, P, N+1)
         points = F.pad(points, (0, 0, 0, 1))  # (B, P, N+1, 2)
-        kinds = [embedding.weight for embedding in (*self.point_embeddings, self.not_a_point_embed)]
-        kind = torch.where(labels < 0, KINDS, labels)
-        places = self.pe_layer((points + 0.5) / side)  # (B, P, N+1, C); of a pixel its middle counts
-        places = torch.where(labels[..., None] < 0, 0, places).to(kinds[0].dtype)
-        return places + F.embedding(kind, torch.cat(kinds)), labels != IGNORED
+        weights = [embedding.weight for embedding in (*self.point_embeddings, self.not_a_point_embed)]
+        index = torch.where(labels < 0, POINT_LABELS, labels)  # (B, P, N+1)
+        positions = self.pe_layer((points + 0.5) / side)  # (B, P, N+1, C) of pixel centres
+        positions = torch.where(labels[..., None] < 0, 0, positions).to(weights[0].dtype)
+        return positions + F.embedding(index, torch.cat(weights)), labels != IGNORED
 
     def masks(self, masks: Tensor | None) -> Tensor:
-        """Logits (B, P, 4h, 4w) -> (B, P, C, h, w); without any (1, 1, C, 1, 1) for all places."""
+        """Logits (B, P, 4h, 4w) -> (B, P, C, h, w); None -> (1, 1, C, 1, 1)."""
         if masks is None:
             return self.no_mask_embed.weight[None, :, :, None, None]
         x = masks.to(self.no_mask_embed.weight.dtype).flatten(0, 1)[:, None]  # (B*P, 1, 4h, 4w)
@@ -245,23 +252,22 @@ class _DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(cfg.out_channels, inner)
         self.out_proj = nn.Linear(inner, cfg.out_channels)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, known: Tensor | None = None) -> Tensor:
-        """q (B, P, N, C), k and v (B, P, M, C), known: keys to attend to, bool (B, P, M) -> (B, P, N, C).
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """q (B, P, N, C), k and v (B, P, M, C), key_mask: bool (B, P, M) -> (B, P, N, C).
 
-        An image's features come with P = 1 as long as they are the same for all its prompts, to be projected
-        once.
+        Image features that all prompts share have P = 1, so that they are projected once.
         """
         prompts = max(q.shape[1], k.shape[1])
         projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         flat = (x.expand(-1, prompts, -1, -1).flatten(0, 1) for x in projected)  # (B*P, N or M, inner)
         q, k, v = (split_heads(x, self.heads) for x in flat)  # (B*P, H, N or M, D)
-        mask = None if known is None else known.flatten(0, 1)[:, None, None]  # (B*P, 1, 1, M)
+        mask = None if key_mask is None else key_mask.flatten(0, 1)[:, None, None]  # (B*P, 1, 1, M)
         x = merge_heads(attention(q, k, v, mask))  # (B*P, N, inner)
         return self.out_proj(x).unflatten(0, (-1, prompts))
 
 
 class _TwoWayBlock(nn.Module):
-    """Tokens look at each other and at the image, then the image looks at the tokens."""
+    """Tokens attend to each other and to the image, then the image attends to the tokens."""
 
     def __init__(self, cfg: SAMConfig, first: bool) -> None:
         super().__init__()
@@ -276,17 +282,24 @@ class _TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = _DecoderAttention(cfg, cfg.downsample)
 
     def forward(
-        self, x: Tensor, image: Tensor, start: Tensor, places: Tensor, known: Tensor
+        self, x: Tensor, image: Tensor, start: Tensor, positions: Tensor, key_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x, start: tokens now and at first (B, P, T, C); image (B, P or 1, h*w, C); places: its encoding."""
-        if self.first:  # x is `start` itself
-            x = self.self_attn(x, x, x, known)
+        """One round of attention.
+
+        Args:
+            x, start: tokens of this block and of the first one (B, P, T, C).
+            image: features (B, P or 1, h*w, C).
+            positions: position encoding of the features (1, 1, h*w, C).
+            key_mask: valid tokens, bool (B, P, T).
+        """
+        if self.first:  # x is start
+            x = self.self_attn(x, x, x, key_mask)
         else:
-            x = x + self.self_attn(x + start, x + start, x, known)
+            x = x + self.self_attn(x + start, x + start, x, key_mask)
         x = self.norm1(x)
-        x = self.norm2(x + self.cross_attn_token_to_image(x + start, image + places, image))
+        x = self.norm2(x + self.cross_attn_token_to_image(x + start, image + positions, image))
         x = self.norm3(x + self.mlp(x))
-        image = self.norm4(image + self.cross_attn_image_to_token(image + places, x + start, x, known))
+        image = self.norm4(image + self.cross_attn_image_to_token(image + positions, x + start, x, key_mask))
         return x, image  # (B, P, T, C), (B, P, h*w, C)
 
 
@@ -297,11 +310,13 @@ class _TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = _DecoderAttention(cfg, cfg.downsample)
         self.norm_final_attn = nn.LayerNorm(cfg.out_channels, DECODER_EPS)
 
-    def forward(self, tokens: Tensor, image: Tensor, places: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, positions: Tensor, key_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x = tokens
         for layer in self.layers:
-            x, image = layer(x, image, tokens, places, known)
-        x = x + self.final_attn_token_to_image(x + tokens, image + places, image)
+            x, image = layer(x, image, tokens, positions, key_mask)
+        x = x + self.final_attn_token_to_image(x + tokens, image + positions, image)
         return self.norm_final_attn(x), image
 
 
@@ -335,14 +350,23 @@ class _MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(_Head(channels, channels, fine) for _ in range(MASKS))
         self.iou_prediction_head = _Head(channels, cfg.iou_width, MASKS)
 
-    def forward(self, image: Tensor, places: Tensor, tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, P or 1, C, h, w), places (1, 1, h*w, C), tokens (B, P, N+1, C), known (B, P, N+1)."""
+    def forward(
+        self, image: Tensor, positions: Tensor, tokens: Tensor, key_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Masks and predicted IoU of `SAM.decode`.
+
+        Args:
+            image: features (B, P or 1, C, h, w).
+            positions: their position encoding (1, 1, h*w, C).
+            tokens: prompts (B, P, N+1, C).
+            key_mask: valid tokens, bool (B, P, N+1).
+        """
         h, batch = image.shape[-2], tokens.shape[:2]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1+MASKS, C)
         tokens = torch.cat([own.expand(*batch, -1, -1), tokens], dim=2)  # (B, P, T, C)
-        known = torch.cat([known.new_ones(*batch, len(own)), known], dim=2)  # (B, P, T)
+        key_mask = torch.cat([key_mask.new_ones(*batch, len(own)), key_mask], dim=2)  # (B, P, T)
         image = rearrange(image, "b p c h w -> b p (h w) c")
-        x, image = self.transformer(tokens, image, places, known)
+        x, image = self.transformer(tokens, image, positions, key_mask)
         image = rearrange(image, "b p (h w) c -> (b p) c h w", h=h)
         fine = self.output_upscaling(image).unflatten(0, batch)  # (B, P, C/8, 4h, 4w)
         weights = [head(x[:, :, 1 + i]) for i, head in enumerate(self.output_hypernetworks_mlps)]
@@ -351,7 +375,7 @@ class _MaskDecoder(nn.Module):
 
 
 class SAM(nn.Module):
-    """Images are encoded once, prompts decoded in batches of any size: `encode`, then `decode`."""
+    """`encode` each image once, then `decode` prompts in batches of any size."""
 
     def __init__(self, cfg: SAMConfig) -> None:
         super().__init__()
@@ -361,9 +385,10 @@ class SAM(nn.Module):
         self.mask_decoder = _MaskDecoder(cfg)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) from `models.sam_image.preprocess`, in the parameters' dtype -> (B, C, h, w).
+        """Features (B, C, h, w) of images.
 
-        S is cfg.image_size, or another multiple of cfg.patch at some loss: positions are then resampled.
+        pixels: (B, 3, S, S) of `models.sam_image.preprocess`, in the parameters' dtype. S is cfg.image_size, or
+        another multiple of cfg.patch at some loss of accuracy, as positions are then resampled.
         """
         side, patch = pixels.shape[-1], self.cfg.patch
         if pixels.dim() != 4 or tuple(pixels.shape[1:3]) != (3, side) or side % patch:
@@ -375,12 +400,15 @@ class SAM(nn.Module):
     def decode(
         self, features: Tensor, prompts: Prompts, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Masks for every prompt; a prompt's result does not depend on the others it is decoded with.
+        """Masks for every prompt, independently of the other prompts. Memory grows with B * P.
 
-        features (B, C, h, w) of `encode`; prompts: `Prompts`, N >= 1; masks: logits of an earlier result to
-        refine, (B, P, 4h, 4w), or None. Returns (logits (B, P, 4, 4h, 4w), positive = inside; predicted IoU
-        (B, P, 4)), float32. Of the four, number 0 is the one mask of an unambiguous prompt; 1..3 are what an
-        ambiguous one, such as a single point, may mean (part, whole). Memory grows with B * P.
+        Args:
+            features: (B, C, h, w) of `encode`.
+            prompts: N >= 1 points each.
+            masks: logits of an earlier result to refine, (B, P, 4h, 4w), or None.
+
+        Returns: logits (B, P, 4, 4h, 4w), positive = inside, and predicted IoU (B, P, 4), float32. Mask 0 is for
+        an unambiguous prompt; 1..3 are what an ambiguous one, such as a single point, may mean (part, whole).
         """
         batch, _, h, w = features.shape
         points, labels = prompts
@@ -396,6 +424,6 @@ class SAM(nn.Module):
         if masks is not None and tuple(masks.shape) != (*labels.shape[:2], MASK_SCALE * h, MASK_SCALE * w):
             expected = (*labels.shape[:2], MASK_SCALE * h, MASK_SCALE * w)
             raise ValueError(f"SAM masks {tuple(masks.shape)}: expected {expected}")
-        tokens, known = self.prompt_encoder.points(prompts, w * self.cfg.patch)
+        tokens, key_mask = self.prompt_encoder.points(prompts, w * self.cfg.patch)
         image = features[:, None] + self.prompt_encoder.masks(masks)  # (B, P or 1, C, h, w)
-        return self.mask_decoder(image, self.prompt_encoder.grid(h, w), tokens, known)
+        return self.mask_decoder(image, self.prompt_encoder.grid(h, w), tokens, key_mask)

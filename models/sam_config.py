@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-KINDS = 4  # of points with a place
-MASKS = 4  # outputs per prompt: one for the unambiguous prompt, three for the ambiguous
-MLP_LAYERS = 3  # of the heads for masks and IoU
-MASK_SCALE = 4  # masks have 4h x 4w cells, h x w being the grid of patches
-UPSCALING = (4, 8)  # by how much each of the two steps to 4h x 4w divides the channels
+POINT_LABELS = 4  # kinds of points with a position
+MASKS = 4  # outputs per prompt: one for an unambiguous prompt, three for an ambiguous one
+MLP_LAYERS = 3  # in the heads for masks and IoU
+MASK_SCALE = 4  # masks have 4h x 4w cells for a grid of h x w patches
+UPSCALING = (4, 8)  # divisors of the channels after each of the two steps to 4h x 4w
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class SAMConfig:
     layers: int = 12
     heads: int = 12
     mlp: int = 3072  # width of the hidden layer of each MLP
-    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # attend to the whole image, the others within windows
-    window: int = 14  # side in patches
+    global_blocks: tuple[int, ...] = (2, 5, 8, 11)  # attend globally, the others within windows
+    window: int = 14  # side, patches
     image_size: int = 1024  # S, pixels
     patch: int = 16  # pixels
-    eps: float = 1e-6  # LayerNorm, but for those of the decoder's transformer
+    eps: float = 1e-6  # LayerNorm, except in the decoder's transformer
     out_channels: int = 256  # C of the features, the prompts and the decoder
-    mask_channels: int = 16  # widest hidden layer for masks given as prompts
+    mask_channels: int = 16  # widest hidden layer of the mask prompts
     decoder_layers: int = 2
     decoder_heads: int = 8
     decoder_mlp: int = 2048
-    downsample: int = 2  # the decoder attends between tokens and image in C / downsample channels
-    iou_width: int = 256  # hidden layers of the head that predicts the IoU
+    downsample: int = 2  # attention between tokens and image has C / downsample channels
+    iou_width: int = 256  # hidden width of the head that predicts the IoU
 
     def __post_init__(self) -> None:
         for name, value, divisor in (
@@ -45,7 +45,7 @@ class SAMConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side, h = w."""
+        """Patches per side, h = w."""
         return self.image_size // self.patch
 
 

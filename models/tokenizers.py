@@ -1,4 +1,4 @@
-"""Text -> token ids, for CLIP (byte-level BPE) and LLaMA (sentencepiece), from the public files of each."""
+"""Text -> token ids, for CLIP (byte-level BPE) and LLaMA (sentencepiece), from their public files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-IMAGE_TOKEN = -200  # LLaVA's place holder in the ids; never looked up
-IMAGE_TEXT = "<image>"  # the same in the text
+IMAGE_TOKEN = -200  # LLaVA's placeholder in the ids; never embedded
+IMAGE_TEXT = "<image>"  # its placeholder in the text
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's words: English clitics, runs of letters, single digits, runs of anything else.
+# CLIP's words: English clitics, runs of letters, single digits, runs of anything else
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Span = tuple[int, int]
@@ -36,12 +36,17 @@ class Encoding:
 class ClipTokenizer:
     """CLIP's tokenizer, equal to transformers' CLIPTokenizer: NFC, lower case, white space only separates.
 
-    Text is padded with the end token, as for OpenAI's CLIP and Stable Diffusion 1.
+    END pads short texts, as in OpenAI's CLIP and Stable Diffusion 1.
     """
 
     def __init__(self, vocab: str | Path, merges: str | Path, length: int = 77) -> None:
-        """vocab: vocab.json, merges: merges.txt; length: ids per text, BEGIN and END included (the text
-        encoder's `positions`). ValueError if a file cannot be read or lacks BEGIN or END."""
+        """Read the files; ValueError if one cannot be read or lacks BEGIN or END.
+
+        Args:
+            vocab: path of vocab.json.
+            merges: path of merges.txt.
+            length: ids per text, BEGIN and END included (the text encoder's `positions`).
+        """
         try:
             model = BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix="</w>")
         except Exception as error:  # the library raises bare Exceptions
@@ -63,7 +68,7 @@ class ClipTokenizer:
         self.end_id: int = self._tokenizer.token_to_id(END)
 
     def encode(self, text: str) -> Encoding:
-        """`length` ids of a text of any length, and where in the text each token lies."""
+        """`length` ids of a text of any length, and the place of each token in the text."""
         found = self._tokenizer.encode(text, add_special_tokens=False)
         room = self.length - 2  # between BEGIN and END
         ids, spans = found.ids[:room], found.offsets[:room]
@@ -92,13 +97,13 @@ class LlamaTokenizer:
         self.eos: int = self._pieces.eos_id()
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text, the begin token first if `bos`."""
+        """Ids of a text, with the begin token first if `bos`."""
         return [self.bos] * bos + self._pieces.encode(text)
 
     def encode_with_image(self, text: str) -> list[int]:
-        """Ids of a prompt with `<image>` in it exactly once, which becomes IMAGE_TOKEN.
+        """Ids of a prompt that holds `<image>` exactly once, which becomes IMAGE_TOKEN.
 
-        The text before and after it is tokenised on its own, as by LLaVA's `tokenizer_image_token`.
+        The parts before and after it are tokenised separately, as in LLaVA's `tokenizer_image_token`.
         """
         parts = text.split(IMAGE_TEXT)
         if len(parts) != 2:

@@ -1,4 +1,4 @@
-"""The Stable Diffusion UNet, with one opening for methods: an attention hook.
+"""The Stable Diffusion UNet, which methods extend through one seam: an attention hook.
 
 Parameter names are diffusers' (`UNet2DConditionModel`), so a public state dict loads as it is.
 Sources: LDM (arXiv 2112.10752) and diffusers' unet_2d_condition.py; compared in tests/test_unet.py.
@@ -26,12 +26,11 @@ Text = Tensor | Sequence[KeysValues]  # text states (B, T, context_dim), or k an
 
 
 class AttentionHook(Protocol):
-    """What may take the place of an attention layer's core, softmax(QKᵀ)V.
+    """Replaces the core of every attention layer, softmax(QKᵀ)V.
 
-    The UNet calls it between the input and the output projections of every layer, with q, k, v of shape
-    (B, H, N or T, D), the layer's number in execution order (down, mid, up) and its grid (h, w). It returns
-    z (B, H, N, D) in place of the plain attention, and a record (or None) that the UNet hands back to
-    its caller. A hook is made for one UNet call out of what it needs and is never written on a module.
+    The UNet calls it between a layer's input and output projections with q, k, v (B, H, N or T, D), the
+    layer's number in execution order (down, mid, up) and its grid (h, w). The hook returns z (B, H, N, D) and
+    attention maps of any kind (or None), which the UNet collects for its caller. A hook serves one UNet call.
     """
 
     def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]: ...
@@ -41,7 +40,7 @@ class AttentionHook(Protocol):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet, level by level from fine to coarse. Defaults: Stable Diffusion 1.5."""
+    """Sizes of a UNet, level by level from fine to coarse; the defaults are Stable Diffusion 1.5's."""
 
     in_channels: int = 4  # latent channels
     out_channels: int = 4
@@ -50,16 +49,16 @@ class UNetConfig:
     mid_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: tuple[int, ...] = (768, 768, 768, 768)  # width of the text states
-    linear_projection: bool = False  # the transformers' proj_in/out: Linear (SD2, SDXL) or 1x1 convolutions
+    linear_projection: bool = False  # proj_in and proj_out are Linear (SD2, SDXL), else 1x1 convolutions
     resnets: int = 2  # per level on the way down; one more on the way up
     norm_groups: int = 32
     norm_eps: float = 1e-5  # of the residual blocks
-    transformer_norm_eps: float = 1e-6  # of the transformers' GroupNorm: another number in the public models
-    ff_mult: int = 4  # width of the feed-forward layer over the level's
-    time_mult: int = 4  # width of the time embedding over channels[0]
+    transformer_norm_eps: float = 1e-6  # of the transformers' GroupNorm, which differs in the public models
+    ff_mult: int = 4  # width of the feed-forward layer / width of the level
+    time_mult: int = 4  # width of the time embedding / channels[0]
     time_period: int = 10_000  # longest period of the sinusoids
-    added_cond_dim: int | None = None  # SDXL's pooled text and sizes; None = the model has none
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass: slower, far less memory
+    added_cond_dim: int | None = None  # width of SDXL's pooled text and sizes; None = without
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass to save memory
 
     def __post_init__(self) -> None:
         for name in ("channels", "depth", "heads", "context_dim"):
@@ -108,7 +107,7 @@ def attention_layers(cfg: UNetConfig) -> list[AttentionLayer]:
 
 
 def attention_grids(cfg: UNetConfig, grid: Grid) -> list[Grid]:
-    """The grid of each attention layer in execution order, for latents of that grid."""
+    """The grid of each attention layer in execution order, for latents of the size `grid`."""
     h, w = grid
     levels = [(-(-h // 2**i), -(-w // 2**i)) for i in range(cfg.levels)]
     blocks = list(zip(levels, cfg.depth, strict=True))
@@ -138,14 +137,14 @@ class Attention(nn.Module):
         Args:
             x: queries' tokens (B, N, C).
             context: tokens (B, T, context_dim), or the keys and values that `keys_values` makes of them.
-            core: core(q, k, v) -> (z, record) computes attention; None = plain attention without a record.
+            core: core(q, k, v) -> (z, maps) computes attention; None = plain attention without maps.
 
-        Returns: (B, N, C) and the record.
+        Returns: (B, N, C) and the maps.
         """
         q = split_heads(self.to_q(x), self.heads)  # (B, H, N, D)
         k, v = self.keys_values(context) if isinstance(context, Tensor) else context  # (B, H, T, D) each
-        z, record = (attention(q, k, v), None) if core is None else core(q, k, v)  # (B, H, N, D)
-        return self.to_out[0](merge_heads(z)), record  # (B, N, C)
+        z, maps = (attention(q, k, v), None) if core is None else core(q, k, v)  # (B, H, N, D)
+        return self.to_out[0](merge_heads(z)), maps  # (B, N, C)
 
 
 class GEGLU(nn.Module):
@@ -185,21 +184,21 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Text, hook: AttentionHook | None, grid: Grid
     ) -> tuple[Tensor, list[Any]]:
-        """x (B, N, C), text as `UNet.forward` takes it. Returns x and the records of its two layers."""
+        """x (B, N, C), text as in `UNet.forward` -> (B, N, C) and the maps of the two layers."""
         self_core = None if hook is None else partial(hook.self_attn, self.layer, grid=grid)
         cross_core = None if hook is None else partial(hook.cross_attn, self.layer, grid=grid)
         y = self.norm1(x)
-        z, self_record = self.attn1(y, y, self_core)
+        z, self_maps = self.attn1(y, y, self_core)
         x = x + z
         context = text if isinstance(text, Tensor) else text[self.layer]
-        z, cross_record = self.attn2(self.norm2(x), context, cross_core)
+        z, cross_maps = self.attn2(self.norm2(x), context, cross_core)
         x = x + z
         x = x + self.ff(self.norm3(x))
-        return x, [r for r in (self_record, cross_record) if r is not None]
+        return x, [maps for maps in (self_maps, cross_maps) if maps is not None]
 
 
-def on_tokens(projection: nn.Module, x: Tensor) -> Tensor:
-    """A Linear, or a 1x1 convolution, which is one, of tokens x (B, N, C): (B, N, C)."""
+def _on_tokens(projection: nn.Module, x: Tensor) -> Tensor:
+    """Apply a Linear layer or a 1x1 convolution, which is the same, to tokens x (B, N, C)."""
     if isinstance(projection, nn.Conv2d):
         return F.linear(x, projection.weight.flatten(1), projection.bias)
     return projection(x)
@@ -221,14 +220,14 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, text: Text, hook: AttentionHook | None) -> tuple[Tensor, list[Any]]:
         h, w = x.shape[-2:]
-        y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); on CPUs no copy of channels_last x
-        y = on_tokens(self.proj_in, y)  # (B, N, C)
-        records = []
+        y = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C); a view of channels_last x
+        y = _on_tokens(self.proj_in, y)  # (B, N, C)
+        maps: list[Any] = []
         for block in self.transformer_blocks:
             y, new = block(y, text, hook, (h, w))
-            records += new
-        y = on_tokens(self.proj_out, y)  # (B, N, C)
-        return x + rearrange(y, "b (h w) c -> b c h w", h=h), records  # (B, C, h, w)
+            maps += new
+        y = _on_tokens(self.proj_out, y)  # (B, N, C)
+        return x + rearrange(y, "b (h w) c -> b c h w", h=h), maps  # (B, C, h, w)
 
 
 class Resnet(nn.Module):
@@ -270,10 +269,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution, on the way down, in the middle or on the way up.
-
-    Residual block i is followed by attention i, where there is one.
-    """
+    """One resolution on the way down, in the middle or on the way up: residual block i, then attention i."""
 
     def __init__(
         self, cfg: UNetConfig, level: int, dims_in: list[int], attentions: int, depth: int, first_layer: int
@@ -288,10 +284,10 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList()
         self.checkpointing = cfg.gradient_checkpointing
 
-    def step(
+    def block(
         self, i: int, x: Tensor, time: Tensor, text: Text, hook: AttentionHook | None
     ) -> tuple[Tensor, list[Any]]:
-        """x (B, C_in, h, w) -> (B, C, h, w) and the records of the attention layers passed."""
+        """x (B, C_in, h, w) -> (B, C, h, w) and the maps of its attention layers."""
 
         def run(x: Tensor, time: Tensor, text: Text) -> tuple[Tensor, list[Any]]:
             x = self.resnets[i](x, time)  # (B, C, h, w)
@@ -315,7 +311,7 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps(x_t, t, text). See `UNetConfig` for the sizes and `AttentionHook` for what methods may do."""
+    """The noise prediction eps(x_t, t, text); `UNetConfig` has the sizes, `AttentionHook` is the seam."""
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
@@ -325,7 +321,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(ch[0], cfg.time_dim)
         self.add_embedding = TimeEmbedding(cfg.added_cond_dim, cfg.time_dim) if cfg.added_cond_dim else None
 
-        # Number of the next attention layer, channels of x and of the skips.
+        # number of the next attention layer, channels of x, channels of the skips
         layer, dim, skips = 0, ch[0], [ch[0]]
         self.down_blocks = nn.ModuleList()
         for i in range(cfg.levels):
@@ -359,7 +355,7 @@ class UNet(nn.Module):
     def text_kv(self, text: Tensor) -> list[KeysValues]:
         """Keys and values of text states (B, T, context_dim) in every cross-attention layer.
 
-        They do not depend on the step, so that one drawing needs them once: `forward` takes them as `text`.
+        They do not depend on the step: compute them once per drawing and pass them to `forward` as `text`.
         """
         return [block.attn2.keys_values(text) for block in self.transformer_blocks()]
 
@@ -377,10 +373,10 @@ class UNet(nn.Module):
             x: noisy latents (B, in_channels, h, w) of any size.
             t: timesteps (B,), 0..999, int or float.
             text: text states (B, T, context_dim), or what `text_kv` makes of them.
-            hook: takes the place of the attention layers' core; None = the plain UNet.
+            hook: replaces the core of the attention layers; None = the plain UNet.
             added: SDXL's pooled text and sizes (B, added_cond_dim).
 
-        Returns: eps (B, out_channels, h, w) and the hook's records in execution order.
+        Returns: eps (B, out_channels, h, w) and the hook's attention maps in execution order.
         """
         # (B, time_dim)
         time = self.time_embedding(sinusoids(t, self.cfg.channels[0], self.cfg.time_period).to(x.dtype))
@@ -388,28 +384,28 @@ class UNet(nn.Module):
             time = time + self.add_embedding(added)
         time = F.silu(time)  # every residual block begins with it
 
-        records: list[Any] = []
+        maps: list[Any] = []
         x = self.conv_in(x)  # (B, C0, h, w)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x, new = level.step(i, x, time, text, hook)  # (B, C, h, w)
-                records += new
+                x, new = level.block(i, x, time, text, hook)  # (B, C, h, w)
+                maps += new
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)  # (B, C, h/2, w/2)
                 skips.append(x)
         for i in range(len(self.mid_block.resnets)):
-            x, new = self.mid_block.step(i, x, time, text, hook)
-            records += new
+            x, new = self.mid_block.block(i, x, time, text, hook)
+            maps += new
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C_skip, h, w)
-                x, new = level.step(i, x, time, text, hook)  # (B, C, h, w)
-                records += new
+                x, new = level.block(i, x, time, text, hook)  # (B, C, h, w)
+                maps += new
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[-2:])  # (B, C, 2h, 2w), or the skip's odd size
-        return self.conv_out(F.silu(self.conv_norm_out(x))), records  # (B, out_channels, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x))), maps  # (B, out_channels, h, w)
 
 
 def sinusoids(t: Tensor, dim: int, period: float) -> Tensor:

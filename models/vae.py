@@ -18,7 +18,7 @@ from models.attention import attention
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the autoencoder, from fine to coarse. Defaults: Stable Diffusion 1.x (f = 8)."""
+    """Sizes of the autoencoder, from fine to coarse; the defaults are Stable Diffusion 1.x's (f = 8)."""
 
     in_channels: int = 3  # RGB
     latent_channels: int = 4
@@ -26,8 +26,8 @@ class VAEConfig:
     resnets: int = 2  # per level of the encoder; the decoder has one more
     norm_groups: int = 32
     norm_eps: float = 1e-6
-    scaling: float = 0.18215  # latents times this have about unit variance: what the UNet works on
-    logvar_range: tuple[float, float] = (-30.0, 20.0)  # the posterior's log variance is clamped to it
+    scaling: float = 0.18215  # the UNet works on latents times this, which have about unit variance
+    logvar_range: tuple[float, float] = (-30.0, 20.0)  # range of the posterior's log variance
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON has lists
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder to a Gaussian posterior of the latents, decoder from latents. `VAEConfig` has the sizes."""
+    """Encoder to a Gaussian posterior of the latents, and decoder; `VAEConfig` has the sizes."""
 
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
@@ -177,11 +177,13 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, kernel_size=1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images x (B, 3, H, W) in [-1, 1], H and W multiples of f -> the posterior's mean and standard
-        deviation, each (B, Z, H/f, W/f), not scaled."""
+        """Mean and standard deviation of the posterior, each (B, Z, H/f, W/f), before `scaling`.
+
+        x: images (B, 3, H, W) in [-1, 1], H and W multiples of f.
+        """
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # 2 x (B, Z, h, w)
         return mean, torch.exp(0.5 * logvar.clamp(*self.cfg.logvar_range))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents z (B, Z, h, w), not scaled -> images (B, 3, h*f, w*f), about [-1, 1], not clamped."""
+        """Latents z (B, Z, h, w), divided by `scaling` -> images (B, 3, h*f, w*f), not clamped to [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))  # (B, 3, H, W)

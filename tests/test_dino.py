@@ -46,11 +46,11 @@ def test_public_sizes() -> None:
 @torch.no_grad()
 def test_wrong_sizes() -> None:
     ours, _ = dino_pair(CONFIG)
-    with pytest.raises(ValueError, match=r"\(1, 3, 24, 32\): expected \(B, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 24, 32\)"):
         ours(torch.zeros(1, 3, 24, 32))
-    with pytest.raises(ValueError, match="multiple of heads"):
+    with pytest.raises(ValueError, match="width"):
         DINOConfig(heads=5)
-    with pytest.raises(ValueError, match="multiple of patch"):
+    with pytest.raises(ValueError, match="image_size"):
         DINOConfig(patch=15)
 
 

@@ -202,5 +202,5 @@ def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="65"):
         ours.generate(embeds, lengths, max_new=56)
     for layers in (0, 4):
-        with pytest.raises(ValueError, match=f"layers {layers}: expected 1..3"):
+        with pytest.raises(ValueError, match=f"layers {layers}"):
             ours(embeds, layers=layers)

@@ -237,7 +237,7 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_one_image_token_per_prompt(count: int) -> None:
     ids = torch.tensor([5] * 3 + [IMAGE_TOKEN] * count)
-    with pytest.raises(ValueError, match=f"prompt 0 holds {count} image tokens"):
+    with pytest.raises(ValueError, match=f"prompt 0 holds {count}"):
         small().splice([ids], torch.zeros(1, 4, 32))
 
 
@@ -267,7 +267,7 @@ def test_public_config() -> None:
     assert Llava(llava_config(linear, TOWER)).projector[0].weight.shape == (256, 128)
     expected = LlamaConfig(width=256, mlp=688, layers=4, heads=8, kv_heads=8)
     assert llava_config(ORIGINAL, TOWER).llama == expected
-    with pytest.raises(ValueError, match="give its CLIP model too"):
+    with pytest.raises(ValueError, match="CLIP"):
         llava_config(ORIGINAL)
     for key, value in (
         ("mm_hidden_size", 1024),

@@ -120,9 +120,9 @@ def test_groups() -> None:
     assert [group_size(four, n) for n in (4096, 11008, 192, 64, 96)] == [128, 128, 96, 64, 96]
     assert group_size(PRESETS[8], 11008) == 11008
     for width in (131, 2 * 131, 8, 225):  # no divisor of a fit size, too small, odd
-        with pytest.raises(ValueError, match=f"4 bits for a width of {width}"):
+        with pytest.raises(ValueError, match=f"width of {width}"):
             group_size(four, width)
-    with pytest.raises(ValueError, match="4 bits for a width of 524"):
+    with pytest.raises(ValueError, match="width of 524"):
         use_quantised_layers(LlamaBlock(LlamaConfig(width=64, heads=4, mlp=524)), four)
     with pytest.raises(ValueError, match="3 bits"):
         QuantConfig(3)
@@ -292,7 +292,7 @@ def test_bundles_from_before_it_open() -> None:
     assert config_from_json(LlamaConfig, llama, "here").quant is None
     found = config_from_json(LlamaConfig, llama | {"quant": {"bits": 4, "group": 96}}, "here")
     assert found.quant == QuantConfig(4, 96)
-    with pytest.raises(ValueError, match=r"here\.quant: field 'zero' is unknown"):
+    with pytest.raises(ValueError, match=r"here\.quant: .*'zero'"):
         config_from_json(LlamaConfig, llama | {"quant": {"bits": 4, "zero": 1}}, "here")
 
 
@@ -333,12 +333,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("train", ["mllm", "lora", "new"])
 def test_stage_1_refuses(few: dict[int, Bundle], train: str, no_weights: None) -> None:
     config = stage1.Stage1Config(train=train)
-    with pytest.raises(ValueError, match="stored in 8 bits, which cannot be trained"):
+    with pytest.raises(ValueError, match="8 bits"):
         stage1.build(few[8], "nowhere", config, TrainConfig(), DEFAULT, torch.device("cpu"), torch.float32)
 
 
 def test_the_recipe_refuses_such_a_start(few: dict[int, Bundle], tmp_path: Path, no_weights: None) -> None:
-    with pytest.raises(ValueError, match="stored in 4 bits, which cannot be trained"):
+    with pytest.raises(ValueError, match="4 bits"):
         pretrain.main(
             ["--start", str(few[4].folder), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
         )

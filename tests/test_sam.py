@@ -290,16 +290,14 @@ def test_other_sizes_of_images(ours: SAM) -> None:
     expected = (torch.arange(20) + 0.5) / 20
     torch.testing.assert_close(positions[0, 7, 3:-3, 5], expected[3:-3], rtol=0, atol=5e-3)
     assert ours.encode(pixels(1, 160)).shape == (1, 32, 20, 20)
-    with pytest.raises(ValueError, match="S a multiple of 8"):
+    with pytest.raises(ValueError, match="8"):
         ours.encode(pixels(1, 81))
-    with pytest.raises(ValueError, match=r"expected \(B, 3, S, S\)"):
+    with pytest.raises(ValueError, match="SAM image"):
         ours.encode(pixels()[:, :, :72])
 
 
 def test_prompts_that_do_not_fit(ours: SAM, features: Tensor) -> None:
-    with pytest.raises(
-        ValueError, match=r"points \(1, 3, 2, 2\), labels \(1, 3, 2\); expected \(2, P, N, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"points \(1, 3, 2, 2\), labels \(1, 3, 2\)"):
         ours.decode(features, Prompts(POINTS[:1], LABELS[:1]))
     with pytest.raises(ValueError, match="SAM prompts"):
         ours.decode(features, Prompts(POINTS[:, :, 0], LABELS))

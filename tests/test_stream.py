@@ -79,10 +79,10 @@ def test_has_the_interface_of_llava(folder: Path) -> None:
     for layers in (None, 1, BLOCKS):
         assert torch.equal(streamed(pixels, ids, layers=layers), resident(pixels, ids, layers=layers))
     for layers in (0, BLOCKS + 1):
-        with pytest.raises(ValueError, match=f"layers {layers}: expected 1..{BLOCKS}"):
+        with pytest.raises(ValueError, match=f"layers {layers}"):
             streamed(pixels, ids, layers=layers)
     long = torch.zeros(1, 5000, 64)
-    with pytest.raises(ValueError, match="sequence of 5000 tokens"):
+    with pytest.raises(ValueError, match="5000"):
         streamed.llama(long)
 
 

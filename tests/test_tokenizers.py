@@ -238,13 +238,13 @@ def test_image_in_the_prompt(llama_file: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, clip_files: Path) -> None:
-    with pytest.raises(ValueError, match=r"absent\.json.*cannot be read"):
+    with pytest.raises(ValueError, match=r"absent\.json"):
         ClipTokenizer(tmp_path / "absent.json", clip_files / "merges.txt")
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(ValueError, match=r"vocab\.json: no <\|startoftext\|>"):
+    with pytest.raises(ValueError, match=r"vocab\.json.*<\|startoftext\|>"):
         ClipTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "broken.model").write_bytes(b"not a model")
     for name in ("absent.model", "broken.model"):
-        with pytest.raises(ValueError, match=f"{name}: not a readable sentencepiece model"):
+        with pytest.raises(ValueError, match=name):
             LlamaTokenizer(tmp_path / name)

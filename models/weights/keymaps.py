@@ -1,10 +1,9 @@
 """Tables from public parameter names to this project's, and the small engine that applies them.
 
-A table is a list of rows, public name -> our name, and a `Transform` for the values where the shapes differ.
-`{}` stands for a number and `*` for any text; both sides carry the same ones in the same order. The first
-row that matches decides. A row without our name drops the key. Every table works in both directions
-("in" = public to ours, "out" = back); where several public spellings lead to one name, "out" writes the
-first. Only names are handled here, so that full-size tables cost nothing.
+A table is a list of rows: public name, our name, and a `Transform` where the shapes differ. `{}` stands for a
+number and `*` for any text; both sides carry the same ones in the same order. The first matching row decides,
+and a row without our name drops the key. Every table works in both directions ("in" = public to ours, "out" =
+back); where several public spellings lead to one name, "out" writes the first.
 
 Sources of the public names: CompVis/stable-diffusion (ldm/modules/diffusionmodules), diffusers
 (UNet2DConditionModel, AutoencoderKL), transformers (CLIPModel, LlavaForConditionalGeneration, SamModel,
@@ -25,7 +24,7 @@ Direction = Literal["in", "out"]
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to the values: `into` on the way in, `back` on the way out. Both run on meta tensors."""
+    """Applied to the values: `into` on the way in, `back` on the way out. Both run on meta tensors."""
 
     into: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
@@ -36,7 +35,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _to_matrix(x: Tensor) -> Tensor:
-    """(C, D), (C, D, 1) or (C, D, 1, 1) -> (C, D); anything else is left for the shape check to report."""
+    """(C, D), (C, D, 1) or (C, D, 1, 1) -> (C, D); other shapes stay, for the shape check to report."""
     return x.reshape(x.shape[:2]) if x.dim() > 2 and x.shape[2:].numel() == 1 else x
 
 
@@ -46,7 +45,7 @@ def _to_conv(x: Tensor) -> Tensor:
 
 
 def _to_vector(x: Tensor) -> Tensor:
-    """() -> (1,); anything else is left for the shape check to report."""
+    """() -> (1,); other shapes stay, for the shape check to report."""
     return x.reshape(1) if x.dim() == 0 else x
 
 
@@ -67,7 +66,7 @@ Table = Sequence[Row]
 
 @dataclass
 class Converted:
-    """names: new name -> (old name, what to do with the values); dropped, unknown: old names."""
+    """names: new name -> (old name, change of the values); dropped, unknown: old names."""
 
     names: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -75,7 +74,13 @@ class Converted:
 
 
 def convert(table: Table, keys: Iterable[str], direction: Direction = "in") -> Converted:
-    """Names `keys` through `table`; ValueError if two of them end at the same name."""
+    """Translate names; ValueError if two of them become the same.
+
+    Args:
+        table: rows to apply.
+        keys: names to translate.
+        direction: "in" = public to ours, "out" = back.
+    """
     if direction == "in":
         rows = [(_pattern(row.public), row.ours, row.transform.into) for row in table]
     else:
@@ -126,8 +131,8 @@ _UNET_RESNET = (  # LDM, diffusers
 def ldm_unet(attention: Sequence[bool], resnets: int) -> Table:
     """LDM UNet <-> diffusers' names.
 
-    attention: for each level (finest first) whether it has attention; resnets: per level on the way down (one
-    more on the way up). LDM numbers the blocks of all levels through, a level's sampler included.
+    attention: whether each level has attention, finest first. resnets: number per level on the way down (one
+    more on the way up). LDM counts blocks across levels, samplers included.
     """
     levels = len(attention)
     rows = [
@@ -157,7 +162,7 @@ def ldm_unet(attention: Sequence[bool], resnets: int) -> Table:
         for j in range(resnets + 1):
             number = block * (resnets + 1) + j
             resnet(f"output_blocks.{number}.0", f"up_blocks.{block}.resnets.{j}")
-            if block < levels - 1 and j == resnets:  # before the attention row, whose `*` would take it too
+            if block < levels - 1 and j == resnets:  # before the attention row, whose `*` matches it too
                 slot = 2 if has_attention else 1
                 sampler = f"up_blocks.{block}.upsamplers.0.conv.*"
                 rows.append(Row(f"output_blocks.{number}.{slot}.conv.*", sampler))
@@ -170,7 +175,7 @@ _VAE_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def ldm_vae(levels: int) -> Table:
-    """LDM autoencoder <-> diffusers' names; the mid attention is 1x1 convolutions there, linear here."""
+    """LDM autoencoder <-> diffusers' names; the middle attention has 1x1 convolutions there, Linear here."""
     rows: list[Row] = []
     for half in ("encoder", "decoder"):
         mid = f"{half}.mid_block.attentions.0"
@@ -203,7 +208,7 @@ def ldm_vae(levels: int) -> Table:
 
 
 def ldm_ema(keys: Iterable[str]) -> dict[str, str]:
-    """LDM's averaged UNet weights: key of the plain weight -> key of its average, where the file has one."""
+    """Key of a UNet weight in an LDM file -> key of its moving average, where the file has one."""
     present = set(keys)
     plain = [key for key in present if key.startswith(LDM_UNET_PREFIX)]
     averages = {key: LDM_EMA_PREFIX + key.removeprefix("model.").replace(".", "") for key in plain}
@@ -318,8 +323,8 @@ LLAVA_ORIGINAL: Table = [  # haotian-liu/LLaVA, KunpengSong/MoMA_llava_7b
 def llava_hf(new: bool, vocab: int, padded: int) -> Table:
     """llava-hf <-> ours. new: the names of transformers >= 4.52 in memory, else those of the hub's files.
 
-    vocab, padded: rows of the word embedding that LLaMA has and that the file has (llava-hf adds <image>,
-    <pad> and fills up); the rest is cut on the way in and zero on the way out.
+    vocab, padded: rows of the token embedding in LLaMA and in the file (llava-hf appends <image>, <pad> and
+    padding). The extra rows are dropped on the way in and zero on the way out.
     """
 
     def pad(x: Tensor) -> Tensor:
@@ -347,7 +352,7 @@ def llava_hf(new: bool, vocab: int, padded: int) -> Table:
 # --- Segment Anything ------------------------------------------------------------------------------------
 
 SAM_OFFICIAL: Table = [
-    Row("pixel_*", None),  # mean and std of the input, in files of some trainers
+    Row("pixel_*", None),  # mean and std of the input, in the files of some trainers
     Row("*", "*"),
 ]
 SAM_TRANSFORMERS: Table = [
@@ -355,7 +360,7 @@ SAM_TRANSFORMERS: Table = [
         "shared_image_embedding.positional_embedding",
         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     ),
-    Row("prompt_encoder.shared_embedding.positional_embedding", None),  # the same again
+    Row("prompt_encoder.shared_embedding.positional_embedding", None),  # a duplicate
     Row("vision_encoder.pos_embed", "image_encoder.pos_embed"),
     Row("vision_encoder.patch_embed.projection.*", "image_encoder.patch_embed.proj.*"),
     Row("vision_encoder.layers.{}.layer_norm{}.*", "image_encoder.blocks.{}.norm{}.*"),
@@ -389,9 +394,9 @@ SAM_TRANSFORMERS: Table = [
 
 
 def _processors(down: int, up: int, mid: int) -> Iterable[tuple[int, int]]:
-    """(place in diffusers' list of attention layers, place in execution order).
+    """(index in diffusers' list of attention layers, index in execution order).
 
-    diffusers lists an UNet's layers as it registers them: down, up, mid; they run as down, mid, up.
+    diffusers lists the layers as it registers them: down, up, mid; they run as down, mid, up.
     """
     for layer in range(down + up + mid):
         if layer < down:

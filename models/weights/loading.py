@@ -1,9 +1,9 @@
 """Checkpoint files: read lazily, write as safetensors, load into a module.
 
-Reading gives a mapping name -> `LazyTensor`: shape and dtype are known from the header, the values are
-read on demand, so that a 10 GB file is converted tensor by tensor. Pickled files (.bin, .ckpt, .pt, .pth,
-.th) go through torch's restricted unpickler, which calls nothing that a file names except what builds
-tensors; metadata of training frameworks is skipped, and a file that wants more is refused.
+Reading returns a mapping name -> `LazyTensor`: shape and dtype come from the header, values are read on
+demand, so that a 10 GB file can be converted tensor by tensor. Pickled files (.bin, .ckpt, .pt, .pth, .th) go
+through torch's restricted unpickler, which only calls what builds tensors; it skips the metadata of training
+frameworks and refuses files that ask for more.
 
 Formats: safetensors = 8 bytes header length, JSON header, raw little-endian bytes
 (github.com/huggingface/safetensors); torch.save = an uncompressed zip with `data.pkl` and one entry
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from models.weights.atomic import atomic_write
 
-SAFETENSORS_DTYPES = {
+_SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,12 +41,12 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-HEADER_ALIGNMENT = 64  # bytes; data that starts aligned can be used where it is mapped
-MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more is a cycle
-NAMES_IN_ERROR = 6  # keys spelled out per kind of problem, so that the message stays one readable line
-LFS_POINTER = b"version https://git-lfs"
-# What training checkpoints hold beside tensors. Nothing of it is imported or called, see `_Skipped`.
+_DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+_HEADER_ALIGNMENT = 64  # bytes; aligned data can be used where it is mapped
+_MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more hint at a cycle
+_NAMES_IN_ERROR = 6  # keys listed per kind of problem, so that a message stays one line
+_LFS_POINTER = b"version https://git-lfs"
+# What training checkpoints hold beside tensors; `_Skipped` stands in for it, so that nothing is imported.
 METADATA = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|typing|pathlib|argparse|copyreg)\..*"
     r"|collections\.defaultdict|builtins\.(int|float|bool|str|bytes|object|slice|range|list|dict|tuple)"
@@ -55,36 +55,36 @@ METADATA = re.compile(
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: `shape` and `dtype` now, the values (CPU, not to be changed) from `read()`."""
+    """A tensor in a file: `shape` and `dtype` at once, values (on the CPU, read-only) from `read()`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
     read: Callable[[], Tensor]
-    castable: bool = True  # False: the dtype belongs to the format (a scale of models/weights/quant.py)
+    castable: bool = True  # False: the format fixes the dtype (of codes and scales, for example)
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LazyTensor":
-        """The same tensor after `function` (which must run on meta tensors, as the shape comes from one)."""
+        """The tensor after `function`, which must run on meta tensors to give the shape."""
         result = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         shape, dtype = tuple(result.shape), result.dtype
         return replace(self, shape=shape, dtype=dtype, read=lambda: function(self.read()))
 
 
 def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
-    """A tensor that is already there, in the form of one that is not."""
+    """A LazyTensor whose values are in memory."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
 
 
 def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Tensors one below the other, along the first dimension; ValueError if the others differ."""
+    """Concatenate along the first dimension; ValueError if the other dimensions differ."""
     first = parts[0]
     if len({part.shape[1:] for part in parts}) > 1 or not first.shape:
         shapes = ", ".join(str(list(part.shape)) for part in parts)
-        raise ValueError(f"{first.file}: tensors of the shapes {shapes} are no parts of one")
+        raise ValueError(f"{first.file}: tensors of the shapes {shapes} do not concatenate")
     rows = sum(part.shape[0] for part in parts)
     return replace(
         first, shape=(rows, *first.shape[1:]), read=lambda: torch.cat([part.read() for part in parts])
@@ -95,11 +95,10 @@ def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
-    """Tensors of a checkpoint by name.
+    """Tensors of a checkpoint by name; nested dicts are flattened with dots, other values left out.
 
-    path: .safetensors, a torch pickle, or the `*.index.json` of a sharded one. Nested dicts are flattened
-    with dots; what is no tensor is left out. ValueError (one line) for a missing, damaged, unknown or
-    unsafe file.
+    path: .safetensors, a torch pickle, or the `*.index.json` of a sharded checkpoint. ValueError (one line)
+    for a missing, damaged, unknown or unsafe file.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,8 +106,8 @@ def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
     if path.suffix == ".json":
         return _read_index(path)
     with open(path, "rb") as stream:
-        head = stream.read(len(LFS_POINTER))
-    if head == LFS_POINTER:
+        head = stream.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
         raise ValueError(f"{path}: a git-lfs pointer instead of the weights; run `git lfs pull` there")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -116,52 +115,58 @@ def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
         return _read_zip(path)
     if head.startswith(b"\x80"):
         return _read_legacy(path)
-    raise ValueError(f"{path}: neither safetensors nor a torch checkpoint; damaged or of another kind")
+    raise ValueError(f"{path}: neither safetensors nor a torch checkpoint")
 
 
 def pick_weights(names: Collection[str], stems: Sequence[str]) -> str | None:
-    """Which of a model folder's file names to read: safetensors before pickles, full before half precision,
-    plain before `non_ema` (diffusers' plain file is the average); an index where the weights are sharded."""
-    kinds = ("safetensors", "bin")
-    whole = [(f".{kind}", f".{kind}.index.json") for kind in kinds]
-    half = [(f".fp16.{kind}", f".{kind}.index.fp16.json") for kind in kinds]
-    other = [(f".non_ema.{kind}",) for kind in kinds]
-    endings = [ending for group in (*whole, *half, *other) for ending in group]
+    """Choose which of a model folder's files to read; None if there are no weights.
+
+    The order is: safetensors before pickles, full before half precision, plain before `non_ema` (diffusers'
+    plain file is the average). Where weights are sharded, it is the index.
+
+    Args:
+        names: file names in the folder.
+        stems: what the file name may begin with.
+    """
+    formats = ("safetensors", "bin")
+    whole = [end for f in formats for end in (f".{f}", f".{f}.index.json")]
+    half = [end for f in formats for end in (f".fp16.{f}", f".{f}.index.fp16.json")]
+    endings = [*whole, *half, *(f".non_ema.{f}" for f in formats)]
     return next((stem + end for end in endings for stem in stems if stem + end in names), None)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an `*.index.json`."""
     try:
-        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        outside = [file for file in places.values() if Path(file).name != file]
+        files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = [file for file in files.values() if Path(file).name != file]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: no weight_map from tensor names to files in it") from error
     if outside:
         raise ValueError(f"{index}: names the shard {outside[0]!r}, which is not a plain file name")
-    return places
+    return files
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The files that an `*.index.json` names, whether they are there or not."""
+    """The files that an `*.index.json` names, present or not."""
     return [index.parent / file for file in sorted(set(_weight_map(index).values()))]
 
 
 def _read_index(path: Path) -> dict[str, LazyTensor]:
-    places = _weight_map(path)
+    files = _weight_map(path)
     content = {}
     for file in shard_files(path):
         if not file.is_file():
             raise ValueError(f"{file}: shard listed in {path.name} is missing")
         content[file.name] = read_checkpoint(file)
-    if lost := [name for name, file in places.items() if name not in content[file]]:
-        raise ValueError(f"{path}: {some_names(lost)} not in the shards that the index names")
-    return {name: content[file][name] for name, file in places.items()}
+    if lost := [name for name, file in files.items() if name not in content[file]]:
+        raise ValueError(f"{path}: {some_names(lost)} missing from the shards")
+    return {name: content[file][name] for name, file in files.items()}
 
 
 @contextmanager
 def _open_safetensors(path: Path, device: str = "cpu") -> Iterator[Any]:
-    """safe_open, which checks that header and file size agree, with a one-line ValueError."""
+    """safe_open, which checks that header and file size agree, with ValueError for its errors."""
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
@@ -178,13 +183,13 @@ def check_safetensors(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    def lazy(name: str, shape: Sequence[int], kind: str) -> LazyTensor:
-        if kind not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {kind}, expected a float or integer type")
-        return LazyTensor(tuple(shape), SAFETENSORS_DTYPES[kind], path, lambda: read(name))
+    def lazy(name: str, shape: Sequence[int], dtype: str) -> LazyTensor:
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {dtype}, expected a float or integer type")
+        return LazyTensor(tuple(shape), _SAFETENSORS_DTYPES[dtype], path, lambda: read(name))
 
     def read(name: str) -> Tensor:
-        with _open_safetensors(path) as file:  # opened anew, so that no more than this tensor stays mapped
+        with _open_safetensors(path) as file:  # opened anew, so that only this tensor stays mapped
             return file.get_tensor(name)
 
     check_safetensors(path)
@@ -194,14 +199,14 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 class _Skipped:
-    """Stands for a class or function of METADATA: makes plain dicts, the one kind that may be filled."""
+    """Stands in for a class or function of METADATA: builds dicts, which the unpickler may fill."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
 
 
 class _SkippedArray:
-    """The same for numpy's, whose state is a tuple, which a dict does not take."""
+    """The same for numpy's, whose state is a tuple, which a dict refuses."""
 
     def __new__(cls, *args: Any) -> "_SkippedArray":
         return object.__new__(cls)
@@ -211,7 +216,7 @@ class _SkippedArray:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """torch raises many kinds of errors, with texts that advise to load without safety; ours is one line."""
+    """Replace torch's many errors, which advise to load unsafely, by a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -219,7 +224,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _read_zip(path: Path) -> dict[str, LazyTensor]:
-    """torch.save since version 1.6. Only `data.pkl` is read now: on "meta", torch notes where values lie."""
+    """torch.save since version 1.6. Reads only `data.pkl`: on "meta", torch notes where values lie."""
     with _readable(path), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         orders = {archive.read(info) for info in infos if info.filename.endswith("/byteorder")}
@@ -233,8 +238,8 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if refused := [name for name in wanted if not METADATA.fullmatch(name)]:
         raise ValueError(
-            f"{path}: the pickle asks for {refused[0]}, which no weights need; refused, nothing of it was "
-            "run (a .safetensors version of the file has no such names)"
+            f"{path}: the pickle asks for {refused[0]}, which weights do not need; refused, none of it ran "
+            "(a .safetensors version of the file is safe)"
         )
     skipped = [(_SkippedArray if name.startswith("numpy.") else _Skipped, name) for name in wanted]
     with _readable(path), torch.serialization.safe_globals(skipped):
@@ -243,14 +248,14 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
 
     def lazy(tensor: Tensor) -> LazyTensor:
         if tensor.layout != torch.strided or tensor.untyped_storage()._checkpoint_offset is None:
-            raise ValueError(f"{path}: holds a tensor that is sparse or without values, expected plain ones")
+            raise ValueError(f"{path}: holds a tensor that is sparse or has no values, expected dense ones")
         storage = tensor.untyped_storage()
         start = storage._checkpoint_offset  # of its bytes in the file
-        _, room = entries[bisect(entries, (start,)) - 1]  # the entry whose header is before them
+        _, room = entries[bisect(entries, (start,)) - 1]  # the entry whose header precedes them
         skip, shape, stride = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
         count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        if storage.nbytes() > room:  # torch grew it to what the tensor needs
-            raise ValueError(f"{path}: damaged, a tensor is larger than what is stored of it")
+        if storage.nbytes() > room:  # torch has grown it to the size of the tensor
+            raise ValueError(f"{path}: damaged, a tensor is larger than its stored values")
 
         def read() -> Tensor:
             flat = torch.empty(count, dtype=tensor.dtype)
@@ -258,9 +263,7 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
                 stream.seek(start + skip * flat.itemsize)
                 got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
             if got != flat.nbytes:
-                raise ValueError(
-                    f"{path}: ends before its last tensor; the file is truncated, fetch it again"
-                )
+                raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
             return flat.as_strided(shape, stride)
 
         return LazyTensor(shape, tensor.dtype, path, read)
@@ -269,7 +272,7 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
 
 
 def _read_legacy(path: Path) -> dict[str, LazyTensor]:
-    """torch.save before version 1.6: one stream, so all of it is read."""
+    """torch.save before version 1.6: one stream, which must be read whole."""
     with _readable(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     return {name: in_memory(tensor, path) for name, tensor in _flatten(path, content).items()}
@@ -281,8 +284,8 @@ def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def walk(node: Any, name: str, depth: int) -> None:
-        if depth > MAX_NESTING:
-            raise ValueError(f"{path}: dicts nested deeper than {MAX_NESTING}, not a checkpoint")
+        if depth > _MAX_NESTING:
+            raise ValueError(f"{path}: dicts nested deeper than {_MAX_NESTING}, not a checkpoint")
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(value, f"{name}.{key}" if name else str(key), depth + 1)
@@ -300,14 +303,13 @@ def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """How weights are cut into files."""
+    """How weights are split into files."""
 
-    # Largest file in bytes; 5 GB is what hubs and other tools use, and one shard is one download to repeat.
-    max_bytes: int = 5_000_000_000
+    max_bytes: int = 5_000_000_000  # of a file, as hubs and other tools use
 
 
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`write_safetensors` for tensors that are in memory, on any device."""
+    """`write_safetensors` for tensors in memory, on any device."""
     lazy = {name: in_memory(tensor.detach().cpu().contiguous(), folder) for name, tensor in tensors.items()}
     return write_safetensors(folder, stem, lazy)
 
@@ -320,11 +322,20 @@ def write_safetensors(
     config: ShardConfig | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, str]:
-    """Write `<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors`, one tensor in memory at a time.
+    """Write `<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors`, tensor by tensor.
 
-    dtype: type of the floating-point tensors in the file, None = as they are. progress: called with the
-    bytes written. Returns file name -> sha256. A file appears under its name only when complete.
-    ValueError if a value is finite in the source and infinite in `dtype`.
+    A file appears under its name only when it is complete.
+
+    Args:
+        folder: where to write.
+        stem: start of the file names.
+        tensors: by name.
+        dtype: of the floating-point tensors in the file; None = as they are.
+        config: when to start a new file.
+        progress: called with the number of bytes after each tensor.
+
+    Returns: file name -> sha256.
+    Raises: ValueError if a value is finite in the source and infinite in `dtype`.
     """
     config = config or ShardConfig()
     shards: list[list[str]] = [[]]
@@ -344,7 +355,7 @@ def write_safetensors(
 
 
 def stored_bytes(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None) -> int:
-    """What `write_safetensors` writes of them, headers aside."""
+    """Bytes that `write_safetensors` writes, without headers."""
     return sum(prod(tensor.shape) * _target(tensor, dtype).itemsize for tensor in tensors.values())
 
 
@@ -359,20 +370,22 @@ def _write_shard(
     dtype: torch.dtype | None,
     progress: Callable[[int], Any] | None,
 ) -> str:
-    kinds = {name: _target(tensor, dtype) for name, tensor in tensors.items()}
-    if odd := [name for name, kind in kinds.items() if kind not in DTYPE_NAMES]:
-        raise ValueError(f"{tensors[odd[0]].file}: {odd[0]} has dtype {kinds[odd[0]]}, which is no weight's")
-    # Wide types first, so that every tensor stays aligned to its own item size.
-    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    dtypes = {name: _target(tensor, dtype) for name, tensor in tensors.items()}
+    if odd := [name for name, d in dtypes.items() if d not in _DTYPE_NAMES]:
+        raise ValueError(
+            f"{tensors[odd[0]].file}: {odd[0]} has dtype {dtypes[odd[0]]}, expected a float or integer type"
+        )
+    # wide dtypes first, so that every tensor is aligned to its item size
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        shape, kind = tensors[name].shape, kinds[name]
-        end = offset + prod(shape) * kind.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": list(shape), "data_offsets": [offset, end]}
+        shape, stored = tensors[name].shape, dtypes[name]
+        end = offset + prod(shape) * stored.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[stored], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
     digest = hashlib.sha256()
     with atomic_write(path) as part, open(part, "wb") as stream:
 
@@ -383,7 +396,7 @@ def _write_shard(
         put(len(text).to_bytes(8, "little"))
         put(text)
         for name in names:
-            values = _cast(name, tensors[name], kinds[name])
+            values = _cast(name, tensors[name], dtypes[name])
             put(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(values.nbytes)
@@ -412,28 +425,33 @@ def load_into(
     dtype: torch.dtype | None = None,
     ignore: Sequence[str] = (),
 ) -> nn.Module:
-    """Build a module without memory of its own and put the tensors of safetensors files in.
+    """Build a module on the meta device and fill it from safetensors files.
 
-    files: paths, or name prefix -> paths (the prefix is put before the names in these files). dtype: of the
-    parameters, None = as stored; buffers stay as stored. ignore: prefixes of names that may be in the files
-    without a place in the module. On the CPU, tensors whose dtype stays are mapped from the file (private
-    pages: writing to them does not touch it). ValueError, before any weight is read, lists every missing,
-    unexpected or mis-shaped name; both sides must agree exactly.
+    On the CPU, tensors that keep their dtype are mapped from the file (privately: writing to them leaves it).
+
+    Args:
+        build: makes the module.
+        files: paths, or name prefix -> paths; the prefix is put before the names in these files.
+        device: of the module.
+        dtype: of the parameters; None = as stored. Buffers always stay as stored.
+        ignore: prefixes of names that the files may hold and the module may lack.
+
+    Raises: ValueError, before any weight is read, that lists the missing, unexpected and mis-shaped names.
     """
     with torch.device("meta"):
         module = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     groups = files if isinstance(files, Mapping) else {"": files}
-    places = [(prefix, Path(path)) for prefix, paths in groups.items() for path in paths]
-    stored = {prefix + key: t for prefix, path in places for key, t in _read_safetensors(path).items()}
+    sources = [(prefix, Path(path)) for prefix, paths in groups.items() for path in paths]
+    stored = {prefix + key: t for prefix, path in sources for key, t in _read_safetensors(path).items()}
     known = {name: t for name, t in stored.items() if name in wanted or not name.startswith(tuple(ignore))}
     if problems := state_dict_mismatch(wanted, known):
-        where = ", ".join(str(path) for _, path in places)
+        where = ", ".join(str(path) for _, path in sources)
         raise ValueError(does_not_fit(where, type(module).__name__, problems))
 
     cast = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state = {}
-    for prefix, path in places:
+    for prefix, path in sources:
         with _open_safetensors(path, str(device)) as file:
             for name in (prefix + key for key in file.keys()):  # noqa: SIM118 (not a mapping)
                 if name in wanted:
@@ -446,15 +464,15 @@ def load_into(
 
 
 def does_not_fit(where: str, network: str, problems: Mapping[str, list[str]]) -> str:
-    """One line for people about `state_dict_mismatch`."""
-    listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
+    """Message about the result of `state_dict_mismatch`."""
+    listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items())
     return f"{where}: does not fit {network}: {listed}"
 
 
 def state_dict_mismatch(
     wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]
 ) -> dict[str, list[str]]:
-    """Why `tensors` are not those of the names and shapes `wanted`: kind -> names; {} if they are."""
+    """Kind of problem -> names of tensors that differ from `wanted` (name -> shape); {} if none does."""
     problems = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [f"{name} ({t.file.name})" for name, t in tensors.items() if name not in wanted],
@@ -464,10 +482,10 @@ def state_dict_mismatch(
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    return {kind: names for kind, names in problems.items() if names}
+    return {problem: names for problem, names in problems.items() if names}
 
 
 def some_names(names: Sequence[str]) -> str:
-    """The first few names, for a message of one line."""
-    more = len(names) - NAMES_IN_ERROR
-    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
+    """The first names and the number of the others, for a message."""
+    more = len(names) - _NAMES_IN_ERROR
+    return ", ".join(names[:_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")

@@ -12,7 +12,7 @@ from typing import Any
 from models.clip import CLIPTextConfig, CLIPVisionConfig
 from models.llama import LlamaConfig
 from models.llava import LlavaConfig
-from models.sam_config import KINDS, MASKS, MLP_LAYERS, SAMConfig
+from models.sam_config import MASKS, MLP_LAYERS, POINT_LABELS, SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 
@@ -231,7 +231,7 @@ def sam_config(json: Json) -> SAMConfig:
     vision, prompt, decoder = (json.get(part) or {} for part in parts)
     _expect("SAM", vision, num_channels=3, hidden_act="gelu", qkv_bias=True)
     _expect("SAM", vision, use_abs_pos=True, use_rel_pos=True)
-    _expect("SAM", prompt, num_point_embeddings=KINDS, hidden_act="gelu")
+    _expect("SAM", prompt, num_point_embeddings=POINT_LABELS, hidden_act="gelu")
     _expect("SAM", decoder, hidden_act="relu", num_multimask_outputs=MASKS - 1, iou_head_depth=MLP_LAYERS)
     fields = _read(vision, _SAM_VISION) | _read(prompt, _SAM_PROMPT) | _read(decoder, _SAM_DECODER)
     return SAMConfig(

@@ -1,8 +1,8 @@
-"""LLaVA whose weights stay in their files: each LLaMA block is read when its turn comes, then dropped.
+"""LLaVA whose weights stay in their files: each LLaMA block is read when it is needed, then dropped.
 
-MoMA's decoder is one prefill: every block is used once, there are no logits and no keys to keep, so that the
-weights need not be in memory together. A thread reads the next block while one computes. The numbers are
-those of the resident networks: the same blocks, functions and casts (tests/test_stream.py).
+MoMA's feature decoder is one prefill: every block runs once and leaves neither logits nor keys, so that the
+weights need not be in memory together. A thread reads the next block while one computes. Results equal those
+of the resident networks bit for bit, as blocks, functions and casts are the same (tests/test_stream.py).
 
 Letters as in models/llava.py.
 """
@@ -21,18 +21,25 @@ from models.llava import Llava, LlavaConfig
 from models.weights.loading import LazyTensor, does_not_fit, state_dict_mismatch
 from models.weights.quant import quantise_as_configured
 
-PAGE = 4096  # bytes: touching one byte in as many brings a mapped file into memory (smallest page in use)
+PAGE = 4096  # bytes, the smallest page in use: touching one byte per page reads a mapped file
 
 Weights = dict[str, Tensor]
 
 
 class StreamedLlama(Llama):
-    """As `Llama` on `device` in `dtype`, without gradients; at most two of its blocks are in memory."""
+    """`Llama` without gradients that holds at most two blocks in memory."""
 
     def __init__(
         self, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """tensors: exactly the parameters of `Llama(cfg)`."""
+        """Read the embedding's header and group the tensors by block.
+
+        Args:
+            cfg: sizes, without lm_head.
+            tensors: the state of the network, by name.
+            device: where the blocks run.
+            dtype: of the floating-point parameters.
+        """
         with torch.device("meta"):
             super().__init__(cfg)
             quantise_as_configured(self)
@@ -40,7 +47,7 @@ class StreamedLlama(Llama):
         self.blocks = [_below(tensors, f"layers.{i}.") for i in range(cfg.layers)]
         self.final_norm = _below(tensors, "norm.")
         self.device, self.dtype = device, dtype
-        # One for all readings: memory that a stream has used is not given to another one.
+        # one stream for all reads, as memory that a stream has used is not given to another one
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def forward(self, embeds: Tensor, layers: int | None = None) -> Tensor:
@@ -48,7 +55,7 @@ class StreamedLlama(Llama):
 
     @torch.no_grad()
     def each(self, embeds: Sequence[Tensor], layers: int | None = None) -> list[Tensor]:
-        """As `Llama.each`; every block is read once, whatever the number of sequences."""
+        """As `Llama.each`; reads every block once, whatever the number of sequences."""
         states, ropes, count = list(embeds), [self.rope(x) for x in embeds], self.depth(layers)
 
         def apply(i: int, weights: Weights) -> None:
@@ -61,7 +68,7 @@ class StreamedLlama(Llama):
 
 
 class EmbeddingRows(nn.Module):
-    """As nn.Embedding; only the rows asked for are read (of a mapped file, the pages that hold them)."""
+    """nn.Embedding that reads only the rows it looks up (of a mapped file, the pages that hold them)."""
 
     def __init__(self, table: LazyTensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -73,16 +80,23 @@ class EmbeddingRows(nn.Module):
 
 
 class StreamedLlava(Llava):
-    """As `Llava` without a head for text, with a `StreamedLlama`; tower and projector come and go whole.
+    """`Llava` without lm_head, with a `StreamedLlama`.
 
-    The tower is not cut into blocks: ViT-L/14 in bf16 takes 0.6 GB, less than two blocks of a 7B LLaMA, and
-    it is gone before these are read.
+    Tower and projector are read whole, and dropped before LLaMA's blocks are read: ViT-L/14 is smaller than
+    two blocks of a 7B LLaMA.
     """
 
     def __init__(
         self, cfg: LlavaConfig, tensors: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype
     ) -> None:
-        """tensors: by the names of `Llava(cfg)`; ValueError, before any is read, unless they fit it."""
+        """ValueError, before any value is read, unless the tensors fit the network.
+
+        Args:
+            cfg: sizes, without lm_head.
+            tensors: the state of the network, by name.
+            device: where the network runs.
+            dtype: of the floating-point parameters.
+        """
         with torch.device("meta"):
             super().__init__(cfg)
             quantise_as_configured(self.llama)
@@ -90,7 +104,7 @@ class StreamedLlava(Llava):
         if problems := state_dict_mismatch(wanted, tensors):
             where = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
             raise ValueError(does_not_fit(where, type(self).__name__, problems))
-        stored = {name for name, _ in self.named_buffers()}  # codes and scales: of the dtype in the file
+        stored = {name for name, _ in self.named_buffers()}  # codes and scales keep their dtype
         tensors = {name: replace(tensor, castable=name not in stored) for name, tensor in tensors.items()}
         self.front = {name: t for name, t in tensors.items() if name.startswith(("tower.", "projector."))}
         self.llama = StreamedLlama(cfg.llama, _below(tensors, "llama."), device, dtype)
@@ -100,11 +114,11 @@ class StreamedLlava(Llava):
 
     @torch.no_grad()
     def encode_each(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """As `Llava.encode_each`; the weights are read once and dropped."""
+        """As `Llava.encode_each`; reads the weights once and drops them."""
         with torch.device("meta"):
             front = Llava(replace(self.cfg, llama=replace(self.cfg.llama, layers=0)))
         weights = fetch(self.front, self.llama.device, self.llama.dtype)
-        front.load_state_dict(weights, strict=False, assign=True)  # what is left of its LLaMA stays on meta
+        front.load_state_dict(weights, strict=False, assign=True)  # the rest of its LLaMA stays on meta
         return [front.encode_images(x) for x in pixels]  # (B, N, C) each
 
 
@@ -115,10 +129,14 @@ def one_after_another(
     dtype: torch.dtype,
     copies: torch.cuda.Stream | None = None,
 ) -> None:
-    """use(i, weights of group i) for each group in turn, while a thread reads the next one.
+    """Call use(i, weights of group i) for each group in turn, while a thread reads the next one.
 
-    At most two groups are on the device, if `use` keeps nothing. On CUDA the next group goes through pinned
-    memory and the stream `copies`, so that copying and computing can overlap.
+    Args:
+        groups: tensors by name; at most two groups are in memory.
+        use: must not keep the weights.
+        device: where the weights go.
+        dtype: of the floating-point weights.
+        copies: on CUDA, the stream that copies through pinned memory while another one computes.
     """
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(_read_ahead, groups[0], device, dtype, copies)
@@ -127,13 +145,13 @@ def one_after_another(
             if i + 1 < len(groups):
                 coming = thread.submit(_read_ahead, groups[i + 1], device, dtype, copies)
             use(i, weights)
-            if copies is not None:  # the memory of `weights` may be used again as soon as they are dropped
+            if copies is not None:  # the memory of `weights` may be reused as soon as they are dropped
                 torch.cuda.current_stream(device).synchronize()
             del weights
 
 
 def fetch(group: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype) -> Weights:
-    """A group's values on a device, floats in `dtype`, as `load_into` puts them there."""
+    """Values of a group on a device, floating-point ones cast to `dtype`."""
     return {name: _cast(tensor, dtype).to(device) for name, tensor in group.items()}
 
 
@@ -143,7 +161,7 @@ def _read_ahead(
     dtype: torch.dtype,
     copies: torch.cuda.Stream | None,
 ) -> Weights:
-    """As `fetch`, complete when it returns: nothing is left to be read or copied later."""
+    """`fetch` that has read and copied everything when it returns."""
     if copies is not None:
         with torch.cuda.stream(copies):
             pinned = ((name, _cast(tensor, dtype).pin_memory()) for name, tensor in group.items())
@@ -151,7 +169,7 @@ def _read_ahead(
         copies.synchronize()
         return weights
     weights = fetch(group, device, dtype)
-    if device.type == "cpu":  # a tensor that needed no cast is still only mapped from its file
+    if device.type == "cpu":  # a tensor that needs no cast is only mapped from its file so far
         for values in weights.values():
             values.reshape(-1).view(torch.uint8).numpy()[::PAGE].max(initial=0)
     return weights
@@ -163,5 +181,5 @@ def _cast(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _below(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
-    """Those whose names start with the prefix, without it."""
+    """The tensors whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
