@@ -7,12 +7,12 @@
     python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
-A source is recognised by its content: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
+The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
 attn_adapters_projectors.th, an IP-Adapter for SD1.5, Segment Anything (a file or a folder), the export folder
-of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Of two sources with the same
-network, one that holds nothing else (a VAE folder) wins over a bigger one (a Stable Diffusion folder,
-whatever the order), otherwise the later one; a note says so. What no source has comes from --base-bundle.
+of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Where two sources have the
+same network, a source of this network alone (a VAE folder) wins over a larger one (a Stable Diffusion
+folder), otherwise the later source wins; a note says so. --base-bundle supplies what no source has.
 """
 
 import argparse
@@ -67,19 +67,28 @@ def convert(
     llm: bool = True,
     llm_bits: int | None = None,
     overwrite: bool = False,
-    assumed: DefaultConfigs | None = None,
+    defaults: DefaultConfigs | None = None,
     say: Say = print,
 ) -> None:
-    """Write the bundle `out` from the sources at `paths` and, for what they lack, `base`.
+    """Write a bundle from public checkpoints.
 
-    dtype: of the networks from sources, None = as they are, as a base's files and scorers always are. ema:
-    take a single file's averaged UNet. llm: False leaves LLaVA and its tower out. llm_bits: 8 or 4, to
-    store the matrices of LLaVA (a source's or the base's) as `models.weights.quant` does. Raises ValueError,
-    with nothing written, for sources that cannot be used.
+    Args:
+        paths: sources.
+        out: folder of the new bundle.
+        base: bundle that supplies what the sources lack.
+        dtype: of the networks from sources, except scorers; None = unchanged, as a base's networks are.
+        ema: take a single file's averaged UNet.
+        llm: False leaves out LLaVA and its tower.
+        llm_bits: 8 or 4 to store the matrices of LLaVA (a source's or the base's) quantised.
+        overwrite: replace a bundle at `out`.
+        defaults: configs for networks that come without one.
+        say: receives notes and the summary.
+
+    Raises: ValueError, with nothing written, for sources that cannot be used.
     """
-    assumed = (assumed or DefaultConfigs()).with_base(base)
-    writer = BundleWriter(out, assumed.image_size, overwrite)
-    sources = [read_source(path, assumed, ema) for path in paths]
+    defaults = (defaults or DefaultConfigs()).with_base(base)
+    writer = BundleWriter(out, defaults.image_size, overwrite)
+    sources = [read_source(path, defaults, ema) for path in paths]
     for source in sources:
         for note in source.notes:
             say(f"note: {source.name}: {note}")
@@ -106,12 +115,12 @@ def convert(
         networks["llava"] = quantised(networks["llava"], llm_bits)
     compare_towers(networks, sources, say)
 
-    # Scores are compared with published ones, so what makes them is not rounded.
+    # scorers are not rounded, as scores are compared with published ones
     dtypes = {name: None if name in SCORERS else dtype for name in networks}
     sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
     with writer, tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
         writer.check_space(sum(sizes.values()))
-        for name in network_kinds():  # one order whatever the sources' order
+        for name in network_kinds():  # in one order, whatever that of the sources
             if network := networks.get(name):
                 bar.set_postfix_str(name)
                 writer.add(name, network.config, network.tensors, network.source, dtypes[name], bar.update)
@@ -126,7 +135,7 @@ def convert(
 
 
 def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict[str, Network]:
-    """One network of each kind: of the dedicated sources, or else of all that have it, the last."""
+    """Choose one network of each kind: the last of the dedicated sources, else of all sources."""
     chosen = {}
     for name in (name for name in network_kinds() if name not in left_out):
         having = sorted((s for s in sources if name in s.networks), key=lambda s: s.dedicated_to(name))
@@ -138,16 +147,16 @@ def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict
 
 
 def llava_of(base: Bundle | None) -> Network:
-    """The base's LLaVA, to be written anew; ValueError if there is none."""
+    """The base's LLaVA, to be rewritten; ValueError if there is none."""
     if base is None or "llava" not in base.networks:
-        raise ValueError("--llm-bits: no LLaVA to store in fewer bits; give its source or a bundle with it")
+        raise ValueError("--llm-bits: no LLaVA to quantise; give its source or a bundle that has it")
     return Network(base.config("llava"), base.tensors("llava"), base.networks["llava"]["source"])
 
 
 def choose_tokenizers(
     networks: Mapping[str, Network], kept: Mapping[str, Any], sources: Sequence[Source], base: Bundle | None
 ) -> dict[str, Path]:
-    """Each language network's own files; else those of a source with such a network, any source, the base."""
+    """Choose files: of the network's own source, else one with such a network, else any, else the base."""
     chosen = {}
     for name, files in TOKENIZERS.items():
         own = networks.get(name)
@@ -166,14 +175,14 @@ def choose_tokenizers(
             first = chosen.setdefault(file, path)
             if first != path and content(first) != content(path):
                 raise ValueError(
-                    f"{path}: the {file} of {name} is another than {first}, and a bundle holds one; "
-                    "convert the two networks to a bundle each"
+                    f"{path}: the {file} of {name} differs from {first}, and a bundle holds one; "
+                    "convert the two networks to separate bundles"
                 )
     return chosen
 
 
 def content(path: Path) -> Any:
-    """What a tokenizer's file says, however it is laid out."""
+    """Content of a tokenizer's file, independent of its formatting."""
     if path.suffix == ".json":
         return read_json(path)
     lines = path.read_bytes().split(b"\n")
@@ -181,15 +190,15 @@ def content(path: Path) -> Any:
 
 
 def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
-    """LLaVA with its config, which needs its tower's: that of a source, or one kept from the base."""
-    if isinstance(llava.config, LlavaConfig):  # of a training, complete
+    """Complete LLaVA's config by that of its tower, from a source or the base."""
+    if isinstance(llava.config, LlavaConfig):  # complete, from a training
         return llava
     folder = llava.config.parent
     vision = tower.config if tower else kept
     if vision is None and tower:
-        places, width = tower.tensors["embeddings.position_embedding.weight"].shape
+        positions, width = tower.tensors["embeddings.position_embedding.weight"].shape
         raise ValueError(
-            f"{folder}: the image tower inside ({width} wide, {isqrt(places - 1)} patches a side) is no "
+            f"{folder}: the image tower inside ({width} wide, {isqrt(positions - 1)} patches per side) is no "
             "known CLIP model; give its CLIP folder as a source too"
         )
     if vision is None:
@@ -201,7 +210,7 @@ def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | N
 
 
 def check_together(configs: Mapping[str, Any]) -> None:
-    """ValueError for networks that were not made for each other."""
+    """ValueError for networks that do not belong together."""
     unet, text, llava, vision, ip_vision = (
         configs.get(name) for name in ("unet", "text", "llava", "vision", "ip_vision")
     )
@@ -227,7 +236,7 @@ def check_together(configs: Mapping[str, Any]) -> None:
 
 
 def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> None:
-    """ValueError unless they can be read and the networks know all their tokens."""
+    """ValueError unless the files can be read and the networks have all their tokens."""
     for name in TOKENIZERS:
         if name not in configs:
             continue
@@ -246,7 +255,16 @@ def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> N
 
 
 def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Network:
-    """The network without tensors that have no place in it; ValueError for missing or mis-shaped ones."""
+    """Check names and shapes; drop unexpected tensors with a note.
+
+    Args:
+        name: in the bundle.
+        network: to check.
+        unet: sizes that adapters follow.
+        say: receives the note.
+
+    Raises: ValueError for missing or mis-shaped tensors.
+    """
     wanted = expected_shapes(name, network.config, unet)
     problems = state_dict_mismatch(wanted, network.tensors)
     if set(problems) - {"unexpected"}:
@@ -257,11 +275,11 @@ def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Net
 
 
 def quantised(llava: Network, bits: int) -> Network:
-    """LLaVA with its LLaMA blocks' matrices as codes and scales, each computed when it is written."""
+    """Quantise the matrices of LLaMA's blocks, each when it is written."""
     if before := llava.config.llama.quant:
         raise ValueError(
-            f"{llava.source}: stored in {before.bits} bits already, and rounding twice adds up; start from "
-            "the bundle that it was made of"
+            f"{llava.source}: already stored in {before.bits} bits, and rounding twice adds up; start from "
+            "the bundle it was made from"
         )
     quant = PRESETS[bits]
     config = replace(llava.config, llama=replace(llava.config.llama, quant=quant))
@@ -278,12 +296,12 @@ def quantised(llava: Network, bits: int) -> Network:
 
 
 def _part(weight: LazyTensor, quant: QuantConfig, i: int) -> Tensor:
-    """Codes (i = 0) or scale (1). Each costs the whole work, so that no more than one matrix is held."""
+    """Codes (i = 0) or scale (1). Each repeats all the work, so that only one matrix is in memory."""
     return quantise(weight.read(), quant)[i]
 
 
 def compare_towers(networks: Mapping[str, Network], sources: Sequence[Source], say: Say) -> None:
-    """Says how far the image tower that was chosen is from one that LLaVA's source holds, too."""
+    """Note how far the chosen image tower is from the one in LLaVA's source."""
     tower = networks.get("vision")
     for inside in (s.networks.get("vision") for s in sources if "llava" in s.networks):
         if tower and inside and inside.source != tower.source:
@@ -293,34 +311,34 @@ def compare_towers(networks: Mapping[str, Network], sources: Sequence[Source], s
 
 
 def difference(a: Tensors, b: Tensors) -> tuple[float, str]:
-    """Largest absolute difference of the tensors that both have, and where it is."""
+    """Largest absolute difference of common tensors, and its tensor's name."""
     worst, where = 0.0, ""
     for name in tqdm([name for name in a if name in b], desc="comparing towers", leave=False):
         if a[name].shape != b[name].shape:
             shapes = f"{list(a[name].shape)} and {list(b[name].shape)}"
             raise ValueError(f"{a[name].file} and {b[name].file}: {name} has the shapes {shapes}")
         largest = (a[name].read().float() - b[name].read().float()).abs().max().item()
-        if not largest <= worst:  # also when it is not a number
+        if not largest <= worst:  # also for NaN
             worst, where = largest, name
     return worst, where
 
 
 def summarise(bundle: Bundle, say: Say) -> None:
-    """Sizes, types and origin of every network, and what is still lacking for images."""
+    """Report size, dtypes and origin of every network, and what sampling still needs."""
     for name, entry in bundle.networks.items():
         tensors = bundle.tensors(name).values()
-        kinds = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        dtypes = "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         millions = sum(map(prod, plain_shapes(bundle, name).values())) / 1e6
         size = sum(path.stat().st_size for path in bundle.files(name)) / 1e9
-        say(f"{name:10} {millions:9.1f} M  {kinds:16} {size:7.3f} GB  {entry['source']}")
+        say(f"{name:10} {millions:9.1f} M  {dtypes:16} {size:7.3f} GB  {entry['source']}")
     if lacking := [name for name in SAMPLING if name not in bundle.networks]:
-        say(f"{bundle.folder}: complete for what was given; sampling also needs {', '.join(lacking)}")
+        say(f"{bundle.folder}: converted; sampling also needs {', '.join(lacking)}")
     else:
         say(f"{bundle.folder}: ready")
 
 
 def plain_shapes(bundle: Bundle, name: str) -> dict[str, tuple[int, ...]]:
-    """Those of a network's parameters, also where they are stored as something else."""
+    """Shapes of a network's parameters before quantisation."""
     config = bundle.config(name)
     if name == "llava":
         config = replace(config, llama=replace(config.llama, quant=None))
@@ -333,19 +351,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
-    parser.add_argument("--base-bundle", type=Path, help="bundle to take everything from that no source has")
+    parser.add_argument("--base-bundle", type=Path, help="bundle that supplies what no source has")
     parser.add_argument(
-        "--dtype", choices=CHOICES, default="keep", help="of the converted weights, but for evaluation's"
+        "--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
     )
     parser.add_argument(
-        "--ema", action="store_true", help="take the averaged UNet of a single-file checkpoint"
+        "--ema", action="store_true", help="use the averaged UNet of a single-file checkpoint"
     )
     parser.add_argument("--no-llm", action="store_true", help="leave out LLaVA")
     parser.add_argument(
         "--llm-bits",
         type=int,
         choices=sorted(PRESETS),
-        help="store LLaVA's language model in so many bits per weight: a half or a quarter of the size",
+        help="bits per weight of LLaVA's language model: half or a quarter of the size",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
     parser.add_argument("--download", action="store_true", help="fetch the released weights first (~20 GB)")
@@ -355,24 +373,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=EXTRAS,
         default=[],
         dest="extras",
-        help="fetch this, too, with or without --download: sam, for masks (0.4 GB); scorers, for evaluation "
-        "(2.4 GB)",
+        help="also fetch sam for masks (0.4 GB) or scorers for evaluation (2.4 GB); works without --download",
     )
     parser.add_argument(
-        "--base-id", default=DownloadConfig.base_id, help="with --download: the SD1.5 model on the hub"
+        "--base-id", default=DownloadConfig.base_id, help="SD1.5 model on the hub for --download"
     )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("weights/cache"), help="folder for what is fetched"
-    )
+    parser.add_argument("--cache", type=Path, default=Path("weights/cache"), help="folder for downloads")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        check_target(args.out, args.overwrite)  # before a download of hours
+        check_target(args.out, args.overwrite)  # before a long download
         if args.llm_bits and args.no_llm:
-            raise ValueError("--llm-bits is about LLaVA, which --no-llm leaves out; give one of them")
+            raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")
         base = Bundle.open(args.base_bundle) if args.base_bundle else None
         paths = list(args.sources)
         if args.download or args.extras:

@@ -387,8 +387,8 @@ class SAM(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Features (B, C, h, w) of images.
 
-        pixels: (B, 3, S, S) of `models.sam_image.preprocess`, in the parameters' dtype. S is cfg.image_size, or
-        another multiple of cfg.patch at some loss of accuracy, as positions are then resampled.
+        pixels: (B, 3, S, S) of `models.sam_image.preprocess`, in the parameters' dtype. S is cfg.image_size,
+        or another multiple of cfg.patch at some loss of accuracy, as positions are then resampled.
         """
         side, patch = pixels.shape[-1], self.cfg.patch
         if pixels.dim() != 4 or tuple(pixels.shape[1:3]) != (3, side) or side % patch:
@@ -407,8 +407,8 @@ class SAM(nn.Module):
             prompts: N >= 1 points each.
             masks: logits of an earlier result to refine, (B, P, 4h, 4w), or None.
 
-        Returns: logits (B, P, 4, 4h, 4w), positive = inside, and predicted IoU (B, P, 4), float32. Mask 0 is for
-        an unambiguous prompt; 1..3 are what an ambiguous one, such as a single point, may mean (part, whole).
+        Returns: logits (B, P, 4, 4h, 4w), positive = inside, and predicted IoU (B, P, 4), float32. Mask 0 is
+        for an unambiguous prompt; 1..3 are what an ambiguous one, such as a point, may mean (part, whole).
         """
         batch, _, h, w = features.shape
         points, labels = prompts

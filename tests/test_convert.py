@@ -51,7 +51,7 @@ from tests.make_checkpoints import (
 )
 from tests.recipe import normal, uniform
 
-ASSUMED = DefaultConfigs(
+DEFAULTS = DefaultConfigs(
     unet=TINY.unet,
     vae=TINY.vae,
     text=TINY.text,
@@ -84,7 +84,7 @@ def complete(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def run(sources: list[Path], out: Path, base: Bundle | None = None, **options: object) -> tuple[Bundle, str]:
     """The bundle and everything that was said."""
     said: list[str] = []
-    convert(sources, out, base=base, say=said.append, **{"assumed": ASSUMED, **options})
+    convert(sources, out, base=base, say=said.append, **{"defaults": DEFAULTS, **options})
     return Bundle.open(out), "\n".join(said)
 
 
@@ -157,7 +157,7 @@ def test_swap_keeps_the_rest(complete: Bundle, tmp_path: Path) -> None:
 
 def test_single_file_without_base_needs_a_tokenizer(tmp_path: Path) -> None:
     source = make_ldm(tmp_path / "a.safetensors", TINY)
-    with pytest.raises(ValueError, match=r"text: no source has its vocab\.json"):
+    with pytest.raises(ValueError, match=r"text: .*vocab\.json"):
         run([source], tmp_path / "b")
     source = make_ldm(tmp_path / "c.safetensors", TINY, text=False)
     bundle, said = run([source], tmp_path / "b")
@@ -172,7 +172,7 @@ def test_ema(complete: Bundle, tmp_path: Path) -> None:
     bundle, _ = run([source], tmp_path / "ema", complete, ema=True)
     assert_drawn(state(bundle, "unet"), torch.float32, "ema")
     source = make_ldm(tmp_path / "none.safetensors", TINY)
-    with pytest.raises(ValueError, match="no full set of averaged weights"):
+    with pytest.raises(ValueError, match="averaged"):
         run([source], tmp_path / "no", complete, ema=True)
 
 
@@ -261,7 +261,7 @@ def test_tower_inside_llava(public: Path, complete: Bundle, tmp_path: Path) -> N
     assert found and float(found[1]) == pytest.approx(biggest, rel=1e-2)
     assert "mm_projector.bin not read" in said
     # without any of them, only a tower of known shape can be used
-    with pytest.raises(ValueError, match="no known CLIP model; give its CLIP folder"):
+    with pytest.raises(ValueError, match="CLIP folder"):
         run([source], tmp_path / "none")
 
 
@@ -483,7 +483,7 @@ def test_sam(complete: Bundle, tmp_path: Path, make: Callable[..., Path]) -> Non
     assert tuple(alone.networks) == ("sam",) and alone.config("sam") == TINY.sam
     assert_drawn(state(alone, "sam"), torch.float32)
     assert "unused" not in said
-    again, _ = run([source], tmp_path / "again", alone, assumed=DefaultConfigs())
+    again, _ = run([source], tmp_path / "again", alone, defaults=DefaultConfigs())
     assert again.config("sam") == TINY.sam, "the sizes of a file without any are the base's"
     beside, _ = run([source], tmp_path / "beside", complete, dtype=torch.float16)
     assert set(beside.networks) == {*complete.networks, "sam"}
@@ -630,15 +630,15 @@ REFUSALS = {
     "sdxl": (with_tensors(conditioner__embedders__0__weight=W), "SDXL"),
     "lora": (only(lora_unet_down__lora_down__weight=W), "LoRA"),
     "peft lora": (only(unet__to_k__lora_A__weight=W), "LoRA"),
-    "v-prediction marker": (with_tensors(v_pred=W), "predicts 'v_prediction'"),
-    "v-prediction yaml": (sidecar("a.yaml", 'params:\n  parameterization: "v"\n'), "predicts 'v_prediction'"),
+    "v-prediction marker": (with_tensors(v_pred=W), "v_prediction"),
+    "v-prediction yaml": (sidecar("a.yaml", 'params:\n  parameterization: "v"\n'), "v_prediction"),
     "v-prediction json": (
         sidecar("a.json", '{"prediction_type": "v_prediction"}'),
-        "predicts 'v_prediction'",
+        "v_prediction",
     ),
     "v-prediction folder": (
         sd_folder("scheduler/scheduler_config.json", prediction_type="v_prediction"),
-        "predicts 'v_prediction'",
+        "v_prediction",
     ),
     "inpainting folder": (sd_folder("unet/config.json", in_channels=9), "inpainting"),
     "sd2 folder": (sd_folder("unet/config.json", cross_attention_dim=1024), "Stable Diffusion 2"),
@@ -652,25 +652,25 @@ REFUSALS = {
         only(image_proj__proj__weight=W, ip_adapter__1__to_k_ip__weight=torch.ones(2, 2048)),
         "IP-Adapter for SDXL",
     ),
-    "tower of another model": (llava_for_another_tower, "mm_hidden_size 1280, but the CLIP model .*32"),
-    "sam-hq": (only(image_encoder__pos_embed=W, mask_decoder__hf_token__weight=W), "SAM-HQ, expected"),
-    "mobile sam": (only(image_encoder__layers__0__norm__weight=W), "MobileSAM or the like"),
-    "sam 2": (only(model__sam_mask_decoder__iou_token__weight=W), "SAM 2, MobileSAM or the like"),
-    "sam of another width": (only(image_encoder__pos_embed=W), "image encoder is 2 wide, expected 48"),
-    "sam 2 folder": (folder_with(config__json='{"model_type": "sam2"}'), "'sam2', expected 'sam'"),
-    "sam-hq folder": (folder_with(config__json='{"model_type": "sam_hq"}'), "'sam_hq', expected 'sam'"),
-    "lfs": (lfs_folder, "git-lfs pointer"),
+    "tower of another model": (llava_for_another_tower, "mm_hidden_size 1280.*32"),
+    "sam-hq": (only(image_encoder__pos_embed=W, mask_decoder__hf_token__weight=W), "SAM-HQ"),
+    "mobile sam": (only(image_encoder__layers__0__norm__weight=W), "MobileSAM"),
+    "sam 2": (only(model__sam_mask_decoder__iou_token__weight=W), "SAM 2"),
+    "sam of another width": (only(image_encoder__pos_embed=W), "2 wide.*48"),
+    "sam 2 folder": (folder_with(config__json='{"model_type": "sam2"}'), "'sam2'"),
+    "sam-hq folder": (folder_with(config__json='{"model_type": "sam_hq"}'), "'sam_hq'"),
+    "lfs": (lfs_folder, "git-lfs"),
     "empty folder": (folder_with(), "empty folder"),
     "other folder": (folder_with(readme__txt="hello"), "neither unet/ nor config.json"),
-    "other model": (folder_with(config__json='{"model_type": "bert"}'), "config.json describes bert"),
+    "other model": (folder_with(config__json='{"model_type": "bert"}'), "bert"),
     "bundle as source": (folder_with(config__json='{"format": "moma-bundle"}'), "already a bundle"),
     "broken config": (folder_with(config__json="{"), "not JSON"),
     "incomplete config": (
         folder_with(config__json='{"_class_name": "AutoencoderKL"}'),
-        "has no '.*'",
+        r"config\.json: has no '\w+'",
     ),
-    "no weights": (no_weights, "no weights there, expected diffusion_pytorch_model"),
-    "other tensors": (only(something=W), "not a checkpoint known here; its tensors are called something"),
+    "no weights": (no_weights, "diffusion_pytorch_model"),
+    "other tensors": (only(something=W), "something"),
     "nothing": (lambda tmp_path, public: tmp_path / "none", "no such file or folder"),
 }
 
@@ -687,20 +687,18 @@ def test_refusals(public: Path, complete: Bundle, tmp_path: Path, case: str) -> 
 def test_h14_as_llavas_tower(public: Path, tmp_path: Path) -> None:
     """The image encoder of IP-Adapter alone does not make LLaVA complete."""
     encoder = make_ip_vision(tmp_path / "encoder", TINY)
-    with pytest.raises(
-        ValueError, match=r"without an image tower; give the CLIP folder of openai/clip-vit-large"
-    ):
+    with pytest.raises(ValueError, match="openai/clip-vit-large"):
         run([public / "llava", encoder], tmp_path / "b")
     config = json.loads((encoder / "config.json").read_text())
     write_json(encoder / "config.json", config | {"architectures": ["CLIPVisionModel"]})
-    with pytest.raises(ValueError, match=r"mm_hidden_size 32, but the CLIP model .*48"):
+    with pytest.raises(ValueError, match=r"mm_hidden_size 32.*48"):
         run([public / "llava", encoder], tmp_path / "b")
 
 
 def test_ip_adapter_with_the_wrong_encoder(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, ip_vision=replace(TINY.ip_vision, projection=24))
     sources = [make_ip_adapter(tmp_path / "ip.bin", TINY), make_ip_vision(tmp_path / "encoder", scale)]
-    with pytest.raises(ValueError, match="image embeddings of width 40, but the image encoder gives 24"):
+    with pytest.raises(ValueError, match=r"width 40.*24"):
         run(sources, tmp_path / "b", complete)
 
 
@@ -715,7 +713,7 @@ def test_tower_inside_of_another_shape(public: Path, tmp_path: Path) -> None:
     "file, content, message",
     [
         ("vocab.json", "version https://git-lfs.github.com/spec/v1", "cannot be read"),
-        ("vocab.json", None, r"vocab\.json: has \d+ tokens, but the network it is for has 1000"),
+        ("vocab.json", None, r"vocab\.json: has \d+ tokens.*1000"),
         ("merges.txt", "", None),
     ],
 )
@@ -737,14 +735,14 @@ def test_tokenizers_are_checked(
 
 def test_adapter_for_another_llava(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, adapter=replace(TINY.adapter, mllm_dim=80))
-    with pytest.raises(ValueError, match="MLLM of width 80, but the LLaVA here has 64"):
+    with pytest.raises(ValueError, match=r"width 80.*64"):
         run([make_moma(tmp_path / "a.th", scale)], tmp_path / "b", complete)
 
 
 def test_llava_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, llama=replace(TINY.llama, width=80))
     source = make_llava(tmp_path / "l", scale, public / "tokenizers")
-    with pytest.raises(ValueError, match="MLLM of width 64, but the LLaVA here has 80"):
+    with pytest.raises(ValueError, match=r"width 64.*80"):
         run([source], tmp_path / "b", complete)
 
 
@@ -752,7 +750,7 @@ def test_text_encoder_of_another_width(public: Path, complete: Bundle, tmp_path:
     source = make_sd15(
         tmp_path / "sd", replace(TINY, text=replace(TINY.text, width=32)), public / "tokenizers"
     )
-    with pytest.raises(ValueError, match="reads texts of width 24, the text encoder gives 32"):
+    with pytest.raises(ValueError, match=r"width 24.*32"):
         run([source / "text_encoder"], tmp_path / "b", complete)
 
 
@@ -1086,7 +1084,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
 def test_a_stopped_download_keeps_its_finished_files(hub: FakeHub, tmp_path: Path) -> None:
     name = "o/llava/pytorch_model-00002-of-00002.bin"
     hub.cut[name], hub.refuse_after_cut = 1000, True
-    with pytest.raises(ValueError, match=r"o/llava: not fetched .*run again to continue") as error:
+    with pytest.raises(ValueError, match="o/llava") as error:
         download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache" / name.replace("o/llava", "o--llava")).exists()
@@ -1103,7 +1101,7 @@ def test_offline_says_what_to_place_where(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub's client waits between its attempts
     said: list[str] = []
-    with pytest.raises(ValueError, match="o/base: not fetched"):
+    with pytest.raises(ValueError, match="o/base"):
         download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
     assert said == by_hand(CONFIG, tmp_path / "cache")
     text = "\n".join(said)
@@ -1160,7 +1158,7 @@ def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) -> None:
     del hub.files["o/base/unet/diffusion_pytorch_model.safetensors"]
-    with pytest.raises(ValueError, match="o/base: no weights unet/diffusion_pytorch_model"):
+    with pytest.raises(ValueError, match=r"o/base: .*unet/diffusion_pytorch_model"):
         download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
 
 

@@ -314,7 +314,7 @@ def test_other_files(tmp_path: Path, name: str, content: bytes, message: str) ->
 def test_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(ValueError, match="torch.save"):
+    with pytest.raises(ValueError, match=r"a\.bin"):
         read_checkpoint(tmp_path / "a.bin")
     with pytest.raises(ValueError, match="no such file"):
         read_checkpoint(tmp_path / "b.bin")

@@ -1,8 +1,8 @@
 """Fetch the released weights from the Hugging Face hub, for convert_weights.py --download.
 
-Where the files lie is known from the public code (bytedance/MoMA: run_evaluate_MoMA.py takes the adapter
-file from the MLLM's repository) and the model cards. Which of the possible weight files a repository holds
-is not assumed: its list of files is asked for and the best one taken (`pick_weights`).
+The repositories are those of the public code (bytedance/MoMA: run_evaluate_MoMA.py takes the adapter file
+from the MLLM's repository) and of the model cards. `pick_weights` chooses among the files that a repository
+lists.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CLIP_FILES = ("config.json", "vocab.json", "merges.txt")
 
 @dataclass(frozen=True)
 class Repo:
-    """What to take of one repository."""
+    """Files to fetch from one repository."""
 
     id: str
     weights: tuple[tuple[str, tuple[str, ...]], ...]  # (folder inside, stems its weight file may have)
@@ -34,7 +34,7 @@ class Repo:
         return self.id.replace("/", "--")
 
 
-EXTRAS = {  # what --with adds: name -> its repositories
+EXTRAS = {  # of --with: name -> repositories
     "sam": (Repo("facebook/sam-vit-base", (("", TRANSFORMERS_STEMS),), ("config.json",)),),  # 0.4 GB
     "scorers": (  # 0.1 + 0.6 + 1.7 GB
         Repo("facebook/dino-vits16", (("", TRANSFORMERS_STEMS),), ("config.json",)),
@@ -46,19 +46,18 @@ EXTRAS = {  # what --with adds: name -> its repositories
 
 @dataclass(frozen=True)
 class DownloadConfig:
-    """The released set. Sizes are the cards': 3.9 + 0.3 + 14.3 + 1.7 GB."""
+    """What to fetch; the released set has 3.9 + 0.3 + 14.3 + 1.7 GB."""
 
-    # SD1.5 in diffusers folders; the release's choice, any other fine-tune serves as well. Its own VAE is
-    # left out, as the release replaces it by vae_id.
+    # The release's choice of SD1.5 in diffusers folders; any fine-tune works. The release replaces its VAE.
     base_id: str = "SG161222/Realistic_Vision_V4.0_noVAE"
     vae_id: str = "stabilityai/sd-vae-ft-mse"
     llava_id: str = "KunpengSong/MoMA_llava_7b"  # LLaVA-1.5-7B tuned for MoMA, and the adapter file
     clip_id: str = "openai/clip-vit-large-patch14-336"  # LLaVA's image tower
-    released: bool = True  # False: nothing but the extras
+    released: bool = True  # False: only the extras
     extras: tuple[str, ...] = ()  # of EXTRAS
 
     def repos(self, llm: bool = True) -> list[Repo]:
-        """In the order in which to convert them; llm: with LLaVA and its tower."""
+        """Repositories in the order of their conversion; llm: with LLaVA and its tower."""
         released = self._released(llm) if self.released else []
         return released + [repo for name in self.extras for repo in EXTRAS[name]]
 
@@ -83,7 +82,7 @@ class DownloadConfig:
 
 
 def present(folder: Path, repo: Repo) -> bool:
-    """Whether all of the repository's files are there (an interrupted download keeps its files elsewhere)."""
+    """Whether all files of the repository are there; the hub's client keeps incomplete ones elsewhere."""
     if not all((folder / file).is_file() for file in repo.files):
         return False
     for inside, stems in repo.weights:
@@ -97,21 +96,21 @@ def present(folder: Path, repo: Repo) -> bool:
 
 
 def patterns(names: list[str], repo: Repo) -> list[str]:
-    """What to fetch of the files `names` that a repository has; ValueError if something is not there."""
+    """Patterns of the files to fetch from those that a repository has; ValueError if one is missing."""
     wanted = list(repo.files)
     for inside, stems in repo.weights:
         prefix = f"{inside}/" if inside else ""
         here = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
         name = pick_weights(here, stems)
         if name is None:
-            raise ValueError(f"{repo.id}: no weights {prefix}{stems[0]}.* in it; is it the right one?")
+            raise ValueError(f"{repo.id}: no weights {prefix}{stems[0]}.* in the repository")
         wanted.append(prefix + name)
         if name.endswith(".json"):
             stem, kind = name.split(".")[:2]
             variant = ".fp16" if ".fp16" in name else ""
             wanted.append(f"{prefix}{stem}{variant}-*.{kind}")
     if lacking := [file for file in repo.files if file not in names]:
-        raise ValueError(f"{repo.id}: has no {lacking[0]}; is it a repository of the kind expected here?")
+        raise ValueError(f"{repo.id}: has no {lacking[0]}; is it the right repository?")
     return wanted
 
 
@@ -122,12 +121,17 @@ def download(
     endpoint: str | None = None,
     say: Callable[[str], Any] = print,
 ) -> list[Path]:
-    """Bring what is wanted to `cache`; returns the folders, in the order in which to convert them.
+    """Fetch what is missing in `cache`. A later run keeps complete files and repeats interrupted ones.
 
-    A broken connection is taken up where it broke; a run that was stopped keeps its finished files and starts
-    the unfinished one again (as huggingface_hub 2 does). llm: False leaves out LLaVA and its tower. endpoint:
-    of the hub, None = huggingface_hub's own setting. ValueError if the hub cannot be reached, after `say`
-    listed what to place where by hand.
+    Args:
+        config: what to fetch.
+        cache: folder with one folder per repository.
+        llm: with LLaVA and its tower.
+        endpoint: of the hub; None = huggingface_hub's own setting.
+        say: receives messages, such as the files to place by hand if the hub cannot be reached.
+
+    Returns: folders in the order of their conversion.
+    Raises: ValueError if the hub cannot be reached.
     """
     folders = []
     for repo in config.repos(llm):
@@ -137,7 +141,7 @@ def download(
             continue
         try:
             names = HfApi(endpoint=endpoint).list_repo_files(repo.id)
-        except Exception as error:  # the hub's client passes on its HTTP library's own kinds of errors
+        except Exception as error:  # the client raises its HTTP library's errors, too
             raise _unreachable(error, repo, config, cache, llm, say) from error
         wanted = patterns(names, repo)
         say(f"fetching {repo.id} to {folder}")
@@ -160,7 +164,7 @@ def _unreachable(
 
 
 def by_hand(config: DownloadConfig, cache: Path, llm: bool = True) -> list[str]:
-    """Which files to place where on a machine without access to the hub."""
+    """Instructions to place the files by hand."""
     lines = ["Without access to the hub, place these files and run the same command again:"]
     for repo in config.repos(llm):
         lines.append(f"  https://huggingface.co/{repo.id}  ->  {cache / repo.folder}/")

@@ -1,9 +1,9 @@
-"""Public checkpoints: what a file or folder holds, recognised by its content, in this project's names.
+"""Public checkpoints: recognise a file or folder by its content and rename its tensors.
 
-Known are Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
+It reads Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
 and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5,
 Segment Anything (its own files or transformers'), and for evaluation whole CLIPs and DINO (the same).
-Only headers are read here; whatever cannot be used is refused with the reason.
+It reads only headers, and refuses what cannot be used with the reason.
 """
 
 import json
@@ -46,45 +46,45 @@ from moma.weights.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
 
 Tensors = Mapping[str, LazyTensor]
 
-EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # what a training's result is listed in
+EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # manifest of a training's result
 
-SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # widths of their text states
+SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # width of the text states
 VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
 VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
 SAM_POSITIONS = "image_encoder.pos_embed"
 SAM_FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SAM_HQ = ("mask_decoder.hf_", "mask_decoder.compress_vit_feat", "mask_decoder.embedding_")
-DINO_PATCHES = "patch_embed.proj.weight"  # by which DINO's own files are known
-# Buffers and parts of the training that LDM files carry along.
+DINO_PATCHES = "patch_embed.proj.weight"  # identifies DINO's own files
+# Buffers and training state in LDM files.
 TRAINING_STATE = re.compile(
     r"(betas|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|loss\.|callbacks"
     r"|model_ema\.|first_stage_model\.(loss\.|model_ema\.)).*"
 )
-# How files beside a checkpoint (.yaml of LDM, .json of user interfaces) say what it predicts.
+# Prediction type in a file beside a checkpoint (.yaml of LDM, .json of user interfaces).
 V_PREDICTION = re.compile(r"""(parameterization|prediction_type)["']?\s*[:=]\s*["']?v(_prediction)?\b""")
 
 
 def _named(kind: str, presets: Mapping[str, Any]) -> dict[str, Any]:
-    """By the networks' names in a bundle."""
+    """Presets by their networks' names in a bundle."""
     return {f"{kind}_{name}": config for name, config in presets.items()}
 
 
 @dataclass(frozen=True)
 class DefaultConfigs:
-    """Sizes of what comes without a config.json; a base bundle's take their place."""
+    """Configs of networks that come without a config.json."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)  # SD1.5
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     towers: tuple[CLIPVisionConfig, ...] = tuple(replace(c, projection=None) for c in VISION_PRESETS.values())
-    # The scorers, by whose sizes they are told from each other and from what is no scorer.
+    # scorers, which are recognised by their sizes
     dinos: Mapping[str, DINOConfig] = field(default_factory=lambda: _named("dino", DINOS))
     clips: Mapping[str, CLIPConfig] = field(default_factory=lambda: _named("clip", CLIPS))
-    image_size: int = 512  # pixels a side that SD1.5 was trained at; its config has latents
-    sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # told from each other by their widths
+    image_size: int = 512  # pixels per side that SD1.5 was trained at; its config has latents
+    sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # recognised by their widths
 
     def with_base(self, base: Bundle | None) -> "DefaultConfigs":
-        """With the sizes of the networks in `base`."""
+        """Replace configs by those of the networks in `base`."""
         if base is None:
             return self
         known = {name: base.configs[name] for name in ("unet", "vae", "text") if name in base.configs}
@@ -96,25 +96,23 @@ class DefaultConfigs:
 
 @dataclass(frozen=True)
 class Network:
-    """One network of a source, in our names.
+    """One network of a source, with tensors in our names."""
 
-    config: its dataclass. LLaVA's depends on its tower, which may come from another source, and is the path
-    of its config.json until then; a tower inside LLaVA of unknown sizes has None.
-    """
-
+    # The dataclass. LLaVA's depends on its tower, which may come from another source: until then it is the
+    # path of its config.json. A tower inside LLaVA of unknown sizes has None.
     config: Any
     tensors: Tensors
-    source: str  # for people
+    source: str  # for messages
 
 
 @dataclass
 class Source:
-    """What one file or folder holds, and what its user should know about it."""
+    """Content of one file or folder, and notes for the user."""
 
     name: str
     networks: dict[str, Network] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)  # fields of MethodConfig that the weights need
+    method: dict[str, Any] = field(default_factory=dict)  # MethodConfig fields that the weights need
     notes: list[str] = field(default_factory=list)
 
     def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
@@ -124,39 +122,47 @@ class Source:
         self.tokenizers |= {name: folder / name for name in files if (folder / name).is_file()}
 
     def rename(self, table: Table, tensors: Tensors) -> dict[str, LazyTensor]:
-        """Tensors in our names; those that the table does not know become a note."""
+        """Tensors in our names; a note lists those that the table does not know."""
         result = keymaps.convert(table, tensors)
         if result.unknown:
             self.notes.append(f"unused: {some_names(result.unknown)}")
         return {name: tensors[key].map(change) for name, (key, change) in result.names.items()}
 
     def dedicated_to(self, network: str) -> bool:
-        """Whether the network is all of it, or what it is for (a LLaVA folder may hold its tower, too)."""
+        """Whether the source holds nothing else, or is a LLaVA, which may hold its tower too."""
         return len(self.networks) == 1 or network == "llava"
 
 
-def read_source(path: Path, assumed: DefaultConfigs, ema: bool = False) -> Source:
-    """What is at `path`; ema: the averaged UNet of a single file. ValueError for what cannot be used."""
+def read_source(path: Path, defaults: DefaultConfigs, ema: bool = False) -> Source:
+    """Read the headers of a public checkpoint.
+
+    Args:
+        path: file or folder.
+        defaults: configs for networks that come without one.
+        ema: take the averaged UNet of a single file.
+
+    Raises: ValueError for what cannot be used.
+    """
     source = Source(_name(path))
     if path.is_dir():
-        _read_folder(source, path, assumed)
+        _read_folder(source, path, defaults)
         if ema and "unet" in source.networks:
             source.notes.append("--ema does not apply, diffusers' main weights are the average")
     elif path.is_file():
-        _read_file(source, path, assumed, ema)
+        _read_file(source, path, defaults, ema)
     else:
         raise ValueError(f"{path}: no such file or folder")
     return source
 
 
 def _name(path: Path) -> str:
-    """For people; a snapshot in the hub's cache is called by a hash, its repository by a name."""
+    """For messages: the repository's name for a snapshot in the hub's cache, which is a hash."""
     path = path.absolute()
     return path.parents[1].name.removeprefix("models--") if path.parent.name == "snapshots" else path.name
 
 
 def below(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
-    """The tensors whose names start with prefix, without it."""
+    """The tensors whose names start with the prefix, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
@@ -186,7 +192,7 @@ def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
 # --- folders -----------------------------------------------------------------------------------------
 
 
-def _read_folder(source: Source, path: Path, assumed: DefaultConfigs) -> None:
+def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
     if not any(path.iterdir()):
         raise ValueError(f"{path}: empty folder")
     if (path / EXPORT).is_file():
@@ -195,18 +201,18 @@ def _read_folder(source: Source, path: Path, assumed: DefaultConfigs) -> None:
     if (path / "unet").is_dir():
         _read_diffusers(source, path)
     elif (path / "config.json").is_file():
-        _read_model(source, path, assumed)
+        _read_model(source, path, defaults)
     elif not (path / MOMA_FILE).is_file():
         raise ValueError(f"{path}: neither unet/ nor config.json in it; give the model's own folder or file")
     if (path / MOMA_FILE).is_file():
-        _read_adapter(source, path / MOMA_FILE, "adapter", read_checkpoint(path / MOMA_FILE), assumed)
+        _read_adapter(source, path / MOMA_FILE, "adapter", read_checkpoint(path / MOMA_FILE), defaults)
 
 
 def _read_export(source: Source, path: Path) -> None:
-    """What a training has written: networks in our own names, with their sizes and the method they need."""
+    """A training's export: networks in our names, their configs, and the method fields they need."""
     data = read_json(path / EXPORT)
     if data.get("format") != EXPORT_FORMAT:
-        raise ValueError(f"{path / EXPORT}: not written by a training of this version")
+        raise ValueError(f"{path / EXPORT}: not an export of this version")
     source.method = data["method"]
     for name, entry in data["networks"].items():
         config = config_from_json(network_kinds()[name][0], entry["config"], f"{path / EXPORT}: {name}")
@@ -222,7 +228,7 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:
 
 
 def _read_diffusers(source: Source, path: Path) -> None:
-    """A Stable Diffusion folder; single files that lie beside its parts are left alone."""
+    """A Stable Diffusion folder; single files beside its parts are ignored."""
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         kind = read_json(scheduler).get("prediction_type", "epsilon")
@@ -237,8 +243,8 @@ def _read_diffusers(source: Source, path: Path) -> None:
     source.add_tokenizer(path / "tokenizer", CLIP_TOKENIZER)
 
 
-def _read_model(source: Source, path: Path, assumed: DefaultConfigs) -> None:
-    """A folder of one model, whose config.json says what it is, or by its fields in old files."""
+def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
+    """A folder of one model, recognised by its config.json (in old files by the fields)."""
     config = read_json(path / "config.json")
     kind, layout = config.get("model_type", ""), config.get("_class_name", "")
     if config.get("format") == "moma-bundle":
@@ -251,15 +257,15 @@ def _read_model(source: Source, path: Path, assumed: DefaultConfigs) -> None:
         config = read_config(path / "config.json", sam_config)
         _add_sam(source, config, keymaps.SAM_TRANSFORMERS, _weights_of(path, TRANSFORMERS_STEMS))
     elif "llava" in kind or "mm_projector_type" in config:
-        _read_llava(source, path, config, assumed)
+        _read_llava(source, path, config, defaults)
     elif kind == "clip_text_model":
         _read_text(source, path)
         source.add_tokenizer(path, CLIP_TOKENIZER)
     elif kind.startswith("clip"):
-        _read_clip(source, path, config, assumed)
-        source.add_tokenizer(path, CLIP_TOKENIZER)  # also for a single-file model, which comes without
+        _read_clip(source, path, config, defaults)
+        source.add_tokenizer(path, CLIP_TOKENIZER)  # also for a single-file model, which has none
     elif kind == "vit":
-        _read_vit(source, path, assumed)
+        _read_vit(source, path, defaults)
     else:
         what = layout or kind or "nothing known"
         known = "a VAE, UNet, CLIP, LLaVA, DINO or SAM"
@@ -278,7 +284,7 @@ def _read_vae(source: Source, path: Path) -> None:
 
 
 def _add_vae(source: Source, config: VAEConfig, tensors: Tensors) -> None:
-    """A VAE in any of its three spellings."""
+    """A VAE with any of the three kinds of names."""
     if any(".mid.attn_1." in key for key in tensors):
         table = keymaps.ldm_vae(len(config.channels))
     elif any(key.endswith(".query.weight") for key in tensors):
@@ -298,11 +304,11 @@ def _read_text(source: Source, path: Path) -> None:
     source.add("text", config, named)
 
 
-def _read_clip(source: Source, path: Path, public: Mapping[str, Any], assumed: DefaultConfigs) -> None:
-    """Both towers in a scorer's sizes: that scorer. Else only the image tower is of use."""
+def _read_clip(source: Source, path: Path, public: Mapping[str, Any], defaults: DefaultConfigs) -> None:
+    """Add a scorer if both towers have its sizes, else only the image tower."""
     vision = read_config(path / "config.json", clip_vision_config)
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
-    name = next((name for name, config in assumed.clips.items() if config.vision == vision), None)
+    name = next((name for name, config in defaults.clips.items() if config.vision == vision), None)
     if name and public["model_type"] == "clip" and any(key.startswith("text_model.") for key in tensors):
         config = CLIPConfig(read_config(path / "config.json", clip_text_config), vision)
         source.add(name, config, source.rename(keymaps.CLIP_WHOLE, tensors))
@@ -313,28 +319,28 @@ def _read_clip(source: Source, path: Path, public: Mapping[str, Any], assumed: D
 def _add_vision(
     source: Source, config: CLIPVisionConfig, tensors: Tensors, public: Mapping[str, Any]
 ) -> None:
-    """LLaVA's tower, or with a projection and only for images, IP-Adapter's encoder."""
+    """Add LLaVA's tower or, for a CLIPVisionModelWithProjection, IP-Adapter's encoder."""
     table = keymaps.CLIP_VISION if any("vision_model." in key for key in tensors) else keymaps.CLIP_BARE
     named = source.rename(table, tensors)
     if "CLIPVisionModelWithProjection" in (public.get("architectures") or []):
         source.add("ip_vision", config, named)
-    else:  # LLaVA reads hidden states, the projection would be dead weight
+    else:  # LLaVA reads hidden states
         named.pop("visual_projection.weight", None)
         source.add("vision", replace(config, projection=None), named)
 
 
-def _read_vit(source: Source, path: Path, assumed: DefaultConfigs) -> None:
+def _read_vit(source: Source, path: Path, defaults: DefaultConfigs) -> None:
     """DINO as transformers has it."""
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     if head := [key for key in tensors if key.startswith(("classifier.", "pooler.", "vit."))]:
-        raise ValueError(f"{path}: has {head[0]}, so it is a ViT trained for classes; expected DINO's")
+        raise ValueError(f"{path}: has {head[0]}, so it is a ViT classifier; expected DINO")
     new = any(key.startswith("layers.") for key in tensors)
     named = source.rename(keymaps.DINO_HF_NEW if new else keymaps.DINO_HF, tensors)
-    _add_dino(source, path, _fused(named), assumed)
+    _add_dino(source, path, _fused(named), defaults)
 
 
 def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
-    """attn.q, .k and .v as one attn.qkv; where one of them is missing, the rest is left for a later check."""
+    """Join attn.q, .k and .v to attn.qkv; if one is missing, the shape check reports it later."""
     result = dict(tensors)
     for key in (key for key in tensors if ".attn.q." in key):
         names = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -343,31 +349,31 @@ def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
     return result
 
 
-def _add_dino(source: Source, path: Path, tensors: Tensors, assumed: DefaultConfigs) -> None:
-    """S/16 or B/16, told by their shapes, as the files do not say."""
+def _add_dino(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs) -> None:
+    """Add S/16 or B/16, recognised by shapes, as the files do not say."""
 
     def ends(config: DINOConfig) -> tuple[tuple[int, ...], ...]:
         return (1, 1 + config.patches, config.width), (config.width, 3, config.patch, config.patch)
 
     found = tuple(tensors[key].shape if key in tensors else () for key in ("pos_embed", DINO_PATCHES))
-    name = next((name for name, config in assumed.dinos.items() if ends(config) == found), None)
+    name = next((name for name, config in defaults.dinos.items() if ends(config) == found), None)
     if name is None:
         shapes = " and ".join(str(list(shape)) for shape in found)
         raise ValueError(
             f"{path}: a ViT whose pos_embed and patch_embed are {shapes}, expected DINO's S/16 or B/16"
         )
-    source.add(name, assumed.dinos[name], tensors)
+    source.add(name, defaults.dinos[name], tensors)
 
 
-def _read_llava(source: Source, path: Path, public: Mapping[str, Any], assumed: DefaultConfigs) -> None:
+def _read_llava(source: Source, path: Path, public: Mapping[str, Any], defaults: DefaultConfigs) -> None:
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     if "text_config" in public:
         named = source.rename(_llava_hf_table(tensors, public), tensors)
         tower = read_config(path / "config.json", llava_config).vision
-        source.notes.append("llava-hf layout; its extra words <image> and <pad> are cut off")
+        source.notes.append("llava-hf layout; its extra tokens <image> and <pad> are dropped")
     else:
         named = source.rename(keymaps.LLAVA_ORIGINAL, tensors)
-        tower = guess_tower(below(TOWER, named), assumed.towers)
+        tower = guess_tower(below(TOWER, named), defaults.towers)
     if (path / "mm_projector.bin").is_file():
         source.notes.append("mm_projector.bin not read, the shards hold the projector")
     if inside := below(TOWER, named):
@@ -385,7 +391,7 @@ def _llava_hf_table(tensors: Tensors, public: Mapping[str, Any]) -> Table:
 
 
 def guess_tower(tensors: Tensors, towers: Sequence[CLIPVisionConfig]) -> CLIPVisionConfig | None:
-    """Sizes of a tower that came without its config: the known CLIP model of the same shapes, if any."""
+    """Config of a tower that came without one: the known CLIP model of the same shapes, or None."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return next((config for config in towers if expected_shapes("vision", config) == shapes), None)
 
@@ -393,7 +399,7 @@ def guess_tower(tensors: Tensors, towers: Sequence[CLIPVisionConfig]) -> CLIPVis
 # --- single files ------------------------------------------------------------------------------------
 
 
-def _read_file(source: Source, path: Path, assumed: DefaultConfigs, ema: bool) -> None:
+def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) -> None:
     if path.suffix == ".json":
         raise ValueError(f"{path}: only describes weights; give the folder it lies in")
     tensors = read_checkpoint(path)
@@ -406,42 +412,42 @@ def _read_file(source: Source, path: Path, assumed: DefaultConfigs, ema: bool) -
         return any(key.startswith(starts) for key in tensors)
 
     if any("lora_" in key.lower() for key in tensors):
-        raise ValueError(f"{path}: a LoRA, which changes a model; merge it into a full checkpoint first")
+        raise ValueError(f"{path}: a LoRA; merge it into a full checkpoint first")
     if has("conditioner.embedders."):
         raise ValueError(f"{path}: SDXL, expected a Stable Diffusion 1.5 checkpoint")
     if has(keymaps.LDM_UNET_PREFIX):
-        _read_ldm(source, path, tensors, assumed, ema)
+        _read_ldm(source, path, tensors, defaults, ema)
     elif has("self_cross_attentions.", "llm_mapping."):
-        _read_adapter(source, path, "adapter", tensors, assumed)
+        _read_adapter(source, path, "adapter", tensors, defaults)
     elif has("ip_adapter.", "adapter_modules."):
         _refuse_ip_adapter(path, tensors)
-        _read_adapter(source, path, "ip_adapter", tensors, assumed)
+        _read_adapter(source, path, "ip_adapter", tensors, defaults)
     elif has("image_encoder.", "mask_decoder.", "sam_mask_decoder.", "model.sam_mask_decoder."):
-        _add_sam(source, _sam_config(path, tensors, assumed), keymaps.SAM_OFFICIAL, tensors)
+        _add_sam(source, _sam_config(path, tensors, defaults), keymaps.SAM_OFFICIAL, tensors)
     elif has("encoder.conv_in.", "first_stage_model.encoder."):
-        _add_vae(source, assumed.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
+        _add_vae(source, defaults.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
     elif has("down_blocks."):
         first = tensors.get("conv_in.weight")
         _refuse_unet(first.shape[1] if first else 0, 0, path)
-        source.add("unet", assumed.unet, tensors)
+        source.add("unet", defaults.unet, tensors)
     elif DINO_PATCHES in (backbone := _dino_backbone(tensors)):
         if "head.weight" in backbone:
-            raise ValueError(f"{path}: has head.weight, so it is a ViT trained for classes; expected DINO's")
-        _add_dino(source, path, backbone, assumed)
+            raise ValueError(f"{path}: has head.weight, so it is a ViT classifier; expected DINO")
+        _add_dino(source, path, backbone, defaults)
     else:
         raise ValueError(
-            f"{path}: not a checkpoint known here; its tensors are called {some_names(list(tensors))}"
+            f"{path}: not a known checkpoint; its tensors are called {some_names(list(tensors))}"
         )
 
 
 def _dino_backbone(tensors: Tensors) -> Tensors:
-    """Of a DINO training the teacher, its product, without the head; a lone backbone as it is."""
+    """Backbone of a DINO training's teacher, without the head; a lone backbone stays."""
     for wrapper in ("teacher.", "module.", "backbone."):
         tensors = below(wrapper, tensors) or tensors
     return tensors
 
 
-def _read_ldm(source: Source, path: Path, tensors: Tensors, assumed: DefaultConfigs, ema: bool) -> None:
+def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs, ema: bool) -> None:
     """Stable Diffusion 1.5 in one file; the VAE and the text encoder may be missing."""
     _refuse_ldm(path, tensors)
     unet = below(keymaps.LDM_UNET_PREFIX, tensors)
@@ -452,15 +458,15 @@ def _read_ldm(source: Source, path: Path, tensors: Tensors, assumed: DefaultConf
         unet = {plain.removeprefix(keymaps.LDM_UNET_PREFIX): tensors[key] for plain, key in averages.items()}
     elif averages:
         source.notes.append("also has averaged weights, which --ema takes instead")
-    table = keymaps.ldm_unet([depth > 0 for depth in assumed.unet.depth], assumed.unet.resnets)
-    source.add("unet", assumed.unet, source.rename(table, unet))
+    table = keymaps.ldm_unet([depth > 0 for depth in defaults.unet.depth], defaults.unet.resnets)
+    source.add("unet", defaults.unet, source.rename(table, unet))
 
     if vae := below(keymaps.LDM_VAE_PREFIX, tensors):
-        _add_vae(source, assumed.vae, vae)
+        _add_vae(source, defaults.vae, vae)
     else:
         source.notes.append("has no VAE")
     if text := below(keymaps.LDM_TEXT_PREFIX, tensors):
-        source.add("text", assumed.text, source.rename(keymaps.LDM_TEXT, text))
+        source.add("text", defaults.text, source.rename(keymaps.LDM_TEXT, text))
     else:
         source.notes.append("has no text encoder")
     prefixes = (keymaps.LDM_UNET_PREFIX, keymaps.LDM_VAE_PREFIX, keymaps.LDM_TEXT_PREFIX)
@@ -469,11 +475,11 @@ def _read_ldm(source: Source, path: Path, tensors: Tensors, assumed: DefaultConf
         source.notes.append(f"unused: {some_names(others)}")
 
 
-def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, assumed: DefaultConfigs) -> None:
-    """MoMA's .th or an IP-Adapter; its layers are numbered by the UNet that is assumed."""
-    # A part that was trained on several GPUs may keep the name of the wrapper around it.
+def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, defaults: DefaultConfigs) -> None:
+    """MoMA's .th or an IP-Adapter; its layers are numbered by the default UNet."""
+    # training on several GPUs may leave the name of the wrapper
     tensors = {re.sub(r"(^|\.)module\.", r"\1", key): tensor for key, tensor in tensors.items()}
-    unet = assumed.unet
+    unet = defaults.unet
     down, up = sum(unet.depth) * unet.resnets, sum(unet.depth) * (unet.resnets + 1)
     table_of = keymaps.moma_th if name == "adapter" else keymaps.ip_adapter
     named = source.rename(table_of(down, up, unet.mid_depth), tensors)
@@ -488,8 +494,8 @@ def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, assum
     source.add(name, AdapterConfig(mllm_dim=mllm, embed_dim=embed, tokens=tokens), named)
 
 
-def _sam_config(path: Path, tensors: Tensors, assumed: DefaultConfigs) -> SAMConfig:
-    """Sizes of an official file by its shapes; ValueError for the networks that were made out of SAM."""
+def _sam_config(path: Path, tensors: Tensors, defaults: DefaultConfigs) -> SAMConfig:
+    """Config of an official file by its shapes; ValueError for networks derived from SAM."""
     if any(key.startswith(SAM_HQ) for key in tensors):
         raise ValueError(f"{path}: SAM-HQ, expected the plain sam_vit_b, l or h")
     if SAM_POSITIONS not in tensors:
@@ -497,10 +503,10 @@ def _sam_config(path: Path, tensors: Tensors, assumed: DefaultConfigs) -> SAMCon
             f"{path}: SAM 2, MobileSAM or the like (it has no {SAM_POSITIONS}), expected sam_vit_b, l or h"
         )
     width = tensors[SAM_POSITIONS].shape[-1]
-    for config in assumed.sams:
+    for config in defaults.sams:
         if config.width == width:
             return config
-    known = ", ".join(str(config.width) for config in assumed.sams)
+    known = ", ".join(str(config.width) for config in defaults.sams)
     raise ValueError(f"{path}: a SAM whose image encoder is {width} wide, expected {known}")
 
 
@@ -509,7 +515,7 @@ def _add_sam(source: Source, config: SAMConfig, table: Table, tensors: Tensors) 
 
 
 def exact_frequencies(tensors: Tensors) -> dict[str, LazyTensor]:
-    """SAM's tensors, of which the random frequencies keep their digits: half precision would move points."""
+    """SAM's tensors with frequencies that keep their dtype, as half precision would move points."""
     kept = {key: replace(t, castable=False) for key, t in tensors.items() if key == SAM_FREQUENCIES}
     return {**tensors, **kept}
 
@@ -518,7 +524,7 @@ def exact_frequencies(tensors: Tensors) -> dict[str, LazyTensor]:
 
 
 def _refuse_unet(channels: int, context: int, where: Path) -> None:
-    """ValueError for the Stable Diffusion variants whose weights fit, or nearly fit, SD1.5's names."""
+    """ValueError for Stable Diffusion variants whose names fit, or nearly fit, SD1.5's."""
     if channels in VARIANTS:
         raise ValueError(
             f"{where}: {VARIANTS[channels]} ({channels} input channels), expected plain SD1.5 (4)"

@@ -1,7 +1,6 @@
-"""A complete MoMA bundle, small enough to build in seconds: real classes, pseudo-random weights.
+"""A complete MoMA bundle that builds in seconds: real networks, small, with pseudo-random weights.
 
-It shows that everything fits together and what a run looks like; its images are noise. Tests and the first
-command of the README use it.
+Its images are noise. Tests use it.
 """
 
 import io
@@ -30,7 +29,7 @@ from moma.methods.moma.feature_decoder import instruction
 from moma.methods.prompts import sd_prompt
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
 
-SOURCE = "pseudo-random weights, for tests and demonstrations: pictures are noise"
+SOURCE = "pseudo-random weights, for tests and demonstrations: images are noise"
 SUBJECTS = (
     "cat", "dog", "car", "teddy bear", "robot", "backpack", "vase", "toy", "boot", "clock", "candle",
     "puppy", "dress", "duck", "monster", "bird",
@@ -44,7 +43,7 @@ SCENES = (
 
 
 def _networks() -> dict[str, Any]:
-    """Every network's sizes, as small as the real structure allows; vocabularies come later."""
+    """Sizes as small as the real structure allows; `with_vocabularies` sets the vocabularies."""
     vision = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14)
     llama = LlamaConfig(width=64, layers=2, heads=4, mlp=128, lm_head=False)
     unet = UNetConfig(
@@ -61,7 +60,7 @@ def _networks() -> dict[str, Any]:
 
 
 def tiny_scorers() -> dict[str, Any]:
-    """Sizes of networks that judge images, for `TinyConfig.networks`; the tiny bundle itself has none."""
+    """Sizes of scorers to add to `TinyConfig.networks`."""
     sizes = {"width": 32, "layers": 2, "heads": 4, "mlp": 64}
     return {
         "dino_s16": DINOConfig(**sizes, image_size=32, patch=16),
@@ -76,17 +75,20 @@ def tiny_scorers() -> dict[str, Any]:
 class TinyConfig:
     """Sizes of the tiny bundle."""
 
-    image_size: int = 128  # pixels: 16x16 latents, so that the UNet's levels have something to attend to
-    clip_merges: int = 300  # learned pieces of the CLIP tokenizer beyond single bytes
-    llama_pieces: int = 500  # of the sentencepiece model, of which 259 are bytes and control tokens
+    image_size: int = 128  # pixels: 16x16 latents
+    clip_merges: int = 300  # merges of the CLIP tokenizer
+    llama_pieces: int = 500  # of the sentencepiece model, 259 of them bytes and control tokens
     networks: dict[str, Any] = field(default_factory=_networks)
-    subject_scale: float = 0.5  # λ of every layer: not 0, so that the reference has an effect
+    subject_scale: float = 0.5  # λ of every layer; 0 would hide the reference
 
 
 def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None = None) -> None:
-    """A bundle of real networks with pseudo-random weights; `folder` must be new or empty (ValueError).
+    """Write a bundle of real networks with pseudo-random weights; it appears only when it is complete.
 
-    All weights come from `seed`; the folder appears only when it is complete.
+    Args:
+        folder: new or empty, else ValueError.
+        seed: of the weights.
+        cfg: sizes.
     """
     cfg, generator = cfg or TinyConfig(), torch.Generator().manual_seed(seed)
     with BundleWriter(folder, cfg.image_size) as writer, tempfile.TemporaryDirectory() as drafts:
@@ -102,7 +104,7 @@ def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None 
 
 
 def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
-    """The networks' sizes with the vocabularies of the tokenizers' files."""
+    """Set the vocabularies of the networks to those of the tokenizers' files."""
     clip = len(json.loads((tokenizers / CLIP_TOKENIZER[0]).read_text(encoding="utf-8")))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers / LLAMA_TOKENIZER[0]))
     llava = networks["llava"]
@@ -119,7 +121,14 @@ def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, A
 
 
 def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:
-    """A parameter, float32, scaled so that activations keep their size: unit variance over the fan-in."""
+    """Draw a parameter, float32, with variance 1 / fan-in so that activations keep their scale.
+
+    Args:
+        key: its name, which tells scales, biases and norms.
+        shape: of the parameter.
+        generator: on the CPU.
+        cfg: has the value of λ.
+    """
     if key.endswith(".scale"):
         return torch.full(shape, cfg.subject_scale)
     if key.endswith("bias"):
@@ -130,10 +139,7 @@ def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: Tiny
 
 
 def build_tokenizers(folder: str | Path, cfg: TinyConfig | None = None) -> None:
-    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from SUBJECTS and SCENES.
-
-    Both encode any text, by falling back to bytes; the same files come out each time.
-    """
+    """Learn both tokenizers from SUBJECTS and SCENES, reproducibly. Both fall back to bytes."""
     cfg = cfg or TinyConfig()
     pairs = [(subject, f"a {subject} {scene}") for subject in SUBJECTS for scene in SCENES]
     texts = [sd_prompt(*pair) for pair in pairs]
@@ -144,7 +150,15 @@ def build_tokenizers(folder: str | Path, cfg: TinyConfig | None = None) -> None:
 def learn_tokenizers(
     folder: str | Path, clip_texts: list[str], clip_merges: int, llama_texts: list[str], llama_pieces: int
 ) -> None:
-    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from texts."""
+    """Write vocab.json, merges.txt (CLIP) and tokenizer.model (LLaMA), learned from texts.
+
+    Args:
+        folder: where to write.
+        clip_texts: texts for the CLIP tokenizer.
+        clip_merges: largest number of merges to learn.
+        llama_texts: texts for the LLaMA tokenizer.
+        llama_pieces: largest vocabulary of the sentencepiece model.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocab, merges = _learn_clip(clip_texts, clip_merges)
@@ -168,7 +182,7 @@ def _learn_clip(texts: list[str], count: int) -> tuple[dict[str, int], list[tupl
     endings = [f"{byte}</w>" for byte in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + count,
-        special_tokens=endings,  # ids in a fixed order: by them ties between pairs are broken
+        special_tokens=endings,  # a fixed order of ids, which break ties between pairs
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -180,7 +194,7 @@ def _learn_clip(texts: list[str], count: int) -> tuple[dict[str, int], list[tupl
 
 
 def _learn_llama(texts: list[str], pieces: int) -> bytes:
-    """LLaMA's kind of sentencepiece model: BPE, bytes for the unknown, ids 0 unknown, 1 begin, 2 end."""
+    """A sentencepiece model like LLaMA's: BPE with byte fallback, ids 0 unknown, 1 begin, 2 end."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -204,8 +218,8 @@ def _learn_llama(texts: list[str], pieces: int) -> bytes:
 
 @torch.no_grad()
 def fill(network: nn.Module, generator: torch.Generator) -> None:
-    """Values that neither vanish nor grow on their way: matrices and kernels Gaussian with variance
-    1 / inputs, norms and λ 1, biases 0. generator: on any device; another device draws other values."""
+    """Fill parameters so that activations keep their scale: matrices and kernels Gaussian with variance
+    1 / fan-in, norms and λ 1, biases 0. The values depend on the generator's device."""
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0 if name.endswith("bias") else 1)
