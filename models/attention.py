@@ -53,8 +53,7 @@ def attention(
         raise ValueError(f"attention impl {impl!r}: expected 'fused' or 'explicit'")
     if mask is None and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    if causal:
-        mask = _causal_mask(q, k) if mask is None else mask & _causal_mask(q, k)
+    mask = _with_causal(mask, q, k) if causal else mask
     if mask is not None:
         # A boolean SDPA mask turns fully masked rows into zeros or NaN; the additive form does not.
         start = torch.zeros_like(mask, dtype=q.dtype) if bias is None else bias.to(q.dtype)
@@ -76,13 +75,13 @@ def attention_probs(
     scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
     if bias is not None:
         scores = scores + bias.float()
-    if causal:
-        mask = _causal_mask(q, k) if mask is None else mask & _causal_mask(q, k)
+    mask = _with_causal(mask, q, k) if causal else mask
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
-def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
-    """Query n sees keys 0..n: bool (N, M)."""
-    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+def _with_causal(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """Restrict a mask so that query n sees keys 0..n."""
+    causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()  # (N, M)
+    return causal if mask is None else mask & causal

@@ -74,9 +74,6 @@ class LlamaConfig:
         return self.width // self.heads
 
 
-PRESETS = {"7b": LlamaConfig()}
-
-
 def rope_at(positions: Tensor, cfg: LlamaConfig) -> Rope:
     """Cosines and sines of the rotary angles at `positions` (B or 1, T) int64."""
     exponent = torch.arange(0, cfg.head_dim, 2, device=positions.device).float() / cfg.head_dim  # (D/2,)
