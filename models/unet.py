@@ -95,25 +95,23 @@ class AttentionLayer(NamedTuple):
     context_dim: int
 
 
+def _levels_of_layers(cfg: UNetConfig) -> list[int]:
+    """Level of each attention layer in execution order: down, mid, up."""
+    levels = range(cfg.levels)
+    down = [i for i in levels for _ in range(cfg.depth[i] * cfg.resnets)]
+    up = [i for i in reversed(levels) for _ in range(cfg.depth[i] * (cfg.resnets + 1))]
+    return down + [levels[-1]] * cfg.mid_depth + up
+
+
 def attention_layers(cfg: UNetConfig) -> list[AttentionLayer]:
-    """The attention layers in execution order: down, mid, up. SD1.5 has 6 + 1 + 9."""
-
-    def level(i: int, blocks: int) -> list[AttentionLayer]:
-        return [AttentionLayer(cfg.channels[i], cfg.heads[i], cfg.context_dim[i])] * blocks
-
-    down = [layer for i in range(cfg.levels) for layer in level(i, cfg.depth[i] * cfg.resnets)]
-    up = [layer for i in reversed(range(cfg.levels)) for layer in level(i, cfg.depth[i] * (cfg.resnets + 1))]
-    return down + level(cfg.levels - 1, cfg.mid_depth) + up
+    """The attention layers in execution order. SD1.5 has 6 + 1 + 9."""
+    return [AttentionLayer(cfg.channels[i], cfg.heads[i], cfg.context_dim[i]) for i in _levels_of_layers(cfg)]
 
 
 def attention_grids(cfg: UNetConfig, grid: Grid) -> list[Grid]:
     """The grid of each attention layer in execution order, for latents of the size `grid`."""
     h, w = grid
-    levels = [(-(-h // 2**i), -(-w // 2**i)) for i in range(cfg.levels)]
-    blocks = list(zip(levels, cfg.depth, strict=True))
-    down = [size for size, depth in blocks for _ in range(depth * cfg.resnets)]
-    up = [size for size, depth in reversed(blocks) for _ in range(depth * (cfg.resnets + 1))]
-    return down + levels[-1:] * cfg.mid_depth + up
+    return [(-(-h // 2**i), -(-w // 2**i)) for i in _levels_of_layers(cfg)]
 
 
 class Attention(nn.Module):
