@@ -23,7 +23,7 @@ from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
 from moma.app.record import InputFile, Record, Segmented, read_record, save_png
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
-from moma.inputs.preprocess import FoundMask, Reference, find_mask, on_white, open_image
+from moma.inputs.preprocess import FoundMask, Reference, find_mask, make_reference, on_white, open_image
 from moma.methods import find_method
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.sampling.device import dtype_name
@@ -171,8 +171,7 @@ def find_subject(request: Request, runtime: Runtime, image: Image.Image, args: a
         may_ask = request.pick is not None and "sam" in bundle.networks
         found = find_mask(image, request.mask, segment=segment if may_ask else None)
     free_accelerator(runtime.device)
-    method = find_method(request.method).method
-    reference = method.open_reference(image, found.mask, bundle.image_size, request.config)
+    reference = make_reference(image, found.mask, bundle.image_size, request.config)
     if found.source == "sam" and segmented is None:
         segmented = Segmented.of(found.mask, str(request.pick))
     path = free_path(args.out, f"{slug(request.subject)}-mask")

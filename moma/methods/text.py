@@ -109,21 +109,11 @@ class TextToImage(Method):
             )
             raise ValueError(f"{len(words)} subjects: this method draws images with {expected}")
 
-    @classmethod
-    def open_reference(
-        cls, image: Image.Image, mask: Image.Image, size: int, config: TextConfig
-    ) -> Reference:
-        return make_reference(image, mask, size, config)
+    def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Subject:
+        reference = make_reference(image, mask, self.base.image_size, self.config)
+        return self.encode_reference(reference, word, **options)
 
-    def encode_reference(
-        self,
-        reference: Reference,
-        word: str,
-        *,
-        seed: int = 0,
-        prompts: Sequence[str] = (),
-        features: Mapping[str, Tensor] | None = None,
-    ) -> Subject:
+    def encode_reference(self, reference: Reference, word: str, **options: Any) -> Subject:
         return Subject(word, reference)
 
     def prepare(self, jobs: Sequence[Job]) -> list[Prepared]:

@@ -235,6 +235,7 @@ class Method(ABC):
         """
         return {}, ""
 
+    @abstractmethod
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Any:
         """What is kept of one subject.
 
@@ -247,14 +248,6 @@ class Method(ABC):
         Raises:
             ValueError: for an empty or a full mask.
         """
-        return self.encode_reference(
-            self.open_reference(image, mask, self.base.image_size, self.config), word, **options
-        )
-
-    @classmethod
-    @abstractmethod
-    def open_reference(cls, image: Image.Image, mask: Image.Image, size: int, config: Any) -> Any:
-        """The square reference of `size` pixels that `encode_reference` takes; ValueError for a bad mask."""
 
     @abstractmethod
     def encode_reference(
@@ -269,7 +262,7 @@ class Method(ABC):
         """What is kept of one subject.
 
         Args:
-            reference: of `open_reference`.
+            reference: `moma.inputs.preprocess.Reference`.
             word: what it is, such as "cat".
             seed: of all that is drawn at random.
             prompts: that will be asked for, so that an encoder may read them together.

@@ -139,7 +139,7 @@ class MoMA(TextToImage):
         """The reference pass, and the embeddings of prompts that are known (`Method.encode_reference`).
 
         Args:
-            reference: of `open_reference`.
+            reference: the subject's square.
             word: what the subject is.
             seed: of the two noises, unless they are given.
             prompts: for which the decoder is asked, together.
