@@ -51,9 +51,8 @@ class Runtime:
     cuda_graph: Toggle = "auto"  # record and replay denoising steps; auto: on CUDA devices
     tiles: Toggle = "auto"  # decode images in tiles; auto: if memory is short
     pack: bool = True  # lay the UNet's weights out for speed; on CPUs they cannot be read or trained then
-    encoders: bool = (
-        True  # keep encoders such as the MLLM loaded; False: what they make comes from `precompute`
-    )
+    # Keep encoders such as the MLLM loaded; False: what they make comes from `Method.precompute`.
+    encoders: bool = True
 
     @classmethod
     def choose(cls, weights: Any, device: str = "auto", dtype: str = "auto", **options: Any) -> Self:
