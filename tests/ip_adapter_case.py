@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,27 @@ from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
 from moma.weights.tiny import TinyConfig, draw
 
-WIDTH = 24  # of the image encoder's embeddings: another one than the MoMA adapter's
+WIDTH = 24  # of the public image encoder's embeddings; the MoMA adapter's differ
 
 
-def build_ip_bundle(base: str, target: Path, keep: Sequence[str]) -> None:
-    """Networks `keep` of a tiny bundle, and an IP-Adapter with the encoder that it is for."""
+def build_ip_bundle(base: str, target: Path, keep: Sequence[str], trained: bool = False) -> None:
+    """A tiny bundle with an IP-Adapter.
+
+    Args:
+        base: a tiny bundle.
+        target: the new one.
+        keep: networks of `base` to keep.
+        trained: the adapter is one of train.py's, for LLaVA's image tower; else a public one, beside its
+            encoder.
+    """
     bundle, generator = Bundle.open(base), torch.Generator().manual_seed(1)
     unet, vision = bundle.config("unet"), bundle.config("vision")
-    sizes = {
-        "ip_adapter": AdapterConfig(embed_dim=WIDTH),
-        "ip_vision": replace(vision, act="gelu", projection=WIDTH),
-    }
+    sizes: dict[str, Any] = {"ip_adapter": AdapterConfig(embed_dim=vision.width if trained else WIDTH)}
+    if not trained:
+        sizes["ip_vision"] = replace(vision, act="gelu", projection=WIDTH)
     with BundleWriter(target, bundle.image_size) as writer:
+        if trained:
+            writer.methods = {"ip-adapter": {"image": "white", "encoder": "vision"}}
         for name in keep:
             writer.take(bundle, name)
         for name in (*CLIP_TOKENIZER, *(LLAMA_TOKENIZER if "llava" in keep else ())):

@@ -1,7 +1,8 @@
-"""Drawing that goes on: killed anywhere and started again it leaves the images of a run that was not."""
+"""Resumed drawing: killed anywhere and started again, it leaves the images of an uninterrupted run."""
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from models.unet import UNet
-from moma import DEFAULT, MoMA, SampleConfig
+from moma import Bundle, Job, Pipeline, Runtime, SampleConfig
 from moma.evaluate import draw as drawing
-from moma.evaluate.draw import DRAFTS, SETTINGS, DraftFile, Run, batches, begun, draw, missing
-from moma.evaluate.methods import METHODS, Loader, Method
+from moma.evaluate.draw import RESUME, SETTINGS, ResumeFile, Run, batches, begun, draw, missing
 from moma.evaluate.protocol import Prompt, ProtocolConfig, Subject, tasks_of
 from moma.evaluate.references import Masks, find_references
-from moma.methods.ip_adapter import IPAdapterConfig
+from moma.methods.moma.method import MoMA
 from moma.sampling.cuda_graphs import GraphedUNet
 from moma.sampling.diffusion import solver_steps
-from moma.sampling.sampler import TextOnly, denoise
+from moma.sampling.sampler import denoise
 from moma.training.parallel import Ranks
-from moma.weights.bundle import Bundle
+from tests.helpers import image, mask, same, text_only, text_states
 from tests.test_graphs import Rerun
-from tests.test_pipeline import image, mask, same
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 STEPS, BATCH = 5, 2  # the state is kept after steps 2, 4 and 5
@@ -40,34 +39,39 @@ class Killed(BaseException):
 
 @dataclass
 class Counted:
-    """A UNet that counts the steps it takes part in, and dies at one."""
+    """A UNet that counts its denoising steps, and the references it reads, and dies at a step."""
 
     unet: UNet
     left: float = float("inf")
     steps: list[int] = field(default_factory=list)
+    references: int = 0
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor, hook: Any = None) -> Any:
-        if t[0] > 0:  # at 0 it is the reference that is read
+    def __call__(self, x: Tensor, t: Tensor, *more: Any) -> Any:
+        if t[0] == 0:
+            self.references += 1
+        else:
             if self.left == 0:
                 raise Killed
             self.left -= 1
             self.steps.append(int(t[0]))
-        return self.unet(x, t, text, hook)
+        return self.unet(x, t, *more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unet, name)
 
 
 @pytest.fixture
-def unet(pipe: MoMA, monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted(pipe.unet)
-    monkeypatch.setattr(pipe, "unet", counted)
-    monkeypatch.setattr(pipe, "image_size", 64)  # of references, for speed
+def unet(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    """Of the pipeline that runs draw with; their bundle is not loaded again."""
+    moma, counted = pipe.method, Counted(pipe.base.unet)
+    base = replace(moma.base, unet=counted, image_size=64)  # small references, for speed
+    method = MoMA(base, moma.adapter, moma.decoder, moma.config)
+    monkeypatch.setattr(drawing, "load_pipeline", lambda *_: replace(pipe, method=method))
     return counted
 
 
 @pytest.fixture
-def run(pipe: MoMA, folder: str, tmp_path: Path) -> Run:
+def run(folder: str, tmp_path: Path) -> Run:
     """Two batches of a cat, of two prompts each."""
     photos = tmp_path / "data" / "cat"
     photos.mkdir(parents=True)
@@ -77,10 +81,10 @@ def run(pipe: MoMA, folder: str, tmp_path: Path) -> Run:
         mask(20 + i).save(tmp_path / "masks" / "cat" / f"{i}.png")
     prompts = (Prompt("a cat in the snow", "context"), Prompt("a red cat", "texture"))
     cat = Subject("cat", "cat", tuple(sorted(photos.iterdir())), prompts)
-    references = find_references(cat.photos, Masks(tmp_path / "masks"), tmp_path / "used", 64, DEFAULT)
-    loader = Loader(lambda *_: Method("moma", pipe), METHODS["moma"].networks)
+    references = find_references(cat.photos, Masks(tmp_path / "masks"), tmp_path / "used", lambda *_: None)
+    runtime = Runtime.choose(Bundle.open(folder), "cpu", "fp32")
     return Run(
-        "moma", tmp_path / "out" / "moma", Bundle.open(folder), loader, pipe.method, "fp32", SMALL,
+        "moma", tmp_path / "out" / "moma", runtime, runtime.weights.method_config("moma"), SMALL,
         ProtocolConfig(), tasks_of([cat], 2), references,
     )  # fmt: skip
 
@@ -98,28 +102,28 @@ def left_over(run: Run) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("solver", ["ddim", "dpm"])
-def test_a_drawing_goes_on_from_any_step(pipe: MoMA, solver: str, tmp_path: Path) -> None:
+def test_a_drawing_goes_on_from_any_step(pipe: Pipeline, solver: str, tmp_path: Path) -> None:
     """Bit for bit, with what was on the disk; with recorded steps to their accuracy."""
-    text = pipe.text(pipe.clip_tokenizer.ids(["", "a cat"]))[0]
+    cond, unet = text_only(pipe, text_states(pipe, "", "a cat")), pipe.base.unet
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    path = solver_steps(pipe.schedule, 6, solver)
-    steps = list(denoise(pipe.unet, TextOnly(text), path, x, 7.5, solver))
+    schedule = solver_steps(pipe.base.schedule, 6, solver)
+    steps = list(denoise(unet, cond, schedule, x, 7.5, solver))
     for step in steps:
-        file = DraftFile(tmp_path / f"{step.index}.pt", ("a",), steps=step.index + 1)
+        file = ResumeFile(tmp_path / f"{step.index}.pt", ("a",), steps=step.index + 1)
         file.keep(step)
-        rest = list(denoise(pipe.unet, TextOnly(text), path, x, 7.5, solver, after=file.read()))
+        rest = list(denoise(unet, cond, schedule, x, 7.5, solver, after=file.read()))
         assert [one.index for one in rest] == list(range(step.index + 1, 6))
         assert all(torch.equal(one.latents, steps[one.index].latents) for one in rest)
-    graphed = GraphedUNet(pipe.unet, Rerun)
-    *_, last = denoise(graphed, TextOnly(text), path, x, 7.5, solver, after=steps[1])
+    graphed = GraphedUNet(unet, Rerun)
+    *_, last = denoise(graphed, cond, schedule, x, 7.5, solver, after=steps[1])
     same(last.latents, steps[-1].latents, 1e-5)
 
 
-def test_a_draft_is_of_one_batch(pipe: MoMA, tmp_path: Path) -> None:
+def test_a_resume_file_is_of_one_batch(pipe: Pipeline, tmp_path: Path) -> None:
     subject = pipe.encode_subject(image(0), mask(30), "cat")
-    jobs = [drawing.moma.Job(subject, "a cat", seed) for seed in range(3)]
-    with pytest.raises(ValueError, match="3 images with a draft: expected a batch, 2"):
-        pipe.run(jobs, SMALL, draft=DraftFile(tmp_path / "draft.pt", (), STEPS))
+    jobs = [Job(subject, "a cat", seed) for seed in range(3)]
+    with pytest.raises(ValueError, match=r"3 images.* 2"):
+        pipe.run(jobs, SMALL, resume=ResumeFile(tmp_path / "batch.pt", (), STEPS))
 
 
 # --- killed runs -------------------------------------------------------------------------------------
@@ -208,32 +212,32 @@ def test_only_what_is_missing_is_drawn(run: Run, unet: Counted, whole: dict[str,
     assert [task.number for task in missing(more)] == [2, 2]
 
 
-def test_a_damaged_draft_is_drawn_anew(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
+def test_a_damaged_resume_file_is_drawn_anew(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
     unet.left = STEPS + 3
     with pytest.raises(Killed):
         draw(run, ONE)
-    (draft,) = (run.folder / DRAFTS).iterdir()
-    state = draft.read_bytes()
-    assert begun(run, run.tasks[2:]) == [tuple(run.stamps()[task] for task in run.tasks[2:])]
-    draft.write_bytes(draft.read_bytes()[:100])
+    (path,) = (run.folder / RESUME).iterdir()
+    state = path.read_bytes()
+    assert begun(run, run.tasks[2:]) == [ResumeFile.of(run, [run.stamps[task] for task in run.tasks[2:]])]
+    path.write_bytes(path.read_bytes()[:100])
     unet.left = float("inf")
     draw(run, ONE)
-    assert files(run) == whole and not (run.folder / DRAFTS).exists()
-    draft.parent.mkdir()
-    draft.write_bytes(state)  # killed after the last image: nothing is drawn, nothing stays
+    assert files(run) == whole and not (run.folder / RESUME).exists()
+    path.parent.mkdir()
+    path.write_bytes(state)  # killed after the last image: nothing is drawn, nothing stays
     unet.left = 0
     draw(run, ONE)
     assert left_over(run) == [SETTINGS]
 
 
 @pytest.mark.parametrize("state", [{"stamps": ["a"], "step": {"latents": 1}}, {"step": 1}, [1]])
-def test_a_draft_of_another_version_is_removed(tmp_path: Path, state: Any) -> None:
-    file = DraftFile(tmp_path / "draft.pt", ("a",), STEPS)
+def test_a_resume_file_of_another_version_is_removed(tmp_path: Path, state: Any) -> None:
+    file = ResumeFile(tmp_path / "batch.pt", ("a",), STEPS)
     torch.save(state, file.path)
     assert file.read() is None and not file.path.exists()
 
 
-def test_a_draft_goes_on_in_smaller_batches(run: Run, unet: Counted) -> None:
+def test_a_batch_goes_on_in_smaller_batches(run: Run, unet: Counted) -> None:
     """No step but the one after the last that was kept is taken again."""
     run = replace(run, sample=replace(SMALL, solver="dpm"), tasks=run.tasks[:2])
     other = replace(run, folder=run.folder.with_name("dpm"))
@@ -242,25 +246,25 @@ def test_a_draft_goes_on_in_smaller_batches(run: Run, unet: Counted) -> None:
     unet.left = 3
     with pytest.raises(Killed):
         draw(run, ONE)
-    (draft,) = (run.folder / DRAFTS).iterdir()
+    (path,) = (run.folder / RESUME).iterdir()
     unet.left = float("inf")
     unet.steps.clear()
     draw(replace(run, sample=replace(run.sample, batch_size=1)), ONE)
-    assert len(unet.steps) == 2 * (STEPS - 2) and not draft.exists() and left_over(run) == [SETTINGS]
+    assert len(unet.steps) == 2 * (STEPS - 2) and not path.exists() and left_over(run) == [SETTINGS]
     for name, data in files(other).items():
         drawn, expected = (Image.open(io.BytesIO(data)) for data in (files(run)[name], data))
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_images_of_two_drafts_are_drawn_once(run: Run, unet: Counted) -> None:
-    """As a run leaves them that was killed while it cut a draft up: the larger one counts."""
+def test_images_of_two_resume_files_are_drawn_once(run: Run, unet: Counted) -> None:
+    """As a run leaves them that was killed while it split a batch: the larger one counts."""
     unet.left = 3
     with pytest.raises(Killed):
         draw(run, ONE)
-    (path,) = (run.folder / DRAFTS).iterdir()
-    stamps = tuple(run.stamps()[task] for task in run.tasks[:2])
-    DraftFile.of(run, stamps[1:]).write(DraftFile(path, stamps, STEPS).read())
-    assert begun(run, run.tasks) == [stamps] and list(path.parent.iterdir()) == [path]
+    (path,) = (run.folder / RESUME).iterdir()
+    stamps = tuple(run.stamps[task] for task in run.tasks[:2])
+    ResumeFile.of(run, stamps[1:]).write(ResumeFile(path, stamps, STEPS).read())
+    assert begun(run, run.tasks) == [ResumeFile.of(run, stamps)] and list(path.parent.iterdir()) == [path]
 
 
 def test_a_step_of_a_batch_is_no_more_than_an_image(run: Run, unet: Counted) -> None:
@@ -268,8 +272,14 @@ def test_a_step_of_a_batch_is_no_more_than_an_image(run: Run, unet: Counted) -> 
     short = replace(run, sample=replace(SMALL, steps=1))
     draw(short, ONE)
     assert len(unet.steps) == 4 and len(files(short)) == 4
-    batch = replace(run.method, m_gen_norm="batch")
-    assert drawing.batch_size(replace(short, method=batch), run.loader(run.bundle.folder)) == BATCH
+
+
+def test_batches_that_decide_images_keep_their_size(run: Run, unet: Counted) -> None:
+    config = replace(run.config, m_gen_norm="batch")
+    short = replace(run, sample=replace(SMALL, steps=1), config=config)
+    assert short.settings["sample"]["batch_size"] == BATCH
+    draw(short, ONE)
+    assert len(unet.steps) == 2 and len(files(short)) == 4
 
 
 def test_another_runs_images_are_refused(run: Run, unet: Counted) -> None:
@@ -283,25 +293,27 @@ def test_another_runs_images_are_refused(run: Run, unet: Counted) -> None:
 
     refused(
         replace(run, sample=replace(SMALL, steps=7)),
-        r"other settings: sample.steps 5 then, 7 now; choose another --out, or delete it",
+        "sample.steps 5 .* 7",
     )
-    scaled = replace(run.loader, settings=IPAdapterConfig(scale=0.6))
-    refused(replace(run, loader=scaled), r"loader.scale .* 0.6 now")
-    refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 then, 0.5 now")
+    refused(
+        replace(run, config=replace(run.config, m_gen_threshold=0.3)), "method.m_gen_threshold 0.2 .* 0.3"
+    )
+    refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 .* 0.5")
     hashes = {
         name: {**entry, "sha256": {f: "0" for f in entry["sha256"]}}
-        for name, entry in run.bundle.networks.items()
+        for name, entry in run.runtime.weights.networks.items()
     }
-    refused(replace(run, bundle=replace(run.bundle, networks=hashes)), "weights.unet.safetensors")
+    other = replace(run.runtime, weights=replace(run.runtime.weights, networks=hashes))
+    refused(replace(run, runtime=other), "weights.unet.safetensors")
     shown = next(iter(run.references.values()))
     changed = {photo: replace(shown, digest="0") for photo in run.references}
-    refused(replace(run, references=changed), "made from another reference image or mask")
+    refused(replace(run, references=changed), str(run.tasks[0].file))
     draw(replace(run, sample=replace(SMALL, batch_size=1)), ONE)  # another machine's way to draw the same
     for damaged in ('{"name": ', "[]"):
         (run.folder / SETTINGS).write_text(damaged)
-        refused(run, f"{SETTINGS}: damaged; choose another --out, or delete")
+        refused(run, f"{SETTINGS}: damaged")
     (run.folder / SETTINGS).unlink()
-    refused(run, f"has images, but no {SETTINGS}")
+    refused(run, f"no {SETTINGS}")
 
 
 # --- ranks -------------------------------------------------------------------------------------------
@@ -316,8 +328,8 @@ def test_batches_are_the_same_however_much_is_done(run: Run) -> None:
     assert all(len({task.subject for task in batch}) == 1 for batch in every)
     done = every[0] + every[2]
     assert batches(run, [task for task in run.tasks if task not in done], [], 4) == [every[1], every[3]]
-    stamps = run.stamps()
-    half = [stamps[task] for task in every[2]]
+    stamps = run.stamps
+    half = ResumeFile.of(run, [stamps[task] for task in every[2]])
     absent = [task for task in run.tasks if task not in every[2][:3]]  # killed while it wrote
     assert batches(run, absent, [half], 4) == [every[2], every[0], every[1], every[3]]
 
@@ -359,20 +371,17 @@ def test_all_ranks_stop_at_what_stops_one(error: Exception) -> None:
             rank.once(fail)
 
 
-def test_each_reference_in_turn(run: Run) -> None:
-    """Image n of the subject conditions the n-th image of a prompt."""
+def test_each_reference_in_turn(run: Run, unet: Counted) -> None:
+    """Image n of the subject conditions the n-th image of a prompt; each is read once."""
+    first = replace(run, folder=run.folder.with_name("first"))
+    draw(first, ONE)
+    assert unet.references == 1
     run = replace(run, protocol=ProtocolConfig(reference="each"))
-    seen: list[str] = []
-
-    def subject_of(method: Method, prompts: Any, reference: Any, word: str) -> Any:
-        seen.append(reference.photo.name)
-        return original(method, prompts, reference, word)
-
-    original, drawing.subject_of = drawing.subject_of, subject_of
-    try:
-        draw(run, ONE)
-    finally:
-        drawing.subject_of = original
-    assert seen == ["0.png", "1.png"], "each is read once"
+    draw(run, ONE)
+    assert unet.references == 1 + 2
+    images = [files(one) for one in (first, run)]
+    pixels = [{name: Image.open(io.BytesIO(data)).tobytes() for name, data in one.items()} for one in images]
+    changed = {name for name in pixels[0] if pixels[0][name] != pixels[1][name]}
+    assert changed == {name for name in pixels[0] if name.endswith("-1.png")}
     settings = json.loads((run.folder / SETTINGS).read_text())
-    assert settings["protocol"]["reference"] == "each" and len(files(run)) == 4
+    assert settings["protocol"]["reference"] == "each" and settings["name"] == "moma"

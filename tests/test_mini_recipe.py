@@ -97,7 +97,7 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
     assert image.size == (64, 64)
 
     add_scorers(Workspace(smallest(), tmp_path, ONE), folder)
-    judge, clip = mini_scorers(folder)
+    judge, clip = mini_scorers(Bundle.open(folder))
     assert judge.embed_images([image]).shape == (1, smallest().probes.embedding)
     assert clip.embed_images([image]).shape == clip.embed_texts(["a cat"]).shape == (1, 96)
 

@@ -1,4 +1,4 @@
-"""moma/evaluate/scorers.py: embeddings of a bundle's networks against the networks themselves, one by one."""
+"""The scorers of a bundle against its networks, called image by image."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.clip_image import clip_image
 from models.dino_image import dino_image
-from moma.evaluate.scorers import COLUMNS, ImageScorer, TextScorer, load_scorers, measure, measure_real
+from moma.evaluate.scorers import COLUMNS, ImageScorer, TextScorer, embed, load_scorers, measure, measure_real
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.recipe import u8
@@ -85,11 +85,11 @@ def test_half_precision(bundle: Bundle, scorers: list[ImageScorer]) -> None:
 
 
 def test_measures(scorers: list[ImageScorer]) -> None:
-    real, drawn = images_of(3), images_of(6)[3:5]
-    for scorer in scorers:
-        ours, theirs = scorer.embed_images(drawn), scorer.embed_images(real)
-        rows = measure(scorer, ours, theirs, TEXTS[:2])
-        assert [tuple(row) for row in rows] == [scorer.columns] * 2
+    real, drawn = embed(scorers, images_of(3)), embed(scorers, images_of(6)[3:5])
+    rows, alone = measure(scorers, drawn, real, TEXTS[:2]), measure_real(scorers, real)
+    assert [list(row) for row in rows] == [[c for scorer in scorers for c in scorer.columns]] * 2
+    assert list(alone) == [scorer.columns[0] for scorer in scorers]
+    for scorer, ours, theirs in zip(scorers, drawn, real, strict=True):
         for i, row in enumerate(rows):
             cosines = [float(ours[i] @ other) for other in theirs]
             assert row[scorer.columns[0]] == pytest.approx(sum(cosines) / 3, abs=1e-5)
@@ -97,19 +97,19 @@ def test_measures(scorers: list[ImageScorer]) -> None:
             texts = scorer.embed_texts(TEXTS[:2])
             wanted = [float(a @ b) for a, b in zip(ours, texts, strict=True)]
             assert [row[scorer.columns[1]] for row in rows] == pytest.approx(wanted, abs=1e-5)
-        alone = measure_real(scorer, theirs)
-        assert [tuple(row) for row in alone] == [scorer.columns[:1]] * 3
-        first = float(theirs[0] @ theirs[1] + theirs[0] @ theirs[2]) / 2
-        assert alone[0][scorer.columns[0]] == pytest.approx(first, abs=1e-5)
+        pairs = [float(theirs[i] @ theirs[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert alone[scorer.columns[0]] == pytest.approx(sum(pairs) / 3, abs=1e-5)
+    assert measure_real(scorers, [one[:1] for one in real]) == {}
 
 
 def test_an_image_is_like_itself(scorers: list[ImageScorer]) -> None:
+    found = embed(scorers, images_of(2))
+    first, second = ([rows[i : i + 1] for rows in found] for i in range(2))
+    (own,), (other,) = (measure(scorers, first, real, TEXTS[:1]) for real in (first, second))
     for scorer in scorers:
-        found = scorer.embed_images(images_of(2))
-        assert measure(scorer, found[:1], found[:1], TEXTS[:1])[0][scorer.columns[0]] == pytest.approx(1)
-        assert measure(scorer, found[:1], found[1:], TEXTS[:1])[0][scorer.columns[0]] < 0.999
+        assert own[scorer.columns[0]] == pytest.approx(1) and other[scorer.columns[0]] < 0.999
 
 
 def test_nothing_to_score(scorers: list[ImageScorer]) -> None:
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="at least one"):
         scorers[0].embed_images([])

@@ -1,14 +1,13 @@
-"""How good a model is, by DreamBooth's protocol: `python -m moma.evaluate --dataset DIR --bundle DIR`.
+"""Score methods by DreamBooth's protocol: `python -m moma.evaluate --dataset DIR --bundle DIR`.
 
-Draws the protocol's images by the methods asked for, scores them and those that others have drawn
+Draws the protocol's images with the given methods, scores them and images drawn elsewhere
 (`--images NAME=DIR`), and writes numbers, tables, the chart of the paper's Fig. 7 and a page of the images.
-`--world` takes MoMA-mini's world in the place of photos. A run that was killed goes on when it is started
+`--world` replaces the photos by MoMA-mini's drawn world. A run that was killed continues when it is started
 again; under torchrun the ranks share the drawing.
 """
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from moma.app.files import exit_status
 from moma.evaluate.draw import draw
@@ -16,11 +15,11 @@ from moma.evaluate.options import Options, parse
 from moma.evaluate.page import write_outputs
 from moma.evaluate.plan import prepare
 from moma.evaluate.rate import embed_real, rate, rate_real
-from moma.evaluate.scorers import ImageScorer, load_scorers
+from moma.evaluate.scorers import load_scorers
 from moma.evaluate.world import mini_scorers
 from moma.sampling.device import set_precision
+from moma.sampling.interface import Runtime
 from moma.training.parallel import Ranks, start_ranks
-from moma.weights.bundle import Bundle
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(options: Options, ranks: Ranks) -> None:
-    plan = ranks.once(lambda: prepare(options, ranks.device))
+    """Draw on all ranks; score and write on the first."""
+    runtime = Runtime.choose(None, str(ranks.device), options.dtype)
+    plan = ranks.once(lambda: prepare(options, runtime))
     for run in plan.runs:
         draw(run, ranks)
     if not ranks.main:
         return
-    scorers = open_scorers(options, ranks)
+    scorers = load_scorers(plan.scorers, ranks.device) if options.dataset else mini_scorers(plan.scorers)
     real = embed_real(scorers, plan.subjects)
     scores = []
     for name, images in plan.images.items():
@@ -47,11 +48,6 @@ def evaluate(options: Options, ranks: Ranks) -> None:
     write_outputs(options.out, scores, rate_real(real, scorers), plan.facts, photos, plan.dreambooth)
     print((options.out / "table.md").read_text(encoding="utf-8"))
     print(options.out / "index.html")
-
-
-def open_scorers(options: Options, ranks: Ranks) -> list[ImageScorer]:
-    folder: Path = options.scorers
-    return mini_scorers(folder) if options.world else load_scorers(Bundle.open(folder), ranks.device)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

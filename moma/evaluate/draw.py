@@ -1,89 +1,91 @@
-"""Draws what is missing of a method's images, so that a run that was killed goes on.
+"""Draw a method's images. A run that was killed draws only what is missing when it starts again.
 
-    <folder>/settings.json               what decided the images; another run's are refused
-             <subject>/<prompt>-<n>.png  each with a stamp of the settings, its task and its reference
-             .drafts/                    batches under way: their latents after some steps
+    <folder>/settings.json               everything that decides the images; other settings are refused
+             <subject>/<prompt>-<n>.png  each stamped with the settings, its task and its reference
+             .drafts/                    batches in progress: their latents after some of the steps
 
-A batch's state is kept as often as one image's worth of steps has been done, and until all its images are
-written: whenever a run ends, no more than that is lost. Batches do not depend on where a run was killed, so
-that the images are those of a run that was not, bit for bit where the device repeats itself; where they
-have to be smaller than before, a batch under way is cut up and goes on in parts.
+A batch's state is saved after every image's worth of steps and kept until all its images are written, so a
+kill loses no more work than one image takes. Batches do not depend on where a run was killed: the images are
+those of an uninterrupted run, bit for bit where the device is deterministic. If batches must be smaller than
+before, a batch in progress is split and continues in parts.
 """
 
 import json
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 
-import moma
+from models.weights.atomic import atomic_write
 from moma.app.files import write_text
+from moma.app.options import weight_hashes
 from moma.app.record import read_stamp, save_png
-from moma.evaluate.methods import Loader, Method
 from moma.evaluate.protocol import ProtocolConfig, Task
 from moma.evaluate.references import Reference
 from moma.inputs.preprocess import open_image
-from moma.methods.moma.config import MethodConfig
+from moma.load import load_pipeline
+from moma.methods import find_method
 from moma.sampling.config import SampleConfig
-from moma.sampling.diffusion import History
+from moma.sampling.device import dtype_name
+from moma.sampling.diffusion import History, ScheduleConfig, solver_steps
+from moma.sampling.interface import Job, Runtime
+from moma.sampling.pipeline import Pipeline
 from moma.sampling.sampler import Step
 from moma.training.checkpoint import differences
 from moma.training.parallel import Ranks
 from moma.weights.bundle import Bundle
 
-SETTINGS, DRAFTS = "settings.json", ".drafts"
-SUBJECTS_KEPT = 6  # in memory: as many images as a subject of DreamBooth's has
+SETTINGS, RESUME = "settings.json", ".drafts"
+SUBJECTS_KEPT = 6  # in memory: as many as a subject of DreamBooth's has photos
 NAME = 16  # characters of a digest in a file name: 64 bits, enough for any number of batches
-PER_MACHINE = ("batch_size", "max_side", "strength")  # fields that decide no image; tasks have strengths
+UNDECIDING = ("batch_size", "max_side", "strength")  # decide no image; the strength is the task's
 
 
 @dataclass(frozen=True)
 class Run:
-    """A method's images: where they go and all that decides them."""
+    """A method's images: where they go and everything that decides them."""
 
-    name: str
+    name: str  # of the method in the registry
     folder: Path
-    bundle: Bundle
-    loader: Loader
-    method: MethodConfig
-    dtype: str
+    runtime: Runtime
+    config: Any  # the method's
     sample: SampleConfig  # with its sizes
     protocol: ProtocolConfig
     tasks: Sequence[Task]
-    references: Mapping[Path, Reference]  # by photo, of all that the tasks show
+    references: dict[Path, Reference]  # photo -> reference, of all tasks
+
+    @property
+    def batch_dependent(self) -> bool:
+        return find_method(self.name).method.batch_dependent(self.config)
 
     @property
     def settings(self) -> dict[str, Any]:
-        sample = {name: value for name, value in asdict(self.sample).items() if name not in PER_MACHINE}
-        if self.method.m_gen_norm == "batch":  # there the batch decides what its images are
+        sample = {name: value for name, value in asdict(self.sample).items() if name not in UNDECIDING}
+        if self.batch_dependent:
             sample["batch_size"] = self.sample.batch_size
-        files = {path.name for name in self.loader.networks for path in self.bundle.files(name)}
+        names = ("context_strength", "texture_strength", "reference")
         return {
             "name": self.name,
             "sample": sample,
-            "method": asdict(self.method),
-            "dtype": self.dtype,
-            "protocol": {
-                name: getattr(self.protocol, name)
-                for name in ("context_strength", "texture_strength", "reference")
-            },
-            "loader": asdict(self.loader.settings) if self.loader.settings else {},
-            "weights": {file: digest for file, digest in self.bundle.hashes.items() if file in files},
+            "method": asdict(self.config),
+            "dtype": dtype_name(self.runtime.dtype),
+            "protocol": {name: getattr(self.protocol, name) for name in names},
+            "weights": weight_hashes(self.runtime.weights, self.name, self.config),
         }
 
+    @cached_property
     def stamps(self) -> dict[Task, str]:
-        """What each image is known by."""
+        """Task -> digest of everything that decides its image."""
         settings = json.dumps(self.settings, sort_keys=True)
         facts = {
             task: [settings, str(task.file), task.subject.word, task.prompt, task.kind] for task in self.tasks
@@ -98,65 +100,55 @@ def _digest(facts: Sequence[str]) -> str:
     return sha256(json.dumps(facts).encode()).hexdigest()
 
 
-# --- a batch under way -------------------------------------------------------------------------------
+# --- a batch in progress -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DraftFile:
-    """A `moma.sampling.sampler.ResumeState` on the disk."""
+class ResumeFile:
+    """A `moma.sampling.interface.ResumeState` on disk."""
 
     path: Path
     stamps: tuple[str, ...]  # of the batch's images
-    steps: int  # of an image
+    steps: int  # per image
 
     @classmethod
-    def of(cls, run: Run, stamps: Sequence[str]) -> "DraftFile":
-        path = run.folder / DRAFTS / f"{_digest(stamps)[:NAME]}.pt"
+    def of(cls, run: Run, stamps: Sequence[str]) -> "ResumeFile":
+        path = run.folder / RESUME / f"{_digest(stamps)[:NAME]}.pt"
         return cls(path, tuple(stamps), run.sample.steps)
 
+    @classmethod
+    def open(cls, path: Path, steps: int) -> "ResumeFile | None":
+        """The batch of a file; None if the file holds nothing usable, and then it is deleted."""
+        found = _read(path)
+        return found and cls(path, found[0], steps)
+
     def read(self) -> Step | None:
-        kept = _load(self.path)
-        return kept and kept.step
+        found = _read(self.path)
+        return found and found[1]
 
     def keep(self, step: Step) -> None:
-        """After as many steps of the batch as take no longer than all steps of one image."""
-        last = step.index + 1 == self.steps
-        if last or (step.index + 1) % max(1, self.steps // len(self.stamps)) == 0:
+        """Save after as many steps of the batch as cost no more than one whole image, and after the last."""
+        done = step.index + 1
+        if done == self.steps or done % max(1, self.steps // len(self.stamps)) == 0:
             self.write(step)
 
     def write(self, step: Step) -> None:
+        """Save a step, whatever its number."""
         step = step.to("cpu")
-        history = None if step.history is None else step.history._asdict()
-        part = self.path.with_suffix(".part")
-        torch.save({"stamps": list(self.stamps), "step": step._asdict() | {"history": history}}, part)
-        os.replace(part, self.path)
+        history = step.history and step.history._asdict()
+        with atomic_write(self.path) as part:
+            torch.save({"stamps": list(self.stamps), "step": step._asdict() | {"history": history}}, part)
 
 
-class Kept(NamedTuple):
-    """A batch's state, and what it is of."""
-
-    stamps: tuple[str, ...]
-    step: Step
-
-    def rows(self, part: slice) -> "Kept":
-        """The state of some of the images."""
-        s = self.step
-        cut = {"latents": s.latents[part].clone(), "noise_pred": s.noise_pred[part].clone()}
-        m_gen = None if s.m_gen is None else s.m_gen[part].clone()
-        history = s.history and s.history._replace(x0=s.history.x0[part].clone())
-        return Kept(self.stamps[part], s._replace(**cut, m_gen=m_gen, history=history))
-
-
-def _load(path: Path) -> Kept | None:
-    """What `DraftFile.write` wrote; None where there is nothing that can be used."""
+def _read(path: Path) -> tuple[tuple[str, ...], Step] | None:
+    """What `ResumeFile.write` wrote: stamps and step."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        history = state["step"].pop("history")
-        step = Step(**state["step"], history=None if history is None else History(**history))
-        return Kept(tuple(state["stamps"]), step)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        history = found["step"].pop("history")
+        return tuple(found["stamps"]), Step(**found["step"], history=history and History(**history))
     except FileNotFoundError:
         return None
-    # What a dying machine or another version has left behind.
+    # A machine that crashed, or another version, left it.
     except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, AttributeError):
         path.unlink()
         return None
@@ -165,11 +157,40 @@ def _load(path: Path) -> Kept | None:
 # --- what there is to do -----------------------------------------------------------------------------
 
 
+def check_drawable(
+    name: str,
+    bundle: Bundle,
+    sample: SampleConfig,
+    strengths: Iterable[float],
+    prompts: Iterable[tuple[str, str]],
+) -> None:
+    """Check that a method can draw with a bundle; reads no weights.
+
+    Args:
+        name: of the method.
+        bundle: its weights.
+        sample: with its sizes.
+        strengths: of the subject.
+        prompts: word of the subject and prompt, each.
+
+    Raises:
+        ValueError: for a missing network, or settings or a prompt that do not fit.
+    """
+    method, config = find_method(name).method, bundle.method_config(name)
+    method.check(bundle, config)
+    for strength in strengths:
+        replace(sample, strength=strength).check(bundle.config("vae").factor)
+    solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    tokenizer = bundle.clip_tokenizer()
+    for word, prompt in prompts:
+        method.read([tokenizer], config, (word,), prompt)
+
+
 def check_settings(run: Run) -> None:
-    """ValueError, one line, if the folder is another run's."""
+    """ValueError, one line, if the folder belongs to a run with other settings."""
     path = run.folder / SETTINGS
     if path.exists():
-        if listed := differences(_settings(path), run.settings):
+        if listed := differences(_read_settings(path), run.settings):
             raise ValueError(
                 f"{run.folder}: drawn with other settings: {listed}; choose another --out, or delete it"
             )
@@ -177,7 +198,7 @@ def check_settings(run: Run) -> None:
         raise ValueError(f"{run.folder}: has images, but no {SETTINGS}; choose another --out")
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     with suppress(ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -186,10 +207,10 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def missing(run: Run) -> list[Task]:
-    """The tasks without a whole image. ValueError for an image of another run's."""
+    """The tasks without a complete image; ValueError for an image made from other inputs."""
     check_settings(run)
     absent = []
-    for task, stamp in run.stamps().items():
+    for task, stamp in run.stamps.items():
         found = read_stamp(run.folder / task.file)
         if found not in (None, stamp):
             raise ValueError(
@@ -201,142 +222,136 @@ def missing(run: Run) -> list[Task]:
     return absent
 
 
-def begun(run: Run, absent: Sequence[Task]) -> list[tuple[str, ...]]:
-    """The batches that were under way, as stamps of their images.
+def begun(run: Run, absent: Sequence[Task]) -> list[ResumeFile]:
+    """The batches in progress, largest first.
 
-    Drafts of which nothing is wanted are removed, and so are those that share an image with a larger one.
+    Deletes the files of batches whose images are all there, and of those that share an image with a larger
+    batch.
     """
-    stamps = run.stamps()
-    known, wanted, taken, found = set(stamps.values()), {stamps[task] for task in absent}, set(), []
-    drafts = [(path, _load(path)) for path in sorted((run.folder / DRAFTS).glob("*.pt"))]
-    whole = [(path, kept.stamps) for path, kept in drafts if kept and known >= set(kept.stamps)]
-    for path, own in sorted(whole, key=lambda draft: -len(draft[1])):
-        if wanted & set(own) and not taken & set(own):
-            found.append(own)
-            taken |= set(own)
+    known, wanted = set(run.stamps.values()), {run.stamps[task] for task in absent}
+    taken, found = set(), []
+    files = [ResumeFile.open(path, run.sample.steps) for path in sorted((run.folder / RESUME).glob("*.pt"))]
+    own = [file for file in files if file and known >= set(file.stamps)]
+    for file in sorted(own, key=lambda file: -len(file.stamps)):
+        if wanted & set(file.stamps) and not taken & set(file.stamps):
+            found.append(file)
+            taken |= set(file.stamps)
         else:
-            path.unlink()
+            file.path.unlink()
     return found
 
 
-def cut_up(run: Run, drafts: Sequence[tuple[str, ...]], size: int) -> list[tuple[str, ...]]:
-    """The batches that were under way; those that are too large for now in parts, each with a draft."""
+def _split(run: Run, begun: Sequence[ResumeFile], size: int) -> list[ResumeFile]:
+    """The batches in progress; those of more than `size` images in parts, each with its own file."""
     found = []
-    for stamps in drafts:
-        file = DraftFile.of(run, stamps)
-        kept = _load(file.path) if len(stamps) > size else None
-        if kept is None:
-            found.append(stamps)
+    for file in begun:
+        step = file.read() if len(file.stamps) > size else None
+        if step is None:
+            found.append(file)
             continue
-        parts = [kept.rows(slice(start, start + size)) for start in range(0, len(stamps), size)]
-        for part in parts:
-            DraftFile.of(run, part.stamps).write(part.step)
+        for start in range(0, len(file.stamps), size):
+            part = slice(start, start + size)
+            found.append(ResumeFile.of(run, file.stamps[part]))
+            found[-1].write(step.rows(part))
         file.path.unlink()
-        found += [part.stamps for part in parts]
     return found
 
 
-def batches(run: Run, absent: Sequence[Task], drafts: Sequence[Sequence[str]], size: int) -> list[list[Task]]:
-    """What is drawn together: first the batches that were under way, then, of a subject, what is absent."""
-    tasks = {stamp: task for task, stamp in run.stamps().items()}
-    first = [[tasks[stamp] for stamp in stamps] for stamps in drafts]
-    taken = {task for batch in first for task in batch}
-    rest = []
+def batches(run: Run, absent: Sequence[Task], begun: Sequence[ResumeFile], size: int) -> list[list[Task]]:
+    """The tasks that are drawn together.
+
+    Args:
+        run: whose tasks they are.
+        absent: tasks without an image.
+        begun: batches in progress; they come first, as they are.
+        size: of the other batches, each of one subject, at most.
+    """
+    tasks = {stamp: task for task, stamp in run.stamps.items()}
+    found = [[tasks[stamp] for stamp in file.stamps] for file in begun]
+    taken = {task for batch in found for task in batch}
     for _, group in groupby((t for t in absent if t not in taken), key=lambda task: task.subject.name):
         group = list(group)
-        rest += [group[start : start + size] for start in range(0, len(group), size)]
-    return first + rest
+        found += [group[start : start + size] for start in range(0, len(group), size)]
+    return found
 
 
 # --- drawing -----------------------------------------------------------------------------------------
 
 
-def begin(run: Run) -> tuple[list[Task], list[tuple[str, ...]]]:
-    """What is missing, and the batches that were under way. ValueError if the folder is another run's."""
-    absent = missing(run)
-    (run.folder / DRAFTS).mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / SETTINGS, json.dumps(run.settings, indent=1) + "\n")
-    drafts = begun(run, absent)
-    end(run)
-    return absent, drafts
-
-
-def end(run: Run) -> None:
-    """Nothing but images is left, unless batches are under way of tasks that this run was not asked for."""
-    with suppress(OSError):
-        (run.folder / DRAFTS).rmdir()
-
-
 def draw(run: Run, ranks: Ranks) -> None:
-    """Draw all missing images; the ranks take equal, connected parts of the batches."""
-    absent, drafts = ranks.once(lambda: begin(run))
+    """Draw all missing images; each rank takes an equal, contiguous part of the batches."""
+    absent, resume = ranks.once(lambda: _begin(run))
     if not absent:
         return
-    method = run.loader(run.bundle.folder, str(ranks.device), run.dtype)
-    size = batch_size(run, method)
-    drafts = ranks.once(lambda: cut_up(run, drafts, size))
-    todo = batches(run, absent, drafts, size)
+    pipe = load_pipeline(replace(run.runtime, device=ranks.device), run.name, run.config)
+    size = pipe.max_batch(run.sample)
+    if not run.batch_dependent:  # so that one step of a batch costs no more than one whole image
+        size = min(size, run.sample.steps)
+    resume = ranks.once(lambda: _split(run, resume, size))
+    todo = batches(run, absent, resume, size)
     own = todo[len(todo) * ranks.rank // ranks.world : len(todo) * (ranks.rank + 1) // ranks.world]
-    open_subject = lru_cache(maxsize=SUBJECTS_KEPT)(partial(subject_of, method, prompts_of(run, own)))
-    stamps, wanted, done = run.stamps(), set(absent), 0
+    encode, wanted, done = _encoder(run, pipe, own), set(absent), 0
     for batch in own:
-        draw_batch(run, method, open_subject, batch, [stamps[task] for task in batch], wanted)
+        _draw_batch(run, pipe, encode, batch, wanted)
         done += len(batch)
         print(f"{run.name}: {done} of {sum(map(len, own))} images", file=sys.stderr)
-    ranks.gather(None)  # until all have drawn
+    ranks.gather(None)  # wait for all ranks
     if ranks.main:
-        end(run)
+        _remove_empty(run)
 
 
-def batch_size(run: Run, method: Method) -> int:
-    """Images at once; no more than steps, so that one step of all is no more work than one image."""
-    size = method.pipe.at_once(run.sample)
-    return size if run.method.m_gen_norm == "batch" else min(size, run.sample.steps)
+def _begin(run: Run) -> tuple[list[Task], list[ResumeFile]]:
+    """The missing tasks and the batches in progress; ValueError if the folder is another run's."""
+    absent = missing(run)
+    (run.folder / RESUME).mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / SETTINGS, json.dumps(run.settings, indent=1) + "\n")
+    found = begun(run, absent)
+    _remove_empty(run)
+    return absent, found
 
 
-Prompts = Mapping[tuple[Reference, str], Sequence[str]]  # of each reference and word
+def _remove_empty(run: Run) -> None:
+    """Remove the folder of resume files, unless it holds batches that this run was not asked for."""
+    with suppress(OSError):
+        (run.folder / RESUME).rmdir()
 
 
-def prompts_of(run: Run, todo: Sequence[Sequence[Task]]) -> Prompts:
-    found: dict[tuple[Reference, str], list[str]] = defaultdict(list)
-    for batch in todo:
-        for task in batch:
-            found[run.reference(task), task.subject.word].append(task.prompt)
-    return found
+Encode = Callable[[Reference, str], Any]  # reference and word -> the method's subject
 
 
-def subject_of(method: Method, prompts: Prompts, reference: Reference, word: str) -> moma.Subject:
-    """With the embeddings of all its prompts, which a streamed MLLM makes together."""
-    with Image.open(reference.mask) as mask:
-        subject = method.subject(open_image(reference.photo), mask.convert("L"), word)
-    method.read([(subject, prompt) for prompt in prompts[reference, word]])
-    return subject
+def _encoder(run: Run, pipe: Pipeline, todo: Sequence[Sequence[Task]]) -> Encode:
+    """Encodes a subject once, for all its prompts: a streamed MLLM then reads its weights once for many."""
+    prompts: dict[tuple[Reference, str], dict[str, None]] = defaultdict(dict)
+    for task in (task for batch in todo for task in batch):
+        prompts[run.reference(task), task.subject.word][task.prompt] = None
+
+    @lru_cache(maxsize=SUBJECTS_KEPT)
+    def encode(reference: Reference, word: str) -> Any:
+        with Image.open(reference.mask) as mask:
+            asked = list(prompts[reference, word])
+            return pipe.encode_subject(open_image(reference.photo), mask.convert("L"), word, prompts=asked)
+
+    return encode
 
 
-def draw_batch(
-    run: Run,
-    method: Method,
-    open_subject: Callable[[Reference, str], moma.Subject],
-    batch: Sequence[Task],
-    stamps: Sequence[str],
-    wanted: Collection[Task],
+def _draw_batch(
+    run: Run, pipe: Pipeline, encode: Encode, batch: Sequence[Task], wanted: Collection[Task]
 ) -> None:
-    """Draw a batch, from its draft if there is one, and write those of its images that are wanted."""
+    """Draw a batch, from its resume file if there is one, and write those of its images that are wanted."""
     jobs = [
-        method.job(
-            open_subject(run.reference(task), task.subject.word),
+        Job(
+            encode(run.reference(task), task.subject.word),
             task.prompt,
             task.number,
-            run.protocol.strength(task.kind),
+            strength=run.protocol.strength(task.kind),
         )
         for task in batch
     ]
-    (run.folder / DRAFTS).mkdir(exist_ok=True)
-    draft = DraftFile.of(run, stamps)
-    results = method.pipe.run(jobs, run.sample, draft=draft)
-    for task, stamp, result in zip(batch, stamps, results, strict=True):
+    resume = ResumeFile.of(run, [run.stamps[task] for task in batch])
+    resume.path.parent.mkdir(exist_ok=True)
+    for task, result in zip(batch, pipe.run(jobs, run.sample, resume=resume), strict=True):
         if task in wanted:
             path = run.folder / task.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(path, result.image, stamp=stamp)
-    draft.path.unlink()
+            save_png(path, result.image, stamp=run.stamps[task])
+    resume.path.unlink()

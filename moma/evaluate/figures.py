@@ -1,8 +1,8 @@
 """The paper's figures and ablations on any bundle: `python -m moma.evaluate.figures masking --ref cat.png`.
 
 One command each: masking (Table 3, Fig. 9), beta (Table 4, Fig. 8), context and texture (Figs. 4, 5),
-community (Fig. 10), methods (Table 1). Without --ref the repository's examples are drawn, without --prompt
-scenes and materials that MoMA-mini knows, too. All images start from the same noise.
+community (Fig. 10), methods (Table 1). Without --ref it draws the repository's examples, without --prompt
+scenes and materials that MoMA-mini knows too. All images start from the same noise.
 
 Letters: N images of one photo, E embedding.
 """
@@ -13,10 +13,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 
@@ -24,44 +23,43 @@ from moma.app.files import Parser, check_writable, exit_status, markdown_table, 
 from moma.app.options import MAX_SEED, SCENES, WEIGHTS, parse_size, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
-from moma.evaluate.methods import BASELINE, METHODS, Blended, Loader, Method, Steered, check_baseline
+from moma.evaluate.draw import check_drawable
+from moma.evaluate.options import parse_methods
 from moma.evaluate.protocol import Kind, ProtocolConfig
-from moma.evaluate.scorers import ImageScorer, load_scorers, measure
+from moma.evaluate.scorers import ImageScorer, check_scorers, embed, load_scorers, measure
 from moma.evaluate.scores import Score, averages
 from moma.inputs.preprocess import find_mask, make_reference, on_white, open_image
 from moma.inputs.segment import segment_by
-from moma.methods.moma.config import MethodConfig, method_config
-from moma.methods.prompts import check_prompt
+from moma.load import load_pipeline
+from moma.methods import METHODS, find_method
 from moma.sampling.config import SampleConfig
-from moma.sampling.device import DTYPES, choose_device, choose_dtype, set_precision
-from moma.sampling.diffusion import SOLVERS, ScheduleConfig, solver_steps
-from moma.sampling.pipeline import Job, Result, check_method
-from moma.weights.bundle import SCORERS, Bundle
+from moma.sampling.device import DTYPES, set_precision
+from moma.sampling.diffusion import SOLVERS
+from moma.sampling.interface import Job, Result, Runtime
+from moma.sampling.pipeline import Pipeline
+from moma.weights.bundle import Bundle
 
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
 ]
-SUBJECT = "{subject}"  # stands in a prompt for the subject's word
+SUBJECT = "{subject}"  # placeholder for the subject's word in a prompt
 MATERIALS = ("wooden", "golden", "stone", "icy")
 IN_SCENES = tuple(f"a {SUBJECT} {scene}" for scene in SCENES)
 OF_MATERIALS = tuple(
     f"{'an' if what[0] in 'aeiou' else 'a'} {what} {SUBJECT} {SCENES[0]}" for what in MATERIALS
 )
-
 CONTEXT, TEXTURE = (ProtocolConfig().strength(kind) for kind in get_args(Kind))  # β of a scene, of a texture
-NAMES = {"moma": "MoMA", "ip-adapter": "IP-Adapter", "text": "text only"}  # of methods, for people
+MASKS = {"full mask": "moma", "half mask": "half-mask", "no mask": "no-mask"}  # column -> method (Table 3)
 
 
 @dataclass(frozen=True)
 class FigureConfig:
-    """What is compared, and how it looks."""
+    """What is compared, and the layout."""
 
-    # How much of M_gen is kept, the rest being 1 (Table 3).
-    masks: tuple[tuple[str, float], ...] = (("full mask", 1.0), ("half mask", 0.5), ("no mask", 0.0))
     strengths: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # β of Fig. 8
     cell: int = 256  # pixels of an image on the sheet, at most
-    blow_up: int = 2  # images smaller than half a cell, such as MoMA-mini's, grow by this
-    letter: int = 6  # pixels, the mean width of the captions' letters
+    blow_up: int = 2  # factor for images smaller than half a cell, such as MoMA-mini's
+    letter: int = 6  # pixels, mean width of a letter in captions
     sheet: SheetConfig = field(default_factory=lambda: SheetConfig(gap=6, caption=30, font=11))
 
 
@@ -73,29 +71,55 @@ class Photo:
     """An image of a subject."""
 
     image: Image.Image
-    mask: Image.Image | None  # None until SAM has been asked (`with_masks`)
+    mask: Image.Image | None  # None until SAM has found it (`with_masks`)
     word: str
     name: str  # of its file
 
 
 class Wanted(NamedTuple):
-    """What every column has an image of."""
+    """A row: every column has an image of it."""
 
     photo: Photo
     prompt: str
+
+
+class Way(NamedTuple):
+    """A column: a method with the weights of a bundle."""
+
+    column: str
+    method: str  # its name in the registry
+    runtime: Runtime
+
+    @property
+    def config(self) -> Any:
+        return self.runtime.weights.method_config(self.method)
+
+    def load(self) -> Pipeline:
+        return load_pipeline(self.runtime, self.method, self.config)
 
 
 @dataclass(frozen=True)
 class Request:
     """What a figure is made of."""
 
-    bundles: tuple[Path, ...]
+    ways: tuple[Way, ...]
     wanted: tuple[Wanted, ...]
     seed: int  # of the start noise, the same for all images
     sample: SampleConfig
-    device: str
-    dtype: str
     cfg: FigureConfig = FigureConfig()
+
+    @property
+    def runtime(self) -> Runtime:
+        """With the first bundle."""
+        return self.ways[0].runtime
+
+    @property
+    def photos(self) -> list[Photo]:
+        return list(dict.fromkeys(photo for photo, _ in self.wanted))
+
+    def rows_of(self, photo: Photo) -> list[int]:
+        """Positions in `wanted`."""
+        return [i for i, wanted in enumerate(self.wanted) if wanted.photo is photo]
 
 
 class Column(NamedTuple):
@@ -106,70 +130,78 @@ class Column(NamedTuple):
     scored: bool = True  # False: for people only, such as masks
 
 
-Loaders = Sequence[tuple[str, Loader, Path]]  # name of a column, how it is drawn, and of which bundle
+def _make_jobs(pipe: Pipeline, request: Request) -> list[Job]:
+    """An image of each `Wanted`; each photo is encoded once, for all its prompts."""
+    subjects = {
+        photo: pipe.encode_subject(
+            photo.image,
+            photo.mask,
+            photo.word,
+            prompts=list(dict.fromkeys(request.wanted[i].prompt for i in request.rows_of(photo))),
+        )
+        for photo in request.photos
+    }
+    return [Job(subjects[photo], prompt, request.seed) for photo, prompt in request.wanted]
 
 
-def load(loader: Loader, folder: Path, request: Request) -> Method:
-    return loader(folder, request.device, request.dtype)
-
-
-def make_jobs(method: Method, request: Request) -> list[Job]:
-    """An image of each `Wanted`; a photo is encoded once, and the MLLM reads all prompts together."""
-    photos = dict.fromkeys(photo for photo, _ in request.wanted)
-    subjects = {photo: method.subject(photo.image, photo.mask, photo.word) for photo in photos}
-    method.read([(subjects[photo], prompt) for photo, prompt in request.wanted])
-    return [method.job(subjects[photo], prompt, request.seed) for photo, prompt in request.wanted]
-
-
-def draw(name: str, method: Method, jobs: Sequence[Job], request: Request) -> list[Result]:
-    print(f"{name}: {len(jobs)} images", file=sys.stderr)
-    return list(method.pipe.run(jobs, request.sample))
+def _draw(column: str, pipe: Pipeline, jobs: Sequence[Job], request: Request) -> list[Result]:
+    print(f"{column}: {len(jobs)} images", file=sys.stderr)
+    return list(pipe.run(jobs, request.sample))
 
 
 # --- the figures -------------------------------------------------------------------------------------
 
 
 def masking(request: Request) -> Iterator[Column]:
-    """M_gen in full, by half, and not at all; and how it was in the end."""
-    method = load(METHODS["moma"], request.bundles[0], request)
-    jobs, first = make_jobs(method, request), None
-    for name, keep in request.cfg.masks:
-        change = Steered.change if keep == 1 else partial(Blended, keep=keep)
-        results = draw(name, replace(method, pipe=method.pipe.changed(change)), jobs, request)
-        first = first or results
-        yield Column(name, [result.image for result in results])
-    masks = [mask_image(result.m_gen, result.image.size) for result in first]
-    yield Column(f"M_gen, {request.cfg.masks[0][0]}", masks, scored=False)
+    """M_gen acts fully, half, and not at all; then the last M_gen itself."""
+    (way,) = request.ways
+    pipe = way.load()
+    jobs = _make_jobs(pipe, request)  # how much of M_gen acts does not change the subjects
+    masks = None
+    for column, name in MASKS.items():
+        config = way.runtime.weights.method_config(name)
+        results = _draw(column, pipe.with_config(config), jobs, request)
+        yield Column(column, [result.image for result in results])
+        if masks is None:
+            images = [mask_image(result.m_gen, result.image.size) for result in results]
+            masks = Column(f"M_gen, {column}", images, scored=False)
+    yield masks
 
 
 def beta(request: Request, strengths: Sequence[float]) -> Iterator[Column]:
-    """The same at rising strengths."""
-    method = load(METHODS["moma"], request.bundles[0], request)
-    jobs = make_jobs(method, request)
+    """The same images at each strength."""
+    pipe = request.ways[0].load()
+    jobs = _make_jobs(pipe, request)
     for strength in strengths:
-        name = f"β = {strength:g}"
-        results = draw(name, method, [replace(job, strength=strength) for job in jobs], request)
-        yield Column(name, [result.image for result in results])
+        column = f"β = {strength:g}"
+        results = _draw(column, pipe, [replace(job, strength=strength) for job in jobs], request)
+        yield Column(column, [result.image for result in results])
 
 
-def methods(request: Request, loaders: Loaders) -> Iterator[Column]:
-    """The same in several ways, of which one is in memory at a time."""
-    for name, loader, folder in loaders:
-        method = load(loader, folder, request)
-        results = draw(name, method, make_jobs(method, request), request)
-        yield Column(name, [result.image for result in results])
-        del method
+def methods(request: Request) -> Iterator[Column]:
+    """The same images in each way, with one of them in memory at a time."""
+    for way in request.ways:
+        pipe = way.load()
+        results = _draw(way.column, pipe, _make_jobs(pipe, request), request)
+        yield Column(way.column, [result.image for result in results])
+        del pipe
 
 
 # --- the sheet and the table -------------------------------------------------------------------------
 
 
-def sheet(request: Request, columns: Sequence[Column], by_photo: bool, method: MethodConfig) -> Image.Image:
-    """Photos and their images. by_photo: a row holds all that one column has of a photo, else the images
-    of one `Wanted` in all columns.
+def sheet(request: Request, columns: Sequence[Column], by_photo: bool) -> Image.Image:
+    """The photos and their images.
+
+    Args:
+        request: what was drawn.
+        columns: the images.
+        by_photo: a row holds all images that one column has of a photo; else the images of one `Wanted` in
+            all columns.
     """
-    cfg, sides = request.cfg, (request.sample.width, request.sample.height)
-    side = min(cfg.cell, cfg.blow_up * max(sides))
+    cfg, sample = request.cfg, request.sample
+    side = min(cfg.cell, cfg.blow_up * max(sample.width, sample.height))
+    reference = request.runtime.weights.method_config("moma")
 
     def cell(image: Image.Image, text: str) -> Cell:
         scale = max(1, side // max(image.size))
@@ -177,15 +209,13 @@ def sheet(request: Request, columns: Sequence[Column], by_photo: bool, method: M
         return Cell(large, wrapped(text, side, cfg))
 
     def shown(photo: Photo, text: str) -> Cell:
-        return cell(make_reference(photo.image, photo.mask, side, method).photo, text)
+        return cell(make_reference(photo.image, photo.mask, side, reference).photo, text)
 
     if by_photo:
         rows = []
-        for photo in dict.fromkeys(photo for photo, _ in request.wanted):
-            mine = [i for i, what in enumerate(request.wanted) if what.photo is photo]
-            for column in columns:
-                drawn = [cell(column.images[i], request.wanted[i].prompt) for i in mine]
-                rows.append([shown(photo, photo.word), *drawn])
+        for photo, column in product(request.photos, columns):
+            drawn = [cell(column.images[i], request.wanted[i].prompt) for i in request.rows_of(photo)]
+            rows.append([shown(photo, photo.word), *drawn])
     else:
         rows = [
             [shown(photo, prompt), *(cell(column.images[i], column.name) for column in columns)]
@@ -195,31 +225,34 @@ def sheet(request: Request, columns: Sequence[Column], by_photo: bool, method: M
 
 
 def wrapped(text: str, side: int, cfg: FigureConfig) -> tuple[str, ...]:
-    """A caption below an image of that width; PIL's font lacks the Greek letter."""
+    """The one or two lines of a caption.
+
+    Args:
+        text: of any length; β is spelled out, because PIL's font lacks it.
+        side: pixels that a line may take.
+        cfg: width of a letter.
+    """
     first, *rest = textwrap.wrap(text.replace("β", "beta"), side // cfg.letter)
     return (first, " ".join(rest)) if rest else (first,)
 
 
 def score(request: Request, columns: Sequence[Column], scorers: Sequence[ImageScorer]) -> list[Score]:
-    """What the scorers say of each image; the only real image of a subject is its photo."""
-    rows = [
-        (column, photo, [i for i, what in enumerate(request.wanted) if what.photo is photo])
-        for column in columns
-        if column.scored
-        for photo in dict.fromkeys(photo for photo, _ in request.wanted)
-    ]
+    """A score for each image, column by column.
+
+    Args:
+        request: what was drawn; a photo is the only real image of its subject.
+        columns: the images.
+        scorers: of the images.
+    """
+    real = {photo: embed(scorers, [on_white(photo.image)]) for photo in request.photos}
     found = []
-    for column, photo, mine in rows:
-        images, prompts = [column.images[i] for i in mine], [request.wanted[i].prompt for i in mine]
-        values: list[dict[str, float]] = [{} for _ in mine]
-        for scorer in scorers:
-            real = scorer.embed_images([on_white(photo.image)])  # (1, E)
-            judged = measure(scorer, scorer.embed_images(images), real, prompts)  # of (N, E)
-            values = [known | new for known, new in zip(values, judged, strict=True)]
-        found += [
-            Score(column.name, photo.name, photo.word, "", prompt, 0, "", value)
-            for prompt, value in zip(prompts, values, strict=True)
-        ]
+    for column in (column for column in columns if column.scored):
+        for photo in request.photos:
+            mine = request.rows_of(photo)
+            prompts = [request.wanted[i].prompt for i in mine]
+            seen = embed(scorers, [column.images[i] for i in mine])  # of each scorer (N, E)
+            for prompt, values in zip(prompts, measure(scorers, seen, real[photo], prompts), strict=True):
+                found.append(Score(column.name, photo.name, photo.word, "", prompt, 0, "", values))
     return found
 
 
@@ -230,7 +263,7 @@ def table(scores: Sequence[Score], request: Request) -> str:
     rows = [[name, *(f"{mean.values[head]:.3f}" for head in heads)] for (name,), mean in found.items()]
     count = next(iter(found.values())).count
     note = (
-        f"Means over {count} images; the photo itself is the one real image that they are compared with. "
+        f"Means over {count} images; each image is compared with one real image, the photo itself. "
         f"{sample.steps} steps, guidance {sample.guidance:g}, seed {request.seed}."
     )
     return f"{markdown_table(['', *heads], rows)}\n{note}\n"
@@ -250,65 +283,61 @@ class Figure:
 
 
 FIGURES = {
-    "masking": Figure("M_gen in full, by half, not at all (Table 3, Fig. 9)", IN_SCENES, CONTEXT),
+    "masking": Figure("M_gen acts fully, half, not at all (Table 3, Fig. 9)", IN_SCENES, CONTEXT),
     "beta": Figure("strengths of the subject (Table 4, Fig. 8)", IN_SCENES[:2] + OF_MATERIALS[:2], CONTEXT),
     "context": Figure("subjects in new scenes (Fig. 4)", IN_SCENES, CONTEXT, by_photo=True),
-    "texture": Figure("subjects of new textures (Fig. 5)", OF_MATERIALS, TEXTURE, by_photo=True),
+    "texture": Figure("subjects with new textures (Fig. 5)", OF_MATERIALS, TEXTURE, by_photo=True),
     "community": Figure("several base models, a bundle for each (Fig. 10)", IN_SCENES, CONTEXT),
     "methods": Figure("MoMA beside other methods (Table 1)", IN_SCENES, CONTEXT),
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser("python -m moma.evaluate.figures", description=__doc__.split("\n\n")[1])
     figures = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
     for name, figure in FIGURES.items():
         own = figures.add_parser(name, help=figure.about, description=figure.about)
-        add_options(own, name)
-        add = own.add_argument
-        if name == "beta":
-            add("--strengths", type=float, nargs="+", default=FigureConfig().strengths, metavar="BETA")
-        else:
-            text = f"of the subject, β of Eq. 3 (default: {figure.strength})"
-            add("--strength", type=float, default=figure.strength, metavar="BETA", help=text)
-        if name == "methods":
-            text = "may be repeated (default: all that the bundle has weights for)"
-            add("--method", action="append", choices=tuple(METHODS), help=text)
-            text = (
-                "bundle whose adapter is an IP-Adapter that train.py has made, such as MoMA-mini's baseline"
-            )
-            add("--baseline", type=Path, metavar="DIR", help=text)
+        _add_options(own, name, figure)
     return parser.parse_args(argv)
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Those that all figures have."""
-    base = SampleConfig()
-    many = "one for each base model" if name == "community" else "default: weights/moma, weights/mini"
-    files = {
-        "--bundle": ("DIR", f"weights; {many}"),
-        "--ref": ("FILE", "image of a subject; may be repeated (default: the repository's examples)"),
-        "--mask": ("FILE", "its mask, for each --ref in turn (default: found as sample.py finds it)"),
-    }
-    for option, (metavar, text) in files.items():
-        parser.add_argument(option, type=Path, action="append", metavar=metavar, help=text)
-    add = parser.add_argument
-    text = "its word, for each --ref in turn (default: the files' names)"
-    add("--subject", action="append", metavar="WORD", help=text)
-    text = f"for each subject, whose word stands in the place of {SUBJECT}; may be repeated"
-    add("--prompt", action="append", metavar="TEXT", help=text)
-    add("--seed", type=int, default=0, metavar="N", help="of the start noise of all images (default: 0)")
-    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
-    add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"default: {base.solver}")
-    add("--size", type=parse_size, metavar="S|WxH", help="pixels (default: the weights' own)")
-    text = f"images drawn at once (default: {base.batch_size})"
-    add("--batch-size", type=int, default=base.batch_size, metavar="N", help=text)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights (default: auto)")
-    text = "bundle with DINO or CLIP to score with; a table goes beside the sheet"
-    add("--scorers", type=Path, metavar="DIR", help=text)
+def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> None:
+    base, add = SampleConfig(), parser.add_argument
+    many = "one for each base model" if name == "community" else "default: weights/moma or weights/mini"
+    files: dict[str, Any] = {"type": Path, "action": "append"}
+    add("--ref", **files, metavar="FILE", help="image of a subject; may be repeated (default: the"
+        " repository's examples)")  # fmt: skip
+    add("--subject", action="append", metavar="WORD", help="what it is, for each --ref in turn (default: the"
+        " files' names)")  # fmt: skip
+    add("--mask", **files, metavar="FILE", help="its mask, for each --ref in turn (default: as sample.py"
+        " finds it)")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT", help=f"for each subject, with {SUBJECT} for its word;"
+        " may be repeated (default: prompts that MoMA-mini knows)")  # fmt: skip
+    if name == "beta":
+        strengths = FigureConfig().strengths
+        add("--strengths", type=float, nargs="+", default=strengths, metavar="BETA",
+            help=f"subject strengths β (default: {' '.join(map(str, strengths))})")  # fmt: skip
+    else:
+        add("--strength", type=float, default=figure.strength, metavar="BETA",
+            help=f"subject strength β (default: {figure.strength})")  # fmt: skip
+    add("--bundle", **files, metavar="DIR", help=f"weights; {many}")
+    if name == "methods":
+        add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be"
+            " repeated (default: all but ablations that the bundle has weights for)")  # fmt: skip
+    add("--scorers", type=Path, metavar="DIR", help="bundle with DINO or CLIP: a table of scores goes beside"
+        " the sheet")  # fmt: skip
     out = Path("out", "figures", f"{name}.png")
     add("--out", type=Path, default=out, metavar="FILE.png", help=f"default: {out}")
+    add = parser.add_argument_group("advanced").add_argument
+    add("--seed", type=int, default=0, metavar="N", help="of the start noise of all images (default: 0)")
+    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
+    add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"ODE solver (default: {base.solver})")
+    add("--size", type=parse_size, metavar="S|WxH", help="size in pixels (default: the weights' own)")
+    add("--batch-size", type=int, default=base.batch_size, metavar="N",
+        help=f"images drawn together, which costs memory (default: {base.batch_size})")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -316,38 +345,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_precision()
     args = parse(argv)
     figure = FIGURES[args.what]
-    request = request_of(args, figure)
-    loaders = loaders_of(args, request)
-    method = check(args, request, loaders)
+    request = request_of(args, Runtime.choose(None, args.device, args.dtype))
+    scorers = check(args, request)
     request = with_masks(request)
-    ways: dict[str, Callable[[], Iterator[Column]]] = {
+    draw: dict[str, Callable[[], Iterator[Column]]] = {
         "masking": lambda: masking(request),
         "beta": lambda: beta(request, args.strengths),
     }
-    columns = list(ways.get(args.what, lambda: methods(request, loaders))())
-    save_png(args.out, sheet(request, columns, figure.by_photo, method))
+    columns = list(draw.get(args.what, lambda: methods(request))())
+    save_png(args.out, sheet(request, columns, figure.by_photo))
     print(args.out)
-    if args.scorers:
-        scorers = load_scorers(Bundle.open(args.scorers), choose_device(args.device))
-        text = table(score(request, columns, scorers), request)
+    if scorers:
+        text = table(score(request, columns, load_scorers(scorers, request.runtime.device)), request)
         write_text(args.out.with_suffix(".md"), text)
         print(text)
 
 
-def request_of(args: argparse.Namespace, figure: Figure) -> Request:
-    bundles = args.bundle or [place for place in WEIGHTS if place.is_dir()][:1]
-    if args.what == "community" and len(bundles) < 2:
+def request_of(args: argparse.Namespace, runtime: Runtime) -> Request:
+    """The request that the options make; runtime: the machine, without weights."""
+    figure = FIGURES[args.what]
+    folders = args.bundle or [folder for folder in WEIGHTS if folder.is_dir()][:1]
+    if args.what == "community" and len(folders) < 2:
         raise ValueError("which base models? Give a --bundle for each, two or more")
-    if args.what != "community" and len(bundles) != 1:
-        raise ValueError(f"--bundle: {len(bundles)} folders, expected one")
+    if args.what != "community" and len(folders) != 1:
+        raise ValueError(f"--bundle: {len(folders)} folders, expected one")
     if not 0 <= args.seed <= MAX_SEED:
         raise ValueError(f"--seed {args.seed}: expected 0 to {MAX_SEED}")
-    bundle = Bundle.open(bundles[0])
-    photos, prompts = open_photos(args, bundle), args.prompt or figure.prompts
+    ways = _ways(args, [replace(runtime, weights=Bundle.open(folder)) for folder in folders])
+    photos, prompts = _open_photos(args, ways), args.prompt or figure.prompts
     if args.ref or args.prompt or figure.by_photo:
-        wanted = [Wanted(photo, fill(prompt, photo.word)) for photo, prompt in product(photos, prompts)]
-    else:  # the examples, each in a scene of its own
-        wanted = [Wanted(p, fill(prompt, p.word)) for p, prompt in zip(photos, prompts, strict=True)]
+        pairs = list(product(photos, prompts))
+    else:  # the examples, each in another scene
+        pairs = list(zip(photos, prompts, strict=True))
+    wanted = tuple(Wanted(photo, fill(prompt, photo.word)) for photo, prompt in pairs)
     width, height = args.size or (None, None)
     sample = SampleConfig(
         steps=args.steps,
@@ -356,11 +386,45 @@ def request_of(args: argparse.Namespace, figure: Figure) -> Request:
         width=width,
         height=height,
         batch_size=args.batch_size,
-    ).sized(bundle.image_size)
-    return Request(tuple(bundles), tuple(wanted), args.seed, sample, args.device, args.dtype)
+    ).sized(ways[0].runtime.weights.image_size)
+    return Request(ways, wanted, args.seed, sample)
 
 
-def open_photos(args: argparse.Namespace, bundle: Bundle) -> list[Photo]:
+def _ways(args: argparse.Namespace, runtimes: Sequence[Runtime]) -> tuple[Way, ...]:
+    """What is loaded: a column each, or for masking and beta the one that all columns share."""
+    bundles = [runtime.weights for runtime in runtimes]
+    if args.what == "community":
+        adapters = [bundle.networks.get("adapter", {}).get("sha256") for bundle in bundles]
+        for bundle, adapter in zip(bundles, adapters, strict=True):
+            if adapter != adapters[0]:
+                print(f"note: {bundle.folder} has another adapter file than {bundles[0].folder}")
+        names = [bundle.folder.resolve().name for bundle in bundles]
+        if len(set(names)) < len(names):
+            names = [str(bundle.folder) for bundle in bundles]
+        return tuple(Way(name, "moma", runtime) for name, runtime in zip(names, runtimes, strict=True))
+    if args.what != "methods":
+        return (Way(METHODS["moma"].title, "moma", runtimes[0]),)
+    if args.method:
+        chosen = parse_methods(args.method, bundles[0].folder)
+        opened = {bundles[0].folder: runtimes[0]}
+        for folder in chosen.values():
+            opened.setdefault(folder, replace(runtimes[0], weights=Bundle.open(folder)))
+        return tuple(Way(find_method(name).title, name, opened[folder]) for name, folder in chosen.items())
+    found = []
+    for name, entry in reversed(METHODS.items()):
+        if entry.overrides:
+            continue
+        networks = entry.method.networks(bundles[0].method_config(name), encoders=True)
+        missing = [network for network in networks if network not in bundles[0].networks]
+        if missing:
+            print(f"note: {name} is left out: {bundles[0].folder} has no {missing[0]}")
+        else:
+            found.append(Way(entry.title, name, runtimes[0]))
+    return tuple(found)
+
+
+def _open_photos(args: argparse.Namespace, ways: Sequence[Way]) -> list[Photo]:
+    """The subjects; without a mask where SAM will find it."""
     files = args.ref or EXAMPLES
     given: dict[str, list] = {}
     for option in ("mask", "subject"):
@@ -368,7 +432,7 @@ def open_photos(args: argparse.Namespace, bundle: Bundle) -> list[Photo]:
         if len(given[option]) != len(files):
             expected = f"expected {len(files)}, one for each image"
             raise ValueError(f"--{option}: {len(given[option])} given, {expected}")
-    photos, later = [], (lambda _: None) if "sam" in bundle.networks else None
+    photos, later = [], (lambda _: None) if "sam" in ways[0].runtime.weights.networks else None
     for path, mask, word in zip(files, given["mask"], given["subject"], strict=True):
         image = open_image(path)
         word = subject_of_file(path) if word is None else " ".join(word.split())
@@ -377,76 +441,40 @@ def open_photos(args: argparse.Namespace, bundle: Bundle) -> list[Photo]:
 
 
 def with_masks(request: Request) -> Request:
-    """The request with SAM's masks where photos have none; its memory is free again when this returns."""
-    photos = list(dict.fromkeys(photo for photo, _ in request.wanted))
-    if all(photo.mask for photo in photos):
+    """The request with SAM's masks where photos have none; SAM's memory is free again on return."""
+    if all(photo.mask for photo in request.photos):
         return request
-    segment = segment_by(request.bundles[0], request.device)
-    found = {p: p if p.mask else replace(p, mask=find_mask(p.image, segment=segment).mask) for p in photos}
-    return replace(request, wanted=tuple(Wanted(found[p], prompt) for p, prompt in request.wanted))
+    segment = segment_by(request.runtime.weights, request.runtime.device)
+    found = {
+        photo: photo if photo.mask else replace(photo, mask=find_mask(photo.image, segment=segment).mask)
+        for photo in request.photos
+    }
+    return replace(request, wanted=tuple(Wanted(found[photo], prompt) for photo, prompt in request.wanted))
 
 
 def fill(prompt: str, word: str) -> str:
-    """The prompt for a subject: "a {subject}" becomes "an ..." where it must."""
+    """Put a subject's word into a prompt; "a {subject}" becomes "an ..." where it must."""
     article = "an" if word[:1].lower() in "aeiou" else "a"
     return re.sub(rf"\ba {re.escape(SUBJECT)}", f"{article} {SUBJECT}", prompt).replace(SUBJECT, word)
 
 
-def loaders_of(args: argparse.Namespace, request: Request) -> Loaders:
-    """What is drawn; for masking and beta, what is loaded."""
-    folders = request.bundles
-    if args.what == "community":
-        names = [folder.resolve().name for folder in folders]
-        names = names if len(set(names)) == len(names) else map(str, folders)
-        adapters = [Bundle.open(folder).networks.get("adapter", {}).get("sha256") for folder in folders]
-        for folder, adapter in zip(folders, adapters, strict=True):
-            if adapter != adapters[0]:
-                print(f"note: {folder} has another adapter file than {folders[0]}")
-        return [(name, METHODS["moma"], folder) for name, folder in zip(names, folders, strict=True)]
-    if args.what != "methods":
-        return [(NAMES["moma"], METHODS["moma"], folders[0])]
-    if args.baseline:
-        if "ip-adapter" not in (args.method or METHODS):
-            raise ValueError("--baseline draws nothing without --method ip-adapter")
-        check_baseline("--baseline", args.baseline, (*folders, *WEIGHTS))
-    bundle = Bundle.open(folders[0])
-    found: dict[str, tuple[Loader, Path]] = {}
-    for name in args.method or reversed(METHODS):
-        if name == "ip-adapter" and args.baseline:
-            found[name] = BASELINE, args.baseline
-        elif args.method or not (missing := METHODS[name].missing(bundle)):
-            found[name] = METHODS[name], bundle.folder
-        else:
-            print(f"note: {name} is left out: {bundle.folder} has no {missing[0]}")
-    return [(NAMES.get(name, name), *way) for name, way in found.items()]
-
-
-def check(args: argparse.Namespace, request: Request, loaders: Loaders) -> MethodConfig:
-    """ValueError for whatever would fail later; what the first bundle's weights need of the method."""
-    for _, loader, folder in loaders:
-        check_way(Bundle.open(folder), loader, args, request)
-    solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver)
-    choose_dtype(request.dtype, choose_device(request.device))
-    if args.scorers and not set(SCORERS) & set(Bundle.open(args.scorers).networks):
-        raise ValueError(f"--scorers {args.scorers}: has none of {', '.join(SCORERS)}; convert one into it")
+def check(args: argparse.Namespace, request: Request) -> Bundle | None:
+    """ValueError for anything that would fail later; returns the scorers' bundle, if there is one."""
+    strengths = (request.sample.strength, *getattr(args, "strengths", ()))
+    prompts = [(photo.word, prompt) for photo, prompt in request.wanted]
+    for way in request.ways:
+        bundle = way.runtime.weights
+        check_drawable(way.method, bundle, request.sample, strengths, prompts)
+        for photo in request.photos:
+            if photo.mask:
+                make_reference(photo.image, photo.mask, bundle.image_size, way.config)
+    scorers = Bundle.open(args.scorers) if args.scorers else None
+    if scorers:
+        check_scorers(scorers)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out}: expected a name that ends in .png")
     check_writable("--out", args.out.parent)
-    return method_config(**Bundle.open(request.bundles[0]).method)
-
-
-def check_way(bundle: Bundle, loader: Loader, args: argparse.Namespace, request: Request) -> None:
-    """ValueError for what a bundle cannot draw, or not with this method."""
-    loader.check(bundle)
-    method, tokenizer = method_config(**bundle.method), bundle.clip_tokenizer()
-    if loader is METHODS["moma"]:
-        check_method(method, bundle)
-    for strength in (request.sample.strength, *getattr(args, "strengths", ())):
-        replace(request.sample, strength=strength).check(bundle.config("vae").factor)
-    for photo, prompt in request.wanted:
-        if photo.mask:
-            make_reference(photo.image, photo.mask, bundle.image_size, method)
-        check_prompt(photo.word, prompt, method.absent_label, tokenizer)
+    return scorers
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import get_args
 
 from moma.app.files import Parser
-from moma.evaluate.methods import EVALUATED, check_baseline
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
+from moma.methods import METHODS, find_method
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import DTYPES
 from moma.sampling.diffusion import SOLVERS
 
 MINI = Path("weights/mini")
-MASKS, WORLD = "masks", "world"  # folders in the output's, beside those of methods
+MASKS, WORLD = "masks", "world"  # folders in --out, beside those of methods
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class Options:
     """The command line."""
 
     out: Path
-    dataset: Path | None  # or the world
-    world: bool
+    dataset: Path | None  # None: the drawn world
     methods: Mapping[str, Path]  # name -> bundle
-    images: Mapping[str, Path]  # name -> folder of images drawn by others
+    images: Mapping[str, Path]  # name -> folder of images drawn elsewhere
     scorers: Path
     masks: Path | None
     subjects: int | None
@@ -37,36 +36,28 @@ class Options:
 
 
 def parse(argv: Sequence[str] | None, description: str) -> Options:
-    """ValueError for options that contradict each other or lack something."""
+    """Read the command line; ValueError for options that contradict each other or are missing."""
     args = _parser(description).parse_args(argv)
     if args.world == (args.dataset is not None):
-        raise ValueError("expected either --dataset DIR or --world: what are the subjects?")
+        raise ValueError("which subjects? Give either --dataset DIR or --world")
     if args.masks and args.world:
-        raise ValueError("--masks contradicts --world, which has its own")
+        raise ValueError("--masks contradicts --world, which has masks of its own")
     bundle = args.bundle or (MINI if args.world else None)
     images: dict[str, Path] = {}
     for text in args.images:
-        name, folder = _pair(text, "--images")
-        _add(images, "--images", name, folder)
-    methods: dict[str, Path] = {}
-    for text in args.method or (["moma"] if bundle and not images else []):
-        name, _, folder = text.partition("=")
-        if name not in EVALUATED:
-            raise ValueError(f"--method {text}: expected one of {', '.join(EVALUATED)}, maybe with =BUNDLE")
-        if not folder and bundle is None:
-            raise ValueError(f"--method {name} draws with which weights? Give --bundle DIR")
-        _add(methods, "--method", name, Path(folder) if folder else bundle)
-    if both := sorted(set(images) & {*EVALUATED, MASKS, WORLD, REAL}):
-        raise ValueError(f"--images {both[0]}=...: is the name of something else, choose another")
-    if args.world and "ip-adapter" in methods:
-        moma = (MINI, methods.get("moma", bundle))
-        check_baseline("--world --method ip-adapter=DIR", methods["ip-adapter"], moma)
+        name, equals, folder = text.partition("=")
+        if not (name.strip() and equals and folder):
+            raise ValueError(f"--images {text}: expected NAME=DIR")
+        _add(images, "--images", name, Path(folder))
+    methods = parse_methods(args.method or (["moma"] if bundle and not images else []), bundle)
+    if both := sorted(set(images) & {*METHODS, MASKS, WORLD, REAL}):
+        raise ValueError(f"--images {both[0]}=...: the name is taken, choose another")
     if args.scorers is None and bundle is None:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
-        out=args.out, dataset=args.dataset, world=args.world, methods=methods, images=images,
-        scorers=args.scorers or bundle, masks=args.masks, subjects=args.subjects,
-        prompts=args.prompts and tuple(args.prompts), device=args.device, dtype=args.dtype,
+        out=args.out, dataset=args.dataset, methods=methods, images=images, scorers=args.scorers or bundle,
+        masks=args.masks, subjects=args.subjects, prompts=args.prompts and tuple(args.prompts),
+        device=args.device, dtype=args.dtype,
         protocol=ProtocolConfig(
             args.per_prompt, args.context_strength, args.texture_strength, args.reference, not args.no_added
         ),
@@ -77,11 +68,21 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     )  # fmt: skip
 
 
-def _pair(text: str, option: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not (name.strip() and equals and folder):
-        raise ValueError(f"{option} {text}: expected NAME=DIR")
-    return name, Path(folder)
+def parse_methods(texts: Sequence[str], bundle: Path | None) -> dict[str, Path]:
+    """'NAME' or 'NAME=BUNDLE' each -> name -> bundle; ValueError for an unknown or repeated name.
+
+    Args:
+        texts: as given with --method.
+        bundle: of methods without one.
+    """
+    methods: dict[str, Path] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        find_method(name)
+        if not folder and bundle is None:
+            raise ValueError(f"--method {name} draws with which weights? Give --bundle DIR")
+        _add(methods, "--method", name, Path(folder) if folder else bundle)
+    return methods
 
 
 def _add(known: dict[str, Path], option: str, name: str, folder: Path) -> None:
@@ -94,35 +95,41 @@ def _parser(description: str) -> Parser:
     base, protocol = SampleConfig(), ProtocolConfig()
     parser = Parser("python -m moma.evaluate", description=description)
     add = parser.add_argument_group("the subjects").add_argument
-    add("--dataset", type=Path, metavar="DIR", help="google/dreambooth's `dataset`, or one of its form:"
-        f" a folder of images for each subject; {OWN} in it names their classes")  # fmt: skip
-    add("--world", action="store_true", help="MoMA-mini's world in the place of photos")
-    add("--masks", type=Path, metavar="DIR", help="masks as DIR/SUBJECT/IMAGE.png (default: transparency,"
-        " else the bundle's SAM, else what stands out from a plain background)")  # fmt: skip
-    add("--reference", choices=get_args(References), default=protocol.reference, help="what methods are"
-        " shown: a subject's first image, or number n for the n-th one drawn (default: first)")  # fmt: skip
-    add("--subjects", type=int, metavar="N", help="the first N only")
-    add(
-        "--prompts", type=int, nargs="+", metavar="N", help="the first N contexts and N textures only, or N M"
-    )
-    add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt, help="images (default: 4)")
-    add("--no-added", action="store_true", help="DreamBooth's 25 prompts without ten more for textures")
+    add("--dataset", type=Path, metavar="DIR", help="google/dreambooth's `dataset`, or a folder like it: a"
+        f" folder of images per subject, with {OWN} naming their classes")  # fmt: skip
+    add("--world", action="store_true", help="MoMA-mini's drawn world instead of photos")
+    add("--masks", type=Path, metavar="DIR", help="masks as DIR/SUBJECT/IMAGE.png (default: the image's"
+        " transparency, else SAM if a bundle has it, else a plain background)")  # fmt: skip
+    add("--subjects", type=int, metavar="N", help="only the first N")
+    add("--prompts", type=int, nargs="+", metavar="N", help="only the first N contexts and N textures, or N"
+        " contexts and M textures")  # fmt: skip
+    add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt,
+        help=f"images per prompt (default: {protocol.per_prompt})")  # fmt: skip
     add = parser.add_argument_group("the methods").add_argument
     add("--bundle", type=Path, metavar="DIR", help=f"weights (with --world: {MINI})")
-    add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(EVALUATED)}; may be repeated"
+    add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be repeated"
         " (default: moma if there is a --bundle and no --images)")  # fmt: skip
-    add("--images", action="append", default=[], metavar="NAME=DIR", help="score the images of another"
-        " method: DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
-    add("--context-strength", type=float, default=protocol.context_strength, metavar="BETA")
-    add("--texture-strength", type=float, default=protocol.texture_strength, metavar="BETA")
-    add("--steps", type=int, default=base.steps, metavar="N", help=f"default {base.steps}")
-    add("--solver", choices=tuple(SOLVERS), default=base.solver)
-    add("--guidance", type=float, default=base.guidance, metavar="G", help=f"default {base.guidance}")
-    add("--size", type=int, metavar="S", help="pixels a side (default: the weights' own)")
-    add("--batch-size", type=int, default=base.batch_size, metavar="N", help=f"default {base.batch_size}")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights that draw")
+    add("--images", action="append", default=[], metavar="NAME=DIR", help="score images drawn elsewhere:"
+        " DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
+    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
     add = parser.add_argument_group("the results").add_argument
     add("--scorers", type=Path, metavar="DIR", help="bundle with the networks that score (default: --bundle)")
-    add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR")
+    add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR", help="default: out/evaluation")
+    add = parser.add_argument_group("advanced").add_argument
+    add("--no-added", action="store_true", help="leave out the ten texture prompts that DreamBooth's 25 lack")
+    add("--reference", choices=get_args(References), default=protocol.reference, help="photo shown to the"
+        f" methods: a subject's first, or the n-th for a prompt's image n (default: {protocol.reference})"
+        )  # fmt: skip
+    for kind in ("context", "texture"):
+        beta = getattr(protocol, f"{kind}_strength")
+        add(f"--{kind}-strength", type=float, default=beta, metavar="BETA",
+            help=f"subject strength β for {kind} prompts (default: {beta:g})")  # fmt: skip
+    add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"ODE solver (default: {base.solver})")
+    add("--guidance", type=float, default=base.guidance, metavar="G",
+        help=f"classifier-free guidance scale (default: {base.guidance})")  # fmt: skip
+    add("--size", type=int, metavar="S", help="pixels per side (default: the weights' own)")
+    add("--batch-size", type=int, default=base.batch_size, metavar="N",
+        help=f"images drawn together, which costs memory (default: {base.batch_size})")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights that draw (default: auto)")
     return parser

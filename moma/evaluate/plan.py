@@ -1,6 +1,6 @@
-"""What an evaluation is to do, from its options; mistakes are found here, before anything is drawn or scored.
+"""What an evaluation will do, from its options. Mistakes are found here, before anything is drawn or scored.
 
-No weights are read for that but SAM's, where it is asked for masks.
+No weights are read for that, except SAM's where masks are missing.
 """
 
 from collections import Counter
@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+from PIL import Image
 
 from moma.app.files import check_writable
-from moma.evaluate.draw import Run, check_settings
-from moma.evaluate.methods import BASELINE, EVALUATED, Loader
+from moma.evaluate.draw import Run, check_drawable, check_settings
 from moma.evaluate.options import MASKS, WORLD, Options
 from moma.evaluate.protocol import (
     ADDED,
@@ -29,15 +28,14 @@ from moma.evaluate.protocol import (
 )
 from moma.evaluate.rate import find_images
 from moma.evaluate.references import Masks, Reference, find_references
-from moma.evaluate.world import WorldEvaluation, check_scorers, write_world
-from moma.inputs.preprocess import MaskSource, open_image
+from moma.evaluate.scorers import check_scorers
+from moma.evaluate.world import WorldEvaluation, check_world_scorers, write_world
+from moma.inputs.preprocess import MaskSource, make_reference, open_image
 from moma.inputs.segment import segment_by
-from moma.methods.moma.config import method_config
-from moma.methods.prompts import SD_TEMPLATE, check_prompt
-from moma.sampling.device import choose_dtype, dtype_name
-from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.pipeline import check_method
-from moma.weights.bundle import SCORERS, Bundle
+from moma.methods.prompts import SD_TEMPLATE
+from moma.sampling.device import dtype_name
+from moma.sampling.interface import Runtime
+from moma.weights.bundle import Bundle
 
 SOURCES: dict[MaskSource, str] = {
     "file": "given", "alpha": "by transparency", "sam": "by SAM", "border": "by a plain background",
@@ -51,35 +49,48 @@ class Plan:
 
     subjects: Sequence[Subject]
     runs: Sequence[Run]
-    images: Mapping[str, Mapping[Task, Path]]  # of each method, those of others too
+    images: Mapping[str, Mapping[Task, Path]]  # method -> task -> image, also those drawn elsewhere
     facts: Mapping[str, str]
-    dreambooth: frozenset[str]  # its prompts, where the subjects are its own, too
+    dreambooth: frozenset[str]  # DreamBooth's own prompts, if the subjects are its own too
+    scorers: Bundle
 
 
-def prepare(options: Options, device: torch.device) -> Plan:
-    """Check all and find the masks. ValueError for whatever would fail later."""
-    check_scorer_files(options)
-    subjects, masks = open_data(options)
+def prepare(options: Options, runtime: Runtime) -> Plan:
+    """Check everything and find the masks.
+
+    Args:
+        options: the command line.
+        runtime: the machine; its weights are replaced by each method's.
+
+    Raises:
+        ValueError: for anything that would fail later.
+    """
+    scorers = Bundle.open(options.scorers)
+    (check_scorers if options.dataset else check_world_scorers)(scorers)
+    subjects, masks = _open_subjects(options)
     tasks = tasks_of(subjects, options.protocol.per_prompt)
     images = {name: find_images(folder, tasks) for name, folder in options.images.items()}
-    runs = [make_run(name, folder, options, tasks, device) for name, folder in options.methods.items()]
+    runs = [
+        make_run(name, replace(runtime, weights=Bundle.open(folder)), options, tasks)
+        for name, folder in options.methods.items()
+    ]
+    _check_readable(photo for subject in subjects for photo in subject.photos)
+    _check_readable(path for drawn in images.values() for path in drawn.values())
     for run in runs:
         check_settings(run)
         images[run.name] = {task: run.folder / task.file for task in tasks}
-    check_readable(photo for subject in subjects for photo in subject.photos)
-    check_readable(path for name in options.images for path in images[name].values())
     check_writable("--out", options.out)
-    references = open_references(options, masks, tasks, runs, str(device)) if runs else {}
+    references = open_references(options, masks, runs) if runs else {}
     runs = [replace(run, references=references) for run in runs]
-    own = options.world or (options.dataset / OWN).exists() or not is_dreambooth(subjects)
+    own = options.dataset is None or (options.dataset / OWN).exists() or not is_dreambooth(subjects)
     known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
-    return Plan(subjects, runs, images, facts(options, subjects, runs), frozenset(known))
+    return Plan(subjects, runs, images, _facts(options, subjects, runs), frozenset(known), scorers)
 
 
-def open_data(options: Options) -> tuple[list[Subject], Path | None]:
+def _open_subjects(options: Options) -> tuple[list[Subject], Path | None]:
     """The subjects with their prompts, and the folder of their masks, if there is one."""
     check_limits(options.subjects, options.prompts)
-    if options.world:
+    if options.dataset is None:
         number = WorldEvaluation().subjects if options.subjects is None else options.subjects
         subjects, masks = write_world(options.out / WORLD, WorldEvaluation(subjects=number))
     else:
@@ -87,87 +98,84 @@ def open_data(options: Options) -> tuple[list[Subject], Path | None]:
     return limited(subjects, options.subjects, options.prompts), masks
 
 
-def check_scorer_files(options: Options) -> None:
-    if options.world:
-        check_scorers(options.scorers)
-    elif not set(SCORERS) & set(Bundle.open(options.scorers).networks):
-        raise ValueError(
-            f"{options.scorers}: has no network that scores ({', '.join(SCORERS)}); convert one into it, or"
-            " give another bundle with --scorers"
-        )
-
-
-def check_readable(files: Iterable[Path]) -> None:
-    """ValueError for an image that cannot be read to its end."""
+def _check_readable(files: Iterable[Path]) -> None:
+    """ValueError for an image that is damaged."""
     for file in files:
         open_image(file)
 
 
-def make_run(name: str, folder: Path, options: Options, tasks: Sequence[Task], device: torch.device) -> Run:
-    """A method's images, without references; reads no weights."""
-    bundle, loader = Bundle.open(folder), loader_of(name, options)
-    loader.check(bundle)
-    method = method_config(**bundle.method)
-    if "llava" in loader.networks:
-        check_method(method, bundle)
-    sample = options.sample.sized(bundle.image_size)
-    for strength in (options.protocol.context_strength, options.protocol.texture_strength):
-        replace(sample, strength=strength).check(bundle.config("vae").factor)
-    solver_steps(ScheduleConfig(), sample.steps, sample.solver)
-    tokenizer = bundle.clip_tokenizer()
-    for word, prompt in dict.fromkeys((task.subject.word, task.prompt) for task in tasks):
-        check_prompt(word, prompt, method.absent_label, tokenizer)
-    dtype = dtype_name(choose_dtype(options.dtype, device)[0])
-    target = options.out / name
-    return Run(name, target, bundle, loader, method, dtype, sample, options.protocol, tasks, {})
+def make_run(name: str, runtime: Runtime, options: Options, tasks: Sequence[Task]) -> Run:
+    """A method's images, without references; reads no weights.
+
+    Args:
+        name: of the method.
+        runtime: with the method's bundle.
+        options: the command line.
+        tasks: what is drawn.
+
+    Raises:
+        ValueError: for a bundle, settings or a prompt that the method cannot draw with.
+    """
+    bundle = runtime.weights
+    config, sample = bundle.method_config(name), options.sample.sized(bundle.image_size)
+    strengths = options.protocol.context_strength, options.protocol.texture_strength
+    prompts = dict.fromkeys((task.subject.word, task.prompt) for task in tasks)
+    check_drawable(name, bundle, sample, strengths, prompts)
+    return Run(name, options.out / name, runtime, config, sample, options.protocol, tasks, {})
 
 
-def loader_of(name: str, options: Options) -> Loader:
-    """In MoMA-mini's world an IP-Adapter is one that train.py has made."""
-    return BASELINE if options.world and name == "ip-adapter" else EVALUATED[name]
+def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -> dict[Path, Reference]:
+    """The reference of every photo that methods are shown.
 
+    Args:
+        options: the command line.
+        masks: folder of mask files, if there is one.
+        runs: at least one; the first bundle with SAM finds the masks that are missing.
 
-def open_references(
-    options: Options, masks: Path | None, tasks: Sequence[Task], runs: Sequence[Run], device: str
-) -> dict[Path, Reference]:
-    """Of all images that methods are shown."""
-    photos = list(dict.fromkeys(task.photo(options.protocol.reference) for task in tasks))
-    bundle, method = runs[0].bundle, runs[0].method
-    segmenting = next((run.bundle for run in runs if "sam" in run.bundle.networks), None)
+    Raises:
+        ValueError: names the photos without a usable mask.
+    """
+
+    def check(image: Image.Image, mask: Image.Image) -> None:
+        for run in runs:
+            make_reference(image, mask, run.runtime.weights.image_size, run.config)
+
+    photos = list(dict.fromkeys(task.photo(options.protocol.reference) for task in runs[0].tasks))
+    runtime = next((run.runtime for run in runs if "sam" in run.runtime.weights.networks), None)
     found = Masks(masks)
-    if segmenting is not None:
-        digests = " ".join(segmenting.networks["sam"]["sha256"].values())
-        found = Masks(masks, segment_by(segmenting, device), digests)
-    return find_references(photos, found, options.out / MASKS, bundle.image_size, method)
+    if runtime is not None:
+        digests = " ".join(runtime.weights.networks["sam"]["sha256"].values())
+        found = Masks(masks, segment_by(runtime.weights, runtime.device), digests)
+    return find_references(photos, found, options.out / MASKS, check)
 
 
-def facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
-    """What the tables are of."""
+def _facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -> dict[str, str]:
+    """What the tables depend on."""
     protocol, prompts = options.protocol, max(len(subject.prompts) for subject in subjects)
     texts = {prompt.text for subject in subjects for prompt in subject.prompts}
     added = any(text.format(s.word) in texts for text in ADDED for s in subjects)
     shown = {"first": "the first image of each subject", "each": "image n for the n-th of a prompt"}
-    asked = {
-        "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
-        "images": f"{protocol.per_prompt} of each prompt",
-    }
-    drawn = {  # not so with what others have drawn
-        "reference": shown[protocol.reference],
-        "text": f"methods that draw here read {SD_TEMPLATE!r}",
-        "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
-    }
     told = {
-        "data": "MoMA-mini's world" if options.world else str(options.dataset),
+        "data": str(options.dataset or "MoMA-mini's world"),
         "subjects": str(len(subjects)),
-        **(asked if runs or options.images else {}),
-        **(drawn if runs else {}),
-        "scorers": str(options.scorers),
     }
+    if runs or options.images:
+        told |= {
+            "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",
+            "images": f"{protocol.per_prompt} of each prompt",
+        }
+    if runs:  # images drawn elsewhere have settings of their own
+        told |= {
+            "reference": shown[protocol.reference],
+            "text": f"methods that draw here read {SD_TEMPLATE!r}",
+            "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
+        }
+    told["scorers"] = str(options.scorers)
     if runs:
         counts = Counter(reference.source for reference in runs[0].references.values())
         told["masks"] = ", ".join(f"{counts[name]} {how}" for name, how in SOURCES.items() if counts[name])
     for run in runs:
         s = run.sample
         how = f"{s.steps} steps of {s.solver}, guidance {s.guidance:g}, {s.width}x{s.height} pixels"
-        told[f"method {run.name}"] = f"{how}, {run.dtype}, {run.bundle.folder}"
+        told[f"method {run.name}"] = f"{how}, {dtype_name(run.runtime.dtype)}, {run.runtime.weights.folder}"
     return told

@@ -1,4 +1,4 @@
-"""Files to scores: embeds the images of each method and the real ones, subject by subject."""
+"""From files to scores: embed the images of each method and the real ones, subject by subject."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,20 +8,20 @@ from pathlib import Path
 from torch import Tensor
 
 from moma.evaluate.protocol import SUFFIXES, Subject, Task
-from moma.evaluate.scorers import ImageScorer, measure, measure_real
+from moma.evaluate.scorers import ImageScorer, embed, measure, measure_real
 from moma.evaluate.scores import Score
 from moma.inputs.preprocess import on_white, open_image
 
 LAYOUT = (
-    "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in small letters with - for all that is no letter or"
-    " digit"
+    "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in lower case with - for anything but letters and"
+    " digits"
 )
 
 
 def find_images(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
-    """The image of each task among those that somebody else has drawn, with any usual extension.
+    """The image of each task among those drawn elsewhere, with any usual extension.
 
-    ValueError if one is missing: averages over other prompts do not compare.
+    ValueError if one is missing: averages over different prompts do not compare.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; {LAYOUT}")
@@ -39,13 +39,12 @@ def find_images(folder: Path, tasks: Sequence[Task]) -> dict[Task, Path]:
 
 
 def embed_files(scorers: Sequence[ImageScorer], files: Iterable[Path]) -> list[Tensor]:
-    """One (N, E) for each scorer."""
-    images = [on_white(open_image(file)) for file in files]
-    return [scorer.embed_images(images) for scorer in scorers]
+    """N images, transparent parts white -> (N, E) for each scorer."""
+    return embed(scorers, [on_white(open_image(file)) for file in files])
 
 
 def embed_real(scorers: Sequence[ImageScorer], subjects: Sequence[Subject]) -> dict[str, list[Tensor]]:
-    """Subject's name -> embeddings (R, E) of all its photos by each scorer."""
+    """Subject's name -> embeddings of all its R photos, (R, E) for each scorer."""
     return {subject.name: embed_files(scorers, subject.photos) for subject in subjects}
 
 
@@ -56,16 +55,21 @@ def rate(
     scorers: Sequence[ImageScorer],
     out: Path,
 ) -> list[Score]:
-    """A score for each image; real: of `embed_real`; files are named as seen from `out`."""
+    """A score for each image.
+
+    Args:
+        method: its name.
+        images: task -> file.
+        real: of `embed_real`.
+        scorers: whose embeddings these are.
+        out: folder that the scores' file names are relative to.
+    """
     scores = []
     for subject, group in groupby(images, key=lambda task: task.subject):
         tasks = list(group)
-        prompts, seen = [task.prompt for task in tasks], embed_files(scorers, (images[t] for t in tasks))
-        values: list[dict[str, float]] = [{} for _ in tasks]
-        for scorer, embedded, photos in zip(scorers, seen, real[subject.name], strict=True):
-            for row, found in zip(values, measure(scorer, embedded, photos, prompts), strict=True):
-                row |= found
-        for task, row in zip(tasks, values, strict=True):
+        seen = embed_files(scorers, (images[task] for task in tasks))
+        rows = measure(scorers, seen, real[subject.name], [task.prompt for task in tasks])
+        for task, row in zip(tasks, rows, strict=True):
             file = Path(os.path.relpath(images[task], out)).as_posix()
             facts = method, subject.name, subject.word, task.kind, task.prompt, task.number
             scores.append(Score(*facts, file, row))
@@ -75,12 +79,6 @@ def rate(
 def rate_real(
     real: Mapping[str, Sequence[Tensor]], scorers: Sequence[ImageScorer]
 ) -> dict[str, dict[str, float]]:
-    """Subject -> column -> mean over all pairs of its photos; a single photo has nothing to compare with."""
-    found: dict[str, dict[str, float]] = {}
-    for name, embedded in real.items():
-        for scorer, photos in zip(scorers, embedded, strict=True):
-            if len(photos) > 1:
-                rows = measure_real(scorer, photos)
-                means = {column: sum(row[column] for row in rows) / len(rows) for column in rows[0]}
-                found.setdefault(name, {}).update(means)
-    return found
+    """Subject -> column -> mean over all pairs of its photos; subjects with a single photo are left out."""
+    found = {name: measure_real(scorers, embedded) for name, embedded in real.items()}
+    return {name: row for name, row in found.items() if row}

@@ -1,6 +1,6 @@
-"""The real images that methods are shown, each with the mask of its subject."""
+"""The photos that methods are shown, each with the mask of its subject."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
@@ -9,23 +9,29 @@ from pathlib import Path
 from PIL import Image
 
 from moma.app.record import read_stamp, save_png
-from moma.inputs.preprocess import MaskSource, find_mask, make_reference, open_image
-from moma.methods.moma.config import MethodConfig
+from moma.inputs.preprocess import MaskSource, find_mask, open_image
 
 LISTED = 8  # images named in an error
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An image and its mask, both as files."""
+    """A photo and its mask, both as files."""
 
     photo: Path
     mask: Path  # mode L, 255 = subject
-    digest: str  # of both: of their pixels, which another PNG of the same image has, too
-    source: MaskSource  # of the mask
+    digest: str  # of the pixels of both, so that another PNG of the same pixels has the same
+    source: MaskSource
 
     @classmethod
     def of(cls, photo: Path, mask: Path, source: MaskSource) -> "Reference":
+        """The reference of two files.
+
+        Args:
+            photo: in any format.
+            mask: mode L, 255 = subject.
+            source: of the mask.
+        """
         digest = sha256()
         for image in (open_image(photo), Image.open(mask)):
             digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
@@ -34,24 +40,26 @@ class Reference:
 
 @dataclass(frozen=True)
 class Masks:
-    """Where masks come from (`moma.inputs.preprocess.find_mask`).
+    """Where masks come from, in the order of `moma.inputs.preprocess.find_mask`.
 
-    A mask's file has the name of its subject and image in `folder`, and any extension.
+    A mask file is `folder/SUBJECT/IMAGE.*`, named like its photo.
     """
 
     folder: Path | None = None
     segment: Callable[[Image.Image], Image.Image] | None = None  # image -> mask, mode L, 255 = subject
-    weights: str = ""  # stands for those of `segment`
+    weights: str = ""  # identifies those of `segment`
 
     def given(self, photo: Path) -> Path | None:
+        """The mask file of a photo, if there is one."""
         if self.folder is None:
             return None
         return next(iter(sorted((self.folder / photo.parent.name).glob(f"{escape(photo.stem)}.*"))), None)
 
     def save(self, photo: Path, target: Path) -> MaskSource:
-        """Write the mask of an image, unless `segment` has found it there before, and say where it is from.
+        """Write a photo's mask and return its source; what `segment` found earlier is kept.
 
-        ValueError for none.
+        Raises:
+            ValueError: there is no mask.
         """
         given, stamp = self.given(photo), sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
         if given is None and self.segment is not None and read_stamp(target) == stamp:
@@ -62,11 +70,18 @@ class Masks:
 
 
 def find_references(
-    photos: Sequence[Path], masks: Masks, out: Path, size: int, method: MethodConfig
+    photos: Sequence[Path], masks: Masks, out: Path, check: Callable[[Image.Image, Image.Image], None]
 ) -> dict[Path, Reference]:
-    """Each image's reference; the masks used are written to `out`, as `<subject>/<image>.png`.
+    """The reference of each photo.
 
-    size, method: of the square that methods see. ValueError that names all images without a usable mask.
+    Args:
+        photos: `.../SUBJECT/IMAGE.*`.
+        masks: where their masks come from.
+        out: folder that the masks are written to, as `SUBJECT/IMAGE.png`.
+        check: takes a photo and its mask (mode L); ValueError for a mask that methods cannot use.
+
+    Raises:
+        ValueError: names all photos without a usable mask.
     """
     if masks.folder is not None and not any(map(masks.given, photos)):
         example = masks.folder / photos[0].parent.name / f"{photos[0].stem}.png"
@@ -77,20 +92,16 @@ def find_references(
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             source = masks.save(photo, target)
-            make_reference(open_image(photo), Image.open(target), size, method)
+            check(open_image(photo), Image.open(target))
             found[photo] = Reference.of(photo, target, source)
         except ValueError as error:
             problems[photo] = error
     if problems:
-        raise ValueError(_told(problems, len(photos)))
+        names = ", ".join(map(str, list(problems)[:LISTED]))
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise ValueError(
+            f"{len(problems)} of {len(photos)} images have no usable mask: {names}{more} (the first:"
+            f" {next(iter(problems.values()))}); give masks with --masks DIR, as DIR/SUBJECT/IMAGE.png, or a"
+            " bundle with SAM"
+        )
     return found
-
-
-def _told(problems: Mapping[Path, ValueError], number: int) -> str:
-    names = ", ".join(str(photo) for photo in list(problems)[:LISTED])
-    more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    first = next(iter(problems.values()))
-    return (
-        f"{len(problems)} of {number} images have no usable mask: {names}{more} (the first: {first}); give"
-        " masks with --masks DIR, as DIR/SUBJECT/IMAGE.png, or a bundle with a segmenter"
-    )

@@ -1,9 +1,9 @@
-"""Networks that judge images: DINO and CLIP as embeddings of unit length, each named with its variant.
+"""Networks that score images: DINO and CLIP as embeddings of unit length.
 
-Which network a published figure comes from is often left open, and the figures differ between variants: a
-column is called by measure and network, so that no table is without it.
+A column is named by measure and network variant. Papers often leave the network open, and scores differ
+between variants, so no table may omit it.
 
-Letters: N images or texts, E embedding.
+Letters: N images or texts, R real images of a subject, E embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,37 +23,34 @@ from models.tokenizers import ClipTokenizer
 from moma.evaluate.scores import prompt_similarity, real_similarity, similarity
 from moma.weights.bundle import SCORERS, Bundle
 
-COLUMNS = {  # network of a bundle -> what it measures: likeness to real images, then to the prompt
+COLUMNS = {  # network of a bundle -> its measures: similarity to real images, then to the prompt
     "dino_s16": ("DINO ViT-S/16",),
     "dino_b16": ("DINO ViT-B/16",),
     "clip_b32": ("CLIP-I ViT-B/32", "CLIP-T ViT-B/32"),
     "clip_l14": ("CLIP-I ViT-L/14", "CLIP-T ViT-L/14"),
 }
 Item = TypeVar("Item")
-BATCH = 32  # images or texts at once: fills a GPU, and a CPU gains nothing from more
+BATCH = 32  # images or texts per call: fills a GPU; a CPU gains nothing from more
 
 
 @runtime_checkable
 class ImageScorer(Protocol):
-    """Judges likeness to real images."""
+    """Measures similarity to real images."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What it measures; the first is the mean cosine with the real images of the subject."""
-        ...
+        """Names of its measures; the first is the mean cosine with the real images of the subject."""
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """N images of any size and mode -> (N, E) float32 of unit length, on the CPU."""
-        ...
 
 
 @runtime_checkable
 class TextScorer(ImageScorer, Protocol):
-    """Judges likeness to the prompt, too, as the second of its columns."""
+    """Also measures similarity to the prompt, in its second column."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, E) float32 of unit length, on the CPU, in the space of the images."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class DINOScorer:
 
 @dataclass(frozen=True)
 class CLIPScorer:
-    """CLIP's projected embeddings; a longer text than it knows positions for is cut, as CLIP does."""
+    """CLIP's projected embeddings; texts are truncated to its positions."""
 
     network: CLIP
     tokenizer: ClipTokenizer
@@ -100,7 +97,7 @@ class CLIPScorer:
 
 @torch.no_grad()
 def _unit(items: Sequence[Item], embed: Callable[[Sequence[Item]], Tensor], batch: int) -> Tensor:
-    """A few at a time, made float32 of unit length."""
+    """Embed in batches; float32 of unit length."""
     if not items:
         raise ValueError("nothing to score: expected at least one image or text")
     rows = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]  # (n, E) each
@@ -113,9 +110,13 @@ def load_scorers(
     dtype: torch.dtype = torch.float32,
     batch: int = BATCH,
 ) -> list[ImageScorer]:
-    """All scorers that the bundle has, DINO first; [] if there are none.
+    """All scorers in a bundle, DINO first.
 
-    dtype: float32, so that scores do not depend on rounding; others are for those who know what they lose.
+    Args:
+        bundle: may have none.
+        device: of the networks.
+        dtype: of the networks; float32 keeps rounding out of the scores.
+        batch: images or texts per call.
     """
     scorers: list[ImageScorer] = []
     for name in (name for name in SCORERS if name in bundle.networks):
@@ -127,24 +128,59 @@ def load_scorers(
     return scorers
 
 
+def check_scorers(bundle: Bundle) -> None:
+    """ValueError for a bundle without any scorer."""
+    if not set(SCORERS) & set(bundle.networks):
+        raise ValueError(
+            f"{bundle.folder}: has none of {', '.join(SCORERS)}; convert one into it, or give another bundle"
+            " with --scorers"
+        )
+
+
+def embed(scorers: Sequence[ImageScorer], images: Sequence[Image.Image]) -> list[Tensor]:
+    """N images -> (N, E) for each scorer."""
+    return [scorer.embed_images(images) for scorer in scorers]
+
+
 def measure(
-    scorer: ImageScorer, images: Tensor, real: Tensor, prompts: Sequence[str]
+    scorers: Sequence[ImageScorer],
+    images: Sequence[Tensor],
+    real: Sequence[Tensor],
+    prompts: Sequence[str],
 ) -> list[dict[str, float]]:
-    """Column -> score of each image of one subject.
+    """Score N images of one subject.
 
-    images (N, E) and real (R, E): embeddings by the same scorer; prompts: N.
+    Args:
+        scorers: whose embeddings these are.
+        images: (N, E) for each scorer.
+        real: (R, E) for each scorer.
+        prompts: N.
+
+    Returns:
+        Column -> score, for each image.
     """
-    found = [similarity(images, real)]  # (N,) each
-    if isinstance(scorer, TextScorer):
-        found.append(prompt_similarity(images, scorer.embed_texts(prompts)))
-    return _rows(scorer.columns, found)
+    found: dict[str, Tensor] = {}  # column -> (N,)
+    for scorer, own, others in zip(scorers, images, real, strict=True):
+        found[scorer.columns[0]] = similarity(own, others)
+        if isinstance(scorer, TextScorer):
+            found[scorer.columns[1]] = prompt_similarity(own, scorer.embed_texts(prompts))
+    rows = zip(*(column.tolist() for column in found.values()), strict=True)
+    return [dict(zip(found, row, strict=True)) for row in rows]
 
 
-def measure_real(scorer: ImageScorer, real: Tensor) -> list[dict[str, float]]:
-    """The same of each real image (R, E) of one subject against the others; they have no prompt."""
-    return _rows(scorer.columns[:1], [real_similarity(real)])
+def measure_real(scorers: Sequence[ImageScorer], real: Sequence[Tensor]) -> dict[str, float]:
+    """Column -> mean cosine over all pairs of real images of one subject.
 
+    Args:
+        scorers: whose embeddings these are.
+        real: (R, E) for each scorer.
 
-def _rows(columns: Sequence[str], values: Sequence[Tensor]) -> list[dict[str, float]]:
-    each = zip(*(column.tolist() for column in values), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in each]
+    Returns:
+        Nothing for a single image, which has no pair.
+    """
+    found = {}
+    for scorer, own in zip(scorers, real, strict=True):
+        if len(own) > 1:
+            values = real_similarity(own).tolist()
+            found[scorer.columns[0]] = sum(values) / len(values)
+    return found

@@ -1,11 +1,11 @@
-"""MoMA-mini's world as a dataset to evaluate on, and its own small scorers.
+"""MoMA-mini's drawn world as a dataset to evaluate on, and its small scorers.
 
-The dataset is written as DreamBooth's is published, a folder of images for each subject, so that all else
-is done as for photos; the truth being known, each image has its mask. The judges' embedding of an identity
-stands where DINO stands, and the bundle's CLIP, with the projections of its training, where CLIP stands.
-Their figures compare with one another only.
+The dataset is written like DreamBooth's, a folder of images per subject, so that everything else works as
+for photos; each image comes with its true mask. The classifiers' identity embedding stands in for DINO, and
+the bundle's CLIP towers, with the projections of their training, stand in for CLIP. These scores compare
+only with one another.
 
-Letters: N images or texts, S image side, E embedding.
+Letters: N images or texts, E embedding.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,28 @@ from moma.world.classifiers import Probes, classify, load_probes, stacked
 from moma.world.drawing import stream
 from moma.world.world import CLASSES, DEFAULT, MATERIALS, SCENES, SEEDS, Spec, WorldConfig, draw, prompt
 
-PROBES, CLIP_HEADS = "probes.safetensors", "clip_heads.safetensors"  # files beside the bundle's own
+PROBES, CLIP_HEADS = "probes.safetensors", "clip_heads.safetensors"  # files in the bundle's folder
 
 
 @dataclass(frozen=True)
 class WorldEvaluation:
-    """What is taken of the world."""
+    """Size of the dataset."""
 
-    subjects: int = 30  # as many as DreamBooth has, of the classes in turn
-    photos: int = 5  # of each, as most of DreamBooth's have
+    subjects: int = 30  # as many as DreamBooth has; the classes take turns
+    photos: int = 5  # per subject, as for most of DreamBooth's
 
 
 # --- the dataset -------------------------------------------------------------------------------------
 
 
 def photos_of(index: int, cfg: WorldEvaluation, world: WorldConfig = DEFAULT) -> list[Spec]:
-    """Images of the index-th subject, which nothing was trained on, each in a scene of its own."""
+    """Images of a subject that nothing was trained on, each in another scene.
+
+    Args:
+        index: of the subject, from 0.
+        cfg: how many images.
+        world: what is drawn.
+    """
     label, rng = CLASSES[index % len(CLASSES)], stream("evaluation", index)
     number = world.identities + world.unseen_identities + index // len(CLASSES)
     places = rng.permutation(len(SCENES))
@@ -50,7 +56,7 @@ def photos_of(index: int, cfg: WorldEvaluation, world: WorldConfig = DEFAULT) ->
 
 
 def prompts_of(shown: Spec) -> tuple[Prompt, ...]:
-    """All scenes but the first image's as contexts; in that one, all materials as textures."""
+    """Contexts: all scenes but the first image's. Textures: all materials in that scene."""
     contexts = [prompt(shown.label, scene) for scene in SCENES if scene != shown.scene]
     textures = [prompt(shown.label, shown.scene, material) for material in MATERIALS]
     both = [(text, "context") for text in contexts] + [(text, "texture") for text in textures]
@@ -60,11 +66,23 @@ def prompts_of(shown: Spec) -> tuple[Prompt, ...]:
 def write_world(
     folder: Path, cfg: WorldEvaluation | None = None, world: WorldConfig = DEFAULT
 ) -> tuple[list[Subject], Path]:
-    """The subjects, their images written below `folder` as PNG files, and the folder of their masks."""
+    """Write the dataset.
+
+    Args:
+        folder: for the images, as `photos/SUBJECT/NN.png`, and their masks, as `masks/SUBJECT/NN.png`.
+        cfg: its size.
+        world: what is drawn.
+
+    Returns:
+        The subjects, and the folder of their masks.
+
+    Raises:
+        ValueError: for more subjects than there are.
+    """
     cfg, subjects = cfg or WorldEvaluation(), []
     if cfg.subjects > len(CLASSES) * world.unseen_identities:
         raise ValueError(
-            f"{cfg.subjects} subjects: the world has {len(CLASSES) * world.unseen_identities} that are unseen"
+            f"{cfg.subjects} subjects: the world has {len(CLASSES) * world.unseen_identities} unseen ones"
         )
     for index in range(cfg.subjects):
         specs = photos_of(index, cfg, world)
@@ -85,7 +103,7 @@ def write_world(
 
 @dataclass(frozen=True)
 class IdentityScorer:
-    """The judges' embedding of which subject an image shows."""
+    """The classifiers' embedding of which subject an image shows."""
 
     probes: Probes
     columns: tuple[str, ...] = ("identity judge",)
@@ -97,36 +115,34 @@ class IdentityScorer:
         return classify(self.probes, stacked(seen), BATCH).embedding
 
 
-def mini_scorers(folder: Path) -> list[ImageScorer]:
-    """The scorers beside and in MoMA-mini's bundle, on the CPU in float32: they are small.
+def mini_scorers(bundle: Bundle) -> list[ImageScorer]:
+    """The scorers of MoMA-mini's bundle, on the CPU in float32: they are small.
 
-    ValueError for a folder without them.
+    ValueError for a bundle without them.
     """
-    check_scorers(folder)
-    bundle = Bundle.open(folder)
-    clip = load_clip(folder / CLIP_HEADS, bundle)
+    check_world_scorers(bundle)
     return [
-        IdentityScorer(load_probes(folder / PROBES)),
-        CLIPScorer(clip, bundle.clip_tokenizer(), ("CLIP-I MoMA-mini", "CLIP-T MoMA-mini")),
+        IdentityScorer(load_probes(bundle.folder / PROBES)),
+        CLIPScorer(_load_clip(bundle), bundle.clip_tokenizer(), ("CLIP-I MoMA-mini", "CLIP-T MoMA-mini")),
     ]
 
 
-def check_scorers(folder: Path) -> None:
-    """ValueError for a bundle that lacks a scorer's files."""
+def check_world_scorers(bundle: Bundle) -> None:
+    """ValueError for a bundle without MoMA-mini's scorers."""
     for name in ("text", "vision"):
-        Bundle.open(folder).config(name)
+        bundle.config(name)
     for file in (PROBES, CLIP_HEADS):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder}: has no {file}, which --world is scored with; see --scorers")
+        if not (bundle.folder / file).is_file():
+            raise ValueError(f"{bundle.folder}: has no {file}, which --world is scored with; see --scorers")
 
 
-def load_clip(path: Path, bundle: Bundle) -> CLIP:
-    """The bundle's two towers with the projections of a file, float32."""
-    heads, towers = load_heads(path, bundle), {}
+def _load_clip(bundle: Bundle) -> CLIP:
+    """The bundle's two towers with the projections of CLIP_HEADS, float32."""
+    heads, towers = _load_heads(bundle), {}
     for name in ("text", "vision"):
         towers[name] = bundle.build(name, "cpu", torch.float32)
     width = heads["text_head"].out_features
-    with torch.device("meta"):  # no weights but those that are given
+    with torch.device("meta"):  # all weights are assigned below
         clip = CLIP(CLIPConfig(*(replace(tower.cfg, projection=width) for tower in towers.values())))
     text = {"text_projection.weight": heads["text_head"].weight, **towers["text"].state_dict()}
     vision = {"visual_projection.weight": heads["vision_head"].weight, **towers["vision"].state_dict()}
@@ -135,8 +151,9 @@ def load_clip(path: Path, bundle: Bundle) -> CLIP:
     return clip.eval().requires_grad_(False)
 
 
-def load_heads(path: Path, bundle: Bundle) -> nn.ModuleDict:
-    """The projections that `moma.mini.tasks.ClipLoss` trains, float32."""
+def _load_heads(bundle: Bundle) -> nn.ModuleDict:
+    """CLIP's two projections, float32."""
+    path = bundle.folder / CLIP_HEADS
     found = read_checkpoint(path)
     width = next(iter(found.values())).shape[0] if found else 0
     sizes = {f"{name}_head": bundle.config(name).width for name in ("text", "vision")}
@@ -148,6 +165,12 @@ def load_heads(path: Path, bundle: Bundle) -> nn.ModuleDict:
 
 
 def write_scorers(folder: Path, probes: Path, heads: Path) -> None:
-    """Put the judges' file, and that of CLIP's projections as float16, beside a bundle."""
+    """Add the scorers' files to a bundle's folder, as float16.
+
+    Args:
+        folder: the bundle's.
+        probes: checkpoint of the classifiers.
+        heads: checkpoint of CLIP's projections.
+    """
     for stem, path in ((Path(PROBES).stem, probes), (Path(CLIP_HEADS).stem, heads)):
         save_tensors(folder, stem, {name: t.read().half() for name, t in read_checkpoint(path).items()})
