@@ -1,4 +1,4 @@
-"""Averages and how sure they are. Letters: N images, G groups of them."""
+"""Averages with confidence intervals. Letters: N images, G groups of images."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NORMAL_95 = 1.959964  # 95% of a normal distribution lie within so many deviations
-RESAMPLES = 2000  # of the bootstrap: its 2.5% tails hold 50 each
+NORMAL_95 = 1.959964  # half width of the 95% interval of a normal distribution, in standard deviations
+RESAMPLES = 2000  # of the bootstrap; each 2.5% tail holds 50
 
 
 class Estimate(NamedTuple):
@@ -21,10 +21,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """values (N,): of bools their share with Wilson's interval, of floats their mean with the bootstrap's.
+    """The mean of N values: with Wilson's interval for bools, with the bootstrap's for floats and groups.
 
-    groups: N names; whole groups are resampled then, for images of one subject err together. A single
-    group says nothing about others: the ends are nan.
+    Args:
+        values: (N,), bool or float.
+        groups: N names. Whole groups are resampled, because errors of images of one subject are
+            correlated. A single group says nothing about others: the ends are nan.
     """
     given, n, z = values.double().numpy(), len(values), NORMAL_95
     mean = float(given.mean())
@@ -35,7 +37,9 @@ def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estima
         index = {name: i for i, name in enumerate(dict.fromkeys(groups or range(n)))}
         member = np.array([index[name] for name in groups or range(n)])
         sums, sizes = np.bincount(member, given), np.bincount(member)  # (G,)
-        drawn = np.random.default_rng(0).integers(len(index), size=(RESAMPLES, len(index)))  # always the same
+        drawn = np.random.default_rng(0).integers(
+            len(index), size=(RESAMPLES, len(index))
+        )  # always the same draws
         means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
         low, high = np.quantile(means, (0.025, 0.975)).tolist()
         if groups is not None and len(index) == 1:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, get_args
 from PIL import Image
 
 from moma.app.files import Parser, check_writable, exit_status, markdown_table, write_text
-from moma.app.options import MAX_SEED, SCENES, WEIGHTS, parse_size, subject_of_file
+from moma.app.options import MAX_SEED, SCENES, WEIGHTS, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.draw import check_drawable
-from moma.evaluate.options import parse_methods
+from moma.evaluate.options import add_sampling, parse_methods, sample_config
 from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, check_scorers, embed, load_scorers, measure
 from moma.evaluate.scores import Score, averages
@@ -33,8 +33,7 @@ from moma.inputs.segment import segment_by
 from moma.load import load_pipeline
 from moma.methods import METHODS, find_method
 from moma.sampling.config import SampleConfig
-from moma.sampling.device import DTYPES, set_precision
-from moma.sampling.diffusion import SOLVERS
+from moma.sampling.device import set_precision
 from moma.sampling.interface import Job, Result, Runtime
 from moma.sampling.pipeline import Pipeline
 from moma.weights.bundle import Bundle
@@ -303,7 +302,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> None:
-    base, add = SampleConfig(), parser.add_argument
+    add = parser.add_argument
     many = "one for each base model" if name == "community" else "default: weights/moma or weights/mini"
     files: dict[str, Any] = {"type": Path, "action": "append"}
     add("--ref", **files, metavar="FILE", help="image of a subject; may be repeated (default: the"
@@ -329,15 +328,10 @@ def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> 
         " the sheet")  # fmt: skip
     out = Path("out", "figures", f"{name}.png")
     add("--out", type=Path, default=out, metavar="FILE.png", help=f"default: {out}")
-    add = parser.add_argument_group("advanced").add_argument
-    add("--seed", type=int, default=0, metavar="N", help="of the start noise of all images (default: 0)")
-    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
-    add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"ODE solver (default: {base.solver})")
-    add("--size", type=parse_size, metavar="S|WxH", help="size in pixels (default: the weights' own)")
-    add("--batch-size", type=int, default=base.batch_size, metavar="N",
-        help=f"images drawn together, which costs memory (default: {base.batch_size})")  # fmt: skip
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the weights (default: auto)")
+    advanced = parser.add_argument_group("advanced")
+    text = "of the start noise of all images (default: 0)"
+    advanced.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    add_sampling(advanced)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -378,15 +372,8 @@ def request_of(args: argparse.Namespace, runtime: Runtime) -> Request:
     else:  # the examples, each in another scene
         pairs = list(zip(photos, prompts, strict=True))
     wanted = tuple(Wanted(photo, fill(prompt, photo.word)) for photo, prompt in pairs)
-    width, height = args.size or (None, None)
-    sample = SampleConfig(
-        steps=args.steps,
-        solver=args.solver,
-        strength=getattr(args, "strength", figure.strength),
-        width=width,
-        height=height,
-        batch_size=args.batch_size,
-    ).sized(ways[0].runtime.weights.image_size)
+    strength = getattr(args, "strength", figure.strength)
+    sample = replace(sample_config(args), strength=strength).sized(ways[0].runtime.weights.image_size)
     return Request(ways, wanted, args.seed, sample)
 
 

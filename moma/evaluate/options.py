@@ -1,11 +1,13 @@
 """The options of `python -m moma.evaluate`."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from moma.app.files import Parser
+from moma.app.options import parse_size
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
 from moma.methods import METHODS, find_method
@@ -61,10 +63,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
         protocol=ProtocolConfig(
             args.per_prompt, args.context_strength, args.texture_strength, args.reference, not args.no_added
         ),
-        sample=SampleConfig(
-            steps=args.steps, solver=args.solver, guidance=args.guidance, height=args.size, width=args.size,
-            batch_size=args.batch_size,
-        ),
+        sample=sample_config(args),
     )  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def _add(known: dict[str, Path], option: str, name: str, folder: Path) -> None:
 
 
 def _parser(description: str) -> Parser:
-    base, protocol = SampleConfig(), ProtocolConfig()
+    protocol = ProtocolConfig()
     parser = Parser("python -m moma.evaluate", description=description)
     add = parser.add_argument_group("the subjects").add_argument
     add("--dataset", type=Path, metavar="DIR", help="google/dreambooth's `dataset`, or a folder like it: a"
@@ -111,11 +110,11 @@ def _parser(description: str) -> Parser:
         " (default: moma if there is a --bundle and no --images)")  # fmt: skip
     add("--images", action="append", default=[], metavar="NAME=DIR", help="score images drawn elsewhere:"
         " DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
-    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
     add = parser.add_argument_group("the results").add_argument
     add("--scorers", type=Path, metavar="DIR", help="bundle with the networks that score (default: --bundle)")
     add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR", help="default: out/evaluation")
-    add = parser.add_argument_group("advanced").add_argument
+    advanced = parser.add_argument_group("advanced")
+    add = advanced.add_argument
     add("--no-added", action="store_true", help="leave out the ten texture prompts that DreamBooth's 25 lack")
     add("--reference", choices=get_args(References), default=protocol.reference, help="photo shown to the"
         f" methods: a subject's first, or the n-th for a prompt's image n (default: {protocol.reference})"
@@ -124,12 +123,29 @@ def _parser(description: str) -> Parser:
         beta = getattr(protocol, f"{kind}_strength")
         add(f"--{kind}-strength", type=float, default=beta, metavar="BETA",
             help=f"subject strength β for {kind} prompts (default: {beta:g})")  # fmt: skip
+    add_sampling(advanced)
+    return parser
+
+
+def add_sampling(group: argparse._ArgumentGroup) -> None:
+    """The options of how images are drawn, which all commands of this package share."""
+    base, add = SampleConfig(), group.add_argument
+    add("--steps", type=int, default=base.steps, metavar="N", help=f"denoising steps (default: {base.steps})")
     add("--solver", choices=tuple(SOLVERS), default=base.solver, help=f"ODE solver (default: {base.solver})")
     add("--guidance", type=float, default=base.guidance, metavar="G",
         help=f"classifier-free guidance scale (default: {base.guidance})")  # fmt: skip
-    add("--size", type=int, metavar="S", help="pixels per side (default: the weights' own)")
+    add("--size", type=parse_size, default=(None, None), metavar="S|WxH",
+        help="size in pixels (default: the weights' own)")  # fmt: skip
     add("--batch-size", type=int, default=base.batch_size, metavar="N",
         help=f"images drawn together, which costs memory (default: {base.batch_size})")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="of the weights that draw (default: auto)")
-    return parser
+
+
+def sample_config(args: argparse.Namespace) -> SampleConfig:
+    """What the options of `add_sampling` say."""
+    width, height = args.size
+    return SampleConfig(
+        steps=args.steps, solver=args.solver, guidance=args.guidance, height=height, width=width,
+        batch_size=args.batch_size,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: its numbers, the chart of Fig. 7, and a page of its images.
+"""Write an evaluation's results: numbers, the chart of Fig. 7, and a page of the images with their scores.
 
-The page shows the images with their scores; it opens from the disk and needs nothing from elsewhere.
+The page opens from disk and needs no network.
 """
 
 import base64
@@ -30,16 +30,16 @@ CHART = "subjects.png"
 
 @dataclass(frozen=True)
 class PageConfig:
-    """What is shown of the images, and how."""
+    """Which images the page shows, and how."""
 
-    embed: bool = False  # the page is a single file, its images small
-    side: int = 192  # pixels of the longer side of an embedded image and of a real photo
-    quality: int = 85  # of those as JPEG
-    real: int = 6  # photos shown of a subject: DreamBooth has no more of any
-    subjects: int | None = None  # on the page, the first ones; None = all
-    numbers: int | None = None  # images on the page for a method, subject and prompt; None = all
-    across: int = 6  # most images beside each other for one prompt
-    colours: tuple[Colour, ...] = (  # of methods; colour-blind eyes tell them apart, too
+    embed: bool = False  # one file with small images in it
+    side: int = 192  # pixels, longer side of embedded images and of real photos
+    quality: int = 85  # JPEG quality of those images
+    real: int = 6  # photos shown per subject; DreamBooth has at most 6
+    subjects: int | None = None  # only the first; None = all
+    numbers: int | None = None  # images per method, subject and prompt; None = all
+    across: int = 6  # images side by side for one prompt, at most
+    colours: tuple[Colour, ...] = (  # of methods, distinguishable by colour-blind readers
         (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233),
     )  # fmt: skip
     grey: Colour = (110, 110, 110)  # of the real photos
@@ -55,12 +55,20 @@ def write_outputs(
     dreambooth: Collection[str] = (),
     cfg: PageConfig | None = None,
 ) -> None:
-    """Write scores.json, scores.csv, table.md, subjects.png and index.html into the folder of the images.
+    """Write scores.json, scores.csv, table.md, subjects.png and index.html.
 
-    real: subject -> column -> score of its own photos. photos: subject -> its photos, the reference first;
-    small copies go to `real/`. dreambooth: the texts of DreamBooth's own prompts, if the subjects are its
-    own, too: methods that did them all are compared with published averages. ValueError for an image that
-    is missing or a score that is no number, before anything is written.
+    Args:
+        folder: of the images.
+        scores: one per image.
+        real: subject -> column -> score of its own photos.
+        facts: what the scores depend on.
+        photos: subject -> its photos, the reference first; small copies go to `real/`.
+        dreambooth: DreamBooth's own prompts if the subjects are its own too: methods that drew them all are
+            compared with published averages.
+        cfg: what the page shows.
+
+    Raises:
+        ValueError: before anything is written, for a missing image or a score that is not finite.
     """
     cfg, results = cfg or PageConfig(), Results(scores, real, facts, dreambooth)
     results.check(folder)
@@ -75,7 +83,7 @@ def write_outputs(
 
 
 def subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
-    """Fig. 7: how each method did on each subject; kinds of prompts below each other."""
+    """Fig. 7: each method's scores on each subject, a chart per kind of prompts, one below the other."""
     charts = [_kind_chart(results, kind, cfg) for kind in results.kinds]
     size = max(image.width for image in charts), sum(image.height for image in charts)
     sheet, y = Image.new("RGB", size, cfg.chart.background), 0
@@ -86,11 +94,11 @@ def subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
 
 
 def _kind_chart(results: Results, kind: str, cfg: PageConfig) -> Image.Image:
-    """The best subject of the first method, by the first column, comes first."""
+    """Subjects are sorted by the first method's score in the first column, best first."""
     found: dict[str, dict[str, Mapping[str, float]]] = {method: {} for method in results.methods}
     for (method, subject), average in averages(results.kinds[kind], "method", "subject").items():
         found[method][subject] = average.values
-    colours = method_colours(results, cfg)
+    colours = _method_colours(results, cfg)
     panels: dict[str, list[Series]] = {}
     for column in results.columns:
         real = Series(REAL, _column(results.real, column), cfg.grey, hollow=True)
@@ -113,7 +121,7 @@ def _column(rows: Mapping[str, Mapping[str, float]], column: str) -> dict[str, f
     return {name: values[column] for name, values in rows.items() if column in values}
 
 
-def method_colours(results: Results, cfg: PageConfig) -> dict[str, Colour]:
+def _method_colours(results: Results, cfg: PageConfig) -> dict[str, Colour]:
     return {name: cfg.colours[i % len(cfg.colours)] for i, name in enumerate(results.methods)}
 
 
@@ -123,7 +131,15 @@ def method_colours(results: Results, cfg: PageConfig) -> dict[str, Colour]:
 def write_page(
     path: Path, folder: Path, results: Results, photos: Mapping[str, Sequence[Path]], cfg: PageConfig
 ) -> None:
-    """Write the page of the images in `folder`; unless it embeds them, it belongs there, too."""
+    """Write the page.
+
+    Args:
+        path: of the page; in `folder`, unless it embeds the images.
+        folder: of the images.
+        results: their scores.
+        photos: subject -> its photos.
+        cfg: what the page shows.
+    """
     link = partial(_embedded, folder, cfg) if cfg.embed else quote
     groups = _groups(results, cfg)
     sections = []
@@ -142,7 +158,7 @@ def write_page(
         title=escape(f"Scores of {', '.join(results.methods) or 'real images'}"),
         tables=tables_html(results),
         notes=escape(results.notes),
-        chart=_data_uri("png", _png(subjects_chart(results, cfg))) if cfg.embed else CHART,
+        chart=_data_uri("png", _encode(subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
         subjects=_options((name, name) for name in groups),
         kinds=_options((kind, KINDS[kind]) for kind in results.kinds),
@@ -159,7 +175,7 @@ Prompts = dict[tuple[str, str], list[Score]]  # kind and prompt -> images
 
 
 def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
-    """The subjects and images that are shown. Those of a prompt stand by method, then by number."""
+    """The subjects and images that are shown; those of a prompt are sorted by method, then by number."""
     groups: dict[str, Prompts] = {subject: {} for subject in list(results.subjects)[: cfg.subjects]}
     for score in results.scores:
         if score.subject in groups:
@@ -174,7 +190,7 @@ def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
 
 
 def _across(groups: Mapping[str, Prompts], cfg: PageConfig) -> int:
-    """Images beside each other: the images of a method, or the methods where each has one."""
+    """Images side by side: those of one method, or one per method."""
     every = [Counter(s.method for s in scores) for prompts in groups.values() for scores in prompts.values()]
     most = max((max(counts.values()) for counts in every), default=1)
     return min(cfg.across, most if most > 1 else max(map(len, every), default=1))
@@ -218,7 +234,7 @@ def _shot(results: Results, score: Score, source: str, cfg: PageConfig) -> str:
         image = f'<a href="{source}">{image}</a>'
     values = " ".join(f"{score.values[c]:.6g}" if c in score.values else "-" for c in results.columns)
     lines = "".join(f"<span><em>{v:.3f}</em> {escape(c)}</span>" for c, v in score.values.items())
-    colour = "#{:02x}{:02x}{:02x}".format(*method_colours(results, cfg)[score.method])
+    colour = "#{:02x}{:02x}{:02x}".format(*_method_colours(results, cfg)[score.method])
     return (
         f'<figure class="shot" data-subject="{subject}" data-kind="{score.kind}" data-method="{method}"'
         f' data-values="{values}">{image}<figcaption><b style="--of: {colour}">{method}</b>'
@@ -231,7 +247,7 @@ def _options(choices: Iterable[tuple[str, str]]) -> str:
 
 
 def _photo(folder: Path, name: str, file: Path, cfg: PageConfig) -> str:
-    """Where the page finds a real photo: in itself, or as a small copy beside the images."""
+    """Link to a real photo: embedded, or a small copy beside the images."""
     data = _small(file, cfg)
     if cfg.embed:
         return _data_uri("jpeg", data)
@@ -245,17 +261,15 @@ def _embedded(folder: Path, cfg: PageConfig, file: str) -> str:
 
 
 def _small(file: Path, cfg: PageConfig) -> bytes:
-    """An image as JPEG, no larger than asked."""
+    """A small copy as JPEG."""
     small = on_white(open_image(file))
     small.thumbnail((cfg.side, cfg.side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=cfg.quality)
-    return buffer.getvalue()
+    return _encode(small, "JPEG", quality=cfg.quality)
 
 
-def _png(image: Image.Image) -> bytes:
+def _encode(image: Image.Image, format: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 

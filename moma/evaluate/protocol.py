@@ -1,10 +1,10 @@
-"""What is asked of a method: DreamBooth's protocol (arXiv 2208.12242, Sec. 4), as MoMA's paper uses it.
+"""DreamBooth's protocol (arXiv 2208.12242, Sec. 4) as MoMA's paper uses it.
 
-30 subjects, 25 prompts for each, 4 images for each prompt. Names, classes and prompts are those of
-`dataset/prompts_and_classes.txt` in github.com/google/dreambooth; the unique token before the class, which
-stands for a subject that a model was tuned to, is left out. Five prompts ask for another look of the subject
-(red, shiny, ...) and count as textures, the others as contexts. MoMA's paper adds ten prompts for textures
-without saying which: the ten materials here are our own choice.
+30 subjects, 25 prompts per subject, 4 images per prompt. Names, classes and prompts are those of
+`dataset/prompts_and_classes.txt` in github.com/google/dreambooth, without the unique token before the class,
+which only tuned models know. Five prompts change the look of the subject (red, shiny, ...) and count as
+textures, the others as contexts. MoMA's paper adds ten texture prompts without listing them; the ten
+materials here are a choice of this repository.
 """
 
 import json
@@ -27,11 +27,11 @@ CLASSES = {
     "poop_emoji": "toy", "rc_car": "toy", "red_cartoon": "cartoon", "robot_toy": "toy",
     "shiny_sneaker": "sneaker", "teapot": "teapot", "vase": "vase", "wolf_plushie": "stuffed animal",
 }  # fmt: skip
-# Most have five photos.
+# The others have five photos.
 SIX = ("backpack", "berry_bowl", "can", "clock", "dog2", "dog3", "fancy_boot", "pink_sunglasses")
 PHOTOS = dict.fromkeys(CLASSES, 5) | dict.fromkeys((*SIX, "shiny_sneaker", "vase"), 6)
 PHOTOS |= dict.fromkeys(("duck_toy", "red_cartoon"), 4)
-LIVE = ("cat", "dog")  # classes that wear things; all others are objects
+LIVE = ("cat", "dog")  # classes with prompts about outfits; the others are objects
 PLACES = (
     "a {} in the jungle",
     "a {} in the snow",
@@ -72,21 +72,21 @@ PROPERTIES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shape
 MATERIALS = ("wood", "stone", "gold", "glass", "ice", "paper", "leather", "knitted wool", "chocolate", "clay")
 ADDED = tuple(f"a {{}} made of {material}" for material in MATERIALS)  # not DreamBooth's
 
-OFFICIAL, OWN = "prompts_and_classes.txt", "subjects.json"  # files beside the subjects' folders
+OFFICIAL, OWN = "prompts_and_classes.txt", "subjects.json"  # files in the dataset's folder
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """How the protocol is followed."""
+    """The protocol's free choices."""
 
-    per_prompt: int = 4  # images; number n starts from the noise of seed n, whatever the method and prompt
-    context_strength: float = 1.0  # β of MoMA: the release's advice
+    per_prompt: int = 4  # images; image n starts from the noise of seed n for every method and prompt
+    context_strength: float = 1.0  # β of MoMA, as the release recommends
     texture_strength: float = 0.4
-    # Which of a subject's 4 to 6 images is shown to the method, on which the protocol is silent: the first
-    # by name, or image n for the n-th image of a prompt (from the start again where there are fewer).
+    # Which of a subject's 4 to 6 photos the method is shown; the protocol does not say. "first" by name, or
+    # "each": photo n for a prompt's image n, cycling.
     reference: References = "first"
-    added: bool = True  # with the ten prompts for textures that are not DreamBooth's
+    added: bool = True  # add the ten texture prompts that are not DreamBooth's
 
     def __post_init__(self) -> None:
         if self.per_prompt < 1:
@@ -95,6 +95,7 @@ class ProtocolConfig:
             raise ValueError(f"reference {self.reference!r}: expected {' or '.join(get_args(References))}")
 
     def strength(self, kind: Kind) -> float:
+        """β for a kind of prompts."""
         return self.context_strength if kind == "context" else self.texture_strength
 
 
@@ -106,10 +107,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Subject:
-    """A thing, its real images, and what is asked for."""
+    """A subject, its photos and its prompts."""
 
     name: str  # of its folder
-    word: str  # its class, which stands in the prompts
+    word: str  # its class, used in the prompts
     photos: tuple[Path, ...]
     prompts: tuple[Prompt, ...]
 
@@ -121,15 +122,15 @@ class Task:
     subject: Subject
     prompt: str
     kind: Kind
-    number: int  # among those of the prompt; also the seed
+    number: int  # among the images of the prompt; also the seed
 
     @property
     def file(self) -> Path:
-        """Below the folder of the method."""
+        """Relative to the method's folder."""
         return Path(self.subject.name, f"{slug(self.prompt)}-{self.number}.png")
 
     def photo(self, how: References) -> Path:
-        """The real image that the method is shown."""
+        """The photo that the method is shown."""
         photos = self.subject.photos
         return photos[0] if how == "first" else photos[self.number % len(photos)]
 
@@ -140,7 +141,13 @@ def slug(text: str) -> str:
 
 
 def prompts_for(word: str, live: bool, added: bool = True) -> tuple[Prompt, ...]:
-    """DreamBooth's 25 prompts, 20 contexts and 5 textures; added: and 10 textures."""
+    """DreamBooth's 20 contexts and 5 textures.
+
+    Args:
+        word: the subject's class.
+        live: whether the subject gets the prompts about outfits.
+        added: with 10 more textures.
+    """
     contexts = (*PLACES, *(OUTFITS if live else PLACES_OF_OBJECTS))
     textures = (*PROPERTIES, *(ADDED if added else ()))
     both = [(text, "context") for text in contexts] + [(text, "texture") for text in textures]
@@ -158,9 +165,15 @@ def tasks_of(subjects: Sequence[Subject], per_prompt: int) -> list[Task]:
 
 
 def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[int] | None) -> list[Subject]:
-    """The first subjects, each with the first prompts; prompts: of contexts and of textures, or of either.
+    """The first subjects, each with its first prompts.
 
-    None = all. ValueError for a number that leaves nothing (`check_limits`).
+    Args:
+        subjects: all of them.
+        number: of subjects, None = all.
+        prompts: number of contexts and of textures, or one number for both; None = all.
+
+    Raises:
+        ValueError: as `check_limits`.
     """
     check_limits(number, prompts)
     chosen = list(subjects[:number])
@@ -177,34 +190,39 @@ def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[i
 
 
 def check_limits(number: int | None, prompts: Sequence[int] | None) -> None:
+    """ValueError for limits (of `limited`) that leave nothing."""
     if number is not None and number < 1:
         raise ValueError(f"{number} subjects: expected 1 or more")
     if prompts is not None and not (1 <= len(prompts) <= 2 and min(prompts) >= 0 and max(prompts) > 0):
         given = " ".join(map(str, prompts))
-        raise ValueError(f"{given} prompts: expected how many contexts and textures, not both 0")
+        raise ValueError(f"{given} prompts: expected the number of contexts and textures, not both 0")
 
 
 # --- the dataset's folder ----------------------------------------------------------------------------
 
 
 def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
-    """The subjects of a folder, one folder of images for each, sorted by name; reads no image.
+    """The subjects of a dataset, a folder of images each, sorted by name; reads no image.
 
-    Which there are and of what class: `subjects.json`, if it is there, {"folder": "class"}; else DreamBooth's
-    list, with which a `prompts_and_classes.txt` has to agree. ValueError for folders that do not fit.
+    `subjects.json`, {"folder": "class"}, names them and their classes; without it they are DreamBooth's, and
+    `prompts_and_classes.txt`, if it exists, must agree. ValueError for folders that do not fit.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; expected DreamBooth's `dataset`, a folder per subject")
+        raise ValueError(
+            f"{folder}: no such folder; expected DreamBooth's `dataset`, with a folder per subject"
+        )
     classes = _own_classes(folder / OWN) if (folder / OWN).exists() else CLASSES
     if classes is CLASSES and (folder / OFFICIAL).exists():
         _check_official(folder / OFFICIAL)
     there = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     if unknown := sorted(there - set(classes)):
-        raise ValueError(f"{folder / unknown[0]}: of what class? Say so in {folder / OWN}: {{folder: class}}")
+        raise ValueError(
+            f"{folder / unknown[0]}: unknown class; state it in {folder / OWN}: {{folder: class}}"
+        )
     if classes is not CLASSES and (missing := sorted(set(classes) - there)):
         raise ValueError(f"{folder / OWN}: names {missing[0]!r}, but {folder} has no such folder")
     if not there:
-        raise ValueError(f"{folder}: holds no folder of a subject, such as {folder / next(iter(CLASSES))}")
+        raise ValueError(f"{folder}: has no subject's folder, such as {folder / next(iter(CLASSES))}")
     subjects = []
     for name in sorted(there):
         word = classes[name]
@@ -217,10 +235,12 @@ def images_in(folder: Path) -> tuple[Path, ...]:
     """The images of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: has no image ({', '.join(sorted(SUFFIXES))})")
     names = Counter(path.stem for path in found)
     if (name := next((name for name in names if names[name] > 1), None)) is not None:
-        raise ValueError(f"{folder / name}: {names[name]} images of that name, expected one; rename them")
+        raise ValueError(
+            f"{folder / name}: {names[name]} images of that name, expected one; rename the others"
+        )
     return tuple(found)
 
 
@@ -241,7 +261,7 @@ def _own_classes(path: Path) -> Mapping[str, str]:
 
 
 def read_official(text: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """DreamBooth's file: classes by folder, prompts for objects and for live subjects ({}: the class)."""
+    """DreamBooth's file -> folder -> class, prompts for objects, prompts for live ones ({} = class)."""
     head, _, prompts = text.partition("Prompts")
     rows = [line.strip().split(",") for line in head.splitlines()]
     classes = {row[0]: row[1] for row in rows if len(row) == 2 and row[0] != "subject_name"}
@@ -253,9 +273,9 @@ def read_official(text: str) -> tuple[dict[str, str], list[str], list[str]]:
 
 
 def _check_official(path: Path) -> None:
-    """ValueError if DreamBooth's file is not the one that this module was written from."""
+    """ValueError if DreamBooth's file differs from this module's lists."""
     lists = [(*PLACES, *own, *PROPERTIES) for own in (PLACES_OF_OBJECTS, OUTFITS)]
     if read_official(path.read_text(encoding="utf-8")) != (CLASSES, *map(list, lists)):
         raise ValueError(
-            f"{path}: says otherwise than DreamBooth's; remove it, and name other subjects in {OWN} beside it"
+            f"{path}: differs from DreamBooth's; remove it, and name other subjects in {OWN} beside it"
         )

@@ -1,25 +1,25 @@
-"""Averages that papers give for the complete DreamBooth protocol."""
+"""Averages that papers report for the complete DreamBooth protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 SUBJECTS, PROMPTS, PER_PROMPT = 30, 25, 4  # of the protocol
 IMAGES = SUBJECTS * PROMPTS * PER_PROMPT
-# Who does not say which network was used cannot stand in the column of one.
+# Columns for papers that do not say which network they used.
 UNSTATED = ("DINO, variant not stated", "CLIP-I, variant not stated", "CLIP-T, variant not stated")
-NOTE = """Rows marked (published) are of 30 subjects, 25 prompts and 4 images of each: from the papers of
-DreamBooth (arXiv 2208.12242, Table 1) and BLIP-Diffusion (arXiv 2305.14720), the others as later comparisons
-give them. DreamBooth's DINO is ViT-S/16; where the network is not known, figures have columns of their own.
-Figures of other protocols are not included; MoMA's own (arXiv 2404.05674, Table 1) were not at hand."""
+NOTE = """Rows marked (published) cover 30 subjects, 25 prompts and 4 images per prompt. They come from the
+papers of DreamBooth (arXiv 2208.12242, Table 1) and BLIP-Diffusion (arXiv 2305.14720), the others from later
+comparisons. DreamBooth's DINO is ViT-S/16; scores of unknown networks have columns of their own. Scores of
+other protocols are left out; MoMA's own (arXiv 2404.05674, Table 1) are missing."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A method's averages over all images, or the real images' own."""
+    """Averages over all images of a method, or over the real images."""
 
     name: str
     values: Mapping[str, float]
-    images: int = IMAGES  # 0: real ones
+    images: int = IMAGES  # 0: real images
 
 
 def _unstated(name: str, *values: float) -> Published:
@@ -27,7 +27,7 @@ def _unstated(name: str, *values: float) -> Published:
 
 
 def _first(name: str, images: int, dino: float, *clip: float) -> Published:
-    """Of DreamBooth's own paper."""
+    """A row of DreamBooth's own paper."""
     values = dict(zip(UNSTATED[1:], clip, strict=False))
     return Published(name, {"DINO ViT-S/16": dino, **values}, images)
 

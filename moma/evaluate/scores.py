@@ -1,4 +1,4 @@
-"""Arithmetic of the scores: cosines of embeddings, and their averages.
+"""Cosines of embeddings, and their averages.
 
 DreamBooth's measures (Ruiz et al., arXiv 2208.12242): DINO and CLIP-I are the mean cosine of an image with
 all real images of its subject, CLIP-T is the cosine of an image with its prompt.
@@ -15,43 +15,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """One image, and what each measure says of it."""
+    """The scores of one image."""
 
     method: str
     subject: str  # its folder's name
-    label: str  # the word for it in the prompts
+    label: str  # its word in the prompts
     kind: str  # of the prompt: "context" or "texture"
     prompt: str
     number: int  # of the image among those of its prompt
     file: str
-    values: Mapping[str, float]  # column -> cosine; a column names measure and network
+    values: Mapping[str, float]  # column (measure and network) -> cosine
 
 
 class Average(NamedTuple):
     """Mean over images."""
 
-    values: dict[str, float]  # column -> mean over the images that have it
+    values: dict[str, float]  # column -> mean over the images that have a value
     count: int  # images
 
 
 def similarity(images: Tensor, real: Tensor) -> Tensor:
-    """Mean cosine of each image with all real ones: (N, E), (R, E) -> (N,)."""
+    """Mean cosine of each image (N, E) with all real ones (R, E) -> (N,)."""
     if not len(real):
         raise ValueError("no real image of the subject: expected at least one to compare with")
     return (images @ real.T).mean(dim=1)  # (N, R) -> (N,)
 
 
 def prompt_similarity(images: Tensor, prompts: Tensor) -> Tensor:
-    """Cosine of each image with its own prompt: (N, E) each -> (N,)."""
+    """Cosine of each image (N, E) with its own prompt (N, E) -> (N,)."""
     if images.shape != prompts.shape:
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: expected one prompt for each")
     return (images * prompts).sum(dim=1)
 
 
 def real_similarity(real: Tensor) -> Tensor:
-    """Mean cosine of each real image with each other one, never with itself: (R, E) -> (R,).
+    """Mean cosine of each real image with the others, (R, E) -> (R,); ValueError for a single image.
 
-    Their mean is the mean over all pairs, the row "Real images". ValueError for a single image.
+    The mean of the result is the mean over all pairs, the row "Real images".
     """
     count = len(real)
     if count < 2:
@@ -61,9 +61,9 @@ def real_similarity(real: Tensor) -> Tensor:
 
 
 def averages(scores: Sequence[Score], *by: str) -> dict[tuple[str, ...], Average]:
-    """Mean over the images that share the fields `by` of Score, in the order in which they first come.
+    """Means over the images that agree in the fields `by` of Score, in order of first appearance.
 
-    averages(scores, "method", "kind") are a table's rows, with "method" and "subject" a chart's bars.
+    averages(scores, "method", "kind") gives the rows of a table.
     """
     groups: dict[tuple[str, ...], list[Score]] = {}
     for score in scores:

@@ -1,4 +1,4 @@
-"""Results of an evaluation as numbers: JSON, CSV, and tables beside what papers give."""
+"""Results of an evaluation as JSON, CSV, and tables beside those of papers."""
 
 import csv
 import io
@@ -30,25 +30,25 @@ from moma.evaluate.scores import Score
 
 FORMAT, VERSION = "moma-scores", 1
 REAL = "Real images"
-KINDS = {"context": "New contexts", "texture": "New textures"}  # of prompts, and their titles
-WHOLE = "dreambooth"  # name of the images that published averages are of, whatever their kind
+KINDS = {"context": "New contexts", "texture": "New textures"}  # kind of prompts -> title
+WHOLE = "dreambooth"  # the images that published averages cover, of both kinds
 TITLES = KINDS | {WHOLE: "DreamBooth's 25 prompts"}
-FIELDS = ("method", "subject", "label", "kind", "prompt", "number", "file")  # of the CSV, then the columns
-NONE = "—"  # in a table, where there is no value
-INTERVAL = """Means over images; brackets hold 95% solver_steps, by bootstrap over subjects, where there are
-several. Real images: the photos of each subject against each other, every subject counting alike."""
+FIELDS = ("method", "subject", "label", "kind", "prompt", "number", "file")  # of the CSV, before the columns
+NONE = "—"  # a missing value in a table
+INTERVAL = """Means over images, with 95% intervals by bootstrap over subjects in brackets where there are
+several. Real images: the photos of each subject compared with each other; every subject counts alike."""
 
 Means = Mapping[str, Estimate]  # column -> average
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured. Orders are those of first appearance."""
+    """What was measured, in order of first appearance."""
 
     scores: Sequence[Score]
     real: Mapping[str, Mapping[str, float]]  # subject -> column -> mean over pairs of its photos
-    facts: Mapping[str, str]  # what the scores depend on: bundle, dataset, steps, hashes ...
-    dreambooth: Collection[str] = ()  # its prompts, if the subjects are its own
+    facts: Mapping[str, str]  # what the scores depend on: bundle, dataset, steps ...
+    dreambooth: Collection[str] = ()  # DreamBooth's prompts, if the subjects are its own
 
     @cached_property
     def columns(self) -> list[str]:
@@ -61,15 +61,15 @@ class Results:
 
     @cached_property
     def kinds(self) -> dict[str, list[Score]]:
-        """The images of each kind that there is; none of the first kind where there are only real ones."""
+        """Kind -> its images, for kinds with images; {"context": []} where there are only real ones."""
         found = {kind: [score for score in self.scores if score.kind == kind] for kind in KINDS}
         return {kind: scores for kind, scores in found.items() if scores} or {"context": []}
 
     @cached_property
     def whole(self) -> list[Score] | None:
-        """DreamBooth's protocol, of the methods that did all of it; None where there is no such method.
+        """The images of DreamBooth's protocol by methods that drew all of it; None without such a method.
 
-        Only this can be compared with published averages, as can real images alone.
+        Only these, or real images alone, compare with published averages.
         """
         if not self.dreambooth or len(self.subjects) != SUBJECTS:
             return None
@@ -80,12 +80,12 @@ class Results:
 
     @cached_property
     def subjects(self) -> dict[str, str]:
-        """Name -> class word, empty where it is not known."""
+        """Name -> class word, "" where it is unknown."""
         return dict.fromkeys(self.real, "") | {score.subject: score.label for score in self.scores}
 
     @cached_property
     def means(self) -> dict[str, dict[str, Means]]:
-        """Kind of prompts, or `WHOLE` -> the real images and each method that drew any -> averages."""
+        """Kind of prompts, or `WHOLE` -> real images or method -> averages."""
         groups = self.kinds if self.whole is None else self.kinds | {WHOLE: self.whole}
         return {name: self._rows(scores) for name, scores in groups.items()}
 
@@ -111,9 +111,9 @@ class Results:
         return INTERVAL if self.whole is None else f"{INTERVAL}\n{NOTE}"
 
     def check(self, folder: Path) -> None:
-        """ValueError for what cannot be written, or shown from a page in the folder."""
+        """ValueError for scores that cannot be written, or images that a page in the folder cannot show."""
         if REAL in self.methods:
-            raise ValueError(f"method {REAL!r}: expected another name, this is that of the photos' row")
+            raise ValueError(f"method {REAL!r}: expected another name, this one is the photos'")
         for score in self.scores:
             place = PurePosixPath(score.file)
             if place.is_absolute() or not (folder / place).is_file():
@@ -128,7 +128,7 @@ class Results:
 
 
 def _complete(scores: Sequence[Score]) -> bool:
-    """Whether a method's images of DreamBooth's prompts are the protocol's: each prompt of each subject."""
+    """Whether a method's images of DreamBooth's prompts are the whole protocol: 4 per subject and prompt."""
     counts = Counter((score.subject, score.prompt) for score in scores)
     numbers = {(score.subject, score.prompt, score.number) for score in scores if score.number < PER_PROMPT}
     return len(counts) == SUBJECTS * PROMPTS and len(numbers) == len(scores) == IMAGES
@@ -138,7 +138,7 @@ def _complete(scores: Sequence[Score]) -> bool:
 
 
 def scores_json(results: Results) -> str:
-    """Everything that was measured. An interval's ends are null where there is one subject only."""
+    """Everything that was measured. The ends of an interval are null for a single subject."""
     averages = {
         name: {
             row: {column: _numbers(found) for column, found in means.items()} for row, means in rows.items()
@@ -162,7 +162,7 @@ def _numbers(found: Estimate) -> dict[str, float | int | None]:
 
 
 def scores_csv(results: Results) -> str:
-    """A line for each image; a column that it lacks stays empty."""
+    """A line per image; missing values stay empty."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow([*FIELDS, *results.columns])
@@ -176,7 +176,7 @@ def scores_csv(results: Results) -> str:
 
 
 class Row(NamedTuple):
-    cells: Sequence[str]  # name, images, then one for each column
+    cells: Sequence[str]  # name, images, then one per column
     published: bool = False
 
 
@@ -187,7 +187,7 @@ class Table(NamedTuple):
 
 
 def tables(results: Results) -> list[Table]:
-    """One for each kind of prompt, and one beside what papers say, where that can be compared."""
+    """One per kind of prompts, and one beside published averages where they compare."""
     return [_table(results, name, DREAMBOOTH if name == WHOLE else ()) for name in results.means]
 
 
@@ -220,7 +220,7 @@ def _cell(found: Estimate | None) -> str:
 
 
 def tables_markdown(results: Results) -> str:
-    """The tables, their notes and the facts: a part of a page."""
+    """The tables, their notes and the facts."""
     parts = []
     for table in tables(results):
         text = markdown_table(_safe(table.head), (_safe(row.cells) for row in table.rows))
@@ -232,11 +232,12 @@ def tables_markdown(results: Results) -> str:
 
 
 def _safe(texts: Iterable[str]) -> list[str]:
-    """Texts that stay within their cells and lines of Markdown, and begin no tag."""
+    """Escape texts for a cell of a Markdown table."""
     return [" ".join(text.replace("|", "\\|").replace("<", "&lt;").split()) for text in texts]
 
 
 def tables_html(results: Results) -> str:
+    """The tables alone."""
     parts = []
     for table in tables(results):
         head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.head)
