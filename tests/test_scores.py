@@ -1,4 +1,4 @@
-"""moma/evaluate/scores.py: cosines with known answers, against loops in numpy, and their averages."""
+"""Cosines with known answers and against loops in numpy, and their averages."""
 
 import math
 
@@ -57,9 +57,9 @@ def test_real_images_are_compared_with_the_others() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="1 real image of the subject: expected two or more"):
+    with pytest.raises(ValueError, match="1 real image"):
         real_similarity(at(0))
-    with pytest.raises(ValueError, match="no real image"):
+    with pytest.raises(ValueError, match="real image"):
         similarity(at(0), torch.zeros(0, 2))
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
         prompt_similarity(at(0, 1), at(0))

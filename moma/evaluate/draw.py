@@ -48,7 +48,7 @@ from moma.weights.bundle import Bundle
 SETTINGS, RESUME = "settings.json", ".drafts"
 SUBJECTS_KEPT = 6  # in memory: as many as a subject of DreamBooth's has photos
 NAME = 16  # characters of a digest in a file name: 64 bits, enough for any number of batches
-UNDECIDING = ("batch_size", "max_side", "strength")  # decide no image; the strength is the task's
+NO_EFFECT = ("batch_size", "max_side", "strength")  # on images: the strength is each task's
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        sample = {name: value for name, value in asdict(self.sample).items() if name not in UNDECIDING}
+        sample = {name: value for name, value in asdict(self.sample).items() if name not in NO_EFFECT}
         if self.batch_dependent:
             sample["batch_size"] = self.sample.batch_size
         names = ("context_strength", "texture_strength", "reference")

@@ -180,10 +180,9 @@ def _groups(results: Results, cfg: PageConfig) -> dict[str, Prompts]:
     for score in results.scores:
         if score.subject in groups:
             groups[score.subject].setdefault((score.kind, score.prompt), []).append(score)
-    rank = {method: i for i, method in enumerate(results.methods)}
     for prompts in groups.values():
         for key, scores in prompts.items():
-            scores.sort(key=lambda score: (rank[score.method], score.number))
+            scores.sort(key=lambda score: score.number)
             some = [[s for s in scores if s.method == method][: cfg.numbers] for method in results.methods]
             prompts[key] = [score for found in some for score in found]
     return groups

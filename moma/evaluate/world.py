@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.clip import CLIP, CLIPConfig
-from models.weights.loading import load_into, read_checkpoint, save_tensors
+from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.record import save_png
 from moma.evaluate.protocol import Prompt, Subject
 from moma.evaluate.scorers import BATCH, CLIPScorer, ImageScorer
@@ -138,30 +138,20 @@ def check_world_scorers(bundle: Bundle) -> None:
 
 def _load_clip(bundle: Bundle) -> CLIP:
     """The bundle's two towers with the projections of CLIP_HEADS, float32."""
-    heads, towers = _load_heads(bundle), {}
-    for name in ("text", "vision"):
-        towers[name] = bundle.build(name, "cpu", torch.float32)
-    width = heads["text_head"].out_features
+    path, names = bundle.folder / CLIP_HEADS, ("text", "vision")
+    heads = {name: tensor.read().float() for name, tensor in read_checkpoint(path).items()}
+    widths = {f"{name}_head.weight": bundle.config(name).width for name in names}
+    if {name: head.shape[-1] for name, head in heads.items()} != widths:
+        raise ValueError(f"{path}: expected projections of CLIP's embeddings, {widths}")
+    towers = [bundle.build(name, "cpu", torch.float32) for name in names]
+    width = heads["text_head.weight"].shape[0]
     with torch.device("meta"):  # all weights are assigned below
-        clip = CLIP(CLIPConfig(*(replace(tower.cfg, projection=width) for tower in towers.values())))
-    text = {"text_projection.weight": heads["text_head"].weight, **towers["text"].state_dict()}
-    vision = {"visual_projection.weight": heads["vision_head"].weight, **towers["vision"].state_dict()}
+        clip = CLIP(CLIPConfig(*(replace(tower.cfg, projection=width) for tower in towers)))
+    text = {"text_projection.weight": heads["text_head.weight"], **towers[0].state_dict()}
+    vision = {"visual_projection.weight": heads["vision_head.weight"], **towers[1].state_dict()}
     clip.text_model.load_state_dict(text, assign=True)
     clip.vision_model.load_state_dict(vision, assign=True)
     return clip.eval().requires_grad_(False)
-
-
-def _load_heads(bundle: Bundle) -> nn.ModuleDict:
-    """CLIP's two projections, float32."""
-    path = bundle.folder / CLIP_HEADS
-    found = read_checkpoint(path)
-    width = next(iter(found.values())).shape[0] if found else 0
-    sizes = {f"{name}_head": bundle.config(name).width for name in ("text", "vision")}
-
-    def make() -> nn.ModuleDict:
-        return nn.ModuleDict({name: nn.Linear(size, width, bias=False) for name, size in sizes.items()})
-
-    return load_into(make, [path], "cpu", torch.float32).eval().requires_grad_(False)
 
 
 def write_scorers(folder: Path, probes: Path, heads: Path) -> None:
