@@ -323,7 +323,7 @@ def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> 
     add("--bundle", **files, metavar="DIR", help=f"weights; {many}")
     if name == "methods":
         add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be"
-            " repeated (default: all but ablations that the bundle has weights for)")  # fmt: skip
+            " repeated (default: all that the bundle has weights for, without ablations)")  # fmt: skip
     add("--scorers", type=Path, metavar="DIR", help="bundle with DINO or CLIP: a table of scores goes beside"
         " the sheet")  # fmt: skip
     out = Path("out", "figures", f"{name}.png")
