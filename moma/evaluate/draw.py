@@ -66,10 +66,12 @@ class Run:
 
     @property
     def batch_dependent(self) -> bool:
+        """Whether the images of a batch change each other."""
         return find_method(self.name).method.batch_dependent(self.config)
 
     @property
     def settings(self) -> dict[str, Any]:
+        """Everything that decides the images, but for tasks and references."""
         sample = {name: value for name, value in asdict(self.sample).items() if name not in NO_EFFECT}
         if self.batch_dependent:
             sample["batch_size"] = self.sample.batch_size
@@ -93,6 +95,7 @@ class Run:
         return {task: _digest([*known, self.reference(task).digest]) for task, known in facts.items()}
 
     def reference(self, task: Task) -> Reference:
+        """What the method is shown."""
         return self.references[task.photo(self.protocol.reference)]
 
 
@@ -113,6 +116,7 @@ class ResumeFile:
 
     @classmethod
     def of(cls, run: Run, stamps: Sequence[str]) -> "ResumeFile":
+        """The file of a batch; stamps: of its images."""
         path = run.folder / RESUME / f"{_digest(stamps)[:NAME]}.pt"
         return cls(path, tuple(stamps), run.sample.steps)
 
@@ -123,6 +127,7 @@ class ResumeFile:
         return found and cls(path, found[0], steps)
 
     def read(self) -> Step | None:
+        """The latest step, if there is one."""
         found = _read(self.path)
         return found and found[1]
 

@@ -91,9 +91,11 @@ class Way(NamedTuple):
 
     @property
     def config(self) -> Any:
+        """The method's, as the bundle needs it."""
         return self.runtime.weights.method_config(self.method)
 
     def load(self) -> Pipeline:
+        """The pipeline with its weights."""
         return load_pipeline(self.runtime, self.method, self.config)
 
 
@@ -114,6 +116,7 @@ class Request:
 
     @property
     def photos(self) -> list[Photo]:
+        """Each once."""
         return list(dict.fromkeys(photo for photo, _ in self.wanted))
 
     def rows_of(self, photo: Photo) -> list[int]:
@@ -126,7 +129,7 @@ class Column(NamedTuple):
 
     name: str
     images: list[Image.Image]
-    scored: bool = True  # False: for people only, such as masks
+    scored: bool = True  # False: only to look at, such as masks
 
 
 def _make_jobs(pipe: Pipeline, request: Request) -> list[Job]:

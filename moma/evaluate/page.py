@@ -75,14 +75,14 @@ def write_outputs(
     write_text(folder / "scores.json", scores_json(results))
     write_text(folder / "scores.csv", scores_csv(results))
     write_text(folder / "table.md", tables_markdown(results))
-    save_png(folder / CHART, subjects_chart(results, cfg))
+    save_png(folder / CHART, _subjects_chart(results, cfg))
     write_page(folder / "index.html", folder, results, photos or {}, cfg)
 
 
 # --- chart -------------------------------------------------------------------------------------------
 
 
-def subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
+def _subjects_chart(results: Results, cfg: PageConfig) -> Image.Image:
     """Fig. 7: each method's scores on each subject, a chart per kind of prompts, one below the other."""
     charts = [_kind_chart(results, kind, cfg) for kind in results.kinds]
     size = max(image.width for image in charts), sum(image.height for image in charts)
@@ -158,7 +158,7 @@ def write_page(
         title=escape(f"Scores of {', '.join(results.methods) or 'real images'}"),
         tables=tables_html(results),
         notes=escape(results.notes),
-        chart=_data_uri("png", _encode(subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
+        chart=_data_uri("png", _encode(_subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
         subjects=_options((name, name) for name in groups),
         kinds=_options((kind, KINDS[kind]) for kind in results.kinds),

@@ -56,7 +56,7 @@ class Masks:
         return next(iter(sorted((self.folder / photo.parent.name).glob(f"{escape(photo.stem)}.*"))), None)
 
     def save(self, photo: Path, target: Path) -> MaskSource:
-        """Write a photo's mask and return its source; what `segment` found earlier is kept.
+        """Write a photo's mask and return its source; what `segment` has found once is reused.
 
         Raises:
             ValueError: there is no mask.

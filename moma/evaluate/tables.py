@@ -52,11 +52,13 @@ class Results:
 
     @cached_property
     def columns(self) -> list[str]:
+        """Of all scores."""
         rows = [*(score.values for score in self.scores), *self.real.values()]
         return list(dict.fromkeys(name for row in rows for name in row))
 
     @cached_property
     def methods(self) -> list[str]:
+        """Of all scores."""
         return list(dict.fromkeys(score.method for score in self.scores))
 
     @cached_property
@@ -108,6 +110,7 @@ class Results:
 
     @property
     def notes(self) -> str:
+        """What the tables mean."""
         return INTERVAL if self.whole is None else f"{INTERVAL}\n{NOTE}"
 
     def check(self, folder: Path) -> None:

@@ -55,7 +55,7 @@ def photos_of(index: int, cfg: WorldEvaluation, world: WorldConfig = DEFAULT) ->
     return [Spec(label, number, SCENES[places[i % len(SCENES)]], None, *seed) for i, seed in enumerate(seeds)]
 
 
-def prompts_of(shown: Spec) -> tuple[Prompt, ...]:
+def _prompts_of(shown: Spec) -> tuple[Prompt, ...]:
     """Contexts: all scenes but the first image's. Textures: all materials in that scene."""
     contexts = [prompt(shown.label, scene) for scene in SCENES if scene != shown.scene]
     textures = [prompt(shown.label, shown.scene, material) for material in MATERIALS]
@@ -94,7 +94,7 @@ def write_world(
                 (folder / kind / name).mkdir(parents=True, exist_ok=True)
                 save_png(folder / kind / file, Image.fromarray(array))
         photos = tuple(folder / "photos" / file for file in files)
-        subjects.append(Subject(name, specs[0].label, photos, prompts_of(specs[0])))
+        subjects.append(Subject(name, specs[0].label, photos, _prompts_of(specs[0])))
     return subjects, folder / "masks"
 
 
