@@ -45,16 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = read_record(args.replay) if args.replay else None
     bundle = Bundle.open(find_weights(args, record))
     if args.list_objects:
-        return list_objects(args, bundle)
+        return _list_objects(args, bundle)
     request = request_of_args(args, bundle) if record is None else request_of_record(record, args, bundle)
     runtime = Runtime.choose(
         bundle, args.device, request.dtype,
         stream=args.stream, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
     )  # fmt: skip
     image = open_image(request.reference) if request.reference else None
-    texts = check(request, runtime, image, args)  # nothing has been loaded so far
+    texts = _check(request, runtime, image, args)  # nothing has been loaded so far
 
-    inputs = find_subject(request, runtime, image, args) if image else None
+    inputs = _find_subject(request, runtime, image, args) if image else None
     features = precompute(request, runtime, inputs, args)
     start = time.perf_counter()
     pipe = load_pipeline(runtime, request.method, request.config)
@@ -62,21 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = f"{pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
     print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
 
-    jobs = make_jobs(request, pipe, inputs, features, texts)
+    jobs = _make_jobs(request, pipe, inputs, features, texts)
     drawn = []
     with tqdm(unit="step") as bar:
-        results = pipe.run(jobs, request.sample, lambda done, total: advance(bar, done, total))
+        results = pipe.run(jobs, request.sample, lambda done, total: _advance(bar, done, total))
         for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
             if request.only in (None, i):
-                path = free_path(args.out, f"{slug(job.prompt)}-seed{job.seed}")
-                save_png(path, result.image, record_of(i, request, inputs, pipe, runtime))
+                path = _free_path(args.out, f"{_slug(job.prompt)}-seed{job.seed}")
+                save_png(path, result.image, _record_of(i, request, inputs, pipe, runtime))
                 bar.write(str(path))
                 drawn.append((job, result))
     seconds = (time.perf_counter() - loaded) / len(jobs)
-    path = free_path(args.out, f"{slug(request.subject)}-sheet")
-    save_png(path, sheet(inputs, drawn, args.debug))
+    path = _free_path(args.out, f"{_slug(request.subject)}-sheet")
+    save_png(path, _sheet(inputs, drawn, args.debug))
     print(path)
-    print(f"{seconds:.2f} s per image, peak memory {peak_memory(pipe.device)}")
+    print(f"{seconds:.2f} s per image, peak memory {_peak_memory(pipe.device)}")
 
 
 # --- weights -----------------------------------------------------------------------------------------
@@ -111,14 +111,14 @@ def user_cache() -> Path:
 # --- checks before anything is loaded ----------------------------------------------------------------
 
 
-def check(
+def _check(
     request: Request, runtime: Runtime, image: Image.Image | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Each prompt, read; ValueError for whatever would fail later. Prints what the user should know."""
     bundle, method = runtime.weights, find_method(request.method).method
     method.check(bundle, request.config, encoders=True)
     if request.pick and image:
-        check_sam("--point, --box and --object need", bundle)
+        _check_sam("--point, --box and --object need", bundle)
         request.pick.check(image.size)
     tokenizer, texts = bundle.clip_tokenizer(), {}
     for prompt in dict.fromkeys(prompt for prompt, _ in request.images):
@@ -135,7 +135,7 @@ def check(
     return texts
 
 
-def check_sam(who: str, bundle: Bundle) -> None:
+def _check_sam(who: str, bundle: Bundle) -> None:
     """ValueError, beginning with `who` needs it, for a bundle without SAM."""
     if "sam" not in bundle.networks:
         raise ValueError(
@@ -156,7 +156,7 @@ class Inputs(NamedTuple):
     segmented: Segmented | None
 
 
-def find_subject(request: Request, runtime: Runtime, image: Image.Image, args: argparse.Namespace) -> Inputs:
+def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: argparse.Namespace) -> Inputs:
     """Where the subject is; the mask is kept in a file. SAM's memory is free again on return."""
     bundle, segmented = runtime.weights, request.segmented
 
@@ -170,11 +170,11 @@ def find_subject(request: Request, runtime: Runtime, image: Image.Image, args: a
     else:
         may_ask = request.pick is not None and "sam" in bundle.networks
         found = find_mask(image, request.mask, segment=segment if may_ask else None)
-    free_accelerator(runtime.device)
+    _free_accelerator(runtime.device)
     reference = make_reference(image, found.mask, bundle.image_size, request.config)
     if found.source == "sam" and segmented is None:
         segmented = Segmented.of(found.mask, str(request.pick))
-    path = free_path(args.out, f"{slug(request.subject)}-mask")
+    path = _free_path(args.out, f"{_slug(request.subject)}-mask")
     save_png(path, found.mask)
     ways = {
         "file": request.mask,
@@ -200,34 +200,34 @@ def precompute(
     features, how = method.precompute(
         runtime, request.config, inputs.reference, request.subject, prompts, cache
     )
-    free_accelerator(runtime.device)
+    _free_accelerator(runtime.device)
     if how:
         print(f"decoded in {time.perf_counter() - start:.1f} s ({how})")
     return features
 
 
-def list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
+def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     """Write the image with the numbers that --object takes, and say what they are."""
     image = open_image(args.ref)
-    check_sam("--list-objects needs", bundle)
+    _check_sam("--list-objects needs", bundle)
     check_writable("--out", args.out)
     segmenter = load_segmenter(bundle, args.device)
     objects = segmenter.objects(image)
     for i, found in enumerate(objects, 1):
         box = ",".join(map(str, found.box))
         print(f"{i}: box {box}, {found.share:.1%} of the image, score {found.score:.2f}")
-    path = free_path(args.out, f"{slug(args.ref.stem)}-objects")
+    path = _free_path(args.out, f"{_slug(args.ref.stem)}-objects")
     save_png(path, numbered(on_white(image), lambda size: [o.image(segmenter.cfg, size) for o in objects]))
     print(f"{path}: choose with --object N (default: 1)")
 
 
-def free_accelerator(device: torch.device) -> None:
+def _free_accelerator(device: torch.device) -> None:
     """Give unused memory back to the system."""
     if device.type != "cpu":
         torch.accelerator.empty_cache()
 
 
-def make_jobs(
+def _make_jobs(
     request: Request,
     pipe: Pipeline,
     inputs: Inputs | None,
@@ -255,7 +255,7 @@ def make_jobs(
 # --- results -----------------------------------------------------------------------------------------
 
 
-def record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> Record:
+def _record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> Record:
     """The settings of the request's image number i."""
     start, bundle = i - i % request.sample.batch_size, runtime.weights
     return Record(
@@ -278,7 +278,7 @@ def record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, r
     )
 
 
-def sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
+def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
     """Reference and mask above the images, a row per prompt; under `debug` their masks below them."""
     rows = []
     if inputs:
@@ -298,18 +298,18 @@ def sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: boo
     return contact_sheet(rows)
 
 
-def advance(bar: tqdm, done: int, total: int) -> None:
+def _advance(bar: tqdm, done: int, total: int) -> None:
     """Show progress."""
     bar.total = total
     bar.update(done - bar.n)
 
 
-def slug(text: str) -> str:
+def _slug(text: str) -> str:
     """A text as part of a file name."""
     return re.sub(r"\W+", "-", text.lower())[:SLUG].strip("-") or "image"
 
 
-def free_path(folder: Path, stem: str) -> Path:
+def _free_path(folder: Path, stem: str) -> Path:
     """A PNG path that does not exist yet."""
     path, n = folder / f"{stem}.png", 2
     while path.exists():
@@ -317,7 +317,7 @@ def free_path(folder: Path, stem: str) -> Path:
     return path
 
 
-def peak_memory(device: torch.device) -> str:
+def _peak_memory(device: torch.device) -> str:
     """Peak GPU memory, else process RSS."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"

@@ -41,8 +41,8 @@ def read_prompt(
     """Check a prompt and tokenise its text once.
 
     The text always starts with the subject (`SD_TEMPLATE`), so sampling would run without it in the prompt;
-    but
-    where the prompt itself does not say what the subject does, its attention maps, and so M_gen, are weak.
+    but where the prompt itself does not say what the subject does, its attention maps, and so M_gen, are
+    weak.
 
     Args:
         tokenizers: one per text encoder.

@@ -1,8 +1,8 @@
-"""CUDA graphs: the kernels of a UNet call recorded once and started again by one call from Python.
+"""CUDA graphs: the kernels of a UNet call, recorded once and launched again by one call from Python.
 
-A step of Stable Diffusion starts many hundreds of kernels, and for a few small images a GPU waits for
-Python between them. A recording (torch.cuda.graphs) always computes on the same memory, so whatever changes
-from step to step is copied there first, and whatever else decides which kernels run is part of its key.
+A step of Stable Diffusion launches many hundreds of kernels, and for a few small images a GPU waits for
+Python between them. A graph (torch.cuda.graphs) always computes on the same memory, so whatever changes from
+step to step is copied there first, and whatever else decides which kernels run is part of its key.
 `GraphedUNet` is the bookkeeping and runs on every device; all that needs a GPU is `CudaRecorder`.
 
 Letters: R rows of a UNet call, Z latent channels, h w latents, T text tokens.
@@ -39,7 +39,7 @@ class RecordableHook(AttentionHook, Protocol):
     """
 
     def prepare(self, grids: Sequence[Grid]) -> None:
-        """Compute what shapes depend on, for which the device is waited for; grids: of all layers."""
+        """Compute whatever shapes depend on, which may synchronise with the device; grids: of all layers."""
 
     def key(self) -> Hashable:
         """All that decides which kernels run and on which memory, besides `inputs`."""
@@ -48,23 +48,23 @@ class RecordableHook(AttentionHook, Protocol):
         """The tensors that change from step to step."""
 
     def with_inputs(self, inputs: Sequence[Tensor]) -> AttentionHook:
-        """The same hook with these in the place of `inputs`."""
+        """The same hook with other tensors instead of `inputs`."""
 
 
 class Recorder(Protocol):
-    """How one batch's calls are recorded: `CudaRecorder`, or what stands for it in tests."""
+    """How one batch's calls are recorded: `CudaRecorder`, or a stand-in of tests."""
 
     def warm_up(self, run: Run) -> Output:
-        """Run eagerly, in the way that a recording of it needs before."""
+        """Run eagerly, as a recording needs it before."""
 
     def record(self, run: Run) -> tuple[Output, Callable[[], None]]:
-        """Memory of a recording's outputs, and what fills it. RuntimeError if it cannot be recorded."""
+        """The memory of a recording's outputs, and what fills it. RuntimeError if it cannot be recorded."""
 
 
 class CudaRecorder:
     """torch.cuda.graphs, by its rules: a side stream for warm-up and capture, one memory pool.
 
-    Graphs may share a pool here: one runs at a time, and each one's outputs are held as long as it is.
+    Graphs may share a pool: one runs at a time, and each graph's outputs live as long as it does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,9 +117,8 @@ class GraphedUNet:
     """A UNet for the steps of one batch, called like it, under torch.no_grad, and with the same results.
 
     The first call of a kind (hook's key, text, shapes) runs eagerly: some kinds come once. The second one
-    runs
-    eagerly too, and is recorded and compared. From the third one on it is a replay. If recording fails or a
-    replay differs, a warning says so and everything runs eagerly from then on.
+    runs eagerly too, and is recorded and compared. From the third one on it is a replay. If recording fails
+    or a replay differs, a warning says so and everything runs eagerly from then on.
     """
 
     def __init__(self, unet: UNet, make_recorder: Callable[[], Recorder] | None) -> None:
@@ -142,9 +141,17 @@ class GraphedUNet:
         hook: AttentionHook | None = None,
         added: Tensor | None = None,
     ) -> tuple[Tensor, list[Any]]:
-        """eps (R, Z, h, w) and the hook's attention maps; arguments as `UNet.forward`.
+        """The UNet's call. text and added are constants of a recorded call: others make another kind of call.
 
-        text and added are constants of the recorded call: those of another step are another kind of call.
+        Args:
+            x: (R, Z, h, w).
+            t: (R,).
+            text: as `UNet.forward` takes it.
+            hook: likewise.
+            added: likewise.
+
+        Returns:
+            eps (R, Z, h, w) and the hook's attention maps.
         """
         call = partial(_call, self.unet, text, added)
         if self.recorder is None or not isinstance(hook, RecordableHook | None):

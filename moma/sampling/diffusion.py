@@ -20,8 +20,7 @@ class ScheduleConfig:
     beta_start: float = 0.00085  # betas are linear in their square roots ("scaled linear")
     beta_end: float = 0.012
     steps_offset: int = 1  # added to every sampling timestep, as the public models' scheduler configs say
-    # Where DDIM's last step ends: "first" = at ᾱ_0 (set_alpha_to_one=False, Stable Diffusion), "clean" = at
-    # x_0.
+    # Where DDIM ends: "first" = at ᾱ_0 (set_alpha_to_one=False, Stable Diffusion), "clean" = at x_0.
     end: Literal["first", "clean"] = "first"
 
 
@@ -32,7 +31,13 @@ def alphas_cumprod(cfg: ScheduleConfig) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """q(x_t | x_0): x0 and noise of one shape, alpha = ᾱ_t broadcastable to it."""
+    """q(x_t | x_0).
+
+    Args:
+        x0: clean latents.
+        noise: of the same shape.
+        alpha: ᾱ_t, broadcastable to it.
+    """
     return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 
 
@@ -63,7 +68,16 @@ def timesteps(cfg: ScheduleConfig, steps: int) -> list[int]:
 
 
 def solver_steps(cfg: ScheduleConfig, steps: int, solver: str) -> list[SolverStep]:
-    """The steps of a solver; DPM-Solver++ always ends at the clean x_0, DDIM where `cfg.end` says."""
+    """The steps of a solver; DPM-Solver++ always ends at the clean x_0, DDIM where `cfg.end` says.
+
+    Args:
+        cfg: the base's schedule.
+        steps: how many, 1 to train_steps - 1.
+        solver: a name of SOLVERS.
+
+    Raises:
+        ValueError: for another number or name.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     alphas, ts = alphas_cumprod(cfg), timesteps(cfg, steps)
@@ -73,7 +87,17 @@ def solver_steps(cfg: ScheduleConfig, steps: int, solver: str) -> list[SolverSte
 
 
 def ddim_step(x: Tensor, eps: Tensor, step: SolverStep, history: History | None) -> tuple[Tensor, None]:
-    """x_t and eps(x_t), both (B, C, h, w) -> x at the step's end. Deterministic (eta = 0)."""
+    """DDIM, deterministic (eta = 0).
+
+    Args:
+        x: x_t, float32 (B, C, h, w).
+        eps: the noise in it.
+        step: the solver step.
+        history: not used.
+
+    Returns:
+        x at the step's end, and None.
+    """
     x0 = predict_x0(x, eps, step.alpha)
     return add_noise(x0, eps, step.alpha_next), None
 
@@ -81,7 +105,17 @@ def ddim_step(x: Tensor, eps: Tensor, step: SolverStep, history: History | None)
 def dpmpp_2m_step(
     x: Tensor, eps: Tensor, step: SolverStep, history: History | None
 ) -> tuple[Tensor, History]:
-    """DPM-Solver++(2M), data prediction; the first and the last step are first order."""
+    """DPM-Solver++(2M), data prediction; the first and the last step are first order.
+
+    Args:
+        x: x_t, float32 (B, C, h, w).
+        eps: the noise in it.
+        step: the solver step.
+        history: of the step before, None in the first.
+
+    Returns:
+        x at the step's end, and the history for the next step.
+    """
     x0 = predict_x0(x, eps, step.alpha)
     now = half_log_snr(step.alpha)
     if step.alpha_next == 1:  # no noise left: λ is infinite, the solution is x0 itself
@@ -96,7 +130,13 @@ def dpmpp_2m_step(
 
 
 def predict_x0(x: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
-    """The clean latents that x_t and its noise eps (one shape) speak of."""
+    """The clean latents.
+
+    Args:
+        x: x_t.
+        eps: the noise in it, of the same shape.
+        alpha: ᾱ_t, broadcastable to it.
+    """
     return (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
 
 

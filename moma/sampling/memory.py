@@ -10,12 +10,12 @@ Toggle = Literal["auto", "on", "off"]  # of a way to compute; "auto": where it h
 # Room beside the weights, as a share of them, for what computing needs: hidden states, buffers of operators,
 # rounding of the allocator. Both grow with the networks' widths. For the public set it is 4 GB.
 MARGIN = 0.25
-# Latents that a CPU takes at once. Larger batches do not keep it busier, and their intermediate results are
-# given back to the system after each use: four images of 512 pixels take 1.04 times (bf16) and 1.13 times
-# (fp32) as long together as one after another on two cores. Small images do gain from a batch.
+# Latents that a CPU takes at once. Larger batches do not keep it busier, and the C library returns their
+# large intermediate results to the system after each use (docs/performance.md). Small images do gain from a
+# batch.
 CPU_LATENTS = 4096
-# Where Linux tells the limit of a group of processes: controller in /proc/self/cgroup -> folder, limit, used,
-# and the part of it (in memory.stat) that is file cache and given back on demand. "" is version 2.
+# Where Linux keeps the memory limit of a process group: controller in /proc/self/cgroup -> folder, limit,
+# usage, and the part of it (in memory.stat) that is file cache and reclaimed on demand. "" is version 2.
 CGROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": (
@@ -28,15 +28,21 @@ CGROUPS = {
 
 
 def check_toggle(name: str, choice: str) -> None:
-    """ValueError for what is no `Toggle`; name: of the way."""
+    """ValueError for a choice that is no `Toggle`; name: the option's."""
     if choice not in get_args(Toggle):
         raise ValueError(f"{name} {choice!r}: expected {', '.join(get_args(Toggle))}")
 
 
 def choose_stream(choice: Toggle, needed: int, free: int | None) -> tuple[bool, str]:
-    """Whether to stream LLaVA, and why. "auto": if the resident weights and MARGIN do not fit into memory.
+    """Whether to stream LLaVA, and why; "auto" streams if the weights and MARGIN do not fit into memory.
 
-    needed: bytes of the resident weights; free: bytes, None = not known. ValueError for another choice.
+    Args:
+        choice: "auto", "on" or "off".
+        needed: bytes of the resident weights.
+        free: bytes; None = not known.
+
+    Raises:
+        ValueError: for another choice.
     """
     check_toggle("stream", choice)
     if choice != "auto":
@@ -48,7 +54,13 @@ def choose_stream(choice: Toggle, needed: int, free: int | None) -> tuple[bool, 
 
 
 def max_batch(batch_size: int, latents: int, device: torch.device) -> int:
-    """How many images of so many latents go through the UNet together: at most batch_size, at least 1."""
+    """How many images go through the UNet together, at least 1.
+
+    Args:
+        batch_size: at most.
+        latents: of one image, h * w.
+        device: a CPU takes CPU_LATENTS at most.
+    """
     return max(1, min(batch_size, CPU_LATENTS // latents)) if device.type == "cpu" else batch_size
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from models.vae import VAE, VAEConfig
 from moma.sampling.memory import MARGIN, Toggle, check_toggle, free_memory
 
-# What operators need besides the tensors, layouts and buffers of their own, as a factor. Measured on a CPU
-# with Stable Diffusion's decoder, as growth of the process over the tensors of `decoder_bytes`, at 32x32
-# latents: 1.4 (fp32), 1.5 (bf16). MARGIN comes on top. Not measured on GPUs.
+# Memory of the operators' own layouts and buffers, as a factor of the tensors that `decoder_bytes` counts,
+# on a CPU (docs/performance.md); MARGIN comes on top.
 BUFFERS = 1.5
 # Sides of tiles in latents, the first one that fits. 64 is what the autoencoder saw in training; below 16 a
 # tile's edges, which it decodes as edges of an image, are most of it.
@@ -25,12 +24,23 @@ OVERLAP = 4  # the part of a side, 1 / OVERLAP, over which neighbours are blende
 
 
 def decode(vae: VAE, z: Tensor, tiles: Toggle = "auto") -> Tensor:
-    """Latents z (1, Z, h, w), not scaled -> an image (1, 3, H, W), about [-1, 1], not clamped.
+    """Decode latents, whole or in tiles.
 
-    tiles: "off" = whole, "on" = in tiles where it is larger than the smallest tile, "auto" = in tiles if
-    memory would not hold it whole, with a warning: the decoder's GroupNorm and attention look at the whole
-    image, so that tiles may differ a little in tone from what it would have made. ValueError for
-    another choice.
+    Tiles may differ a little in tone from the whole image: the decoder's GroupNorm and attention look at all
+    of it.
+
+    Args:
+        vae: the autoencoder.
+        z: latents (1, Z, h, w), not scaled.
+        tiles: "off" = whole; "on" = in tiles if larger than the smallest tile; "auto" = in tiles, with a
+        warning,
+            if memory does not hold the whole.
+
+    Returns:
+        The image (1, 3, H, W), about [-1, 1], not clamped.
+
+    Raises:
+        ValueError: for another choice.
     """
     check_toggle("tiles", tiles)
     h, w = z.shape[-2:]
@@ -49,7 +59,15 @@ def decode(vae: VAE, z: Tensor, tiles: Toggle = "auto") -> Tensor:
 def tile_side(
     tiles: Toggle, cfg: VAEConfig, grid: tuple[int, int], dtype: torch.dtype, free: int | None
 ) -> int | None:
-    """Side of the tiles in latents for an image of grid (h, w), None = whole. free: bytes, if known."""
+    """Side of the tiles in latents; None = decode the whole image.
+
+    Args:
+        tiles: as in `decode`.
+        cfg: the autoencoder's.
+        grid: (h, w) of the latents.
+        dtype: of the weights.
+        free: bytes of memory; None = not known.
+    """
 
     def fits(h: int, w: int) -> bool:
         return free is None or decoder_bytes(cfg, (h, w), dtype) * (1 + MARGIN) <= free
@@ -61,11 +79,19 @@ def tile_side(
 
 
 def decoder_bytes(cfg: VAEConfig, grid: tuple[int, int], dtype: torch.dtype) -> int:
-    """Memory that decoding latents of grid (h, w) takes beside the weights: the largest level's, estimated.
+    """Memory that decoding takes beside the weights, an estimate for the largest level.
 
-    A level's input is held all through it. Its first residual block normalises and activates it; to the later
-    ones come their own input, the same normalised and activated, and a product; to a convolution of twice the
-    size, after all but the last level, its input and output.
+    A level's input is held throughout it. Its first residual block normalises and activates it; the later
+    ones hold their own input, the same normalised and activated, and a product; the convolution of twice the
+    size, after all but the last level, holds its input and output.
+
+    Args:
+        cfg: the autoencoder's.
+        grid: (h, w) of the latents.
+        dtype: of the weights.
+
+    Returns:
+        Bytes.
     """
     fine_first = tuple(zip((*cfg.channels[1:], cfg.channels[-1]), cfg.channels, strict=True))  # in, out
     levels = [
@@ -77,7 +103,16 @@ def decoder_bytes(cfg: VAEConfig, grid: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def decode_tiles(vae: VAE, z: Tensor, side: int) -> Tensor:
-    """z (1, Z, h, w) -> float32 (1, 3, H, W): tiles of side x side latents, blended linearly."""
+    """Decode in tiles that are blended linearly.
+
+    Args:
+        vae: the autoencoder.
+        z: latents (1, Z, h, w), not scaled.
+        side: of a tile, in latents.
+
+    Returns:
+        float32 (1, 3, H, W).
+    """
     h, w = z.shape[-2:]
     f, overlap = vae.cfg.factor, side // OVERLAP * vae.cfg.factor
     image = torch.zeros(1, vae.cfg.in_channels, h * f, w * f, device=z.device)

@@ -84,20 +84,41 @@ def network_kinds() -> dict[str, tuple[type, Any]]:
 
 
 def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.Module:
-    """An uninitialised network; unet: the sizes that methods' networks follow."""
+    """An uninitialised network.
+
+    Args:
+        name: in the bundle.
+        config: its dataclass.
+        unet: the sizes that methods' own networks follow.
+    """
     build = network_kinds()[name][1]
     return build(config) if name in PUBLIC else build(config, unet)
 
 
 def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the file of a network must hold."""
+    """Names and shapes that the file of a network must hold; arguments as `build_network`.
+
+    Args:
+        name: in the bundle.
+        config: its dataclass.
+        unet: the sizes that methods' own networks follow.
+    """
     with torch.device("meta"):
         state = build_network(name, config, unet).state_dict()
     return {key: tuple(value.shape) for key, value in state.items() if key.startswith(PARTS.get(name, ""))}
 
 
 def config_from_json(kind: type, data: Any, where: str) -> Any:
-    """A config dataclass (nested ones too) from its `asdict`; ValueError for a field it does not have."""
+    """A config dataclass (nested ones too) from its `asdict`.
+
+    Args:
+        kind: the dataclass.
+        data: parsed JSON.
+        where: begins the error messages.
+
+    Raises:
+        ValueError: for a field that it does not have, or one that is missing.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}")
     known = {field.name for field in fields(kind)}
@@ -249,9 +270,16 @@ class Bundle:
         dtype: torch.dtype | None = None,
         lm_head: bool = False,
     ) -> nn.Module:
-        """The network with its weights. llava comes with its tower (network "vision") in place.
+        """The network with its weights. llava comes with its tower, the network "vision".
 
-        dtype: of the parameters, None = as stored. lm_head: llava only; needed to generate text, not by MoMA.
+        Args:
+            name: in the bundle.
+            device: of the parameters.
+            dtype: of the parameters; None = as stored.
+            lm_head: llava only: to generate text, which MoMA does not need.
+
+        Raises:
+            ValueError: if the bundle lacks it, or a file does not fit.
         """
         config = self.config(name)
         unet = self.configs.get("unet")
@@ -362,7 +390,16 @@ class BundleWriter:
         dtype: torch.dtype | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> None:
-        """Write one network; config: its dataclass."""
+        """Write one network.
+
+        Args:
+            name: in the bundle.
+            config: its dataclass.
+            tensors: by name, read one at a time.
+            source: where they come from, for people.
+            dtype: to store; None = as they are.
+            progress: called with the bytes written.
+        """
         hashes = write_safetensors(self.part, name, tensors, dtype, progress=progress)
         self.networks[name] = {
             "config": asdict(config),

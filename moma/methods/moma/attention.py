@@ -18,10 +18,9 @@ from models.attention import attention, attention_probs
 # Head sizes of fused kernels are multiples of this; the label's column of V is padded to it.
 HEAD_ALIGNMENT = 8
 # Queries inside M_gen are gathered in multiples of a bucket, which fills a kernel's tile. M_gen moves a
-# little
-# with every step, and under CUDA graphs each number of queries is a graph of its own, which takes as long as
-# several steps to record: there a bucket is 1 / RECORDED_BUCKETS of the layer. Above QUERY_SHARE all queries
-# are computed, because gathering costs more than it saves.
+# little with every step, and under CUDA graphs each number of queries is a graph of its own, which takes as
+# long as several steps to record: there a bucket is 1 / RECORDED_BUCKETS of the layer. Above QUERY_SHARE all
+# queries are computed, because gathering costs more than it saves.
 QUERY_BUCKET = 64
 RECORDED_BUCKETS = 4
 QUERY_SHARE = 0.9
@@ -120,7 +119,13 @@ def gate_inside(m_gen: Tensor, recorded: bool = False) -> Gate:
 
 
 def gathered_queries(inside: int, of: int, recorded: bool = False) -> int | None:
-    """Q for a number of queries inside M_gen out of `of`; None = compute all of them."""
+    """How many queries to compute; None = all.
+
+    Args:
+        inside: queries inside M_gen, of the row with the most.
+        of: queries of the layer.
+        recorded: whether the call may become a CUDA graph.
+    """
     bucket = max(QUERY_BUCKET, of // RECORDED_BUCKETS) if recorded else QUERY_BUCKET
     count = -(-inside // bucket) * bucket
     return None if count > QUERY_SHARE * of else count

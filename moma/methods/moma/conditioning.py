@@ -1,9 +1,8 @@
 """How MoMA acts on the UNet: the hook of the reference pass, and the conditioning and hook of each step.
 
 Letters: B images, R rows of a UNet call (B unconditional, then B conditional, or the latter alone), E
-embedding,
-L attention layers in execution order (down, mid, up), H heads, N tokens of a layer, M reference keys, C
-context tokens, T text tokens, D channels per head.
+embedding, L attention layers in execution order (down, mid, up), H heads, N tokens of a layer, M reference
+keys, C context tokens, T text tokens, D channels per head.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

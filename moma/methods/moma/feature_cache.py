@@ -38,7 +38,13 @@ class FeatureCache:
 
     @classmethod
     def of(cls, folder: Path, runtime: Runtime, method: MethodConfig) -> "FeatureCache":
-        """The cache in `folder` for a bundle's feature decoder on this machine."""
+        """The cache for a bundle's feature decoder on this machine.
+
+        Args:
+            folder: of the files.
+            runtime: weights and machine.
+            method: MoMA's config.
+        """
         weights, device = runtime.weights, runtime.device
         identity = {
             "version": VERSION,

@@ -35,7 +35,13 @@ MAX_MLLM_BATCH = 16
 
 
 def instruction(subject: str, prompt: str, template: Literal["release", "paper"] = "release") -> str:
-    """The text for the multimodal LLM; `<image>` marks where the image's features go."""
+    """The text for the multimodal LLM; `<image>` marks where the image's features go.
+
+    Args:
+        subject: its word.
+        prompt: the user's text.
+        template: of INSTRUCTIONS.
+    """
     return INSTRUCTIONS[template].format(subject=subject, prompt=prompt)
 
 

@@ -14,10 +14,16 @@ Grid = tuple[int, int]
 
 
 def m_ref_of_layer(m_ref: Tensor, grid: Grid, keep_one_key: bool) -> Tensor:
-    """M_ref on a layer's grid: m_ref (B, 1, H, W) in {0, 1} -> bool (B, N), nearest as the release.
+    """M_ref on a layer's grid, nearest as the release.
 
-    keep_one_key: where nearest sampling loses a small subject, its best-covered cell stands for it. A mask
-    that was empty before stays empty.
+    Args:
+        m_ref: (B, 1, H, W) in {0, 1}.
+        grid: (h, w) of the layer, h * w = N.
+        keep_one_key: where nearest sampling loses a small subject, its best-covered cell stands for it;
+            a mask that is empty stays empty.
+
+    Returns:
+        bool (B, N).
     """
     keep = F.interpolate(m_ref, size=grid, mode="nearest").flatten(1) > 0  # (B, N)
     if not keep_one_key:
@@ -35,10 +41,17 @@ def m_gen_of_layer(m_gen: Tensor, grid: Grid) -> Tensor:
 def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_image: int = 2) -> Tensor:
     """M_gen for the next step from this step's label maps (release: get_mask_from_cross).
 
-    maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, any float dtype.
-    Returns float32 (B, 1, h, w) in [0, 1] of the conditional rows. Where those are the only ones
-    (rows_per_image 1, R = B), the last scaling has no unconditional row to look at: the same M_gen for
-    `m_gen_norm` "none", another range for "image" and "batch".
+    Without unconditional rows the last scaling does not see them: M_gen is the same for `m_gen_norm` "none"
+    and has another range for "image" and "batch".
+
+    Args:
+        maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, of any float dtype.
+        size: (h, w) of the latents.
+        method: MoMA's config.
+        rows_per_image: 2 = both rows of guidance, 1 = the conditional one alone (R = B).
+
+    Returns:
+        float32 (B, 1, h, w) in [0, 1], of the conditional rows.
     """
     if method.m_gen_layers is not None:
         maps = [maps[i] for i in method.m_gen_layers]
@@ -60,6 +73,12 @@ def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_im
 
 
 def min_max(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """x scaled to 0..1 over `dims`; a range below eps is divided by eps (eps = 0: NaN if constant)."""
+    """Scale to 0..1.
+
+    Args:
+        x: any shape.
+        dims: over which minimum and maximum are taken.
+        eps: smallest range to divide by; 0 gives NaN for a constant map.
+    """
     low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
     return (x - low) / (high - low).clamp_min(eps)
