@@ -36,6 +36,7 @@ from models.unet import UNetConfig
 from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, QuantConfig, quantise
+from moma.methods import find_method
 from moma.sampling.device import DTYPES
 from moma.weights.bundle import (
     LM_HEAD,
@@ -105,7 +106,10 @@ def convert(
         networks["llava"] = with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
 
     configs = kept | {name: network.config for name, network in networks.items()}
-    check_together(configs)
+    methods = kept_methods(base, networks) if base else {}
+    for source in sources:
+        methods |= source.methods
+    check_together(configs, methods)
     check_tokenizers(tokenizers, configs)
     for name in ("adapter", "ip_adapter"):
         if name in kept and "unet" in networks:
@@ -129,9 +133,19 @@ def convert(
         for name, path in tokenizers.items():
             writer.add_tokenizer(name, path)
         writer.method |= base.method if base else {}
+        writer.methods |= methods
         for source in sources:
             writer.method |= source.method
     summarise(Bundle.open(out), say)
+
+
+def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
+    """What the base says of methods whose own networks are not replaced."""
+    return {
+        name: dict(own)
+        for name, own in base.methods.items()
+        if not set(find_method(name).method.own_networks) & set(networks)
+    }
 
 
 def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict[str, Network]:
@@ -209,11 +223,15 @@ def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | N
     return replace(llava, config=replace(config, llama=replace(config.llama, lm_head=has_head)))
 
 
-def check_together(configs: Mapping[str, Any]) -> None:
-    """ValueError for networks that do not belong together."""
-    unet, text, llava, vision, ip_vision = (
-        configs.get(name) for name in ("unet", "text", "llava", "vision", "ip_vision")
-    )
+def check_together(configs: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """ValueError for networks that do not belong together.
+
+    Args:
+        configs: of the networks, by name.
+        methods: what the bundle says of methods, by name.
+    """
+    unet, text, llava, vision = (configs.get(name) for name in ("unet", "text", "llava", "vision"))
+    encoder = configs.get(methods.get("ip-adapter", {}).get("encoder", "ip_vision"))
     adapter, ip_adapter = configs.get("adapter"), configs.get("ip_adapter")
     if (adapter or ip_adapter) and not unet:
         raise ValueError("an adapter needs the UNet it belongs to; add its source or --base-bundle")
@@ -228,10 +246,10 @@ def check_together(configs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"adapter: made for an MLLM of width {adapter.mllm_dim}, but the LLaVA here has {width}"
         )
-    if ip_adapter and ip_vision and ip_adapter.embed_dim != ip_vision.projection:
+    if ip_adapter and encoder and ip_adapter.embed_dim != (encoder.projection or encoder.width):
         raise ValueError(
             f"ip_adapter: made for image embeddings of width {ip_adapter.embed_dim}, but the image encoder "
-            f"gives {ip_vision.projection}; use the image_encoder folder that came with it"
+            f"gives {encoder.projection or encoder.width}; use the image_encoder folder that came with it"
         )
 
 

@@ -1,47 +1,35 @@
-"""Train MoMA on pairs of images and texts: stage 1 the decoder (Eq. 4), stage 2 the adapter (Eq. 1).
+"""Train a method on pairs of images and texts.
 
-python train.py stage2 --bundle weights/moma --data data/ --out out/stage2
-torchrun --nproc_per_node=8 train.py stage1 --bundle weights/moma --data "data/*.tar" --out out/stage1
+python train.py moma:stage2 --bundle weights/moma --data data/ --out out/stage2
+torchrun --nproc_per_node=8 train.py moma:stage1 --bundle weights/moma --data "data/*.tar" --out out/stage1
 """
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from moma.app.files import Parser, check_writable, exit_status
 from moma.data.triplets import open_source
-from moma.methods.moma.config import PRESETS, MethodConfig, method_config
+from moma.methods import METHODS, all_trainings
 from moma.sampling.config import parse_field
 from moma.sampling.device import DTYPES, set_precision
-from moma.training import stage1, stage2
+from moma.sampling.interface import FeatureTraining, Runtime, Training
+from moma.training import denoising, features
 from moma.training.checkpoint import Saved, best, check_same, checkpoints, load_weights
-from moma.training.config import TrainConfig
+from moma.training.config import Choices, DenoisingConfig, FeatureConfig, TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
 from moma.training.task import Task
 from moma.weights.bundle import Bundle
 
-STAGES = {"stage1": (stage1.Stage1Config, stage1.build), "stage2": (stage2.Stage2Config, stage2.build)}
 COMMAND = "command.json"  # in the run's folder: how it was started, for an export
-# Learning rates of stage 1 by what it trains: LLaVA-1.5's for its MLLM, LoRA on it, a new projector.
-RATES = {"mllm": 2e-5, "lora": 2e-4, "new": 1e-3}
-# Fields of a stage by which two runs may differ and still be the same run: where and how fast, not what.
-FREE = {
-    "cache",
-    "cache_batch",
-    "cache_workers",
-    "workers",
-    "gradient_checkpointing",
-    "grid_samples",
-    "grid_steps",
-}
+RENAMED = {"stage1": "moma:stage1", "stage2": "moma:stage2"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,98 +53,114 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"python convert_weights.py {args.out / EXPORT} --base-bundle {args.bundle} --out NEW")
 
 
-# --- what is asked for -------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-class Choices(NamedTuple):
-    train: TrainConfig
-    stage: Any  # Stage1Config or Stage2Config
-    method: MethodConfig
+# --- options -----------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description="Train MoMA.", epilog="train.py STAGE --help lists the options of a stage.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="stage1|stage2|export")
-    add_stage(commands.add_parser("stage1", help="train the MLLM and its mapping (Eq. 4)"), "stage1")
-    add_stage(commands.add_parser("stage2", help="train the adapter (Eq. 1)"), "stage2")
-    add = commands.add_parser("export", help="weights of a checkpoint, as for a bundle").add_argument
-    add("run", type=Path, metavar="DIR", help="--out of the training, started from the same place")
+    parser = Parser(
+        description="Train a method.", epilog="train.py TRAINING --help lists the options of a training."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="TRAINING|export")
+    for name, (_, training) in all_trainings().items():
+        command = commands.add_parser(name, help=training.about, description=f"Train {training.about}.")
+        _add_training(command, training, Path("out", name.replace(":", "-")))
+    add = commands.add_parser("export", help="write the weights of a checkpoint for a bundle").add_argument
+    add("run", type=Path, metavar="DIR", help="--out of the training, from the same working directory")
     add("--which", choices=("last", "best"), default="best", help="best = lowest validation loss (default)")
     add("--to", type=Path, metavar="DIR", help=f"folder for the files (default: DIR/{EXPORT}-WHICH)")
+    if argv and argv[0] in RENAMED:
+        raise ValueError(f"{argv[0]} is called {RENAMED[argv[0]]}")
     return parser.parse_args(argv)
 
 
-def add_stage(parser: argparse.ArgumentParser, name: str) -> None:
+def _add_training(parser: argparse.ArgumentParser, training: type[Training], out: Path) -> None:
     """Options that are fields of a config have the field's name and its default, here None."""
     add, number = parser.add_argument, {"type": int, "metavar": "N"}
-    rates = "1e-4" if name == "stage2" else ", ".join(f"{k} {v:g}" for k, v in RATES.items())
-    add(
-        "--bundle", type=Path, required=True, metavar="DIR", help="weights to start from (convert_weights.py)"
-    )
+    add("--bundle", type=Path, required=True, metavar="DIR", help="bundle to start from")
     add("--data", required=True, metavar="PLACE", help="folder with metadata.jsonl or *.tar, or a pattern")
-    add("--validation", metavar="PLACE", help="data held out (default: the first samples of --data)")
-    add("--out", type=Path, default=Path("out", name), metavar="DIR", help=f"results (default: out/{name})")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
-    add("--steps", **number, help=f"in all (default: {TrainConfig.steps})")
-    add("--batch-size", **number, help=f"per process and call (default: {TrainConfig.batch_size})")
-    add("--accumulate", **number, help=f"calls per step (default: {TrainConfig.accumulate})")
-    add("--lr", type=float, metavar="X", help=f"learning rate (default: {rates})")
-    add("--ema", type=float, metavar="DECAY", help="keep and export an average of the weights (default: off)")
-    add("--seed", **number, help=f"of all that is drawn (default: {TrainConfig.seed})")
-    if name == "stage1":
-        add("--train", choices=tuple(RATES), help="all of the MLLM, LoRA on it, or only what is new")
-        add("--workers", **number, help="processes that decode images")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the results (default: {out})")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, if any")
+    add("--steps", **number, help=f"optimiser steps (default: {TrainConfig.steps})")
+    add("--batch-size", **number, help=f"samples per process and call (default: {TrainConfig.batch_size})")
+    add("--lr", type=float, metavar="X", help=f"learning rate (default: {_rates(training)})")
+    hints = get_type_hints(training.Config)
+    for field in fields(training.Config):
+        if about := field.metadata.get("help"):  # the training's own everyday options
+            add(
+                f"--{field.name}",
+                choices=get_args(hints[field.name]),
+                help=f"{about} (default: {field.default})",
+            )
+    if issubclass(training, FeatureTraining):
+        add("--workers", **number, help=f"processes that decode images (default: {FeatureConfig.workers})")
     else:
-        add("--context", choices=("base", "ip_adapter"), dest="context_init", help="start of context K, V")
-        add("--cache", metavar="DIR", help="for what the frozen networks compute once")
-        add("--workers", **number, dest="cache_workers", help="threads that decode images")
-    add(
-        "--preset",
-        choices=tuple(PRESETS),
-        default="default",
-        help="of the method (moma/methods/moma/config.py)",
-    )
+        add("--cache", metavar="DIR", help="folder for what the frozen networks compute once"
+            f" (default: {DenoisingConfig.cache})")  # fmt: skip
+        add("--workers", **number, dest="cache_workers", help="threads that decode images for the cache"
+            f" (default: {DenoisingConfig.cache_workers})")  # fmt: skip
+    add = parser.add_argument_group("advanced").add_argument
+    add("--validation", metavar="PLACE", help="held-out data (default: the first samples of --data)")
+    add("--accumulate", **number, help=f"calls per optimiser step (default: {TrainConfig.accumulate})")
+    add("--ema", type=float, metavar="DECAY", help="export an average of the weights (default: off)")
+    add("--seed", **number, help=f"seed of every random number (default: {TrainConfig.seed})")
+    add("--preset", default="default", help="preset of the method's config (default: default)")
     add("--set", action="append", type=parse_field, metavar="FIELD=VALUE", default=[],
-        help="any field of TrainConfig, the stage's config or MethodConfig; may be repeated")  # fmt: skip
+        help="set a field of any config, e.g. warmup=100; may be repeated")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--dtype", choices=("bf16", "fp32"), help="of computing; trained weights are fp32 (default: bf16)")
-    add("--compile", action="store_true", default=None, help="torch.compile")
-    add("--gradient-checkpointing", action="store_true", default=None, help="slower, in less memory")
+    add("--dtype", choices=("bf16", "fp32"), help="dtype to compute in; trained weights are fp32 (default:"
+        f" {TrainConfig.dtype})")  # fmt: skip
+    add("--compile", action="store_true", default=None, help="use torch.compile")
+    add("--gradient-checkpointing", action="store_true", default=None,
+        help="save memory: recompute activations in the backward pass")  # fmt: skip
+
+
+def _rates(training: type[Training]) -> str:
+    """The default learning rates, by what is trained."""
+    if "train" not in (hints := get_type_hints(training.Config)):
+        return f"{training.learning_rate(training.Config()):g}"
+    configs = [training.Config(train=part) for part in get_args(hints["train"])]
+    return ", ".join(f"{config.train} {training.learning_rate(config):g}" for config in configs)
 
 
 def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
-    """The three configs; ValueError for a field or a value that they do not have."""
-    kinds = {"train": TrainConfig, "stage": STAGES[args.command][0], "method": MethodConfig}
+    """The four configs; ValueError for a field or a value that they do not have."""
+    name, training = all_trainings()[args.command]
+    kinds = {
+        "train": TrainConfig,
+        "data": FeatureConfig if issubclass(training, FeatureTraining) else DenoisingConfig,
+        "stage": training.Config,
+        "method": METHODS[name].method.Config,
+    }
     known = {part: {field.name for field in fields(kind)} for part, kind in kinds.items()}
+    known["method"] -= set(training.fixed)
     given: dict[str, dict[str, Any]] = {part: {} for part in kinds}
     every = sorted(set().union(*known.values()))
     options = [(name, value) for name, value in vars(args).items() if name in every and value is not None]
-    for name, value in (*options, *args.set):
-        part, _, field = name.rpartition(".")
-        places = [place for place in kinds if field in known[place] and part in ("", place)]
-        if len(places) != 1:
-            expected = [f"{place}.{field}" for place in places] or every
-            raise ValueError(f"--set {name}: expected one of {', '.join(expected)}")
-        given[places[0]][field] = value
-    stage = kinds["stage"](**given["stage"])
-    rate = {"lr": RATES[stage.train]} if args.command == "stage1" else {}
-    method = method_config(args.preset, **{**bundle.method, **given["method"]})
-    return Choices(TrainConfig(**{**rate, **given["train"]}), stage, method)
+    for option, value in (*options, *args.set):
+        part, _, field = option.rpartition(".")
+        found = [one for one in kinds if field in known[one] and part in ("", one)]
+        if len(found) != 1:
+            expected = [f"{one}.{field}" for one in found] or every
+            raise ValueError(f"--set {option}: expected one of {', '.join(expected)}")
+        given[found[0]][field] = value
+    stage = training.Config(**given["stage"])
+    return Choices(
+        training,
+        TrainConfig(**{"lr": training.learning_rate(stage), **given["train"]}),
+        kinds["data"](**given["data"]),
+        stage,
+        bundle.method_config(name, args.preset, **given["method"], **training.fixed),
+    )
 
 
 def identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> dict[str, Any]:
-    """What must be the same for a run to go on. ValueError where there is no data."""
+    """What must not differ for a run to continue; ValueError if there is no data."""
     return {
         "stage": args.command,
         "data": open_source(args.data).fingerprint(),
         "weights": dict(bundle.hashes),
         "train": choices.train.identity(ranks.world),
-        "settings": {name: value for name, value in asdict(choices.stage).items() if name not in FREE},
+        "settings": {**choices.data.identity(), **asdict(choices.stage)},
         "method": asdict(choices.method),
     }
 
@@ -165,12 +169,8 @@ def identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, rank
 
 
 def find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainConfig) -> Saved | None:
-    """The checkpoint to go on from. ValueError for one of another run, or where results are in the way."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+    """The checkpoint to continue from; ValueError for another run's, or where results are in the way."""
+    check_writable("--out", args.out)
     found = checkpoints(args.out)
     if found and not args.resume:
         raise ValueError(f"--out {args.out}: has a run of {found[-1].step} steps: add --resume or change it")
@@ -178,16 +178,17 @@ def find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainC
         print(f"from the beginning{': no checkpoint yet' if args.resume else ''}")
         return None
     check_same(found[-1], identity, train.steps)
-    print(f"going on from {found[-1].folder}")
+    print(f"continuing from {found[-1].folder}")
     return found[-1]
 
 
 def build(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> Task:
-    """The stage with its weights."""
-    torch.manual_seed(choices.train.seed)  # the same start on every rank
-    dtype = DTYPES[choices.train.dtype]
-    make = STAGES[args.command][1]
-    return make(bundle, args.data, choices.stage, choices.train, choices.method, ranks.device, dtype)
+    """The training with its weights."""
+    train = choices.train
+    torch.manual_seed(train.seed)  # the same start on every rank
+    runtime = Runtime(bundle, ranks.device, DTYPES[train.dtype], pack=False)
+    make = features.build if issubclass(choices.training, FeatureTraining) else denoising.build
+    return make(choices, runtime, args.data)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -210,17 +211,9 @@ def export(args: argparse.Namespace) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main` with an exit status: 2 and one line for a user's mistake, never a traceback for it."""
-    try:
-        main(argv)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"train.py{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; --resume goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    """`main` with an exit status."""
+    stopped = "stopped; --resume continues from the newest checkpoint"
+    return exit_status("train.py", lambda: main(argv), stopped)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ queries, masks and label maps at the size of the image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,11 @@ from models.attention import merge_heads, split_heads
 from models.unet import UNetConfig
 from moma.bench.step import Step
 from moma.bench.training import Training
-from moma.methods.moma.adapter import MoMAHook, ReferenceHook
 from moma.methods.moma.attention import ReferenceLayer
+from moma.methods.moma.conditioning import MoMAHook, ReferenceHook
 from moma.methods.moma.config import DEFAULT
 from moma.methods.moma.masks import m_ref_of_layer
-from moma.training.stage2 import Stage2
+from moma.training.denoising import Denoising
 
 FACTOR = 8  # pixels per latent; masks have the image's size
 EXPLICIT = replace(DEFAULT, attention="explicit")  # drops no key
@@ -73,10 +74,10 @@ def release(step: Step) -> Callable[[], Tensor]:
 
 def training(ours: Training) -> Training:
     """The same training step, with shared parameters, through diffusers and the release's processors."""
-    model = ours.model
+    model, method = ours.model, copy(ours.model.trainable)
     unet = Released(diffusers_unet(model.unet.cfg, model.unet.state_dict()))
-    other = Stage2(unet, model.adapter, model.scaling, model.image_size, EXPLICIT, model.cfg)
-    return replace(ours, model=other.to(ours.batch["mean"].device))
+    method.base, method.method = replace(method.base, unet=unet), EXPLICIT
+    return replace(ours, model=Denoising(method, model.options).to(ours.batch["mean"].device))
 
 
 class Released(nn.Module):
@@ -89,7 +90,7 @@ class Released(nn.Module):
         self.layers = list(zip(names[::2], names[1::2], strict=True))  # self- and cross-attention
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, hook: ReferenceHook | MoMAHook
+        self, x: Tensor, t: Tensor, text: Tensor, hook: ReferenceHook | MoMAHook, added: None = None
     ) -> tuple[Tensor, Sequence[Any]]:
         records = self.install(hook)
         return self.unet(x, t, text).sample, records

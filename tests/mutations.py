@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation("full-masks-accepted", INPUTS, "np.asarray(mask).min() > threshold and",
              "np.asarray(mask).min() > 255 and", "test_preprocess"),
     # training
-    Mutation("stage1-target-is-the-reference", TRAINING, 'clip_embedding(self.llava.tower, batch["full"]',
-             'clip_embedding(self.llava.tower, batch["white"]', "test_stages test_training_loop"),
+    Mutation("stage1-target-is-the-reference", METHOD, 'self.llava.tower(batch["full"]',
+             'self.llava.tower(batch["white"]', "test_stages test_training_loop"),
     Mutation("stage2-drops-the-wrong-samples", TRAINING, 'batch["drop"][:, None]', '~batch["drop"][:, None]',
              "test_stages"),
     Mutation("stage2-latents-without-variance", TRAINING,

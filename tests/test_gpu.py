@@ -203,13 +203,13 @@ def losses(place: Path, out: Path, stage: str, *more: object) -> list[float]:
     """Of all steps that the run has made so far."""
     where = ["--bundle", place / "bundle", "--data", place / "data", "--out", out]
     few = ["--batch-size", 2, "--workers", 1, "--set", "validation_samples=2", "--set", "warmup=1"]
-    own = ["--train", "lora"] if stage == "stage1" else ["--cache", out.parent / f"{out.name}-cache"]
+    own = ["--train", "lora"] if stage == "moma:stage1" else ["--cache", out.parent / f"{out.name}-cache"]
     settings = ["--set", "save_every=2", *own]
     assert train.run([stage, *map(str, [*where, *few, *settings, *more])]) == 0
     return [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["moma:stage1", "moma:stage2"])
 def test_training(place: Path, tmp_path: Path, stage: str) -> None:
     """The CPU's losses in float32, also where a run was stopped and went on; bf16's are near them."""
     whole, cpu, bf16, cut = (tmp_path / name for name in ("whole", "cpu", "bf16", "cut"))

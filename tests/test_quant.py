@@ -28,10 +28,12 @@ from models.weights.quant import (
 from moma import MoMASubject, Pipeline, load
 from moma.bench import rounding
 from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.mini import pretrain
 from moma.sampling.config import SampleConfig
-from moma.training import stage1, stage2
-from moma.training.config import TrainConfig
+from moma.sampling.interface import Runtime
+from moma.training import denoising
+from moma.training.config import Choices, DenoisingConfig, TrainConfig
 from moma.weights.bundle import Bundle, config_from_json
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.helpers import embed
@@ -260,11 +262,13 @@ def test_an_image(few: dict[int, Bundle]) -> None:
 
 def test_stage_2_reads_its_embeddings(few: dict[int, Bundle], tmp_path: Path) -> None:
     data, cpu = write_data(tmp_path / "data", 4), torch.device("cpu")
-    config = stage2.Stage2Config(
+    options = DenoisingConfig(
         cache=str(tmp_path / "cache"), cache_batch=4, cache_workers=1, validation_samples=1, grid_samples=1
     )
-    task = stage2.build(few[4], data, config, TrainConfig(), DEFAULT, cpu, torch.float32)
-    batch = next(task.deliveries(2, 0, 1, {})).batch
+    runtime = Runtime(few[4], cpu, torch.float32, pack=False)
+    choices = Choices(AdapterTraining, TrainConfig(), options, AdapterTraining.Config(), DEFAULT)
+    task = denoising.build(choices, runtime, data)
+    batch, _ = next(task.batches(2, 0, 1, {}))
     assert task.model(batch).isfinite().all()
 
 
@@ -332,9 +336,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("train", ["mllm", "lora", "new"])
 def test_stage_1_refuses(few: dict[int, Bundle], train: str, no_weights: None) -> None:
-    config = stage1.Stage1Config(train=train)
     with pytest.raises(ValueError, match="8 bits"):
-        stage1.build(few[8], "nowhere", config, TrainConfig(), DEFAULT, torch.device("cpu"), torch.float32)
+        DecoderTraining.check(few[8], DecoderTraining.Config(train=train), DEFAULT)
 
 
 def test_the_recipe_refuses_such_a_start(few: dict[int, Bundle], tmp_path: Path, no_weights: None) -> None:

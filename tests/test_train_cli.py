@@ -36,20 +36,20 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def stage1(place: Path, out: Path, *more: object) -> int:
+def train_decoder(place: Path, out: Path, *more: object) -> int:
     where = ["--bundle", place / "tiny", "--data", place / "data", "--out", out]
-    return train.run(["stage1", *map(str, where), *QUICK, "--train", "new", *map(str, more)])
+    return train.run(["moma:stage1", *map(str, where), *QUICK, "--train", "new", *map(str, more)])
 
 
 @pytest.fixture(scope="module")
 def trained(place) -> Path:
-    assert stage1(place, place / "run") == 0
+    assert train_decoder(place, place / "run") == 0
     return place / "run"
 
 
 def test_run_resume_export(place, trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "run")
-    assert stage1(place, out, "--resume", "--steps", 3) == 0
+    assert train_decoder(place, out, "--resume", "--steps", 3) == 0
     assert [line["step"] for line in read_log(out / "log.jsonl") if "loss" in line] == [1, 2, 3]
     assert train.run(["export", str(out), "--which", "last", "--to", str(tmp_path / "last")]) == 0
     assert "last: step 3, validation loss" in capsys.readouterr().out
@@ -88,7 +88,7 @@ def test_mistakes_before_weights_are_read(place, trained, capsys, monkeypatch, m
         with open(place / "other" / "metadata.jsonl", "a") as stream:
             stream.write("\n")
     before = sorted(trained.rglob("*"))
-    assert stage1(place, trained, *(text.format(place=place) for text in more)) == 2
+    assert train_decoder(place, trained, *(text.format(place=place) for text in more)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("train.py: error: ") and message in error
     assert sorted(trained.rglob("*")) == before
@@ -101,7 +101,7 @@ def test_export_of_nothing(tmp_path, capsys):
 
 def test_ambiguous_field(place, capsys):
     args = [
-        "stage2",
+        "moma:stage2",
         "--bundle",
         str(place / "tiny"),
         "--data",
@@ -111,3 +111,22 @@ def test_ambiguous_field(place, capsys):
     ]
     assert train.run(args) == 2
     assert "expected one of stage.subject_below_t, method.subject_below_t" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_renamed_trainings_are_refused(place, trained, tmp_path, capsys, name):
+    """On the command line, in the export of a run, and where a run would continue."""
+    assert train.run([name, "--bundle", "bundle", "--data", "data"]) == 2
+    assert f"moma:{name}" in capsys.readouterr().err
+    out = shutil.copytree(trained, tmp_path / "run")
+    command = json.loads((out / "command.json").read_text())
+    (out / "command.json").write_text(json.dumps([name, *command[1:]]))
+    assert train.run(["export", str(out)]) == 2
+    assert f"moma:{name}" in capsys.readouterr().err
+    for path in out.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        state["identity"]["stage"] = name
+        path.write_text(json.dumps(state))
+    assert train_decoder(place, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"stage '{name}'" in error

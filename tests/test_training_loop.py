@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from models.weights.loading import read_checkpoint
 from moma.app.chart import ticks
 from moma.data.stream import Position
+from moma.sampling.interface import Batch
 from moma.training import checkpoint
 from moma.training.checkpoint import best, check_same, checkpoints, load_weights, read_state
 from moma.training.config import TrainConfig, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, smoothed, write_log
 from moma.training.loop import fit
 from moma.training.parallel import Ranks
-from moma.training.task import Batch, Delivery
 
 ROOT = Path(__file__).parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -90,13 +90,15 @@ class Toy:
             "names": list(map(str, numbers)),
         }
 
-    def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
+    def batches(
+        self, batch_size: int, rank: int, world: int, start: Position
+    ) -> Iterator[tuple[Batch, Position]]:
         number = start.get("samples", 0)
         while True:
             mine = [number + rank + world * i for i in range(batch_size)]
             number += world * batch_size
             # A key of its own for each rank, as a data stream with lanes has.
-            yield Delivery(self.samples(mine), {"samples": number, f"lane {rank}": number})
+            yield self.samples(mine), {"samples": number, f"lane {rank}": number}
 
     def validation(self) -> list[Batch]:
         return [self.samples([-1, -2, -3]), self.samples([-4])]

@@ -6,6 +6,7 @@ Letters: B samples, Z latent channels, h w latents, S side of the images, T text
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,11 +29,14 @@ from moma.bench.step import pseudo_random, square
 from moma.bench.training_memory import kept_for_backward
 from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.training import AdapterTraining, AdapterTrainingConfig
+from moma.sampling.base import Base
 from moma.sampling.device import dtype_name
+from moma.sampling.interface import Batch
 from moma.sampling.memory import free_memory
 from moma.training.common import pack, train_only
-from moma.training.stage2 import PARTS, Stage2, Stage2Config, draw
-from moma.training.task import Batch
+from moma.training.config import DenoisingConfig
+from moma.training.denoising import Denoising, draw
 
 STEP = "stage 2, forward and backward, batch 1"  # the optimizer's step is short
 
@@ -41,7 +45,7 @@ STEP = "stage 2, forward and backward, batch 1"  # the optimizer's step is short
 class Training:
     """One training step: a model with frozen weights in `dtype`, trained ones in float32, and a batch."""
 
-    model: Stage2
+    model: Denoising
     batch: Batch
     dtype: torch.dtype
 
@@ -58,7 +62,7 @@ class Training:
     def gradient(self) -> Tensor:
         """The gradients of all trained parameters, concatenated."""
         self()
-        trained = [p for p in self.model.adapter.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         return torch.cat([p.grad.flatten() for p in trained])
 
 
@@ -78,9 +82,15 @@ def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ba
 
     unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
     adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, torch.float32)
-    options = Stage2Config()
-    model = Stage2(unet, adapter, VAE_SD15.scaling, cfg.size, DEFAULT, options).to(device)
-    train_only(adapter, PARTS[options.parts])
+    base = Base(unet, SimpleNamespace(cfg=VAE_SD15), (), (), cfg.size)
+    weights = SimpleNamespace(
+        configs={"adapter": adapter.cfg},
+        config=lambda name: cfg.unet,
+        state=lambda name: adapter.state_dict(),
+    )
+    method = AdapterTraining(base, weights, AdapterTrainingConfig(init="adapter"), DEFAULT, cfg.seed)
+    train_only(method, method.trained)
+    model = Denoising(method, DenoisingConfig()).to(device)
     latents = (batch, VAE_SD15.latent_channels, *cfg.grid)
     mask = F.interpolate(square(cfg), size=cfg.size)  # (1, 1, S, S)
     masks = torch.stack([pack(mask[0, 0])] * batch).to(device)  # (B, S * S / 8)
@@ -90,7 +100,7 @@ def make_training(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, ba
         "ref_mean": rand(*latents), "ref_std": rand(*latents).abs(), "m_gen": masks, "m_ref": masks,
         "text": rand(*states).to(dtype), "label": rand(*states).to(dtype),
     }  # fmt: skip
-    drawn = draw(torch.arange(batch), cfg.seed, latents[1:], options, model.schedule.train_steps)
+    drawn = draw(torch.arange(batch), cfg.seed, latents[1:], model.options.drop_context, method)
     return Training(model, samples | {name: value.to(device) for name, value in drawn.items()}, dtype)
 
 

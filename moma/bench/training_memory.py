@@ -21,12 +21,12 @@ from models.attention import split_heads
 from models.llama import Llama, LlamaConfig
 from models.llava import LlavaConfig
 from models.lora import add_lora
-from models.unet import SD15, UNet, attention_grids
-from moma.methods.moma.adapter import Adapter, AdapterConfig, MoMAHook, condition_rows
-from moma.methods.moma.attention import Gate, ReferenceLayer, queries_asked
+from models.unet import SD15, Grid, UNet, attention_grids
+from moma.methods.moma.adapter import Adapter, AdapterConfig
+from moma.methods.moma.attention import Gate, ReferenceLayer, gathered_queries
+from moma.methods.moma.conditioning import MoMAHook, condition_rows
 from moma.methods.moma.config import DEFAULT
-from moma.methods.moma.masks import Grid
-from moma.training.stage1 import LORA_LAYERS
+from moma.methods.moma.training import LORA_LAYERS
 
 GB = 1e9
 FROZEN, TRAINED = 2, 16  # bytes per parameter: bf16; float32 with gradient and AdamW's two averages
@@ -94,7 +94,7 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
                 embedding = torch.empty(batch, cfg.adapter.embed_dim)
                 label, beta = torch.zeros(batch, cfg.text_tokens), torch.ones(batch)
                 method = replace(DEFAULT, attention="fused")
-                cond = condition_rows(adapter, embedding, text, label, reference, beta, method)
+                cond = condition_rows(adapter, embedding, text, None, label, reference, beta, method)
                 m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
                 hook = MoMAHook(cond, True, m_gen, {grid: _gate(batch, grid, cfg) for grid in set(grids)})
                 eps, _ = unet(x, torch.zeros(batch), text, hook)
@@ -106,7 +106,7 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
 def _gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
     """A gate with the shapes of a grid."""
     tokens = grid[0] * grid[1]
-    asked = queries_asked(int(cfg.subject_share * tokens), tokens)
+    asked = gathered_queries(int(cfg.subject_share * tokens), tokens)
     m_gen = torch.ones(batch, 1, tokens if asked is None else asked, 1, dtype=torch.bfloat16)
     return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
 

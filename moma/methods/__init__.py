@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moma.methods.ip_adapter import IPAdapterMethod
+from moma.methods.ip_adapter import IPAdapterMethod, IPAdapterTraining
 from moma.methods.moma.method import MoMA
+from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.methods.reference_attention import ReferenceAttention
 from moma.methods.text import TextToImage
-from moma.sampling.interface import Method
+from moma.sampling.interface import Method, Training
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,12 @@ class Entry:
     method: type[Method]
     title: str  # for people
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of its config, for ablations
+    trainings: Mapping[str, type[Training]] = field(default_factory=dict)  # by stage, "" = the only
 
 
 METHODS: dict[str, Entry] = {
-    "moma": Entry(MoMA, "MoMA"),
-    "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter"),
+    "moma": Entry(MoMA, "MoMA", trainings={"stage1": DecoderTraining, "stage2": AdapterTraining}),
+    "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter", trainings={"": IPAdapterTraining}),
     "text": Entry(TextToImage, "text only"),
     "reference-attention": Entry(ReferenceAttention, "reference attention"),
     # The ablation of Table 3: how much of M_gen acts, the rest being 1.
@@ -34,13 +36,21 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def register(name: str, method: type[Method], title: str | None = None, **overrides: Any) -> None:
+def register(
+    name: str,
+    method: type[Method],
+    title: str | None = None,
+    *,
+    trainings: Mapping[str, type[Training]] | None = None,
+    **overrides: Any,
+) -> None:
     """Add a method to the registry, so that every command and the Python API know it.
 
     Args:
         name: on the command line.
         method: its class.
         title: for people; None = the name.
+        trainings: stage -> training, for `train.py NAME:STAGE`; "" for the only one, `train.py NAME`.
         overrides: fields of its config that are always set.
 
     Raises:
@@ -48,7 +58,7 @@ def register(name: str, method: type[Method], title: str | None = None, **overri
     """
     if name in METHODS:
         raise ValueError(f"method {name!r}: is registered already")
-    METHODS[name] = Entry(method, title or name, overrides)
+    METHODS[name] = Entry(method, title or name, overrides, trainings or {})
 
 
 def find_method(name: str) -> Entry:
@@ -56,3 +66,12 @@ def find_method(name: str) -> Entry:
     if name not in METHODS:
         raise ValueError(f"method {name!r}: expected one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def all_trainings() -> dict[str, tuple[str, type[Training]]]:
+    """Every training by its name on the command line, METHOD or METHOD:STAGE, with its method's name."""
+    return {
+        f"{name}:{stage}" if stage else name: (name, training)
+        for name, entry in METHODS.items()
+        for stage, training in entry.trainings.items()
+    }

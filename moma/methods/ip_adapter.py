@@ -7,8 +7,8 @@ Letters: B images, R rows of a UNet call, H heads, N tokens of a layer, T text t
 D channels per head, E embedding.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,11 +20,13 @@ from models.clip_image import clip_image
 from models.unet import Grid, KeysValues, UNetConfig, attention_layers
 from moma.inputs.preprocess import Reference, on_white
 from moma.methods.moma.adapter import AdapterConfig, ContextProjection, Projector, context_keys_values
+from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.training import check_embeddings, start_adapter
 from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, TextToImage, half
 from moma.sampling.base import NETWORKS, Base
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_types
 from moma.sampling.diffusion import SolverStep
-from moma.sampling.interface import Runtime, State, StepInputs
+from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime, State, StepInputs
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,75 @@ class ImageConditioning(TextConditioning):
 
     def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
         return self
+
+
+# --- training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IPAdapterTrainingConfig:
+    """Options of the training."""
+
+    # "base": a new projector, and the base's text K, V as context K, V; "ip_adapter": continue with the
+    # bundle's.
+    init: Literal["base", "ip_adapter"] = field(
+        default="base", metadata={"help": "start from the base's K, V or from the bundle's IP-Adapter"}
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+class IPAdapterTraining(DenoisingTraining):
+    """Eq. 1 of MoMA without masks and without a reference pass, on LLaVA's image tower."""
+
+    Config = IPAdapterTrainingConfig
+    about = "an IP-Adapter on LLaVA's image tower: projector and context K, V"
+    fixed: ClassVar[Mapping[str, Any]] = {"image": "white", "encoder": "vision"}
+    embedding, embedding_networks = "clip", ("vision",)
+    trained = ("adapter.",)
+
+    def __init__(
+        self,
+        base: Base,
+        weights: Any,
+        config: IPAdapterTrainingConfig,
+        method: IPAdapterConfig,
+        seed: int,
+    ) -> None:
+        super().__init__(base, weights, config, method, seed)
+        start = start_adapter(weights, (), token=False, seed=seed)  # where MoMA's stage 2 starts
+        start.init_from_base(base.unet, DEFAULT)
+        again = config.init == "ip_adapter"
+        self.adapter = IPAdapter(weights.config("ip_adapter") if again else start.cfg, base.unet.cfg)
+        state = weights.state("ip_adapter") if again else start.state_dict()
+        self.adapter.load_state_dict({name: state[name].float() for name in self.adapter.state_dict()})
+        self.adapter.to(base.device)
+
+    @classmethod
+    def check(cls, weights: Any, config: IPAdapterTrainingConfig, method: IPAdapterConfig) -> None:
+        if config.init == "ip_adapter":
+            weights.config("ip_adapter")
+        check_embeddings(weights, "ip_adapter" if config.init == "ip_adapter" else "adapter")
+
+    @classmethod
+    def load_embedder(
+        cls, runtime: Runtime, method: IPAdapterConfig
+    ) -> Callable[[Tensor, Sequence[str], Sequence[str]], Tensor]:
+        vision = runtime.weights.build("vision", runtime.device, runtime.dtype).eval().requires_grad_(False)
+        return lambda white, words, prompts: vision(white)[1]  # (B, E)
+
+    def inputs(self, batch: Batch) -> StepInputs:
+        context, text = self.adapter(batch["embedding"]), batch["text"]
+        return StepInputs(text, hook=ImageConditioning(text, None, context, scale=1.0))
+
+    def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[ImageSubject]:
+        embeddings = batch["embedding"].split(1)  # (1, E) each
+        return [ImageSubject(word, None, one) for word, one in zip(words, embeddings, strict=True)]
+
+    def drawing(self) -> IPAdapterMethod:
+        return IPAdapterMethod(self.base, None, self.adapter, self.method)
+
+    def export(self) -> Export:
+        tensors = dict(self.adapter.named_parameters())
+        return Export({"ip_adapter": (self.adapter.cfg, tensors)}, methods={"ip-adapter": self.fixed})

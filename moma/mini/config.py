@@ -183,15 +183,17 @@ class MiniConfig:
     # it copies from the same place of the reference, whatever the image shows there.
     stage2_options: tuple[str, ...] = (
         "--steps", "1200", "--lr", "8e-3", "--ema", "0.99", "--set", "weight_decay=0",
-        "--set", "schedule=cosine", "--set", "warmup=20", "--set", "attention=explicit",
-        "--set", "snr_gamma=0.01", "--set", "reference_shift=4",
+        "--set", "schedule=cosine", "--set", "warmup=20", "--set", "snr_gamma=0.01",
     )  # fmt: skip
-    # Trained for comparison in the report: name -> options of train.py stage2.
+    adapter_options: tuple[str, ...] = ("--set", "attention=explicit", "--set", "reference_shift=4")  # MoMA's
+    # Trained for comparison in the report: name -> training and options of train.py.
     variants: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {
-            "ip_adapter": ("--set", "parts=ip_adapter", "--set", "embedding=clip"),
-            "white": ("--set", "reference_background=white"),
-            "pairs": ("--data", "{work}/pairs"),  # the target is another render of the reference's subject
-            "still": ("--set", "reference_shift=0"),  # the target is the reference itself, at the same place
+            "ip_adapter": ("ip-adapter",),
+            "white": ("moma:stage2", "--set", "reference_background=white"),
+            # The target is another render of the reference's subject.
+            "pairs": ("moma:stage2", "--data", "{work}/pairs"),
+            # The target is the reference itself, at the same place.
+            "still": ("moma:stage2", "--set", "reference_shift=0"),
         }
     )

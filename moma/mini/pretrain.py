@@ -1,7 +1,7 @@
 """The whole recipe of MoMA-mini: `python -m moma.mini.pretrain --work DIR --out weights/mini`.
 
-Renders the world, trains every frozen network from scratch, then runs `train.py stage1` and `train.py stage2`
-on shards of triplets as for any other data. An interrupted stage resumes. Most stages have a gate, numbers
+Renders the world, trains every frozen network from scratch, then runs `train.py` on shards of triplets as for
+any other data. An interrupted stage resumes. Most stages have a gate, numbers
 that they must reach before the next one begins. Under torchrun the ranks train together and rank 0 does the
 rest; on CPUs, one process per core is fastest.
 
@@ -36,6 +36,7 @@ from moma.app.sheets import Cell, contact_sheet
 from moma.data.shards import ShardWriter
 from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
+from moma.methods.moma.training import refuse_quantised
 from moma.methods.prompts import sd_prompt
 from moma.mini import SOURCE
 from moma.mini.config import MiniConfig
@@ -54,7 +55,6 @@ from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.sampler import TextOnly, denoise
 from moma.training.checkpoint import check_same, checkpoints
-from moma.training.common import refuse_quantised
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
@@ -249,17 +249,18 @@ def base(work: Workspace) -> None:
 def stage1(work: Workspace) -> None:
     """The feature decoder (Eq. 4), trained by train.py."""
     bundle, out = work.folder / "base", work.folder / "stage1"
-    _run_training("stage1", work, bundle, out, work.cfg.stage1_options)
+    _run_training("moma:stage1", work, bundle, out, work.cfg.stage1_options)
     work.once(lambda: _put_in(out / EXPORT, bundle, work.folder / "decoder"))
 
 
 def stage2(work: Workspace) -> None:
     """The adapter (Eq. 1) and the variants that the report compares it with, trained by train.py."""
     folder, bundle = work.folder, work.folder / "decoder"
-    for name, options in {"moma": (), **work.cfg.variants}.items():
-        own = [option.format(work=folder) for option in options]
+    for name, (training, *options) in {"moma": ("moma:stage2",), **work.cfg.variants}.items():
+        shared = work.cfg.adapter_options if training == "moma:stage2" else ()
+        own = [*shared, *(option.format(work=folder) for option in options)]
         given = (*work.cfg.stage2_options, *own, "--cache", str(folder / "caches" / name))
-        _run_training("stage2", work, bundle, folder / "stage2" / name, given)
+        _run_training(training, work, bundle, folder / "stage2" / name, given)
         work.once(partial(_put_in, folder / "stage2" / name / EXPORT, bundle, folder / "bundles" / name))
 
 
@@ -449,12 +450,12 @@ def _write_triplets(work: Workspace) -> None:
                 shards.add(key, image, "png", mask, *words, reference=reference)
 
 
-def _run_training(stage: str, work: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
-    """`python train.py STAGE ...` on all ranks; SystemExit if it fails."""
+def _run_training(training: str, work: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
+    """`python train.py TRAINING ...` on all ranks; SystemExit if it fails."""
     given = {"--bundle": bundle, "--data": work.folder / "triplets", "--out": out}
     given |= {"--batch-size": work.share_of(work.cfg.stage_batch), "--device": work.ranks.device.type}
     texts = [str(part) for option in given.items() for part in option]
-    if train.run([stage, "--resume", *texts, *options]):
+    if train.run([training, "--resume", *texts, *options]):
         raise SystemExit(2)
 
 

@@ -37,7 +37,6 @@ from moma.sampling.config import SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.pipeline import Job, MoMA, Result, Subject, to_images
 from moma.sampling.sampler import Guide
-from moma.training.cache import clip_embedding
 from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
@@ -130,7 +129,7 @@ def clip_context(pipe: MoMA, subject: Subject, text: str) -> Tensor:
     """The baseline's embedding (1, E): CLIP's of the reference on white, for any text."""
     tower = pipe.llava.tower
     pixels = clip_image(subject.reference.white, tower.cfg.image_size)[None]  # (1, 3, S, S)
-    return clip_embedding(tower, pixels.to(pipe.device, pipe.dtype))
+    return tower(pixels.to(pipe.device, pipe.dtype))[1]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ T text tokens, C text width, P pooled width, A added conditioning, Z latent chan
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -156,7 +156,6 @@ class Method(ABC):
     subjects: ClassVar[range]  # how many an image may have
     # Networks of its own, beside the public ones: name -> (config dataclass, build(config, UNetConfig)).
     own_networks: ClassVar[Mapping[str, tuple[type, Any]]] = {}
-    trainings: ClassVar[Mapping[str, Any]] = {}  # stage -> `Training`, "" if there is only one
 
     config: Any
     base: Any  # `moma.sampling.base.Base`
@@ -302,12 +301,148 @@ class ResumeState(Protocol):
 Batch = dict[str, Any]  # tensors with a leading B, or lists of B things
 
 
-class Trainable(Protocol):
-    """One training of a method. `train.py METHOD[:STAGE]` runs it through the one loop."""
+class Export(NamedTuple):
+    """What a training hands to a bundle."""
 
-    model: nn.Module  # model(batch) -> the loss of each sample, float32 (B,)
-    trained: Sequence[str]  # beginnings of the names of `model`'s parameters that are trained
+    networks: Mapping[str, tuple[Any, Mapping[str, Tensor]]]  # name -> config dataclass, tensors
+    method: Mapping[str, Any] = {}  # for the bundle's `method`, the fields that MoMA shares with others
+    methods: Mapping[str, Mapping[str, Any]] = {}  # name of a method -> fields of its config
 
-    def export(self) -> tuple[dict[str, tuple[Any, Mapping[str, Tensor]]], Any]:
-        """Networks for a bundle: name -> (config dataclass, tensors), and the method's config to draw
-        with."""
+
+class Training(nn.Module, ABC):
+    """One training of a method, `train.py METHOD[:STAGE]`; its parameters are the method's and frozen ones.
+
+    A subclass is a `DenoisingTraining` or a `FeatureTraining` and has a line in the registry
+    (`moma.methods`).
+    """
+
+    Config: ClassVar[type]  # a frozen dataclass of its own options
+    about: ClassVar[str]  # for `train.py --help`
+    # Fields of the method's config that it decides itself.
+    fixed: ClassVar[Mapping[str, Any]] = {}
+
+    config: Any
+    method: Any  # the method's config
+    trained: Sequence[str]  # beginnings of the names of its trained parameters, which are float32
+    shards: Sequence[nn.Module] = ()  # submodules that FSDP2 cuts up; () = the model stays whole, under DDP
+
+    @classmethod
+    def check(cls, weights: Any, config: Any, method: Any) -> None:
+        """ValueError for a bundle that it cannot start from; reads no weights.
+
+        Args:
+            weights: the bundle (`Weights`).
+            config: of the training.
+            method: the method's config.
+        """
+
+    @classmethod
+    def learning_rate(cls, config: Any) -> float:
+        """The default; IP-Adapter's."""
+        return 1e-4
+
+    @abstractmethod
+    def export(self) -> Export:
+        """What it has trained."""
+
+
+class DenoisingTraining(Training):
+    """Eq. 1: a method learns to denoise images on a frozen base.
+
+    The frozen networks read the data once, into a cache. A batch then has, on the device:
+
+        text, label        text states (B, T, C) of the sample's prompt and of its word alone
+        embedding          (B, E) of the reference, zeroed in some samples; if the training asks for it
+        m_gen              the target's mask, float32 (B, 1, S, S) in {0, 1}
+        t                  timesteps (B,)
+        ref_mean, ref_std  the autoencoder's posterior of the reference, (B, Z, h, w)
+        m_ref              its mask, float32 (B, 1, S, S) in {0, 1}
+        ref_posterior_noise, ref_noise  float32 (B, Z, h, w)
+        number             (B,), of the sample in the run
+
+    and what `draw` adds.
+    """
+
+    # The image embedding that it needs, by a name that caches keep; None: it needs none.
+    embedding: ClassVar[str | None] = None
+    embedding_networks: ClassVar[Sequence[str]] = ()  # of the bundle, that make it
+
+    def __init__(self, base: Any, weights: Any, config: Any, method: Any, seed: int) -> None:
+        """A subclass builds its networks here, on the CPU.
+
+        Args:
+            base: `moma.sampling.base.Base`, frozen.
+            weights: the bundle.
+            config: of the training.
+            method: the method's config.
+            seed: of new weights.
+        """
+        super().__init__()
+        self.base, self.config, self.method = base, config, method
+
+    @classmethod
+    def embedding_identity(cls, weights: Any, method: Any) -> dict[str, Any]:
+        """What else the embeddings depend on, besides `embedding_networks`; JSON."""
+        return {}
+
+    @classmethod
+    def load_embedder(
+        cls, runtime: Runtime, method: Any
+    ) -> Callable[[Tensor, Sequence[str], Sequence[str]], Tensor]:
+        """What makes the embeddings.
+
+        Args:
+            runtime: weights and machine.
+            method: the method's config.
+
+        Returns:
+            A function of B subjects on white as the image tower takes them (B, 3, s, s), their words and
+            their prompts, that gives (B, E).
+        """
+        raise NotImplementedError(f"{cls.__name__} needs no embedding")
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random numbers of one sample, from its own generator; their batch is stacked."""
+        return {}
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> StepInputs:
+        """What the UNet gets beside the noised latents, of B rows."""
+
+    @abstractmethod
+    def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[Any]:
+        """The B subjects of a batch as `Method.encode_reference` gives them, to draw them for `prompts`."""
+
+    @abstractmethod
+    def drawing(self) -> Method:
+        """The method with the weights as they are."""
+
+
+class FeatureTraining(Training):
+    """A method's own loss on images, which its workers read anew in each epoch."""
+
+    def __init__(self, runtime: Runtime, config: Any, method: Any, seed: int) -> None:
+        """A subclass builds its networks here, on the device.
+
+        Args:
+            runtime: weights and machine; its dtype is that of frozen networks.
+            config: of the training.
+            method: the method's config.
+            seed: of new weights.
+        """
+        super().__init__()
+        self.config, self.method = config, method
+
+    @classmethod
+    @abstractmethod
+    def reader(cls, weights: Any, config: Any, method: Any) -> Callable[[Any, Any, str, str], dict[str, Any]]:
+        """What reads a sample in the data's workers; it can be pickled.
+
+        Returns:
+            A function of target and reference (`moma.inputs.preprocess.Reference`), word and prompt that
+            gives what a batch stacks (tensors) or lists (anything else).
+        """
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of each sample, float32 (B,). Under FSDP2 every call must use every trained parameter."""

@@ -1,1 +1,1 @@
-"""Training of MoMA (Sec. 3.4): the loop, checkpoints, ranks, and the two stages."""
+"""Training (Sec. 3.4): the loop, checkpoints, ranks, and the two kinds of training that methods have."""

@@ -1,44 +1,40 @@
-"""What the frozen networks make of a data set, computed once: stage 2 then never holds the MLLM.
+"""What the frozen networks make of a data set, computed once: a training then never holds an MLLM.
 
     cache.json                           what it was made of (`identity`) and, when complete, what it holds
     samples-<shard>-<part>.safetensors   embeddings, latents, masks and names of some samples
     texts-<part>.safetensors             text states of the distinct texts, sorted
 
-Every file appears when it is complete, so that an interrupted build goes on, and several ranks share one.
+Every file appears when it is complete, so that an interrupted build continues, and several ranks share one.
 
-Letters: B samples, P images, Z latent channels, h w latents, S side of an image, T text tokens,
-E embedding.
+Letters: B samples, P images, Z latent channels, h w latents, S side of an image, s side of the image tower's,
+T text tokens, E embedding.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.clip import CLIPVision
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import write_text
 from moma.data.triplets import Source, load
-from moma.methods.moma.config import MethodConfig
-from moma.methods.moma.feature_decoder import FeatureDecoder, instruction
+from moma.inputs.preprocess import ReferenceConfig
 from moma.methods.prompts import sd_prompt
+from moma.sampling.interface import DenoisingTraining, Runtime
 from moma.training.common import Prepare, Sample, to_pixels
 from moma.weights.bundle import Bundle
 
 MANIFEST, VERSION = "cache.json", 1
-Embedding = Literal["decoder", "clip"]
-# Fields of MethodConfig that the cached tensors depend on.
-METHOD = ("reference_background", "mask_binarise_above", "empty_mask", "geometry")
-DECODER_METHOD = ("template", "mllm_layers")  # the same, where the decoder makes the embeddings
+NETWORKS = ("vae", "text")  # that every cache depends on
 
 
 @dataclass(frozen=True)
@@ -47,45 +43,36 @@ class CacheConfig:
 
     part: int = 1024  # samples per file: what a crash costs at most, and a rank's unit of work
     batch: int = 16  # samples per call of a network
-    workers: int = 4  # threads that decode images; PIL lets go of Python's lock
+    workers: int = 4  # threads that decode images; PIL releases Python's lock
     memory: int = 8_000_000_000  # bytes per rank; a larger cache stays mapped on the disk
-
-
-def clip_embedding(vision: CLIPVision, pixels: Tensor) -> Tensor:
-    """The CLIP image embedding of Eq. 4's space: pixels (B, 3, s, s) of `clip_image` -> (B, E)."""
-    return vision.pool(vision.hidden(pixels))  # (B, E)
 
 
 class Encoder:
     """The frozen networks of a bundle, as functions of prepared samples."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        method: MethodConfig,
-        embedding: Embedding,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        def build(name: str) -> Any:
-            return bundle.build(name, device, dtype).eval().requires_grad_(False)
+    def __init__(self, kind: type[DenoisingTraining], runtime: Runtime, method: Any) -> None:
+        """Load them.
 
-        self.method, self.device, self.dtype = method, device, dtype
-        self.vae, self.text, self.clip_tokenizer = build("vae"), build("text"), bundle.clip_tokenizer()
-        if embedding == "clip":
-            self.vision = build("vision")
-        else:
-            self.decoder = FeatureDecoder(build("llava"), build("adapter"), bundle.llama_tokenizer(), method)
-        self.embed = self._clip if embedding == "clip" else self._decode
+        Args:
+            kind: of training, which says what embeddings it needs.
+            runtime: weights and machine.
+            method: the method's config.
+        """
+        self.device, self.dtype = runtime.device, runtime.dtype
+        self.vae, self.text = (
+            runtime.weights.build(name, self.device, self.dtype).eval().requires_grad_(False)
+            for name in NETWORKS
+        )
+        self.tokenizer = runtime.weights.clip_tokenizer()
+        self.embedder = kind.load_embedder(runtime, method) if kind.embedding else None
 
-    def _clip(self, samples: Sequence[Sample]) -> Tensor:
-        return clip_embedding(self.vision, self._stack([sample.white for sample in samples]))  # (B, E)
-
-    def _decode(self, samples: Sequence[Sample]) -> Tensor:
-        """The decoder's embeddings (Sec. 3.2), (B, E)."""
-        pixels = self._stack([sample.white for sample in samples])  # (B, 3, s, s)
-        texts = [instruction(s.label, s.caption, self.method.template) for s in samples]
-        return self.decoder.embed(self.decoder.llava.encode_images(pixels), texts)  # (B, E)
+    def embed(self, samples: Sequence[Sample]) -> Tensor:
+        """Image embeddings (B, E); E = 0 where the training needs none."""
+        if self.embedder is None:
+            return torch.empty(len(samples), 0)
+        white = torch.stack([sample.white for sample in samples])  # (B, 3, s, s)
+        words, prompts = ([getattr(s, name) for s in samples] for name in ("label", "caption"))
+        return self.embedder(white.to(self.device, self.dtype), words, prompts)  # (B, E)
 
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
@@ -93,36 +80,41 @@ class Encoder:
 
     def states(self, texts: Sequence[str]) -> Tensor:
         """Text states (B, T, context_dim)."""
-        return self.text(self.clip_tokenizer.ids(texts).to(self.device))[0]
-
-    def _stack(self, pixels: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(pixels)).to(self.device, self.dtype)  # (B, 3, s, s)
+        return self.text(self.tokenizer.ids(texts).to(self.device))[0]
 
 
 # --- what a cache belongs to --------------------------------------------------------------------------
 
 
 def identity(
+    kind: type[DenoisingTraining],
     bundle: Bundle,
     fingerprint: str,
-    method: MethodConfig,
-    embedding: Embedding,
+    method: ReferenceConfig,
     dtype: torch.dtype,
     cfg: CacheConfig,
 ) -> dict[str, Any]:
-    """All that the tensors of a cache depend on; JSON."""
-    networks, fields, decoder = ("vae", "text", "vision"), METHOD, {}
-    if embedding == "decoder":
-        networks, fields = (*networks, "llava"), (*METHOD, *DECODER_METHOD)
-        decoder = {"adapter's mapping and token": _decoder_hash(bundle)}
+    """All that the tensors of a cache depend on; JSON.
+
+    Args:
+        kind: of training.
+        bundle: with the frozen networks.
+        fingerprint: of the data.
+        method: the method's config.
+        dtype: of the networks.
+        cfg: how the cache is made.
+
+    Raises:
+        ValueError: for a bundle that lacks a network.
+    """
     return {
         "version": VERSION,
         "data": fingerprint,
-        **{name: _weights(bundle, name) for name in networks},
-        **decoder,
-        **{name: getattr(method, name) for name in fields},
+        **{name: _weights(bundle, name) for name in (*NETWORKS, *kind.embedding_networks)},
+        **kind.embedding_identity(bundle, method),
+        **{field.name: getattr(method, field.name) for field in fields(ReferenceConfig)},
         "image size": bundle.image_size,
-        "embedding": embedding,
+        "embedding": kind.embedding,
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
     }
@@ -133,18 +125,8 @@ def _weights(bundle: Bundle, name: str) -> str:
     return sha256(json.dumps(bundle.networks[name]["sha256"], sort_keys=True).encode()).hexdigest()
 
 
-def _decoder_hash(bundle: Bundle) -> str:
-    """Of the adapter's tensors that the decoder uses: stage 2 changes the others."""
-    digest = sha256()
-    for name, tensor in sorted(bundle.tensors("adapter").items()):
-        if name.startswith(("mapping.", "token")):
-            digest.update(name.encode())
-            digest.update(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the cache in `folder`, None if there is none. ValueError if it is of something else."""
+def _check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the cache in `folder`, None if there is none; ValueError if it is of something else."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -152,9 +134,7 @@ def check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] 
     found = manifest["identity"]
     if other := [name for name in expected | found if found.get(name) != expected.get(name)]:
         changes = ", ".join(f"{name} ({_short(found, name)}, now {_short(expected, name)})" for name in other)
-        raise ValueError(
-            f"cache {folder}: made with another {changes}; delete it to build it anew, or give another folder"
-        )
+        raise ValueError(f"cache {folder}: made with another {changes}; delete it, or give another folder")
     return manifest
 
 
@@ -176,17 +156,28 @@ def build_cache(
     world: int = 1,
     wait: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Complete the cache in `folder`; does nothing if it is.
+    """Complete the cache in `folder`; does nothing if it is complete.
 
-    expected: its `identity`; encoder: makes the networks, called if there is something to compute; rank,
-    world: this process among those that build together; wait: returns when all of them have called it.
+    Args:
+        folder: of the cache.
+        expected: its `identity`.
+        source: the data.
+        prepare: makes samples of it.
+        encoder: loads the networks, called if there is something to compute.
+        cfg: how the cache is made.
+        rank: of this process among those that build together.
+        world: their number.
+        wait: returns when all of them have called it.
+
+    Raises:
+        ValueError: for a cache of something else, or data without a usable sample.
     """
-    manifest = check_identity(folder, expected)
+    manifest = _check_identity(folder, expected)
     if manifest is not None and "samples" in manifest:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        _write_json(folder / MANIFEST, {"identity": dict(expected)})
+        _write_manifest(folder, {"identity": dict(expected)})
     networks = encoder()
     with ThreadPoolExecutor(max(1, cfg.workers)) as pool, tqdm(unit=" samples", disable=rank > 0) as bar:
         todo = partial(_try, source, prepare)
@@ -197,9 +188,9 @@ def build_cache(
     wait()
     names = {path.name: _names(path) for path in sorted(folder.glob("samples-*.safetensors"))}
     texts = sorted({text for name in names.values() for sample in name["samples"] for text in _texts(sample)})
-    for i, part in enumerate(chunks(texts, cfg.part)):
+    for i, part in enumerate(_chunks(texts, cfg.part)):
         if i % world == rank and not (folder / f"texts-{i:05}.safetensors").is_file():
-            states = torch.cat([networks.states(some) for some in chunks(part, cfg.batch)])  # (n, T, C)
+            states = torch.cat([networks.states(some) for some in _chunks(part, cfg.batch)])  # (n, T, C)
             save_tensors(folder, f"texts-{i:05}", {"states": states})
     wait()
     counts = {name: len(content["samples"]) for name, content in names.items()}
@@ -210,12 +201,12 @@ def build_cache(
     if rank == 0:
         if skipped:
             tqdm.write(f"{folder}: {len(skipped)} samples left out, e.g. {example}")
-        _write_json(folder / MANIFEST, {"identity": dict(expected), "samples": counts, "skipped": skipped})
+        _write_manifest(folder, {"identity": dict(expected), "samples": counts, "skipped": skipped})
     wait()
 
 
-def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """`size` items at a time, the last time what is left."""
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """`size` items at a time, the last time fewer."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -224,7 +215,7 @@ def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _parts(source: Source, size: int) -> Iterator[tuple[str, Sequence[Any]]]:
     """The data in pieces of up to `size` undecoded samples, each with the name of its file."""
     for shard in range(len(source.shards)):
-        for i, raws in enumerate(chunks(source.read(shard), size)):
+        for i, raws in enumerate(_chunks(source.read(shard), size)):
             yield f"samples-{shard:05}-{i:05}", raws
 
 
@@ -238,12 +229,12 @@ def _try(source: Source, prepare: Prepare, raw: Any) -> Sample | tuple[str, str]
 
 @torch.no_grad()
 def _write_part(folder: Path, stem: str, networks: Encoder, found: Sequence[Any], cfg: CacheConfig) -> None:
-    """One file. Images are kept once: a sample's target and reference are rows of the same table."""
+    """One file. Images are stored once: a sample's target and reference are rows of the same table."""
     samples = [sample for sample in found if isinstance(sample, Sample)]
     skipped = [pair for pair in found if not isinstance(pair, Sample)]
     rows: dict[str, list[Any]] = {name: [] for name in ("embedding", "mean", "std", "mask")}
     target, reference, count = [], [], 0
-    for some in chunks(samples, cfg.batch):
+    for some in _chunks(samples, cfg.batch):
         rows["embedding"].append(networks.embed(some))  # (B, E)
         images = []
         for sample in some:
@@ -263,8 +254,8 @@ def _write_part(folder: Path, stem: str, networks: Encoder, found: Sequence[Any]
     save_tensors(folder, stem, tensors | {"names": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
+def _write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    write_text(folder / MANIFEST, json.dumps(data, indent=1, ensure_ascii=False))
 
 
 def _names(path: Path) -> dict[str, Any]:
@@ -291,10 +282,10 @@ class _Table:
         """index (B,) int64 -> (B, ...)."""
         if len(self.parts) == 1:
             return self.parts[0].index_select(0, index)
-        place = torch.bucketize(index, self.ends, right=True)  # (B,)
+        file = torch.bucketize(index, self.ends, right=True)  # (B,)
         out = torch.empty(len(index), *self.parts[0].shape[1:], dtype=self.parts[0].dtype)
-        for i in place.unique().tolist():
-            here = place == i
+        for i in file.unique().tolist():
+            here = file == i
             start = int(self.ends[i]) - len(self.parts[i])
             out[here] = self.parts[i].index_select(0, index[here] - start)
         return out
@@ -304,8 +295,8 @@ class Cache:
     """A complete cache, random access by sample number."""
 
     def __init__(self, folder: Path, expected: Mapping[str, Any], cfg: CacheConfig) -> None:
-        """ValueError if it is incomplete or was made of something else than `expected`."""
-        manifest = check_identity(folder, expected)
+        """ValueError if it is incomplete or its identity is not `expected`."""
+        manifest = _check_identity(folder, expected)
         if manifest is None or "samples" not in manifest:
             raise ValueError(f"cache {folder}: incomplete, build it first")
         files = [folder / name for name, count in manifest["samples"].items() if count]
@@ -336,10 +327,14 @@ class Cache:
         return len(self.names)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """Samples `index` (B,) int64, in the order of the data.
+        """Some samples.
 
-        embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
-        m_gen, m_ref (B, S * S / 8), packed; text, label (B, T, context_dim).
+        Args:
+            index: (B,) int64, in the order of the data.
+
+        Returns:
+            embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
+            m_gen, m_ref (B, S * S / 8), packed; text, label (B, T, context_dim).
         """
         target, reference, tables = self.target[index], self.reference[index], self.tables
         return {

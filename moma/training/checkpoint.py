@@ -1,14 +1,14 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
     <out>/checkpoints/step-00001000/
-        state.json             step, data position, identity of the run, validation loss, sizes of the files
+        state.json             step, data position, identity of the run, validation loss, file sizes
         model.safetensors      the trained parameters (float32) and the model's buffers, whole tensors
-        average.safetensors    their average, where there is one
+        average.safetensors    their average, if one is kept
         optimizer.safetensors  AdamW's state as <parameter>.<exp_avg|exp_avg_sq|step>
         random.safetensors     state of each rank's generators
 
-A folder of that name is complete: it is filled and flushed to the disk under another name, then renamed. The
-files do not depend on the ranks that wrote them. The learning rate follows from the step and is not stored.
+A folder of that name is complete: it is written and flushed under another name, then renamed. The files do
+not depend on the ranks that wrote them. The learning rate follows from the step and is not stored.
 """
 
 import json
@@ -35,7 +35,7 @@ DIFFERENCES = 4  # spelled out in an error
 
 @dataclass(frozen=True)
 class TrainState:
-    """What the training changes. Keys: names in `Task.model`; values: under FSDP2, this rank's parts."""
+    """What the training changes. Keys: names in `Task.model`; values: under FSDP2, this rank's shards."""
 
     weights: dict[str, nn.Parameter]  # the trained ones, float32
     buffers: dict[str, Tensor]
@@ -43,7 +43,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer  # over the weights in this order
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """File stem -> tensors, as they are now. A weight without any gradient so far has no state."""
+        """File stem -> tensors. A weight that never had a gradient has no optimizer state."""
         states = {name: self.optimizer.state.get(weight, {}) for name, weight in self.weights.items()}
         optimizer = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
         return {"model": {**self.weights, **self.buffers}, "average": self.average, "optimizer": optimizer}
@@ -69,7 +69,7 @@ class Saved:
 
 
 def read_state(folder: Path) -> Saved:
-    """ValueError for a folder that is no whole checkpoint."""
+    """Open a checkpoint; ValueError for an incomplete or damaged one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
@@ -84,7 +84,7 @@ def read_state(folder: Path) -> Saved:
 
 
 def checkpoints(out: Path) -> list[Saved]:
-    """The whole ones of a run, the oldest first. ValueError if there are some and all of them are damaged."""
+    """The complete checkpoints of a run, oldest first; ValueError if there are some and all are damaged."""
     found, damage = [], None
     for folder in sorted((out / "checkpoints").glob("step-*")):
         try:
@@ -97,13 +97,19 @@ def checkpoints(out: Path) -> list[Saved]:
 
 
 def best(saved: list[Saved]) -> Saved | None:
-    """The one with the lowest validation loss."""
-    judged = [one for one in saved if one.validation is not None]
-    return min(judged, key=lambda one: one.validation, default=None)
+    """The checkpoint with the lowest validation loss, None without any."""
+    validated = [one for one in saved if one.validation is not None]
+    return min(validated, key=lambda one: one.validation, default=None)
 
 
 def check_same(saved: Saved, identity: Mapping[str, Any], steps: int) -> None:
-    """ValueError if a run of this identity and length is not the checkpoint's, naming the differences."""
+    """ValueError, naming the differences, if a run cannot continue from a checkpoint.
+
+    Args:
+        saved: the checkpoint.
+        identity: of the run.
+        steps: of the run in all.
+    """
     if listed := differences(saved.identity, identity):
         raise ValueError(f"{saved.folder}: of another run: {listed}; undo that or change --out")
     if saved.step > steps:
@@ -111,7 +117,7 @@ def check_same(saved: Saved, identity: Mapping[str, Any], steps: int) -> None:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between settings read from JSON and others, some of it named; "" for nothing."""
+    """Name some differences between settings from JSON (then) and others (now); "" if they are the same."""
     then, now = _flat(then), _flat(json.loads(json.dumps(now)))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     listed = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:DIFFERENCES]]
@@ -129,20 +135,25 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def save(out: Path, trainee: TrainState, ranks: Ranks, state: Mapping[str, Any], keep_last: int) -> None:
-    """Write a checkpoint, then remove those that are neither among the last nor the best. On all ranks.
+def save(out: Path, state: TrainState, ranks: Ranks, about: Mapping[str, Any], keep_last: int) -> None:
+    """Write a checkpoint, then `prune`; on all ranks.
 
-    state: step, identity and validation of `Saved`, and this rank's position.
+    Args:
+        out: the run's folder.
+        state: what is saved.
+        ranks: this process and the others.
+        about: step, identity and validation of `Saved`, and this rank's position.
+        keep_last: number of checkpoints kept beside the best.
     """
-    positions = ranks.gather(state["position"])
+    positions = ranks.gather(about["position"])
     position = {key: max(p[key] for p in positions if key in p) for p in positions for key in p}
     generators = [pair for pairs in ranks.gather(_generators(ranks)) for pair in pairs.items()]
-    folder, files = out / "checkpoints" / f"step-{state['step']:08}", {}
+    folder, files = out / "checkpoints" / f"step-{about['step']:08}", {}
     with _appears_whole(folder, ranks) as part:
-        for stem, tensors in {**trainee.groups(), "random": dict(generators)}.items():
+        for stem, tensors in {**state.groups(), "random": dict(generators)}.items():
             held = {}
             for name, tensor in tensors.items():
-                values = whole(tensor)  # asks the other ranks for their parts
+                values = whole(tensor)  # gathers the other ranks' shards
                 if ranks.main:
                     held[name] = values.cpu().contiguous()
             if held:
@@ -150,14 +161,14 @@ def save(out: Path, trainee: TrainState, ranks: Ranks, state: Mapping[str, Any],
                 save_file(held, file)
                 files[file.name] = file.stat().st_size
         if ranks.main:
-            record = {"format": FORMAT, "version": VERSION, **state, "position": position, "files": files}
+            record = {"format": FORMAT, "version": VERSION, **about, "position": position, "files": files}
             (part / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if ranks.main:
         prune(out, keep_last)
 
 
 def _generators(ranks: Ranks) -> dict[str, Tensor]:
-    """State of torch's generators in this process; names with its rank."""
+    """States of torch's generators in this process, named by its rank."""
     states = {f"cpu.{ranks.rank}": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         states[f"cuda.{ranks.rank}"] = torch.cuda.get_rng_state(ranks.device)
@@ -166,7 +177,7 @@ def _generators(ranks: Ranks) -> dict[str, Tensor]:
 
 @contextmanager
 def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
-    """A hidden folder for rank 0 to fill, renamed to `folder` when everything in it has reached the disk."""
+    """Yield a hidden folder for rank 0 to fill; flush it to the disk and rename it to `folder`."""
     part = folder.with_name(f".{folder.name}.part")
     if not ranks.main:
         yield part
@@ -177,7 +188,7 @@ def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
         yield part
         for path in (*part.iterdir(), part):
             _flush(path)
-        if folder.exists():  # a damaged one: no other is written twice
+        if folder.exists():  # a damaged checkpoint: others are never written twice
             _remove(folder)
         os.rename(part, folder)
         _flush(folder.parent)
@@ -186,14 +197,14 @@ def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def _remove(folder: Path) -> None:
-    """Never leaves half a folder under its name."""
+    """Remove a folder so that its name never shows half of it."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
@@ -201,7 +212,7 @@ def _remove(folder: Path) -> None:
 
 
 def prune(out: Path, keep_last: int) -> None:
-    """Remove the checkpoints that are neither among the last nor the best, and what a killed run has left."""
+    """Remove checkpoints that are neither among the last nor the best, and what a killed run left."""
     found = checkpoints(out)
     keep = [*found[-keep_last:], best(found)]
     for one in found:
@@ -215,42 +226,51 @@ def prune(out: Path, keep_last: int) -> None:
 
 
 @torch.no_grad()
-def load(saved: Saved, trainee: TrainState, ranks: Ranks) -> None:
-    """Everything back in its place, on all ranks; rank 0 reads. ValueError for tensors of another model."""
-    stored = {stem: saved.tensors(stem) if ranks.main else {} for stem in (*trainee.groups(), "random")}
+def load(saved: Saved, state: TrainState, ranks: Ranks) -> None:
+    """Restore a checkpoint, on all ranks; rank 0 reads.
+
+    Args:
+        saved: the checkpoint.
+        state: to restore it to.
+        ranks: this process and the others.
+
+    Raises:
+        ValueError: for tensors of another model.
+    """
+    stored = {stem: saved.tensors(stem) if ranks.main else {} for stem in (*state.groups(), "random")}
 
     def read(stem: str, name: str, like: Tensor) -> Tensor:
-        values = (
-            stored[stem][name].read().clone() if ranks.main else torch.empty(like.shape, dtype=like.dtype)
-        )
-        return ranks.place(values, like)
+        values = torch.empty(like.shape, dtype=like.dtype)
+        if ranks.main:
+            values = stored[stem][name].read().clone()
+        return ranks.distribute(values, like)
 
     for stem in ("model", "average"):
         if ranks.main:
-            _check_fit(saved, stem, trainee.groups()[stem], stored[stem])
-        for name, tensor in trainee.groups()[stem].items():
+            _check_fit(saved, stem, state.groups()[stem], stored[stem])
+        for name, tensor in state.groups()[stem].items():
             tensor.copy_(read(stem, name, tensor))
 
     known, states = ranks.share(set(stored["optimizer"])), {}
-    for number, (name, weight) in enumerate(trainee.weights.items()):
-        # AdamW counts the steps of each weight, in a single number that nothing cuts up.
+    for number, (name, weight) in enumerate(state.weights.items()):
+        # AdamW's count of the steps of each weight is a single number and never sharded.
         likes = {"step": torch.zeros((), device=weight.device), "exp_avg": weight, "exp_avg_sq": weight}
         keys = [key for key in likes if f"{name}.{key}" in known]
         states[number] = {key: read("optimizer", f"{name}.{key}", likes[key]) for key in keys}
-    rules = trainee.optimizer.state_dict()["param_groups"]
-    states = {number: state for number, state in states.items() if state}
-    trainee.optimizer.load_state_dict({"state": states, "param_groups": rules})
+    groups = state.optimizer.state_dict()["param_groups"]
+    states = {number: one for number, one in states.items() if one}
+    state.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     random = ranks.share({name: tensor.read().clone() for name, tensor in stored["random"].items()})
-    if (state := random.get(f"cpu.{ranks.rank}")) is not None:
-        torch.set_rng_state(state)
-    if (state := random.get(f"cuda.{ranks.rank}")) is not None and ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(state, ranks.device)
+    if (generator := random.get(f"cpu.{ranks.rank}")) is not None:
+        torch.set_rng_state(generator)
+    if (generator := random.get(f"cuda.{ranks.rank}")) is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(generator, ranks.device)
 
 
 @torch.no_grad()
 def load_weights(saved: Saved, model: nn.Module) -> None:
-    """The trained parameters, averaged ones where there are, into a model on one process; for an export."""
+    """Load the trained parameters, averaged ones if there are, into a model on one process, for an export."""
     stem = "average" if saved.tensors("average") else "model"
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     stored = {

@@ -1,10 +1,9 @@
-"""What both stages do alike: images and texts of a sample, the adapter they start from, the export.
+"""What both kinds of training share: samples, the trained parameters, the export.
 
-Letters: S side of the square images, s side of the image tower's, E embedding.
+Letters: S side of the square images, s side of the image tower's.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,18 @@ from models.clip_image import clip_image
 from models.weights.loading import save_tensors
 from moma.app.files import write_text
 from moma.data.triplets import Triplet
-from moma.inputs.preprocess import Reference, make_reference
-from moma.methods.moma.adapter import Adapter, AdapterConfig
-from moma.methods.moma.config import DEFAULT, MethodConfig
+from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference
+from moma.sampling.interface import Export
 from moma.weights.bundle import Bundle
 from moma.weights.sources import EXPORT, EXPORT_FORMAT
 
-# Draws for validation come from this seed whatever the run's, so that the losses of runs can be compared.
+# Random numbers of validation come from this seed whatever the run's, so that losses of runs are comparable.
 VALIDATION_SEED = 0x56414C
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A triplet as the networks of stage 2 see it, on the CPU."""
+    """A triplet as the frozen networks see it, on the CPU."""
 
     key: str
     label: str
@@ -38,19 +36,19 @@ class Sample:
     m_gen: Tensor  # uint8 (S * S / 8,): the target's mask, `pack`ed
     reference: Tensor  # uint8 (3, S, S): what the UNet sees of the reference
     m_ref: Tensor  # uint8 (S * S / 8,)
-    white: Tensor  # (3, s, s): the reference on white as the image tower takes it
+    white: Tensor | None  # (3, s, s): the reference on white as the image tower takes it
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Triplet -> Sample; runs in the data's workers. ValueError for a mask without subject or background."""
+    """Triplet -> Sample; ValueError for a mask without subject or background."""
 
     image_size: int  # S
-    tower_size: int  # s
-    method: MethodConfig
+    tower_size: int | None  # s; None = no image tower sees it
+    method: ReferenceConfig
 
     def __call__(self, triplet: Triplet) -> Sample:
-        target, reference = self.squares(triplet)
+        target, reference = squares(triplet, self.image_size, self.method)
         seen = reference.white if self.method.reference_background == "white" else reference.photo
         return Sample(
             triplet.key,
@@ -60,15 +58,16 @@ class Prepare:
             m_gen=pack(target.mask),
             reference=_bytes(seen),
             m_ref=pack(reference.mask),
-            white=clip_image(reference.white, self.tower_size),
+            white=None if self.tower_size is None else clip_image(reference.white, self.tower_size),
         )
 
-    def squares(self, triplet: Triplet) -> tuple[Reference, Reference]:
-        """Target and reference; an image without another one is its own."""
-        target = make_reference(triplet.image, triplet.mask, self.image_size, self.method)
-        if triplet.reference is None:
-            return target, target
-        return target, make_reference(*triplet.reference, self.image_size, self.method)
+
+def squares(triplet: Triplet, size: int, method: ReferenceConfig) -> tuple[Reference, Reference]:
+    """Target and reference of `size` pixels; an image without another one is its own reference."""
+    target = make_reference(triplet.image, triplet.mask, size, method)
+    if triplet.reference is None:
+        return target, target
+    return target, make_reference(*triplet.reference, size, method)
 
 
 def _bytes(image: Any) -> Tensor:
@@ -91,62 +90,32 @@ def unpack(bits: Tensor, side: int) -> Tensor:
     return (bits[..., None] >> shifts & 1).float().reshape(-1, 1, side, side)
 
 
-def start_adapter(bundle: Bundle, keep: tuple[str, ...], token: bool, seed: int) -> Adapter:
-    """An adapter in float32 on the CPU: from the bundle's what starts with one of `keep`, the rest new.
-
-    token: whether it must have a learnable token. New weights are PyTorch's own start, drawn from `seed`.
-    """
-    cfg = bundle.configs.get("adapter")
-    state = {} if cfg is None else bundle.state("adapter")
-    if cfg is None:
-        mllm, vision = bundle.config("llava").llama, bundle.config("vision")
-        cfg = AdapterConfig(mllm_dim=mllm.width, embed_dim=vision.width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapter = Adapter(replace(cfg, learnable_token=cfg.learnable_token or token), bundle.config("unet"))
-    kept = {name: tensor.float() for name, tensor in state.items() if name.startswith(keep)}
-    adapter.load_state_dict(adapter.state_dict() | kept)
-    return adapter
-
-
 def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Exactly the parameters whose names start with one of `prefixes` require gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
 
 
-def refuse_quantised(bundle: Bundle) -> None:
-    """ValueError for a LLaVA in few bits: training moves weights by less than their steps."""
-    llava = bundle.configs.get("llava")
-    if llava is not None and (quant := llava.llama.quant):
-        raise ValueError(
-            f"{bundle.folder}: its LLaVA is stored in {quant.bits} bits, which cannot be trained; start from "
-            "the bundle that it was made of"
-        )
+def with_checkpointing(bundle: Bundle) -> Bundle:
+    """The bundle, its UNet and LLaVA recomputing their blocks in the backward pass."""
+    configs = dict(bundle.configs)
+    configs["unet"] = replace(configs["unet"], gradient_checkpointing=True)
+    if llava := configs.get("llava"):
+        configs["llava"] = replace(llava, llama=replace(llava.llama, gradient_checkpointing=True))
+    return replace(bundle, configs=configs)
 
 
-def with_config(bundle: Bundle, name: str, config: Any) -> Bundle:
-    """The bundle with other settings of a network (not other sizes)."""
-    return replace(bundle, configs={**bundle.configs, name: config})
+def write_export(folder: Path, export: Export) -> None:
+    """Write trained networks as a source of `convert_weights.py`, which puts them into a bundle.
 
-
-def export_networks(
-    folder: Path, networks: Mapping[str, tuple[Any, Mapping[str, Tensor]]], method: MethodConfig
-) -> None:
-    """Write networks (name -> its config dataclass, its tensors) as a source of convert_weights.py.
-
-    `python convert_weights.py FOLDER --base-bundle BUNDLE --out NEW` puts them into a bundle, whose "method"
-    takes over what these weights need otherwise than the default. A folder is valid once its list is there.
+    A folder is valid once its list of files is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXPORT).unlink(missing_ok=True)
-    changed = {name: value for name, value in asdict(method).items() if value != getattr(DEFAULT, name)}
-    changed.pop("attention", None)  # how it was computed, not what
-    entries = {}
-    for name, (config, tensors) in networks.items():
-        entries[name] = {
-            "config": asdict(config),
-            "files": list(save_tensors(folder, name, tensors)),
-        }
-    found = {"format": EXPORT_FORMAT, "method": changed, "networks": entries}
-    write_text(folder / EXPORT, json.dumps(found, indent=1))
+    networks = {
+        name: {"config": asdict(config), "files": list(save_tensors(folder, name, tensors))}
+        for name, (config, tensors) in export.networks.items()
+    }
+    methods = {"methods": {name: dict(own) for name, own in export.methods.items()}} if export.methods else {}
+    data = {"format": EXPORT_FORMAT, "method": dict(export.method), **methods, "networks": networks}
+    write_text(folder / EXPORT, json.dumps(data, indent=1))

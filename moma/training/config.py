@@ -1,78 +1,161 @@
-"""Every choice of the training loop in one place, and the learning rate that follows from it."""
+"""Every option of the training loop and of the two kinds of training, and the learning rate of a step."""
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from moma.sampling.config import check_types
+from moma.sampling.interface import Training
 
-# Fields by which two runs may differ and still be the same run: they decide when something is written and
-# how the work is cut. The samples of a step, which three of them decide together, are compared as one number.
+# Fields that may change when a run continues: they decide when something is written and how the work is
+# split. The samples of a step, which three of them decide together, are compared as one number.
 FREE = (
     "steps", "batch_size", "accumulate", "compile", "save_every", "keep_last", "validate_every",
-    "sample_every", "log_every",
+    "sample_every", "log_every", "cache", "cache_batch", "cache_workers", "workers",
+    "gradient_checkpointing", "grid_samples", "grid_steps",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a stage is trained. The paper's text gives few numbers; where ours come from is said here."""
+    """Options of the loop. The paper gives few numbers; each comment names the source of ours."""
 
-    # Optimiser steps. IP-Adapter's million at 64 samples is out of most people's reach; the adapter starts
-    # from one, so a tenth is the first thing to try.
+    # Optimiser steps. Few can afford IP-Adapter's million at 64 samples; the adapter starts from one, so a
+    # tenth is the first thing to try.
     steps: int = 100_000
-    # Samples of one rank in one call of the model; with `accumulate` and the ranks they make up a step.
-    batch_size: int = 8
+    batch_size: int = 8  # samples per rank and call of the model
     accumulate: int = 1  # calls of the model per step: a larger batch in the same memory
-    lr: float = 1e-4  # IP-Adapter's, whose projector and K, V stage 2 continues; stages may set their own
+    lr: float = 1e-4  # IP-Adapter's; trainings may have another default
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's own
     weight_decay: float = 0.01  # IP-Adapter's
-    warmup: int = 500  # steps of linear growth: Adam's averages are rough at first
+    warmup: int = 500  # steps of linear growth, while Adam's averages are rough
     # "cosine" falls to zero at `steps` and cannot be extended; "constant" can.
     schedule: Literal["constant", "cosine"] = "constant"
-    clip: float | None = 1.0  # largest gradient norm, None = any; one odd sample must not undo an hour
+    clip: float | None = 1.0  # largest gradient norm, None = any
     # Autocast of the model. The trained weights are float32 in both; fp16 would need loss scaling.
     dtype: Literal["bf16", "fp32"] = "bf16"
-    # Decay per step of an average of the weights, which is then validated, drawn with and exported.
-    # None = off: it costs one more copy. 0.9999 suits runs of 100 000 steps, 0.999 shorter ones.
+    # Decay per step of an average of the weights, which is validated, drawn with and exported; None = off. It
+    # costs another copy of the weights. 0.9999 suits runs of 100,000 steps, 0.999 shorter ones.
     ema: float | None = None
-    seed: int = 0  # of everything drawn; a sample's own draws also depend on its number in the run
-    compile: bool = False  # torch.compile: faster after minutes of compiling, so not for a first try
-    save_every: int = 1000  # steps between checkpoints: what a crash costs at most
-    keep_last: int = 2  # checkpoints kept beside the best one; one of 7B parameters has 84 GB
-    validate_every: int = 1000  # validation also comes before each checkpoint, whose rank it decides
+    seed: int = 0  # of every random number; a sample's own also depend on its number in the run
+    compile: bool = False  # torch.compile: faster after minutes of compiling
+    save_every: int = 1000  # steps between checkpoints
+    keep_last: int = 2  # checkpoints kept beside the best one; one of 7B parameters takes 84 GB
+    validate_every: int = 1000  # steps; each checkpoint is validated as well
     sample_every: int = 1000  # steps between images of the validation pairs
-    log_every: int = 1  # a line has 150 bytes, and sparse ones make a curve that misleads
+    log_every: int = 1  # steps
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
         if isinstance(self.betas, list):  # JSON has no tuples
             object.__setattr__(self, "betas", tuple(self.betas))
         check_types(self)
-        counts = ("steps", "batch_size", "accumulate", "keep_last")
-        for name in (*counts, *(name for name in FREE if name.endswith("_every"))):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("warmup", "weight_decay", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
-        for name in ("lr", "clip"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a number above 0")
+        every = ("save_every", "validate_every", "sample_every", "log_every")
+        check_from(1, self, "steps", "batch_size", "accumulate", "keep_last", *every)
+        check_from(0, self, "warmup", "weight_decay", "seed")
+        check_positive(self, "lr", "clip")
         shares = (*self.betas, *([] if self.ema is None else [self.ema]))
         if len(self.betas) != 2 or not all(0 <= share < 1 for share in shares):
             raise ValueError(f"betas {list(self.betas)}, ema {self.ema}: expected 0 or more, below 1 each")
 
     def identity(self, world: int) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on: all that changes the numbers. world: ranks."""
+        """What must not differ for a checkpoint to continue: all that changes the numbers. world: ranks."""
         same = {name: value for name, value in asdict(self).items() if name not in FREE}
         # The cosine's length is part of its past.
         length = {"steps": self.steps} if self.schedule == "cosine" else {}
         return {**same, **length, "samples per step": self.batch_size * self.accumulate * world}
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """Options of both kinds of training."""
+
+    validation: str | None = None  # held-out data; None = the training data's first samples
+    validation_samples: int = 64  # enough to tell runs apart, since their random numbers are fixed
+    validation_batch: int = 8
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: slower, less memory
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that the field cannot have."""
+        check_types(self)
+        check_from(1, self, "validation_batch")
+        check_from(0, self, "validation_samples")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not differ for a checkpoint to continue."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
+
+
+@dataclass(frozen=True)
+class DenoisingConfig(DataConfig):
+    """Options of trainings by Eq. 1 (`moma.training.denoising`)."""
+
+    # Share of samples whose embedding is zero, for the unconditional row of guidance. The paper gives none;
+    # 0.05 is IP-Adapter's. The text stays: the frozen UNet knows the empty text already.
+    drop_context: float = 0.05
+    # Weight of the error inside the subject's mask against 1 outside, before each sample's weights are scaled
+    # to a mean of 1; 1 = Eq. 1.
+    subject_weight: float = 1.0
+    # A sample's loss is weighted by min(SNR, this) / SNR of its timestep (Hang et al. 2023, who take 5),
+    # scaled to a mean of 1, so that the fine detail of nearly clean images, where errors are largest, does
+    # not outweigh colours and shapes, which are decided in the noise; None = Eq. 1.
+    snr_gamma: float | None = None
+    cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is missing
+    cache_batch: int = 16  # samples per call of a network while it is built
+    cache_workers: int = 4  # threads that decode images while it is built
+    grid_samples: int = 4  # images of the sample grid
+    grid_steps: int = 20  # denoising steps of its images
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that the field cannot have."""
+        super().__post_init__()
+        check_from(1, self, "cache_batch", "cache_workers", "grid_steps")
+        check_from(0, self, "grid_samples")
+        check_positive(self, "subject_weight", "snr_gamma")
+        if not 0 <= self.drop_context < 1:
+            raise ValueError(f"drop_context {self.drop_context}: expected 0 or more, below 1")
+
+
+@dataclass(frozen=True)
+class FeatureConfig(DataConfig):
+    """Options of trainings with a loss of their own (`moma.training.features`)."""
+
+    workers: int = 4  # processes per rank that decode images; 0 = the training's own
+    lanes: int = 32  # of the data's order: a multiple of ranks * workers (moma.data.stream.StreamConfig)
+
+    def __post_init__(self) -> None:
+        """ValueError for a value that the field cannot have."""
+        super().__post_init__()
+        check_from(1, self, "lanes")
+        check_from(0, self, "workers")
+
+
+class Choices(NamedTuple):
+    """Every config of one run."""
+
+    training: type[Training]
+    train: TrainConfig
+    data: Any  # DenoisingConfig or FeatureConfig
+    stage: Any  # the training's own config
+    method: Any  # the method's
+
+
+def check_from(least: int, config: Any, *names: str) -> None:
+    """ValueError for a field below `least` or not finite."""
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError for a field that is neither None nor a finite number above 0."""
+    for name in names:
+        if getattr(config, name) is not None and not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)}: expected a number above 0")
+
+
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Of the step that follows `step` finished ones."""
+    """The learning rate of the step that follows `step` finished ones."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "constant":

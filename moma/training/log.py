@@ -14,19 +14,19 @@ from moma.app.files import write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; [] if there is none. What a killed process has left of a line is skipped."""
+    """The lines of a log, without one that a killed process left incomplete; [] if there is no log."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Forget what is younger than `step`, as the run goes on from there."""
+    """Remove the lines after `step`, from which the run continues."""
     lines = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
     write_text(path, "".join(lines))
 
 
 def write_log(path: Path, line: Mapping[str, Any]) -> None:
-    """Append a line; it survives the process from here on."""
+    """Append a line."""
     with open(path, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
 
@@ -38,9 +38,9 @@ def write_log(path: Path, line: Mapping[str, Any]) -> None:
 class CurveConfig:
     """Looks of the image of the losses."""
 
-    # The smoothed line averages over about this share of the run: a diffusion loss jumps with its timesteps.
+    # Share of the run that the smoothed line averages over: a diffusion loss varies with its timesteps.
     smooth: float = 0.03
-    # The axis ends at this share of the training losses, so that one outlier does not flatten the rest.
+    # Quantile of the training losses at which the axis ends, so that one outlier does not flatten the rest.
     shown: float = 0.995
     raw: Colour = (190, 210, 235)
     train: Colour = (30, 90, 170)
@@ -48,7 +48,7 @@ class CurveConfig:
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]], cfg: CurveConfig | None = None) -> Image.Image:
-    """Training loss, as it is and smoothed, and validation loss over the steps, out of a log's lines."""
+    """A chart of training loss, raw and smoothed, and validation loss over the steps of a log."""
     cfg = cfg or CurveConfig()
     raw = [(line["step"], line["loss"]) for line in log if "loss" in line]
     validation = [(line["step"], line["validation"]) for line in log if "validation" in line]
@@ -64,7 +64,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], cfg: CurveConfig | None = None)
 
 
 def smoothed(points: Points, length: float) -> Points:
-    """Exponential average over about `length` points, corrected for its beginning."""
+    """Exponential average over about `length` points, with bias correction."""
     result, total, weight, keep = [], 0.0, 0.0, 1 - 1 / length
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1

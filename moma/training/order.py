@@ -1,4 +1,4 @@
-"""The order of samples and the seeds of their draws, the same for any number of ranks."""
+"""The order of samples and the seeds of their random numbers, the same for any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from moma.data.stream import Position
 
-# Two odd constants spread (seed, number) over the 32 bits that torch's CPU generator uses (splitmix's and a
-# prime), so that neighbouring numbers and seeds do not meet.
+# Two odd constants (splitmix's and a prime) spread (seed, number) over the 32 bits that torch's CPU generator
+# uses, so that neighbouring seeds and numbers do not collide.
 _MIX_SEED, _MIX_NUMBER = 0x9E3779B1, 0x85EBCA77
 
 
 def generator_for(seed: int, number: int) -> torch.Generator:
-    """The generator of one sample of the run: its draws depend on nothing but these two."""
+    """The generator of one sample of the run."""
     mixed = (seed * _MIX_SEED + number * _MIX_NUMBER) % 2**32
     mixed = ((mixed ^ mixed >> 16) * _MIX_NUMBER) % 2**32
     return torch.Generator().manual_seed(mixed ^ mixed >> 13)
@@ -22,10 +22,21 @@ def generator_for(seed: int, number: int) -> torch.Generator:
 def numbered(
     items: int, batch_size: int, rank: int, world: int, start: Position, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:
-    """Endless batches of this rank: items (B,) int64 of 0..items-1, their numbers (B,), the position after.
+    """Endless batches of one rank.
 
     Sample n of the run is item permutation_epoch[n % items]; rank r takes the n with n % world == r, so the
     ranks' i-th batches together are those of one process.
+
+    Args:
+        items: how many there are.
+        batch_size: B, of this rank.
+        rank: of `world`.
+        world: number of ranks.
+        start: position to continue from, {} = the beginning.
+        seed: of the order.
+
+    Yields:
+        Items (B,) int64 of 0..items-1, their numbers (B,) in the run, and the position after them.
     """
     number, epoch, order = start.get("samples", 0), -1, torch.empty(0)
     while True:

@@ -1,6 +1,6 @@
-"""One process or many: who we are, how a model is spread, and what ranks tell each other.
+"""One process or many: this process's rank, how a model is distributed, and communication between ranks.
 
-Started by `torchrun`, each process is a rank (NCCL on GPUs, Gloo on CPUs); started plainly, there is one.
+Under `torchrun` each process is a rank (NCCL on GPUs, Gloo on CPUs); otherwise there is one.
 """
 
 import gc
@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moma.sampling.device import choose_device
 
-# Ranks wait for rank 0 while it writes a checkpoint; 84 GB to a slow disk take longer than NCCL's 10 minutes.
-PATIENCE = timedelta(hours=2)
+# Ranks wait while rank 0 writes a checkpoint; 84 GB on a slow disk take longer than NCCL's 10 minutes.
+TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
@@ -37,18 +37,18 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, everywhere."""
+        """Rank 0's value, on all ranks."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def once(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, known to all, who wait for it; what keeps it from that is raised on all."""
+        """Call `make` on rank 0 while the others wait; all get its result, or raise its error."""
         made: tuple[Any, Exception | None] = None, None
         if self.main:
             try:
@@ -61,20 +61,20 @@ class Ranks:
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, everywhere."""
+        """Every rank's value, on all ranks."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def mean(self, value: Tensor) -> Tensor:
-        """The ranks' average of a tensor."""
+        """The average of a tensor over the ranks."""
         if self.world > 1:
             dist.all_reduce(value)
         return value / self.world
 
-    def place(self, values: Tensor, like: Tensor) -> Tensor:
-        """Rank 0's whole `values` in the form of `like`: on its device, this rank's part if it is cut up."""
+    def distribute(self, values: Tensor, like: Tensor) -> Tensor:
+        """Rank 0's whole `values` in the form of `like`: on its device, this rank's shard if sharded."""
         values = values.to(like.device)
         if isinstance(like, DTensor):
             return distribute_tensor(values, like.device_mesh, like.placements)
@@ -85,9 +85,13 @@ class Ranks:
 
 @contextmanager
 def start_ranks(device: str) -> Iterator[Ranks]:
-    """Join the run that torchrun has started, if it has; again, if this process has joined it already.
+    """Join the run of torchrun, if there is one; may be entered again inside.
 
-    ValueError for a device that is not there.
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        ValueError: for a device that is not there.
     """
     chosen = choose_device(device)
     if "RANK" not in os.environ:
@@ -99,7 +103,7 @@ def start_ranks(device: str) -> Iterator[Ranks]:
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
@@ -107,30 +111,35 @@ def start_ranks(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, shards: Sequence[nn.Module], ranks: Ranks) -> nn.Module:
-    """The model over the ranks: each shard and the rest cut up by FSDP2, or without shards whole under DDP.
+def wrap_parallel(model: nn.Module, shards: Sequence[nn.Module], ranks: Ranks) -> nn.Module:
+    """Distribute a model.
 
     FSDP2 keeps and gathers the weights in their own dtype, so that the losses are those of one process.
+
+    Args:
+        model: the whole model.
+        shards: submodules that FSDP2 shards one by one, and then the rest; () = DDP.
+        ranks: that share it.
     """
     if ranks.world == 1:
         return model
     if not shards:
-        # A draw may leave a part unused in a whole batch: the subject term acts at some timesteps only.
+        # A whole batch may leave a part unused: the subject term acts at some timesteps only.
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for shard in shards:
         fully_shard(shard, mesh=mesh)
-    # The root, too, gives its weights back after each call: between calls all of them are the shards.
+    # The root, too, frees its gathered weights after each call: between calls all weights are sharded.
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def synced(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Ranks average gradients in a step's last call, under FSDP2 in each: unaveraged ones are not cut up."""
+    """Average gradients only in a step's last call; FSDP2 does in each, as others are not sharded."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 def gather_weights(model: nn.Module) -> list[FSDPModule]:
-    """Make weights under FSDP2 whole on every rank, to be read only, until `reshard` of what is returned."""
+    """Gather the weights under FSDP2 on every rank, for reading, until `reshard` of the returned modules."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -138,10 +147,10 @@ def gather_weights(model: nn.Module) -> list[FSDPModule]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part, as a plain tensor that shares its memory."""
+    """This rank's shard, as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All ranks' parts; on all ranks."""
+    """The tensor of all ranks' shards; called on all ranks."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""What the pretraining tasks share."""
+"""Pretraining of public networks: endless shuffled batches over items that are numbered."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,27 +11,29 @@ from torch import Tensor, nn
 from models.weights.loading import save_tensors
 from moma.data.stream import Position
 from moma.training.order import numbered
-from moma.training.task import Batch, Delivery
+from moma.training.task import Batch
 from moma.weights.bundle import TOWER
 
 
 class PretrainingTask(ABC):
-    """What the tasks share: endless shuffled batches over N items, the last few kept for validation."""
+    """A `moma.training.task.Task` over N items, the last few held out for validation."""
 
     model: nn.Module
-    shards: Sequence[nn.Module] = ()  # nothing here is large enough to be cut up among ranks
+    shards: Sequence[nn.Module] = ()  # the networks are small
 
     def __init__(self, items: int, held_out: int, batch: int, seed: int) -> None:
         self.items, self.held_out, self.batch, self.seed = items - held_out, held_out, batch, seed
 
     @abstractmethod
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        """The batch of these items; numbers (B,) seed the draws."""
+        """The batch of items (B,), whose random numbers are seeded by `numbers` (B,)."""
 
-    def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
+    def batches(
+        self, batch_size: int, rank: int, world: int, start: Position
+    ) -> Iterator[tuple[Batch, Position]]:
         order = numbered(self.items, batch_size, rank, world, start, self.seed)
         for items, numbers, position in order:
-            yield Delivery(self.assemble(items, numbers), position)
+            yield self.assemble(items, numbers), position
 
     def validation(self) -> list[Batch]:
         held = torch.arange(self.items, self.items + self.held_out)

@@ -113,6 +113,7 @@ class Source:
     networks: dict[str, Network] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)  # MethodConfig fields that the weights need
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same of other methods, by name
     notes: list[str] = field(default_factory=list)
 
     def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
@@ -213,7 +214,7 @@ def _read_export(source: Source, path: Path) -> None:
     data = read_json(path / EXPORT)
     if data.get("format") != EXPORT_FORMAT:
         raise ValueError(f"{path / EXPORT}: not an export of this version")
-    source.method = data["method"]
+    source.method, source.methods = data["method"], data.get("methods", {})
     for name, entry in data["networks"].items():
         config = config_from_json(network_kinds()[name][0], entry["config"], f"{path / EXPORT}: {name}")
         tensors = {key: t for file in entry["files"] for key, t in read_checkpoint(path / file).items()}

@@ -22,7 +22,7 @@ from moma.data.stream import Position
 from moma.training.config import TrainConfig
 from moma.training.order import generator_for
 from moma.training.pretraining import PretrainingTask
-from moma.training.task import Batch, Delivery
+from moma.training.task import Batch
 from moma.world.measures import iou, retrieved
 from moma.world.subjects import PATTERNS
 from moma.world.world import (
@@ -258,9 +258,11 @@ class ProbeTask(PretrainingTask):
         super().__init__(len(groups), groups_in(cfg.held_out, cfg), batch, cfg.train.seed)
         self.model, self.cfg, self.rows = ProbeLoss(probes), cfg, rows
 
-    def deliveries(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator[Delivery]:
+    def batches(
+        self, batch_size: int, rank: int, world: int, start: Position
+    ) -> Iterator[tuple[Batch, Position]]:
         """As the base class; batch_size counts pairs, a position counts groups."""
-        return super().deliveries(groups_in(batch_size, self.cfg), rank, world, start)
+        return super().batches(groups_in(batch_size, self.cfg), rank, world, start)
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         """As the base class; items and numbers (B / group,) are those of groups."""
