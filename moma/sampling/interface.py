@@ -399,7 +399,7 @@ class DenoisingTraining(Training):
             A function of B subjects on white as the image tower takes them (B, 3, s, s), their words and
             their prompts, that gives (B, E).
         """
-        raise NotImplementedError(f"{cls.__name__} needs no embedding")
+        raise ValueError(f"{cls.__name__} needs no embedding")
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers of one sample, from its own generator; their batch is stacked."""
