@@ -5,7 +5,6 @@ queries, masks and label maps at the size of the image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from models.attention import merge_heads, split_heads
 from models.unet import UNetConfig
 from moma.bench.step import Step
-from moma.bench.training import Training
+from moma.bench.training import PseudoTraining, Training
 from moma.methods.moma.attention import ReferenceLayer
 from moma.methods.moma.conditioning import MoMAHook, ReferenceHook
 from moma.methods.moma.config import DEFAULT
-from moma.methods.moma.masks import m_ref_of_layer
 from moma.training.denoising import Denoising
 
 FACTOR = 8  # pixels per latent; masks have the image's size
@@ -50,20 +48,21 @@ def diffusers_unet(cfg: UNetConfig, weights: Mapping[str, Tensor]) -> UNet2DCond
 def plain(step: Step) -> Callable[[], Tensor]:
     """Stable Diffusion's step, with diffusers' default processors (SDPA)."""
     unet = diffusers_unet(step.networks.unet.cfg, step.networks.weights)
-    return lambda: unet(step.x, step.t, step.text).sample
+    return lambda: unet(step.x, step.t, step.states).sample
 
 
 def release(step: Step) -> Callable[[], Tensor]:
     """MoMA's step with the release's processors, including its mask for the next step."""
-    unet = Released(diffusers_unet(step.networks.unet.cfg, step.networks.weights))
+    cfg = step.networks.unet.cfg
+    unet = Released(diffusers_unet(cfg, step.networks.weights), cfg)
     cond = replace(step.cond, reference=step.layers, method=EXPLICIT)
     size = tuple(FACTOR * side for side in step.x.shape[-2:])
-    m_gen = F.interpolate(step.m_gen, size=size).to(step.x)  # (B, 1, H, W)
+    m_gen = F.interpolate(cond.m_gen, size=size).to(step.x)  # (B, 1, H, W)
     maps = unet.install(MoMAHook(cond, True, torch.cat([m_gen, m_gen])))  # the same in all steps
 
     def run() -> Tensor:
         maps.clear()
-        eps = unet.unet(step.x, step.t, step.text).sample
+        eps = unet.unet(step.x, step.t, step.states).sample
         mean = torch.stack(maps).mean(dim=0)  # (R, 1, H, W)
         mean = (mean - mean.min()) / (mean.max() - mean.min())
         mean.masked_fill(mean <= DEFAULT.m_gen_threshold, 0)
@@ -74,18 +73,18 @@ def release(step: Step) -> Callable[[], Tensor]:
 
 def training(ours: Training) -> Training:
     """The same training step, with shared parameters, through diffusers and the release's processors."""
-    model, method = ours.model, copy(ours.model.trainable)
-    unet = Released(diffusers_unet(model.unet.cfg, model.unet.state_dict()))
-    method.base, method.method = replace(method.base, unet=unet), EXPLICIT
-    return replace(ours, model=Denoising(method, model.options).to(ours.batch["mean"].device))
+    model, base = ours.model, ours.model.trainable.base
+    unet = Released(diffusers_unet(base.unet.cfg, base.unet.state_dict()), base.unet.cfg)
+    other = PseudoTraining(replace(base, unet=unet), model.trainable.adapter, EXPLICIT)
+    return replace(ours, model=Denoising(other, model.options).to(ours.batch["mean"].device))
 
 
 class Released(nn.Module):
     """diffusers' UNet with the interface of ours; hooks become the release's processors."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, cfg: UNetConfig) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.cfg = unet, cfg
         names = sorted(unet.attn_processors, key=execution_order)
         self.layers = list(zip(names[::2], names[1::2], strict=True))  # self- and cross-attention
 
@@ -161,8 +160,7 @@ class ReferenceProcessor(PlainProcessor):
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         new = self.hook.adapter.subject[self.layer]
         k_ref, v_ref = (split_heads(y, attn.heads) for y in (new.to_k(k), new.to_v(v)))
-        keep = m_ref_of_layer(self.hook.m_ref, (side, side), keep_one_key=True)
-        self.records.append(ReferenceLayer(k_ref, v_ref, keep))
+        self.records.append(ReferenceLayer(k_ref, v_ref, self.hook.key_masks[side, side]))
         return attn.to_out[0](self.attend(attn, attn.head_to_batch_dim(q), k, v))
 
 
@@ -180,7 +178,7 @@ class SubjectProcessor(PlainProcessor):
         z = self.attend(attn, q, k, v)  # (R, N, C)
         k, v = (merge_heads(y).expand(rows, -1, -1) for y in (ref.k, ref.v))
         outside = torch.finfo(q.dtype).min
-        bias = torch.ones_like(ref.keep, dtype=q.dtype).masked_fill(~ref.keep, outside)  # (1 or R, N)
+        bias = torch.ones_like(ref.key_mask, dtype=q.dtype).masked_fill(~ref.key_mask, outside)  # (1 or R, N)
         bias = bias.expand(rows, -1).repeat_interleave(attn.heads, dim=0)[:, None]  # (R*H, 1, N)
         z_ref = self.attend(attn, q, k, v, bias.expand(-1, x.shape[1], -1))  # (R, N, C)
         return attn.to_out[0](z + self.lam * gate(self.m_gen, x.shape[1]) * z_ref)

@@ -16,8 +16,8 @@ from models.weights.packed import can_pack, pack_weights
 from moma.bench import __main__ as command
 from moma.bench import flow, measure, step, training
 from moma.bench.curves import curves, curves_image
-from moma.bench.measure import BenchConfig, Part, Ratio
-from moma.methods.moma.attention import ReferenceLayer
+from moma.bench.measure import Bench, BenchConfig, Part, Ratio
+from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.test_graphs import Rerun
@@ -30,22 +30,27 @@ SMALL = BenchConfig(
     shares=(0.2, 1.0), lengths=(2, 3),
 )  # fmt: skip
 CPU = torch.device("cpu")
+BENCH = Bench(SMALL, Runtime(None, CPU, torch.float32))
 
 
 @pytest.fixture(scope="module")
 def networks() -> step.Networks:
-    return step.make_networks(SMALL, CPU, torch.float32)
+    return step.make_networks(replace(BENCH, baseline="keeps the weights"))
+
+
+def bench_of(folder: Path) -> Bench:
+    """In bf16 with a bundle, whose images have 64 pixels."""
+    return Bench(replace(SMALL, size=64), Runtime(Bundle.open(folder), CPU, torch.bfloat16))
 
 
 def test_equation_3_is_the_same() -> None:
-    ratio = step.equation_3(SMALL, CPU, torch.float32)
-    assert ratio.error < 1e-5
+    assert step.equation_3(BENCH).error < 1e-5
 
 
 def test_the_baseline_is_the_same(networks: step.Networks) -> None:
     """diffusers with the release's processors draws what our step draws; so it is the same work."""
     baseline = pytest.importorskip("tests.baseline")
-    found = list(step.steps(SMALL, networks, baseline))
+    found = list(step.steps(replace(BENCH, baseline=baseline), networks))
     ratios = [x for x in found if isinstance(x, Ratio)]
     assert len(ratios) == 3 and all(r.error < 1e-4 for r in ratios[1:])
     one = step.make_step(networks, SMALL)
@@ -56,7 +61,8 @@ def test_the_baseline_is_the_same(networks: step.Networks) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
     baseline = pytest.importorskip("tests.baseline")
-    ours = training.make_training(SMALL, CPU, dtype, batch=2)
+    bench = Bench(SMALL, Runtime(None, CPU, dtype), baseline)
+    ours = training.make_training(bench, batch=2)
     theirs = baseline.training(ours)
     assert ours.loss().item() == pytest.approx(
         theirs.loss().item(), rel=1e-4 if dtype == torch.float32 else 0.05
@@ -65,20 +71,27 @@ def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
     assert gradient.abs().max() > 0
     if dtype == torch.float32:
         assert measure.relative_error(gradient, theirs.gradient()) < 1e-4
-    found = list(training.training(SMALL, CPU, dtype, baseline))
+    found = list(training.training(bench))
     assert [type(x) for x in found] == [Part, Ratio, Ratio] and found[2].times > 1
 
 
 def test_a_batch_is_its_images(networks: step.Networks) -> None:
     """The batch that the whole drawing is computed from has one row per image and half."""
     two = step.make_step(networks, SMALL, batch=2)
-    one = replace(two.cond, text=two.text[::2], label=two.cond.label[::2], beta=two.cond.beta[::2])
-    rows = [ReferenceLayer(r.k[::2], r.v[::2], r.keep) for r in one.reference]  # one size: none is masked
-    one = replace(one, reference=rows, context=[(k[::2], v[::2]) for k, v in one.context])
-    first = replace(two, x=two.x[::2], t=two.t[::2], text=two.text[::2], cond=one, m_gen=two.m_gen[:1])
+    whole = two.cond
+    one = replace(
+        whole,
+        text=[(k[::2], v[::2]) for k, v in whole.text],
+        label=whole.label[::2],
+        context=[(k[::2], v[::2]) for k, v in whole.context],
+        reference=[r.rows(slice(None, None, 2)) for r in whole.reference],  # one size: none is masked
+        beta=whole.beta[::2],
+        m_gen=whole.m_gen[:1],
+    )
+    first = replace(two, x=two.x[::2], t=two.t[::2], states=two.states[::2], cond=one)
     with torch.no_grad():
         assert measure.relative_error(two.moma()[::2], first.moma()) < 1e-4
-    (part,) = flow.drawing(SMALL, networks)
+    (part,) = flow.drawing(BENCH, networks)
     assert part.what == "MoMA step, 2 at once" and part.seconds > 0
 
 
@@ -86,7 +99,7 @@ def test_a_recorded_step_is_the_same(networks: step.Networks) -> None:
     recorder = Rerun()
     one = step.make_step(replace(networks, make_recorder=lambda: recorder), SMALL)
     assert recorder.recorded == 2  # a plain step, and MoMA's
-    ratio = step.recorded(SMALL, one)
+    ratio = step.recorded(BENCH, one)
     assert ratio.error < 1e-5 and ratio.fast > 0 and len(recorder.replayed) > 2
 
 
@@ -97,11 +110,12 @@ def test_flow_is_the_sum_of_its_parts() -> None:
     }  # fmt: skip
     parts = [Part(what, "fp32", s) for what, s in seconds.items()]
     found = [*parts, Ratio("MoMA step, release / ours", "fp32", 1.0, 10.0, 2.0)]
-    (ratio,) = flow.flow(found, replace(SMALL, steps=10), CPU, torch.float32)
+    bench = replace(BENCH, cfg=replace(SMALL, steps=10))
+    (ratio,) = flow.flow(bench, found)
     assert ratio.fast == 5 + 2 + 1 + 10 * 4 + 2 * 3 and ratio.slow == 2 * (5 + 2 + 1 + 10 * 10 + 3)
-    assert not list(flow.flow(parts, SMALL, CPU, torch.float32))  # nothing to compare with
+    assert not list(flow.flow(bench, parts))  # nothing to compare with
     found[3] = Part("10 MoMA steps and their recording, 2 at once", "fp32", 50.0)
-    (recorded,) = flow.flow(found, replace(SMALL, steps=10), CPU, torch.float32)
+    (recorded,) = flow.flow(bench, found)
     assert recorded.fast == ratio.fast + 10  # all steps of a drawing, timed together
 
 
@@ -112,22 +126,23 @@ def test_a_drawing_with_its_recordings(networks: step.Networks) -> None:
         recorders.append(Rerun())
         return recorders[-1]
 
-    cfg = replace(SMALL, steps=8)
-    (part,) = flow.drawing(cfg, replace(networks, make_recorder=make))
+    bench = replace(BENCH, cfg=replace(SMALL, steps=8))
+    (part,) = flow.drawing(bench, replace(networks, make_recorder=make))
     assert part.what == "8 MoMA steps and their recording, 2 at once"
     assert part.seconds > 0 and recorders[-1].recorded >= 1 and len(recorders[-1].replayed) > 1
 
 
 def test_decoder_and_pipeline(tmp_path: Path) -> None:
     build_tiny_bundle(tmp_path / "tiny")
-    cfg = replace(SMALL, size=64)
-    ratio, *rest = flow.decoder(tmp_path / "tiny", cfg, CPU, torch.bfloat16)
+    bench = bench_of(tmp_path / "tiny")
+    ratio, *rest = flow.decoder(bench)
     assert ratio.error == 0 and {p.what for p in rest} >= {"decoder, resident", "decoder, streamed"}
     if sys.platform == "linux":
-        (memory,) = flow.pipeline(tmp_path / "tiny", cfg, CPU, torch.bfloat16)
+        (memory,) = flow.pipeline(bench)
         assert 0.05 < memory.fast < 4 and memory.unit == "GiB"
+    (tmp_path / "tiny" / "config.json").unlink()
     with pytest.raises(ValueError, match=str(tmp_path)):
-        list(flow.pipeline(tmp_path, cfg, CPU, torch.bfloat16))
+        list(flow.pipeline(bench))
 
 
 def test_a_bundle_of_given_sizes(tmp_path: Path) -> None:
@@ -137,7 +152,7 @@ def test_a_bundle_of_given_sizes(tmp_path: Path) -> None:
 
 
 def test_curves(networks: step.Networks) -> None:
-    points = list(curves(SMALL, networks))
+    points = list(curves(BENCH, networks))
     assert [(p.axis, p.x) for p in points] == [
         ("size", 64), ("size", 128), ("batch", 1), ("batch", 2), ("share", 0.2), ("share", 1.0), ("steps", 2),
         ("steps", 3),
@@ -211,7 +226,7 @@ def test_refuses(
 
 
 def test_the_table_says_what_is_missed() -> None:
-    found = command.ratio_table([Ratio("a", "fp32", 2.0, 3.0, 1.0), Ratio("b", "fp32", 2.0, 3.0, 2.0)])
+    found = command.tables([Ratio("a", "fp32", 2.0, 3.0, 1.0), Ratio("b", "fp32", 2.0, 3.0, 2.0)])
     assert "| 3.00 | at least 2.00: met |" in found and "| 1.50 | at least 2.00: **missed** |" in found
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from models.attention import attention
 from models.unet import UNet, UNetConfig, attention_grids, attention_layers
 from moma.bench.measure import operations
-from moma.methods.moma.adapter import Adapter, AdapterConfig, condition, reference_features
+from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import HEAD_ALIGNMENT, QUERY_BUCKET
+from moma.methods.moma.conditioning import both_rows, condition_rows, reference_features
 from moma.methods.moma.config import MethodConfig
 
 SIDE, TEXT, TOKENS, ROWS = 32, 12, 4, 2
@@ -36,15 +37,15 @@ def step(share: float, impl: str) -> tuple[int, int, int]:
     text = torch.randn(ROWS, TEXT, 16, generator=g)
     with torch.no_grad():
         layers = reference_features(unet, adapter, x[:1], text[:1], m, method)
-        cond = condition(
-            adapter, torch.randn(1, 8, generator=g), text[1:], text[:1], torch.zeros(1, TEXT), [layers],
-            torch.ones(1), method,
-        )  # fmt: skip
+        embedding, label, beta = torch.randn(ROWS, 8, generator=g), torch.zeros(ROWS, TEXT), torch.ones(ROWS)
+        cond = condition_rows(
+            adapter, embedding, unet.text_kv(text), None, label, both_rows([layers]), beta, method
+        )
     t = torch.full((ROWS,), 500)
     alone = cond.conditional()
     return (
-        operations(lambda: unet(x, t, text, cond.hook(500, m))),
-        operations(lambda: unet(x, t, text)),
+        operations(lambda: unet(x, t, cond.text, cond.hook(500, m))),
+        operations(lambda: unet(x, t, cond.text)),
         operations(lambda: unet(x[:1], t[:1], alone.text, alone.hook(500, m))),
     )
 

@@ -21,64 +21,48 @@ from moma.app.files import exit_status, markdown_table, write_text
 from moma.app.record import save_png
 from moma.bench.curves import curves, curves_image
 from moma.bench.flow import FlowConfig, autoencoder, build_bundle, decoder, drawing, flow, pipeline
-from moma.bench.measure import BenchConfig, Found, Part, Point, Ratio
+from moma.bench.measure import Bench, BenchConfig, Found, Part, Point, Ratio
 from moma.bench.step import equation_3, make_networks, steps
 from moma.bench.training import training
-from moma.sampling.device import DTYPES, choose_device, set_precision
+from moma.sampling.device import DTYPES, set_precision
+from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
 
 BASELINE = "tests.baseline"  # the same steps on diffusers
 PARTS = ("eq3", "step", "flow", "decoder", "training", "curves")
 
 
-def measured(
-    args: argparse.Namespace, cfg: BenchConfig, device: torch.device, baseline: Any
-) -> Iterator[Found]:
-    """All lines, as soon as they are known.
-
-    Args:
-        args: of the command.
-        cfg: what is measured.
-        device: where.
-        baseline: the module tests.baseline, or None.
-    """
-    for dtype in (DTYPES[name] for name in args.dtype):
-        found: list[Found] = []
-        for line in _of_dtype(args, cfg, device, dtype, baseline):
-            found.append(line)
-            yield line
-            if device.type != "cpu":
-                torch.accelerator.empty_cache()
-        yield from flow(found, cfg, device, dtype)
+def measured(bench: Bench, parts: Sequence[str]) -> Iterator[Found]:
+    """The lines of these parts, as soon as they are known."""
+    found: list[Found] = []
+    for line in _of_parts(bench, set(parts)):
+        found.append(line)
+        yield line
+        if bench.device.type != "cpu":
+            torch.accelerator.empty_cache()
+    yield from flow(bench, found)
 
 
-def _of_dtype(
-    args: argparse.Namespace, cfg: BenchConfig, device: torch.device, dtype: torch.dtype, baseline: Any
-) -> Iterator[Found]:
-    wanted = set(args.parts)
-    if "eq3" in wanted:
-        yield equation_3(cfg, device, dtype)
-    if wanted & {"step", "flow", "curves"}:
-        networks = make_networks(cfg, device, dtype, keep=baseline is not None)
-        if "step" in wanted:
-            yield from steps(cfg, networks, baseline)
-        if "flow" in wanted:
-            yield from drawing(cfg, networks)
-        if "curves" in wanted:
-            yield from curves(cfg, networks)
+def _of_parts(bench: Bench, parts: set[str]) -> Iterator[Found]:
+    if "eq3" in parts:
+        yield equation_3(bench)
+    if parts & {"step", "flow", "curves"}:
+        networks = make_networks(bench)
+        if "step" in parts:
+            yield from steps(bench, networks)
+        if "flow" in parts:
+            yield from drawing(bench, networks)
+        if "curves" in parts:
+            yield from curves(bench, networks)
         del networks  # frees several GB
-    if "flow" in wanted:
-        yield from autoencoder(cfg, device, dtype)
-    if "training" in wanted:
-        yield from training(cfg, device, dtype, baseline)
-    if args.bundle and _reads_bundle(args, dtype):
-        yield from decoder(args.bundle, cfg, device, dtype)
-        yield from pipeline(args.bundle, cfg, device, dtype)
-
-
-def _reads_bundle(args: argparse.Namespace, dtype: torch.dtype) -> bool:
-    """Not in fp32, in which a 7B model takes 27 GB."""
-    return "decoder" in args.parts and dtype != torch.float32
+    if "flow" in parts:
+        yield from autoencoder(bench)
+    if "training" in parts:
+        yield from training(bench)
+    # Not in fp32, in which a 7B model takes 27 GB.
+    if "decoder" in parts and bench.runtime.weights and bench.dtype != torch.float32:
+        yield from decoder(bench)
+        yield from pipeline(bench)
 
 
 # --- the tables ----------------------------------------------------------------------------------------
@@ -92,36 +76,30 @@ def _summary(line: Found) -> str:
     return f"{line.what}, {line.dtype}: {line.seconds:.3g} s"
 
 
-def ratio_table(ratios: Sequence[Ratio]) -> str:
-    """A Markdown table that says which ratios are met."""
-    rows = []
-    for r in ratios:
-        verdict = f"at least {r.wanted:.2f}: {'met' if r.times >= r.wanted else '**missed**'}"
-        error = "" if r.error is None else f"{r.error:.1e}"
-        sides = f"{r.slow:.3g} {r.unit}", f"{r.fast:.3g} {r.unit}"
-        rows.append((r.what, r.dtype, *sides, f"{r.times:.2f}", verdict, error))
-    return markdown_table(("what", "dtype", "first", "second", "ratio", "wanted", "difference"), rows)
-
-
-def _part_table(parts: Sequence[Part]) -> str:
-    rows = []
-    for p in parts:
-        flops = "" if p.flops is None else f"{p.flops / 1e12:.2f}"
-        share = "" if p.of_peak is None else f"{p.of_peak:.0%}"
-        rows.append((p.what, p.dtype, f"{p.seconds:.3g}", flops, share, _gigabytes(p.memory)))
-    return markdown_table(("part", "dtype", "seconds", "Tflop", "of the peak", "memory"), rows)
-
-
-def _point_table(points: Sequence[Point]) -> str:
-    rows = []
-    for p in points:
-        seconds = f"{p.plain:.3g} s", f"{p.moma:.3g} s", f"{p.moma / p.plain:.2f}"
-        rows.append((p.axis, f"{p.x:g}", p.dtype, *seconds, _gigabytes(p.memory)))
-    return markdown_table(("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"), rows)
-
-
-def _gigabytes(memory: int | None) -> str:
-    return "" if memory is None else f"{memory / 1e9:.2f} GB"
+def tables(found: Sequence[Found]) -> str:
+    """Markdown tables of ratios, which says whether they are met, of parts and of points."""
+    ratios, parts, points = [], [], []
+    for line in found:
+        if isinstance(line, Ratio):
+            sides = f"{line.slow:.3g} {line.unit}", f"{line.fast:.3g} {line.unit}", f"{line.times:.2f}"
+            verdict = f"at least {line.wanted:.2f}: {'met' if line.times >= line.wanted else '**missed**'}"
+            error = "" if line.error is None else f"{line.error:.1e}"
+            ratios.append((line.what, line.dtype, *sides, verdict, error))
+            continue
+        memory = "" if line.memory is None else f"{line.memory / 1e9:.2f} GB"
+        if isinstance(line, Part):
+            flops = "" if line.flops is None else f"{line.flops / 1e12:.2f}"
+            share = "" if line.of_peak is None else f"{line.of_peak:.0%}"
+            parts.append((line.what, line.dtype, f"{line.seconds:.3g}", flops, share, memory))
+        else:
+            seconds = f"{line.plain:.3g} s", f"{line.moma:.3g} s", f"{line.moma / line.plain:.2f}"
+            points.append((line.axis, f"{line.x:g}", line.dtype, *seconds, memory))
+    heads = (
+        ("what", "dtype", "first", "second", "ratio", "wanted", "difference"),
+        ("part", "dtype", "seconds", "Tflop", "of the peak", "memory"),
+        ("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"),
+    )
+    return "\n".join(markdown_table(*table) for table in zip(heads, (ratios, parts, points), strict=True))
 
 
 # --- the command ---------------------------------------------------------------------------------------
@@ -181,40 +159,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print the tables. ValueError for wrong arguments."""
     set_precision()
     args = _parse(argv)
-    baseline = _load_baseline() if args.baseline else None
-    device = choose_device(args.device)
     cfg = replace(BenchConfig(), size=args.size, share=args.share, repeats=args.repeats)
-    if device.index:
-        torch.accelerator.set_device_index(device.index)  # which `wait` synchronises
-    _prepare_bundle(args, cfg)
+    runtime = Runtime.choose(None, args.device)
+    if runtime.device.index:
+        torch.accelerator.set_device_index(runtime.device.index)  # which `_wait` synchronises
+    baseline = _load_baseline() if args.baseline else None
+    if "decoder" in args.parts and args.dtype != ["fp32"]:
+        runtime = replace(runtime, weights=_open_bundle(args.bundle, cfg))
     found: list[Found] = []
-    for line in measured(args, cfg, device, baseline):
-        found.append(line)
-        print(_summary(line), file=sys.stderr)
-        _write_numbers(args.out, found, cfg, device)
-    ratios, parts, points = _by_kind(found)
-    print(ratio_table(ratios), _part_table(parts), _point_table(points), sep="\n")
-    if points:
+    for dtype in args.dtype:
+        for line in measured(Bench(cfg, replace(runtime, dtype=DTYPES[dtype]), baseline), args.parts):
+            found.append(line)
+            print(_summary(line), file=sys.stderr)
+            _write_numbers(args.out, found, cfg, runtime.device)
+    print(tables(found))
+    if points := [line for line in found if isinstance(line, Point)]:
         save_png(args.out.with_suffix(".png"), curves_image(points))
 
 
-def _prepare_bundle(args: argparse.Namespace, cfg: BenchConfig) -> None:
-    """Make a missing bundle. ValueError for an incomplete one."""
-    if not any(_reads_bundle(args, DTYPES[name]) for name in args.dtype):
-        return
-    if not args.bundle:
+def _open_bundle(folder: Path | None, cfg: BenchConfig) -> Bundle | None:
+    """The bundle of full size, made if it is missing. ValueError for an incomplete one."""
+    if folder is None:
         print("no --bundle: skipping the decoder and pipeline lines", file=sys.stderr)
-        return
-    if not args.bundle.exists():
-        build_bundle(args.bundle, cfg.size, FlowConfig().networks)
-    bundle = Bundle.open(args.bundle)
+        return None
+    if not folder.exists():
+        build_bundle(folder, cfg.size, FlowConfig().networks)
+    bundle = Bundle.open(folder)
     for name in FlowConfig().networks:
         bundle.config(name)
-
-
-def _by_kind(found: Sequence[Found]) -> tuple[list[Ratio], list[Part], list[Point]]:
-    ratios, parts, points = ([x for x in found if isinstance(x, kind)] for kind in (Ratio, Part, Point))
-    return ratios, parts, points
+    return bundle
 
 
 def _write_numbers(path: Path, found: Sequence[Found], cfg: BenchConfig, device: torch.device) -> None:
@@ -223,9 +196,9 @@ def _write_numbers(path: Path, found: Sequence[Found], cfg: BenchConfig, device:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    lines = zip(("ratios", "parts", "points"), _by_kind(found), strict=True)
-    numbers = {name: [asdict(line) for line in group] for name, group in lines}
-    write_text(path, json.dumps({"where": where, "config": asdict(cfg)} | numbers, indent=1))
+    kinds = {"ratios": Ratio, "parts": Part, "points": Point}
+    lines = {name: [asdict(x) for x in found if isinstance(x, kind)] for name, kind in kinds.items()}
+    write_text(path, json.dumps({"where": where, "config": asdict(cfg)} | lines, indent=1))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

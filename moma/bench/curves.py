@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from moma.app.chart import ChartConfig, Colour, Line, chart
-from moma.bench.measure import BenchConfig, Point, memory_of, seconds_of
+from moma.bench.measure import Bench, Point, memory_of, seconds_of
 from moma.bench.step import Networks, make_step
-from moma.sampling.device import dtype_name
-from moma.sampling.sampler import TextOnly
+from moma.methods.moma.conditioning import MoMAConditioning
+from moma.methods.text import TextConditioning
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,23 @@ class LooksConfig:
 
 
 @torch.no_grad()
-def curves(cfg: BenchConfig, networks: Networks) -> Iterator[Point]:
+def curves(bench: Bench, networks: Networks) -> Iterator[Point]:
     """All points; each is one call of each kind, after warm-up calls."""
-    for size in cfg.sizes:
-        yield _point("size", size, replace(cfg, size=size), networks)
-    for batch in cfg.batches:
-        yield _point("batch", batch, cfg, networks, batch)
-    for share in cfg.shares:
-        yield _point("share", share, replace(cfg, share=share), networks)
+    cfg = bench.cfg
+    varied = [("size", x, replace(cfg, size=x), 1) for x in cfg.sizes]
+    varied += [("batch", x, cfg, x) for x in cfg.batches]
+    varied += [("share", x, replace(cfg, share=x), 1) for x in cfg.shares]
+    for axis, value, changed, batch in varied:
+        step = make_step(networks, changed, batch)
+        memory = memory_of(partial(step.moma, networks.unet), bench.device)  # also warms up
+        yield Point(axis, value, bench.kind, seconds_of(step.plain), seconds_of(step.moma), memory)
     # Whole denoising loops, plain and MoMA's, with masks made from the attention maps of the step before.
     step = make_step(networks, cfg)
+    own = {name: value for name, value in vars(step.cond).items() if name != "m_gen"}
+    both = TextConditioning(step.cond.text, None), MoMAConditioning(**own)
     for steps in cfg.lengths:
-        guides = TextOnly(step.text), step.cond
-        plain, moma = (seconds_of(partial(step.loop, step.unet, guide, steps)) for guide in guides)
-        yield Point("steps", steps, dtype_name(networks.dtype), plain, moma, None)
-
-
-def _point(axis: str, value: float, cfg: BenchConfig, networks: Networks, batch: int = 1) -> Point:
-    step = make_step(networks, cfg, batch)
-    memory = memory_of(partial(step.moma, networks.unet), networks.device)  # also warms up
-    plain, moma = seconds_of(step.plain), seconds_of(step.moma)
-    return Point(axis, value, dtype_name(networks.dtype), plain, moma, memory)
+        plain, moma = (seconds_of(partial(step.loop, step.unet, cond, steps)) for cond in both)
+        yield Point("steps", steps, bench.kind, plain, moma, None)
 
 
 def curves_image(points: Sequence[Point], cfg: LooksConfig | None = None) -> Image.Image:

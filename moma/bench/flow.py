@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from models.weights.loading import LazyTensor
 from moma.bench.measure import (
     GIB,
     OWN,
-    BenchConfig,
+    Bench,
     Found,
     Part,
     Ratio,
@@ -35,16 +35,13 @@ from moma.bench.measure import (
     matmul_peak,
     median_of,
     memory_of,
-    part_of,
     relative_error,
     watched,
 )
 from moma.bench.step import Networks, make_step, pseudo_random
 from moma.methods.moma.adapter import AdapterConfig
-from moma.methods.moma.feature_decoder import MLLMInput
-from moma.sampling.device import dtype_name
+from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.sampling.memory import Toggle, max_batch
-from moma.sampling.pipeline import load_decoder
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
 from moma.weights.tiny import SOURCE, TinyConfig, build_tokenizers, draw
 
@@ -55,15 +52,12 @@ WORD, PROMPT = "cat", "a cat on the beach at sunset"
 
 def _full_size() -> dict[str, Any]:
     """Sizes of all networks of the public weights."""
-    llama, vision = LlamaConfig(lm_head=False), CLIPVisionConfig()
+    vision = CLIPVisionConfig()
+    llava = LlavaConfig(llama=LlamaConfig(lm_head=False), vision=vision)
+    text, adapter = CLIPTextConfig(), AdapterConfig()
     return {
-        "unet": SD15,
-        "vae": VAE_SD15,
-        "text": CLIPTextConfig(),
-        "vision": vision,
-        "llava": LlavaConfig(llama=llama, vision=vision),
-        "adapter": AdapterConfig(),
-    }
+        "unet": SD15, "vae": VAE_SD15, "text": text, "vision": vision, "llava": llava, "adapter": adapter
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,14 +69,13 @@ class FlowConfig:
     steps: int = 2  # of the drawing whose memory is measured: the second one has masks, as all later ones do
 
 
-def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int = 0) -> None:
+def build_bundle(folder: Path, size: int, networks: Mapping[str, Any]) -> None:
     """Write a bundle of pseudo-random bf16 weights (tensors of one shape are equal) and tiny tokenizers.
 
     Args:
         folder: of the bundle.
         size: image side S in pixels.
         networks: name -> sizes.
-        seed: of the weights.
 
     Raises:
         ValueError: if the disk lacks the space.
@@ -91,7 +84,7 @@ def build_bundle(folder: Path, size: int, networks: Mapping[str, Any], seed: int
 
     @lru_cache(maxsize=4)  # the next block has weights of the same shapes
     def values(ending: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return draw(ending, shape, torch.Generator().manual_seed(seed), TinyConfig()).to(kind)
+        return draw(ending, shape, torch.Generator().manual_seed(0), TinyConfig()).to(kind)
 
     def lazy(key: str, shape: tuple[int, ...], file: Path) -> LazyTensor:
         return LazyTensor(shape, kind, file, lambda: values(f".{key.rpartition('.')[2]}", shape))
@@ -117,71 +110,72 @@ def _image(size: int) -> Image.Image:
 # --- the feature decoder -----------------------------------------------------------------------------
 
 
-def decoder(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """One MLLM query with weights in memory or streamed from the file block by block.
+def decoder(bench: Bench) -> Iterator[Found]:
+    """One MLLM query with weights in memory or streamed from the file block by block."""
+    query, repeats = [MLLMInput(_image(bench.cfg.size), WORD, PROMPT)], FlowConfig().repeats
+    config = bench.runtime.weights.method_config("moma")
 
-    Args:
-        folder: bundle with full-size weights.
-        cfg: what is measured.
-        device: where.
-        dtype: of weights and activations.
-    """
-    kind, repeats = dtype_name(dtype), min(cfg.repeats, FlowConfig().repeats)
-    question = [MLLMInput(_image(cfg.size), WORD, PROMPT)]
-    streamed, resident = (load_decoder(folder, str(device), kind, stream=how) for how in ("on", "off"))
-    error = relative_error(streamed(question)[0], resident(question)[0])
-    slow, fast = in_turn(partial(resident, question), partial(streamed, question), repeats)
-    what = "decoder, resident / streamed, file in the page cache"
-    yield Ratio(what, kind, cfg.wanted["streamed"], slow, fast, error)
-    memory = memory_of(partial(streamed, question), device, mapped=True)
+    def load(stream: Toggle) -> FeatureDecoder:
+        return FeatureDecoder.load(replace(bench.runtime, stream=stream), config, None, ("adapter",))
+
+    streamed, resident = (partial(load(how).encode_features, query) for how in ("on", "off"))
+    error = relative_error(streamed()[0], resident()[0])
+    slow, fast = in_turn(resident, streamed, min(bench.cfg.repeats, repeats))
+    yield bench.ratio("decoder, resident / streamed, file in the page cache", "streamed", slow, fast, error)
+    memory = memory_of(streamed, bench.device, mapped=True)
     del resident, streamed  # frees 14 GB
-
-    def loaded(how: Toggle) -> None:
-        load_decoder(folder, str(device), kind, stream=how)(question)
-
-    seconds = in_turn(partial(loaded, "off"), partial(loaded, "on"), 1)
-    what = "decoder, loaded for one question, resident / streamed"
-    yield Ratio(what, kind, cfg.wanted["streamed"], *seconds)
-    yield Part("decoder, resident", kind, slow)
-    yield Part("decoder, streamed", kind, fast, memory=memory)
+    seconds = in_turn(
+        lambda: load("off").encode_features(query), lambda: load("on").encode_features(query), 1
+    )
+    yield bench.ratio("decoder, loaded for one question, resident / streamed", "streamed", *seconds)
+    yield Part("decoder, resident", bench.kind, slow)
+    yield Part("decoder, streamed", bench.kind, fast, memory=memory)
     if memory is not None:
-        what = "streamed decoder's memory, limit / with its mapped weights"
-        yield Ratio(what, kind, 1.0, cfg.most["streamed"], memory / GIB, unit="GiB")
+        yield _limit(bench, "streamed decoder's memory, limit / with its mapped weights", "streamed", memory)
+
+
+def _limit(bench: Bench, what: str, limit: str, memory: float) -> Ratio:
+    """A limit of `BenchConfig.most` over the memory found, in bytes."""
+    return Ratio(what, bench.kind, 1.0, bench.cfg.most[limit], memory / GIB, unit="GiB")
 
 
 # --- the VAE -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def autoencoder(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
+def autoencoder(bench: Bench) -> Iterator[Found]:
     """Encoding and decoding of one image."""
-    vae = pseudo_random(lambda: VAE(VAE_SD15), cfg.seed, device, dtype)
-    generator, peak = torch.Generator().manual_seed(cfg.seed), matmul_peak(cfg, device, dtype)
-    x = torch.randn(1, VAE_SD15.in_channels, cfg.size, cfg.size, generator=generator).to(device, dtype)
-    z = torch.randn(1, VAE_SD15.latent_channels, *cfg.grid, generator=generator).to(device, dtype)
-    calls = {"VAE, encode": lambda: vae.encode(x), "VAE, decode": lambda: vae.decode(z)}
-    for what, call in calls.items():
-        yield part_of(what, dtype, call, median_of(call, cfg.repeats), peak, device)
+    cfg, peak = bench.cfg, matmul_peak(bench)
+    vae, generator = pseudo_random(lambda: VAE(VAE_SD15), bench), torch.Generator()
+    generator.manual_seed(cfg.seed)
+    for what, call, shape in (
+        ("VAE, encode", vae.encode, (VAE_SD15.in_channels, cfg.size, cfg.size)),
+        ("VAE, decode", vae.decode, (VAE_SD15.latent_channels, *cfg.grid)),
+    ):
+        x = torch.randn(1, *shape, generator=generator).to(bench.device, bench.dtype)
+        yield bench.part(what, median_of(partial(call, x), cfg.repeats), partial(call, x), peak)
 
 
 # --- a whole drawing ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def drawing(cfg: BenchConfig, networks: Networks) -> Iterator[Found]:
+def drawing(bench: Bench, networks: Networks) -> Iterator[Found]:
     """One batch of the pipeline: a single step, or all steps where capturing CUDA graphs takes time."""
-    batch, kind = _batch(cfg, networks.device), dtype_name(networks.dtype)
+    cfg, batch = bench.cfg, _batch(bench)
     if networks.make_recorder is not None:
         step = make_step(networks, cfg, batch)
         seconds = median_of(lambda: step.drawing(cfg.steps), FlowConfig().repeats)
-        yield Part(_drawing_name(cfg.steps, batch), kind, seconds)
+        yield Part(_drawing_name(cfg.steps, batch), bench.kind, seconds)
     elif batch > 1:  # `moma.bench.step.steps` yields a batch of one
-        yield Part(_step_name(batch), kind, median_of(make_step(networks, cfg, batch).moma, cfg.repeats))
+        yield Part(
+            _step_name(batch), bench.kind, median_of(make_step(networks, cfg, batch).moma, cfg.repeats)
+        )
 
 
-def _batch(cfg: BenchConfig, device: torch.device) -> int:
+def _batch(bench: Bench) -> int:
     """Images that the pipeline draws at once."""
-    return max_batch(cfg.images, prod(cfg.grid), device)
+    return max_batch(bench.cfg.images, prod(bench.cfg.grid), bench.device)
 
 
 def _step_name(batch: int) -> str:
@@ -192,23 +186,16 @@ def _drawing_name(steps: int, batch: int) -> str:
     return f"{steps} MoMA steps and their recording, {batch} at once"
 
 
-def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Several images of one subject and prompt, summed from parts.
+def flow(bench: Bench, found: Sequence[Found]) -> Iterator[Found]:
+    """Several images of one subject and prompt, summed from the parts found.
 
     Ours runs decoder and reference pass once, and images in batches. The release repeats everything for each
     image, with its own step; its other parts are assumed to be as fast as ours. Loading and text encoding
     count for neither.
-
-    Args:
-        found: the parts.
-        cfg: what is measured.
-        device: where.
-        dtype: of weights and activations.
     """
-    kind, n, steps = dtype_name(dtype), cfg.images, cfg.steps
-    part = {p.what: p.seconds for p in found if isinstance(p, Part) and p.dtype == kind}
+    n, steps, batch = bench.cfg.images, bench.cfg.steps, _batch(bench)
+    part = {p.what: p.seconds for p in found if isinstance(p, Part)}
     release = [r.slow for r in found if isinstance(r, Ratio) and r.what.startswith("MoMA step, release")]
-    batch = _batch(cfg, device)
     drawn = part.get(_drawing_name(steps, batch)) or steps * part.get(_step_name(batch), 0.0)  # of a batch
     if not release or not drawn or not {"reference pass", "VAE, encode", "VAE, decode"} <= set(part):
         return
@@ -216,28 +203,20 @@ def flow(found: list[Found], cfg: BenchConfig, device: torch.device, dtype: torc
     once = read + part["VAE, encode"] + part["reference pass"]
     fast = once + -(-n // batch) * drawn + n * part["VAE, decode"]
     slow = n * (once + steps * release[-1] + part["VAE, decode"])
-    least = cfg.wanted["flow cuda" if device.type == "cuda" else "flow"]
     decoded = f"{'with' if read else 'without'} the decoder, summed from parts"
     what = f"{n} images of one prompt, {steps} steps, {decoded}, release / ours"
-    yield Ratio(what, kind, least, slow, fast)
+    yield bench.ratio(what, "flow cuda" if bench.device.type == "cuda" else "flow", slow, fast)
 
 
-def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Peak memory of a run of `sample.py`; on CPUs without mapped files.
-
-    Args:
-        folder: bundle with full-size weights.
-        cfg: what is measured.
-        device: where.
-        dtype: of weights and activations.
-    """
-    kind, least = dtype_name(dtype), f"pipeline {device.type}"
+def pipeline(bench: Bench) -> Iterator[Found]:
+    """Peak memory of a run of `sample.py`; on CPUs without mapped files."""
+    cfg, device, folder = bench.cfg, bench.device, bench.runtime.weights.folder
     with tempfile.TemporaryDirectory() as out:
         _image(cfg.size).save(Path(out, "ref.png"))
         options = {
             "--ref": Path(out, "ref.png"), "--subject": WORD, "--prompt": PROMPT, "--weights": folder,
             "--out": out, "--cache": "off", "--stream": "on", "--steps": FlowConfig().steps, "--num": 1,
-            "--dtype": kind, "--device": device, "--size": cfg.size,
+            "--dtype": bench.kind, "--device": device, "--size": cfg.size,
         }  # fmt: skip
         command = [sys.executable, str(SCRIPT), *(str(x) for pair in options.items() for x in pair)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -248,6 +227,5 @@ def pipeline(folder: Path, cfg: BenchConfig, device: torch.device, dtype: torch.
         raise ValueError(f"{SCRIPT.name} failed with {folder}: {last}")
     match = PEAK_MEMORY.search(text)
     memory = float(match[1]) * 1e9 if device.type == "cuda" and match else max(seen)
-    if memory and least in cfg.most:
-        what = "memory of the whole pipeline, limit / ours"
-        yield Ratio(what, kind, 1.0, cfg.most[least], memory / GIB, unit="GiB")
+    if memory and (limit := f"pipeline {device.type}") in cfg.most:
+        yield _limit(bench, "memory of the whole pipeline, limit / ours", limit, memory)

@@ -1,7 +1,4 @@
-"""Time, operations and memory, and the lines of the report.
-
-Letters: h w latents.
-"""
+"""Time, operations and memory, and the lines of the report."""
 
 import ctypes
 import statistics
@@ -18,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
-from models.unet import SD15, UNetConfig
-from moma.methods.moma.masks import Grid
+from models.unet import SD15, Grid, UNetConfig
 from moma.sampling.device import dtype_name
+from moma.sampling.interface import Runtime
 
 GIB = 2**30
 POLL = 0.005  # seconds between two samples of a process's memory; buffers of a UNet step live longer
@@ -115,9 +112,56 @@ class Point:
 Found = Ratio | Part | Point
 
 
-def half(key: str, dtype: torch.dtype) -> str:
-    """The key of `BenchConfig.wanted` for a dtype."""
-    return key if dtype == torch.float32 else f"{key} half"
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and on which machine, in one dtype."""
+
+    cfg: BenchConfig
+    runtime: Runtime  # its weights: a bundle of full size, or None
+    baseline: Any = None  # the module tests.baseline
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.runtime.dtype
+
+    @property
+    def kind(self) -> str:
+        """The name of the dtype."""
+        return dtype_name(self.dtype)
+
+    def ratio(
+        self, what: str, wanted: str, slow: float, fast: float, error: float | None = None, unit: str = "s"
+    ) -> Ratio:
+        """A line of the table of ratios.
+
+        Args:
+            what: name of the line.
+            wanted: key of `BenchConfig.wanted`.
+            slow: the other side.
+            fast: ours.
+            error: relative difference of the results.
+            unit: of both sides.
+        """
+        least, key = self.cfg.wanted, f"{wanted} half"
+        if self.dtype == torch.float32 or key not in least:
+            key = wanted
+        return Ratio(what, self.kind, least[key], slow, fast, error, unit)
+
+    def part(self, what: str, seconds: float, call: Callable[[], Any], peak: float) -> Part:
+        """A line of the table of parts.
+
+        Args:
+            what: name of the line.
+            seconds: the call's time.
+            call: what was timed.
+            peak: operations per second, of `matmul_peak`.
+        """
+        flops = operations(call)
+        return Part(what, self.kind, seconds, flops, flops / seconds / peak, memory_of(call, self.device))
 
 
 # --- seconds -----------------------------------------------------------------------------------------
@@ -183,34 +227,11 @@ def operations(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def matmul_peak(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product.
-
-    Args:
-        cfg: side of the matrices, repeats and seed.
-        device: where.
-        dtype: of the matrices.
-    """
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    a = torch.randn(cfg.peak, cfg.peak, generator=generator, device=device).to(dtype)
+def matmul_peak(bench: Bench) -> float:
+    """Operations per second of a large matrix product."""
+    cfg, generator = bench.cfg, torch.Generator(bench.device).manual_seed(bench.cfg.seed)
+    a = torch.randn(cfg.peak, cfg.peak, generator=generator, device=bench.device).to(bench.dtype)
     return 2 * cfg.peak**3 / median_of(lambda: a @ a, cfg.repeats)
-
-
-def part_of(
-    what: str, dtype: torch.dtype, call: Callable[[], Any], seconds: float, peak: float, device: torch.device
-) -> Part:
-    """The line of a call.
-
-    Args:
-        what: name of the line.
-        dtype: of weights and activations.
-        call: what was timed.
-        seconds: its time.
-        peak: operations per second, of `matmul_peak`.
-        device: where.
-    """
-    flops = operations(call)
-    return Part(what, dtype_name(dtype), seconds, flops, flops / seconds / peak, memory_of(call, device))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -24,10 +24,10 @@ from models.weights.quant import PRESETS, quantise, use_quantised_layers
 from moma.app.files import exit_status
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import AdapterConfig, Mapping
-from moma.methods.moma.feature_decoder import MLLMInput
+from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.mini.report import Pair, ReportConfig, make_pairs
 from moma.sampling.device import set_precision
-from moma.sampling.pipeline import load_decoder
+from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import fill
 from moma.world.world import draw
@@ -49,16 +49,17 @@ class RoundingConfig:
 @torch.no_grad()
 def _embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
     """Embeddings of a bundle for MoMA-mini's world, (N, E) float32."""
-    decoder, size, questions = load_decoder(folder, "cpu", dtype), Bundle.open(folder).image_size, []
+    runtime, inputs = Runtime.choose(Bundle.open(folder), "cpu", dtype), []
+    config = runtime.weights.method_config("moma")
+    decoder = FeatureDecoder.load(runtime, config, None, ("adapter",))
     for pair in pairs:
-        seen = draw(pair.shown, ReportConfig().world)
-        image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
-        white = make_reference(image, mask, size, decoder.method).white
-        questions.append(MLLMInput(white, pair.shown.label, pair.prompt))
-    return torch.cat(decoder(questions)).float()  # (N, E)
+        image, mask = map(Image.fromarray, draw(pair.shown, ReportConfig().world)[:2])
+        white = make_reference(image, mask, runtime.weights.image_size, config).white
+        inputs.append(MLLMInput(white, pair.shown.label, pair.prompt))
+    return torch.cat(decoder.encode_features(inputs)).float()  # (N, E)
 
 
-def _compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
+def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
     """Lines of text that compare each bundle with the first one in bf16."""
     pairs = make_pairs(cfg.pairs, [None], ReportConfig())
     wanted = _embeddings(folders[0], "bf16", pairs)
@@ -77,7 +78,7 @@ def _line(name: str, cosines: Tensor) -> str:
 
 
 @torch.no_grad()
-def _full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
+def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
     """LLaMA on random states in bf16 and in fewer bits, with one block's weights in memory at a time.
 
     Yields a line per block: cosine of the last token's embedding, and of the states of all tokens.
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = RoundingConfig()
     if args.full_size is not None and not 1 <= args.full_size <= cfg.llama.layers:
         raise ValueError(f"--full-size {args.full_size}: expected 1 to {cfg.llama.layers} blocks")
-    for text in _full_size(args.full_size, cfg) if args.full_size else _compare(args.bundles, cfg):
+    for text in full_size(args.full_size, cfg) if args.full_size else compare(args.bundles, cfg):
         print(text, flush=True)
 
 

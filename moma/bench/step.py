@@ -10,33 +10,24 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import split_heads
-from models.unet import UNet, attention_grids, attention_layers
+from models.unet import Grid, UNet, attention_grids, attention_layers
 from models.weights.packed import optimize_layout
 from moma.bench.measure import (
+    Bench,
     BenchConfig,
     Found,
     Ratio,
-    half,
     in_turn,
     matmul_peak,
     median_of,
-    part_of,
     relative_error,
 )
-from moma.methods.moma.adapter import (
-    Adapter,
-    AdapterConfig,
-    Conditioning,
-    MoMAHook,
-    condition,
-    reference_features,
-)
+from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import (
     Gate,
     ReferenceLayer,
@@ -44,13 +35,14 @@ from moma.methods.moma.attention import (
     gate_inside,
     subject_self_attention,
 )
+from moma.methods.moma.conditioning import MoMAConditioning, both_rows, condition_rows, reference_features
 from moma.methods.moma.config import DEFAULT
-from moma.methods.moma.masks import Grid, m_gen_of_layer, m_ref_of_layer
+from moma.methods.moma.masks import m_gen_of_layer, m_ref_of_layer
 from moma.sampling.config import SampleConfig
 from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
-from moma.sampling.device import dtype_name
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.sampler import Guide, denoise
+from moma.sampling.interface import Conditioning, State
+from moma.sampling.sampler import denoise
 from moma.weights.tiny import fill
 
 # --- Eq. 3 -------------------------------------------------------------------------------------------
@@ -66,14 +58,9 @@ def square(cfg: BenchConfig) -> Tensor:
     return mask
 
 
-def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ratio:
-    """All self-attentions of a step without projections: the explicit formula against the fused path.
-
-    Args:
-        cfg: what is measured.
-        device: where.
-        dtype: of the activations.
-    """
+def equation_3(bench: Bench) -> Ratio:
+    """All self-attentions of a step without projections: the explicit formula against the fused path."""
+    cfg, device, dtype = bench.cfg, bench.device, bench.dtype
     generator, mask, layers, rows = torch.Generator().manual_seed(cfg.seed), square(cfg), [], 2
     for layer, grid in zip(attention_layers(cfg.unet), attention_grids(cfg.unet, cfg.grid), strict=True):
         shape = (rows, grid[0] * grid[1], layer.channels)
@@ -81,9 +68,9 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
             split_heads(torch.randn(shape, generator=generator).to(device, dtype), layer.heads)
             for _ in range(5)
         )  # each (R, H, N, D)
-        keep = m_ref_of_layer(mask, grid, keep_one_key=True).expand(rows, -1).to(device)  # (R, N)
+        key_mask = m_ref_of_layer(mask, grid, keep_one_key=True).expand(rows, -1).to(device)  # (R, N)
         m_gen = m_gen_of_layer(mask, grid).expand(rows, -1, -1, -1).to(device, dtype)  # (R, 1, N, 1)
-        layers.append((q, k, v, ReferenceLayer(k_ref, v_ref, keep), m_gen))
+        layers.append((q, k, v, ReferenceLayer(k_ref, v_ref, key_mask), m_gen))
     lam = torch.ones(1, device=device, dtype=dtype)
     dropped = [drop_background(layer[3]) for layer in layers]  # once per subject
 
@@ -102,8 +89,7 @@ def equation_3(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> Ra
 
     error = max(relative_error(a, b) for a, b in zip(fused(), explicit(), strict=True))
     seconds = in_turn(explicit, fused, cfg.repeats)
-    what = "Eq. 3, explicit (probabilities in fp32) / fused"
-    return Ratio(what, dtype_name(dtype), cfg.wanted["eq3"], *seconds, error)
+    return bench.ratio("Eq. 3, explicit (probabilities in fp32) / fused", "eq3", *seconds, error)
 
 
 # --- whole steps -------------------------------------------------------------------------------------
@@ -127,59 +113,34 @@ class Networks:
         return self.adapter.projector.proj.weight.dtype
 
 
-def make_networks(cfg: BenchConfig, device: torch.device, dtype: torch.dtype, keep: bool = True) -> Networks:
-    """Networks with pseudo-random weights.
-
-    Args:
-        cfg: sizes and seed.
-        device: where.
-        dtype: of the weights.
-        keep: whether to keep a copy of the UNet's weights for a baseline.
-    """
-    unet = pseudo_random(lambda: UNet(cfg.unet), cfg.seed, device, dtype)
-    adapter = pseudo_random(lambda: Adapter(AdapterConfig(), cfg.unet), cfg.seed, device, dtype)
-    weights = unet.state_dict() if keep else {}
-    return Networks(optimize_layout(unet, device, dtype), weights, adapter, choose_recorder("auto", device))
+def make_networks(bench: Bench) -> Networks:
+    """Networks with pseudo-random weights."""
+    unet = pseudo_random(lambda: UNet(bench.cfg.unet), bench)
+    adapter = pseudo_random(lambda: Adapter(AdapterConfig(), bench.cfg.unet), bench)
+    weights = unet.state_dict() if bench.baseline else {}
+    unet = optimize_layout(unet, bench.device, bench.dtype)
+    return Networks(unet, weights, adapter, choose_recorder(bench.runtime.cuda_graph, bench.device))
 
 
-def pseudo_random(
-    make: Callable[[], nn.Module], seed: int, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """A frozen network with pseudo-random weights.
-
-    Args:
-        make: constructs it.
-        seed: of the weights.
-        device: where.
-        dtype: of the weights.
-    """
+def pseudo_random(make: Callable[[], nn.Module], bench: Bench) -> nn.Module:
+    """The frozen network that `make` constructs, with pseudo-random weights."""
+    device = bench.device
     with torch.device("meta"):
-        network = make().to(dtype)
+        network = make().to(bench.dtype)
     network = network.to_empty(device=device).requires_grad_(False).eval()
-    fill(network, torch.Generator(device).manual_seed(seed))
+    fill(network, torch.Generator(device).manual_seed(bench.cfg.seed))
     return network
 
 
-@dataclass(frozen=True)
-class HeldMask:
-    """Conditioning that computes M_gen but returns a fixed one, since random weights draw no subject."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FixedMask(MoMAConditioning):
+    """Computes M_gen but returns a fixed one, since random weights draw no subject."""
 
-    cond: Conditioning
     m_gen: Tensor  # (B, 1, h, w)
 
-    @property
-    def text(self) -> Tensor:
-        return self.cond.text
-
-    def conditional(self) -> "HeldMask":
-        return HeldMask(self.cond.conditional(), self.m_gen)
-
-    def hook(self, t: int, m_gen: Tensor | None) -> MoMAHook:
-        return self.cond.hook(t, m_gen)
-
-    def next_m_gen(self, records: list[Tensor], size: Grid) -> Tensor:
-        self.cond.next_m_gen(records, size)
-        return self.m_gen
+    def next_state(self, maps: list[Tensor], grid: Grid) -> State:
+        super().next_state(maps, grid)
+        return {"m_gen": self.m_gen}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,47 +151,46 @@ class Step:
     unet: GraphedUNet  # the UNet as the pipeline calls it, with CUDA graphs on CUDA devices
     x: Tensor  # (R, Z, h, w)
     t: Tensor  # (R,)
-    text: Tensor  # (R, T, context_dim)
+    states: Tensor  # of the text, (R, T, context_dim)
     layers: list[ReferenceLayer]  # K', V', M_ref of each layer, one row, with all keys
     mask: Tensor  # (1, 1, h, w), of the reference
-    cond: Conditioning
-    m_gen: Tensor  # (B, 1, h, w)
-    timestep: int
+    cond: FixedMask
 
     def plain(self, unet: UNet | None = None) -> Tensor:
         """A step of the base model."""
-        return (unet or self.unet)(self.x, self.t, self.text)[0]
+        return (unet or self.unet)(self.x, self.t, self.cond.text)[0]
 
-    def drawing(self, steps: int) -> None:
-        """All steps of a drawing with a fixed M_gen, including the capture of CUDA graphs."""
-        unet = GraphedUNet(self.networks.unet, self.networks.make_recorder)
-        self.loop(unet, HeldMask(self.cond, self.m_gen), steps)
-
-    def loop(self, unet: GraphedUNet, guide: Guide, steps: int) -> None:
-        """All steps of a drawing from this step's noise.
-
-        Args:
-            unet: the UNet.
-            guide: the conditioning.
-            steps: number of steps.
-        """
-        path, start = solver_steps(ScheduleConfig(), steps, "ddim"), self.x[: len(self.m_gen)].float()
-        for _ in denoise(unet, guide, path, start, SampleConfig().guidance, "ddim"):  # start (B, Z, h, w)
-            pass
+    def moma(self, unet: UNet | None = None) -> Tensor:
+        """A step of MoMA, including the mask of the next step."""
+        hook = self.cond.hook(int(self.t[0]), self.cond.m_gen)
+        eps, maps = (unet or self.unet)(self.x, self.t, self.cond.text, hook)
+        self.cond.next_state(maps, (self.x.shape[-2], self.x.shape[-1]))
+        return eps
 
     def reference(self) -> list[ReferenceLayer]:
         """The reference pass, without the VAE."""
-        latent, label = self.x[:1], self.text[:1]
+        latent, label = self.x[:1], self.states[:1]
         return reference_features(
             self.networks.unet, self.networks.adapter, latent, label, self.mask, DEFAULT
         )
 
-    def moma(self, unet: UNet | None = None) -> Tensor:
-        """A step of MoMA, including the mask of the next step."""
-        hook = self.cond.hook(self.timestep, self.m_gen)
-        eps, records = (unet or self.unet)(self.x, self.t, self.text, hook)
-        self.cond.next_m_gen(records, self.x.shape[-2:])
-        return eps
+    def loop(self, unet: GraphedUNet, conditioning: Conditioning, steps: int) -> None:
+        """All steps of a drawing from this step's noise.
+
+        Args:
+            unet: the UNet.
+            conditioning: of B images.
+            steps: number of steps.
+        """
+        schedule = solver_steps(ScheduleConfig(), steps, "ddim")
+        start = self.x[: len(self.x) // 2].float()  # (B, Z, h, w)
+        guidance, dtype = SampleConfig().guidance, self.networks.dtype
+        for _ in denoise(unet, conditioning, schedule, start, guidance, "ddim", dtype=dtype):
+            pass
+
+    def drawing(self, steps: int) -> None:
+        """All steps of a drawing with a fixed M_gen, including the capture of CUDA graphs."""
+        self.loop(GraphedUNet(self.networks.unet, self.networks.make_recorder), self.cond, steps)
 
 
 @torch.no_grad()
@@ -242,73 +202,64 @@ def make_step(networks: Networks, cfg: BenchConfig, batch: int = 1) -> Step:
         cfg: sizes, subject and seed.
         batch: B.
     """
-    device, generator = networks.device, torch.Generator().manual_seed(cfg.seed)
+    device, generator, rows = networks.device, torch.Generator().manual_seed(cfg.seed), 2 * batch
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, networks.dtype)
 
-    mask = square(cfg).to(device)
-    x = rand(2 * batch, cfg.unet.in_channels, *cfg.grid)
-    text = rand(2 * batch, cfg.text_tokens, cfg.unet.context_dim[0])
-    label = torch.zeros(batch, cfg.text_tokens, device=device)
+    mask, unet, adapter = square(cfg).to(device), networks.unet, networks.adapter
+    x = rand(rows, cfg.unet.in_channels, *cfg.grid)
+    states = rand(rows, cfg.text_tokens, cfg.unet.context_dim[0])
+    label = torch.zeros(rows, cfg.text_tokens, device=device)
     label[:, 1] = 1
-    adapter = networks.adapter
-    layers = reference_features(networks.unet, adapter, x[:1], text[:1], mask, DEFAULT)
-    cond = condition(
-        adapter, rand(batch, adapter.cfg.embed_dim), text[batch:], text[:batch], label, [layers] * batch,
-        torch.ones(batch, device=device), DEFAULT,
-    )  # fmt: skip
-    t = torch.full((2 * batch,), cfg.timestep, device=device)
-    unet = GraphedUNet(networks.unet, networks.make_recorder)
-    m_gen = mask.expand(batch, -1, -1, -1)
-    step = Step(networks, unet, x, t, text, layers, mask, cond, m_gen, cfg.timestep)
-    if unet.recorder is not None:
+    layers = reference_features(unet, adapter, x[:1], states[:1], mask, DEFAULT)
+    embedding = rand(batch, adapter.cfg.embed_dim)
+    embedding = torch.cat([torch.zeros_like(embedding), embedding])  # (R, E)
+    beta = torch.ones(rows, device=device, dtype=networks.dtype)
+    cond = condition_rows(
+        adapter, embedding, unet.text_kv(states), None, label, both_rows([layers] * batch), beta, DEFAULT
+    )
+    cond = FixedMask(**vars(cond), m_gen=mask.expand(batch, -1, -1, -1))
+    t = torch.full((rows,), cfg.timestep, device=device)
+    step = Step(networks, GraphedUNet(unet, networks.make_recorder), x, t, states, layers, mask, cond)
+    if step.unet.recorder is not None:
         for call in (step.plain, step.moma) * 2:  # captures the CUDA graphs
             call()
     return step
 
 
 @torch.no_grad()
-def steps(cfg: BenchConfig, networks: Networks, baseline: Any) -> Iterator[Found]:
-    """Whole UNet calls.
-
-    Args:
-        cfg: what is measured.
-        networks: what to run.
-        baseline: the module tests.baseline, or None.
-    """
-    device, dtype, kind = networks.device, networks.dtype, dtype_name(networks.dtype)
-    step = make_step(networks, cfg)
-    plain, moma = in_turn(step.plain, step.moma, cfg.repeats)
-    reference = median_of(step.reference, cfg.repeats)
-    peak = matmul_peak(cfg, device, dtype)
-    print(f"{kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
+def steps(bench: Bench, networks: Networks) -> Iterator[Found]:
+    """Whole UNet calls, also of the baseline if there is one."""
+    step, repeats = make_step(networks, bench.cfg), bench.cfg.repeats
+    plain, moma = in_turn(step.plain, step.moma, repeats)
+    reference, peak = median_of(step.reference, repeats), matmul_peak(bench)
+    print(f"{bench.kind}: a matrix product does {peak / 1e12:.2f} Tflop/s", file=sys.stderr)
     eager = networks.unet  # operations and memory cannot be counted in CUDA graphs
-    for what, seconds, call in (
-        ("plain step", plain, partial(step.plain, eager)),
-        ("MoMA step", moma, partial(step.moma, eager)),
-        ("reference pass", reference, step.reference),
-    ):
-        yield part_of(what, dtype, call, seconds, peak, device)
-    yield Ratio("step, plain / MoMA", kind, cfg.wanted["moma"], plain, moma)
-    if step.unet.recordings:
-        yield recorded(cfg, step)
-    if baseline is None:
-        return
-    for what, name, theirs, ours in (
-        ("plain step, diffusers / ours", "plain", baseline.plain(step), step.plain),
-        ("MoMA step, release / ours", "release", baseline.release(step), step.moma),
-    ):
-        error = relative_error(ours(), theirs())
-        seconds = in_turn(theirs, ours, cfg.repeats)
-        yield Ratio(what, kind, cfg.wanted[half(name, dtype)], *seconds, error)
+    yield bench.part("plain step", plain, partial(step.plain, eager), peak)
+    yield bench.part("MoMA step", moma, partial(step.moma, eager), peak)
+    yield bench.part("reference pass", reference, step.reference, peak)
+    yield bench.ratio("step, plain / MoMA", "moma", plain, moma)
+    if step.unet.graphs:
+        yield recorded(bench, step)
+    if bench.baseline:
+        release = bench.baseline.release(step)
+        yield _compared(
+            bench, "plain step, diffusers / ours", "plain", bench.baseline.plain(step), step.plain
+        )
+        yield _compared(bench, "MoMA step, release / ours", "release", release, step.moma)
+
+
+def recorded(bench: Bench, step: Step) -> Ratio:
+    """An eager step against its CUDA graph."""
+    eager = partial(step.moma, step.networks.unet)
+    return _compared(bench, "MoMA step, eager / CUDA graph", "graph", eager, step.moma)
 
 
 @torch.no_grad()
-def recorded(cfg: BenchConfig, step: Step) -> Ratio:
-    """An eager step against its CUDA graph."""
-    eager = partial(step.moma, step.networks.unet)
-    error = relative_error(step.moma(), eager())
-    seconds = in_turn(eager, step.moma, cfg.repeats)
-    kind = dtype_name(step.networks.dtype)
-    return Ratio("MoMA step, eager / CUDA graph", kind, cfg.wanted["graph"], *seconds, error)
+def _compared(
+    bench: Bench, what: str, wanted: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor]
+) -> Ratio:
+    """Two calls that compute the same; wanted: key of `BenchConfig.wanted`."""
+    error = relative_error(ours(), theirs())
+    return bench.ratio(what, wanted, *in_turn(theirs, ours, bench.cfg.repeats), error)

@@ -22,11 +22,12 @@ from models.llama import Llama, LlamaConfig
 from models.llava import LlavaConfig
 from models.lora import add_lora
 from models.unet import SD15, Grid, UNet, attention_grids
+from moma.app.files import markdown_table
 from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import Gate, ReferenceLayer, gathered_queries
 from moma.methods.moma.conditioning import MoMAHook, condition_rows
 from moma.methods.moma.config import DEFAULT
-from moma.methods.moma.training import LORA_LAYERS
+from moma.methods.moma.training import ADAPTER, LORA_LAYERS
 
 GB = 1e9
 FROZEN, TRAINED = 2, 16  # bytes per parameter: bf16; float32 with gradient and AdamW's two averages
@@ -76,16 +77,13 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
         with _parameters_in(torch.bfloat16):
             unet = UNet(replace(SD15, gradient_checkpointing=checkpointing)).requires_grad_(False)
         adapter = Adapter(cfg.adapter, SD15)
-        trained = sum(
-            p.numel() for n, p in adapter.named_parameters() if not n.startswith(("mapping", "token"))
-        )
-        weights = FROZEN * _count(unet) + TRAINED * trained
+        trained = sum(p.numel() for name, p in adapter.named_parameters() if name.startswith(ADAPTER))
         x = torch.empty(batch, SD15.in_channels, cfg.side, cfg.side, dtype=torch.bfloat16)
         text = torch.empty(batch, cfg.text_tokens, SD15.context_dim[0], dtype=torch.bfloat16)
+        grids = attention_grids(SD15, (cfg.side, cfg.side))
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                grids = attention_grids(SD15, (cfg.side, cfg.side))
                 reference = []
                 for new, layer, (h, w) in zip(adapter.subject, adapter.layers, grids, strict=True):
                     keys = torch.empty(batch, int(cfg.subject_share * h * w), layer.channels, dtype=x.dtype)
@@ -93,31 +91,31 @@ def stage2(batch: int, checkpointing: bool, cfg: MemoryConfig) -> tuple[int, int
                     reference.append(ReferenceLayer(k, v, None))
                 embedding = torch.empty(batch, cfg.adapter.embed_dim)
                 label, beta = torch.zeros(batch, cfg.text_tokens), torch.ones(batch)
-                method = replace(DEFAULT, attention="fused")
-                cond = condition_rows(adapter, embedding, text, None, label, reference, beta, method)
+                cond = condition_rows(adapter, embedding, text, None, label, reference, beta, DEFAULT)
                 m_gen = torch.ones(batch, 1, cfg.side, cfg.side)
                 hook = MoMAHook(cond, True, m_gen, {grid: _gate(batch, grid, cfg) for grid in set(grids)})
                 eps, _ = unet(x, torch.zeros(batch), text, hook)
                 return eps.float().square().mean()
 
-        return weights, kept_for_backward(forward)
+        return FROZEN * _count(unet) + TRAINED * trained, kept_for_backward(forward)
 
 
 def _gate(batch: int, grid: Grid, cfg: MemoryConfig) -> Gate:
     """A gate with the shapes of a grid."""
     tokens = grid[0] * grid[1]
-    asked = gathered_queries(int(cfg.subject_share * tokens), tokens)
-    m_gen = torch.ones(batch, 1, tokens if asked is None else asked, 1, dtype=torch.bfloat16)
-    return Gate(m_gen, None if asked is None else torch.zeros(batch, asked, dtype=torch.long))
+    gathered = gathered_queries(int(cfg.subject_share * tokens), tokens)
+    m_gen = torch.ones(batch, 1, tokens if gathered is None else gathered, 1, dtype=torch.bfloat16)
+    return Gate(m_gen, None if gathered is None else torch.zeros(batch, gathered, dtype=torch.long))
 
 
-def _stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
-    """Bytes of weights per rank and of saved tensors, for one step of stage 1 with gradient checkpointing."""
-    sizes = replace(LlamaConfig(), gradient_checkpointing=True, lm_head=False)
+def _stage1(train: str, ranks: int, cfg: MemoryConfig) -> tuple[int, int]:
+    """The same per rank for stage 1 with one sample and gradient checkpointing."""
+    sizes, llava = replace(LlamaConfig(), gradient_checkpointing=True, lm_head=False), LlavaConfig()
     with FakeTensorMode(), torch.device("cpu"):
         with _parameters_in(torch.float32 if train == "mllm" else torch.bfloat16):
             llama = Llama(sizes)
-        rest = _count(Adapter(cfg.adapter, SD15).mapping) + _projector_parameters(LlavaConfig())
+        rest = _count(Adapter(cfg.adapter, SD15).mapping)
+        rest += (llava.vision.width + 1 + llava.llama.width + 1) * llava.llama.width  # LLaVA's projector
         if train == "mllm":
             weights = TRAINED * (_count(llama) + rest)
         else:
@@ -125,7 +123,7 @@ def _stage1(train: str, batch: int, ranks: int, cfg: MemoryConfig) -> tuple[int,
             if train == "lora":
                 add_lora(llama, LORA_LAYERS.replace("llama\\.", "", 1), cfg.lora_rank, 1.0, 0)
             weights = FROZEN * frozen + TRAINED * (_count(llama) - frozen + rest)
-        embeds = torch.empty(batch, cfg.prompt_tokens, sizes.width, dtype=torch.bfloat16, requires_grad=True)
+        embeds = torch.empty(1, cfg.prompt_tokens, sizes.width, dtype=torch.bfloat16, requires_grad=True)
 
         def forward() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -150,29 +148,20 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _projector_parameters(cfg: LlavaConfig) -> int:
-    """Number of parameters of LLaVA's two layers between tower and language model."""
-    return (cfg.vision.width + 1 + cfg.llama.width + 1) * cfg.llama.width
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    cfg = MemoryConfig()
-    print("| training | ranks | batch per rank | weights | saved tensors | total |")
-    print("|---|---|---|---|---|---|")
-    for checkpointing in (False, True):
-        for batch in cfg.batches:
-            name = "stage 2" + (", gradient checkpointing" if checkpointing else "")
-            _print_row(name, 1, batch, *stage2(batch, checkpointing, cfg))
+    cfg, rows = MemoryConfig(), []
+    for suffix, checkpointing in (("", False), (", gradient checkpointing", True)):
+        rows += [(f"stage 2{suffix}", 1, n, *stage2(n, checkpointing, cfg)) for n in cfg.batches]
     for train in ("new", "lora", "mllm"):
-        for ranks in cfg.ranks:
-            _print_row(f"stage 1, {train}", ranks, 1, *_stage1(train, 1, ranks, cfg))
-
-
-def _print_row(name: str, ranks: int, batch: int, weights: int, kept: int) -> None:
-    numbers = (f"{number / GB:.1f} GB" for number in (weights, kept, weights + kept))
-    print(f"| {name} | {ranks} | {batch} | " + " | ".join(numbers) + " |")
+        rows += [(f"stage 1, {train}", n, 1, *_stage1(train, n, cfg)) for n in cfg.ranks]
+    heads = ("training", "ranks", "batch per rank", "weights", "saved tensors", "total")
+    table = [
+        (name, str(ranks), str(batch), *(f"{x / GB:.1f} GB" for x in (weights, kept, weights + kept)))
+        for name, ranks, batch, weights, kept in rows
+    ]
+    print(markdown_table(heads, table), end="")
 
 
 if __name__ == "__main__":
