@@ -4,21 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import moma
 from moma.evaluate.estimates import estimate
+from moma.methods.text import TextConditioning
 from moma.mini import approximations, report
+from moma.sampling.base import NETWORKS
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.sampler import TextOnly, denoise
+from moma.sampling.sampler import denoise
 from moma.weights.tiny import build_tiny_bundle
 from moma.world import classifiers, world
 from moma.world.measures import iou, retrieved
-from tests.test_training_loop import ROOT
+from tests.ip_adapter_case import build_ip_bundle
 
+ROOT = Path(__file__).parents[1]
 SMALL = world.WorldConfig(identities=40, unseen_identities=30)
 
 
@@ -125,9 +131,6 @@ def test_classifiers_learn_and_come_back_from_their_file(tmp_path):
     unseen = world.render_many(range(20), "val", SMALL)
     known = classifiers.accuracy(loaded, unseen, SMALL, distractors=2)
     assert set(known) == {"class", "scene", "material", "pattern", "colour", "mask", "identity"}
-    asked = [world.spec(i, "val", SMALL) for i in range(20)]
-    shares = classifiers.agreement(loaded, unseen["image"], asked)
-    assert shares == pytest.approx({name: known[name] for name in shares})
     with pytest.raises(ValueError, match="Probes"):
         classifiers.load_probes(path, classifiers.ProbeConfig(hidden=8))
 
@@ -146,31 +149,34 @@ def place(tmp_path_factory):
     """A tiny bundle with untrained classifiers."""
     folder = tmp_path_factory.mktemp("report")
     build_tiny_bundle(folder / "tiny")
+    build_ip_bundle(folder / "tiny", folder / "ip", (*NETWORKS, "vision"), trained=True)
     torch.manual_seed(0)
     classifiers.save_probes(folder / "probes.safetensors", classifiers.Probes())
     return folder
 
 
 def options(place, *more):
-    paths = {"--bundle": "tiny", "--baseline": "tiny", "--probes": "probes.safetensors", "--work": "work"}
-    paths |= {"--page": "docs/mini.md", "--readme": "README.md"}
+    paths = {"--bundle": "tiny", "--baseline": "ip", "--probes": "probes.safetensors", "--work": "work"}
+    paths |= {"--page": "docs/mini.md"}
     given = [text for name, path in paths.items() for text in (name, str(place / path))]
     sizes = ["--pairs", "1", "--textures", "1", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
     return [*given, *sizes, "--variant", f"again={place / 'tiny'}", *more]
 
 
 def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
-    (place / "README.md").write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
+    (place / "docs").mkdir()
+    page = place / "docs/mini.md"
+    page.write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "moma.mini.report", *options(place)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    page, readme = (place / "docs/mini.md").read_text(), (place / "README.md").read_text()
+    text = page.read_text()
     images = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
-    for text in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
-        assert text in page
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "stale" not in readme
+    for name in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
+        assert name in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert set(images) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
     with Image.open(place / "docs/mini/masking.png") as sheet:
         assert np.asarray(sheet).std() > 0
@@ -184,26 +190,26 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     assert report.run(options(place)) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1, "only the missing batch is drawn"
     assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == times
-    assert (place / "docs/mini.md").read_text() == page
+    assert page.read_text() == text
     assert {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()} == images
 
 
 def test_settings_differ_where_they_should(place):
     cfg = report.ReportConfig()
-    cfg = report.replace(cfg, sample=report.replace(cfg.sample, steps=2))
+    cfg = replace(cfg, sample=replace(cfg.sample, steps=2))
     pairs = report.make_pairs(1, [None], cfg)
-    pipe = report.Steered.load(place / "tiny", device="cpu", dtype="fp32")
-    ways = report.plan(place / "tiny", place / "tiny", {}, cfg)["scenes"]
-    names = (report.TEXT, report.BASELINE, report.NONE, report.MAIN, "half", "off")
-    drawn = {name: ways[name][1](pipe, pairs, cfg) for name in names}
-    assert len({shot.images.numpy().tobytes() for shot in drawn.values()}) == len(drawn)
-    assert report.MASKS[-1] not in ways, "the bundle makes M_gen as the release does"
-    plain = report.partial(report.generate, strength=1.0, change=report.text_alone)(pipe, pairs, cfg)
-    assert torch.equal(plain.images, drawn[report.TEXT].images), "text alone knows no strength"
-    jobs = report.make_jobs(pipe, pairs, cfg, strength=1.0)
-    half = report.Blended(pipe.guide(jobs, [jobs[0].embedding], cfg.sample), keep=0.5)
-    for guide, rows in ((half, 2), (half.conditional(), 1)):
-        assert torch.equal(guide.hook(1, torch.zeros(1, 1, 4, 4)).m_gen, torch.full((rows, 1, 4, 4), 0.5))
+    settings = report.plan(place / "tiny", place / "ip", {}, cfg)["scenes"]
+    drawn = {}
+    for name in (report.TEXT, report.BASELINE, report.NONE, report.MAIN, "half", "off"):
+        setting = settings[name]
+        pipe = moma.load(setting.bundle, setting.method, device="cpu", dtype="fp32", config=setting.config)
+        drawn[name] = setting.draw(pipe, pairs, cfg)
+    assert len({found.images.numpy().tobytes() for found in drawn.values()}) == len(drawn)
+    assert report.MASKS[-1] not in settings, "the bundle makes M_gen as the release does"
+    text = moma.load(place / "tiny", "text", device="cpu", dtype="fp32")
+    difference = report.generate(text, pairs, cfg).images.int() - drawn[report.TEXT].images.int()
+    assert difference.abs().max() <= 1  # of 255: attention that also gives the maps rounds otherwise
+    assert drawn[report.TEXT].m_gen.any() and not drawn[report.BASELINE].m_gen.any()
 
 
 # --- moma.mini.approximations --------------------------------------------------------------------------
@@ -238,16 +244,16 @@ def test_approximations_are_measured(place, capsys):
 def test_unet_rows_are_those_of_the_sampler():
     rows = []
 
-    def unet(x, t, text, hook):
+    def unet(x, t, text, hook, added):
         rows.append(len(x))
         return x, []
 
     for setting in approximations.settings(50).values():
         rows.clear()
-        sample = report.replace(report.ReportConfig().sample, **setting.sample)
-        path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
-        guide, x = TextOnly(torch.zeros(6, 1, 1)), torch.zeros(3, 1, 1, 1)
-        steps = list(denoise(unet, guide, path, x, 7.5, sample.solver, sample.guidance_interval))
+        sample = replace(report.ReportConfig().sample, **setting.sample)
+        schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+        cond, x = TextConditioning([], None), torch.zeros(3, 1, 1, 1)
+        steps = list(denoise(unet, cond, schedule, x, 7.5, sample.solver, sample.guidance_interval))
         assert len(steps) == sample.steps and sum(rows) == 3 * approximations.unet_rows(sample)
 
 

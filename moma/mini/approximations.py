@@ -13,36 +13,35 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from moma.app.files import exit_status
+from moma.load import load
 from moma.mini.report import (
     FIDELITY,
     Drawn,
     Pair,
     ReportConfig,
-    Steered,
     Table,
     Values,
     around,
     drawn,
-    load_pipe,
     make_jobs,
     make_pairs,
     measure,
+    parser_of,
     rewrite,
 )
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.pipeline import Job
+from moma.sampling.interface import Job
+from moma.sampling.pipeline import Pipeline
 from moma.sampling.sampler import is_guided
 from moma.world.classifiers import load_probes
 
-TITLE = "Approximate speed-ups"  # of the page
 PAIRS = 64  # a share is then known to about 12 points
 STRENGTH = 1.0  # β of all settings
 OTHER_SEEDS = 1_000_000  # added to the pairs' seeds for other noise; larger than all of them
@@ -90,8 +89,8 @@ def settings(steps: int) -> dict[str, Setting]:
 
 def unet_rows(sample: SampleConfig) -> int:
     """UNet rows that one image takes: two per step with guidance, else one."""
-    path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
-    return sum(1 + is_guided(step.t, sample.guidance_interval) for step in path)
+    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    return sum(1 + is_guided(step.t, sample.guidance_interval) for step in schedule)
 
 
 class Timed(NamedTuple):
@@ -102,12 +101,12 @@ class Timed(NamedTuple):
 
 
 def draw_batch(
-    pipe: Steered, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
+    pipe: Pipeline, jobs: Sequence[Job], setting: Setting, sample: SampleConfig
 ) -> tuple[Drawn, float]:
     """Draw jobs in a setting, whose fields of MethodConfig leave the jobs' subjects as they are.
 
     Args:
-        pipe: the networks.
+        pipe: draws them.
         jobs: what to draw.
         setting: what differs from `sample`.
         sample: the baseline.
@@ -116,7 +115,7 @@ def draw_batch(
         The drawings, and seconds: of CPU time on a CPU, so that other work on the machine does not count.
     """
     now = time.process_time if pipe.device.type == "cpu" else time.perf_counter
-    pipe = pipe.with_method(replace(pipe.method, **setting.method))
+    pipe = pipe.with_config(replace(pipe.method.config, **setting.method))
     jobs = [replace(job, seed=job.seed + setting.seeds) for job in jobs]
     start = now()
     found = drawn(pipe.run(jobs, replace(sample, **setting.sample)))
@@ -125,7 +124,7 @@ def draw_batch(
 
 @torch.no_grad()
 def _draw_in_turn(
-    pipe: Steered, pairs: Sequence[Pair], named: Mapping[str, Setting], cfg: ReportConfig
+    pipe: Pipeline, pairs: Sequence[Pair], named: Mapping[str, Setting], cfg: ReportConfig
 ) -> dict[str, Timed]:
     """All pairs in all settings, batch by batch."""
     found: dict[str, list[tuple[Drawn, float]]] = {name: [] for name in named}
@@ -184,21 +183,13 @@ def costs(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    steps = ReportConfig().sample.steps
-    parser = argparse.ArgumentParser(
-        "python -m moma.mini.approximations", description=__doc__.split("\n\n")[1]
-    )
     paths = {
         "--bundle": ("weights/mini", "MoMA-mini"),
         "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
         "--page": ("docs/approximations.md", "page to rewrite between its marks"),
     }
-    for name, (default, text) in paths.items():
-        parser.add_argument(name, type=Path, default=Path(default), help=f"{text} (default: {default})")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"subjects (default: {PAIRS})")
-    parser.add_argument("--steps", type=int, default=steps, help=f"of the baseline (default: {steps})")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    numbers = {"--pairs": PAIRS, "--steps": ReportConfig().sample.steps}
+    parser = parser_of("moma.mini.approximations", __doc__, paths, numbers)
     args = parser.parse_args(argv)
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs}: expected 1 or more")
@@ -214,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = replace(cfg, sample=replace(cfg.sample, steps=args.steps))
     unet_rows(cfg.sample)  # refuses bad steps, as the next two lines a bad page, before anything is drawn
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    around(args.page, TITLE)
-    probes, pipe = load_probes(args.probes), load_pipe(args.bundle, args.device, args.dtype)
+    around(args.page)
+    probes = load_probes(args.probes)
+    pipe = load(args.bundle, device=args.device, dtype=args.dtype, stream="off")
     pairs, named = make_pairs(args.pairs, [None], cfg), settings(args.steps)
     timed = _draw_in_turn(pipe, pairs, named, cfg)
     values = measure({name: its.drawn for name, its in timed.items()}, pairs, probes, cfg)
@@ -238,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds=sum(next(iter(timed.values())).seconds) / len(pairs),
     )
     text = "\n".join([intro, *(table.markdown() for table in tables)])
-    rewrite(args.page, text, TITLE)
+    rewrite(args.page, text)
     print(text)
 
 

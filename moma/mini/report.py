@@ -3,13 +3,11 @@
 Draws held-out subjects in every setting, classifies the images, and rewrites the tables and images of
 docs/mini.md. Each batch is kept in a file under --work, so an interrupted run resumes.
 
-Letters: N pairs, B batch, S image side, s side of the predicted masks, h w latents, K distractors,
-E embedding.
+Letters: N pairs, S image side, s side of the predicted masks, h w latents.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,20 +22,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.clip_image import clip_image
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import exit_status, markdown_table, write_text
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
-from moma.evaluate.methods import Blended, Steered, text_alone
-from moma.methods.moma.adapter import Conditioning
+from moma.load import load_pipeline
+from moma.methods.moma.conditioning import MoMAConditioning
 from moma.methods.moma.config import DEFAULT
+from moma.methods.moma.method import MoMA, MoMAPrepared
+from moma.mini.tasks import to_vae
 from moma.sampling.config import SampleConfig
-from moma.sampling.device import set_precision
-from moma.sampling.pipeline import Job, MoMA, Result, Subject, to_images
-from moma.sampling.sampler import Guide
-from moma.training.common import to_pixels
+from moma.sampling.device import dtype_name, set_precision
+from moma.sampling.interface import Job, Result, Runtime
+from moma.sampling.pipeline import Pipeline, to_images
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
 from moma.world import classifiers, world
@@ -50,6 +48,7 @@ MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # the report owns what
 # Names of settings. The last of MASKS samples with the release's settings where the bundle's differ.
 TEXT, BASELINE, MAIN, NONE = "text only", "IP-Adapter", "MoMA, β = 1", "MoMA, β = 0"
 MASKS = ("half", "off", "full, release's settings")
+MASKING_METHODS = ("half-mask", "no-mask")  # of the registry, in the order of MASKS
 MASKING = """Background: against β = 0 with the same noise. Release's settings: soft M_gen above 0.2 from all
 layers; Eq. 3 at t < 950."""
 RELEASED = ("m_gen_layers", "m_gen_threshold", "m_gen_inside", "subject_below_t")
@@ -66,7 +65,6 @@ class ReportConfig:
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.2)  # Table 4's β; 0 and 1 are always needed
     texture_strengths: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0)
     texture_strength: float = 0.4  # the paper's for textures, used where MoMA has a single row
-    half: float = 0.5  # share of M_gen that "half" masking keeps, the rest being 1
     margin: int = 2  # mask cells around a subject that are not background yet: outline, shadow
     rows: int = 4  # of a figure: the first pairs, not the best
     scale: int = 2  # of the figures' images
@@ -118,78 +116,60 @@ class Drawn(NamedTuple):
     """Drawings of N pairs."""
 
     images: Tensor  # (N, 3, S, S) uint8
-    m_gen: Tensor  # (N, h, w) float32, zeros for real renders
+    m_gen: Tensor  # (N, h, w) float32, zeros where there is none
 
 
-def load_pipe(folder: Path, device: str, dtype: str) -> Steered:
-    return Steered.load(folder, device=device, dtype=dtype, stream="off")
+class TextWithMaps(MoMA):
+    """The base model alone, with M_gen of the label's attention maps."""
+
+    def condition(self, prepared: Sequence[MoMAPrepared], config: SampleConfig) -> MoMAConditioning:
+        cond = super().condition(prepared, config)
+        silent = [(k, torch.zeros_like(v)) for k, v in cond.context]
+        return replace(cond, context=silent, beta=torch.zeros_like(cond.beta))
 
 
-def clip_context(pipe: MoMA, subject: Subject, text: str) -> Tensor:
-    """The baseline's embedding (1, E): CLIP's of the reference on white, for any text."""
-    tower = pipe.llava.tower
-    pixels = clip_image(subject.reference.white, tower.cfg.image_size)[None]  # (1, 3, S, S)
-    return tower(pixels.to(pipe.device, pipe.dtype))[1]
-
-
-@torch.no_grad()
-def generate(
-    pipe: Steered,
-    pairs: Sequence[Pair],
-    cfg: ReportConfig,
-    strength: float = 0.0,
-    embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
-    change: Callable[[Conditioning], Guide] = Steered.change,
-    **method: Any,
-) -> Drawn:
-    """Draw pairs in a setting.
+def generate(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig, strength: float = 0.0) -> Drawn:
+    """Draw pairs.
 
     Args:
-        pipe: the networks.
+        pipe: draws them.
         pairs: what to draw.
         cfg: how to draw.
         strength: β of Eq. 3.
-        embed: makes the embedding (1, E) from pipe, subject and prompt.
-        change: of the conditioning.
-        method: changed fields of MethodConfig.
     """
-    pipe = pipe.changed(change, **method)
-    return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength, embed), cfg.sample))
+    return drawn(pipe.run(make_jobs(pipe, pairs, cfg, strength), cfg.sample))
 
 
-def make_jobs(
-    pipe: MoMA,
-    pairs: Sequence[Pair],
-    cfg: ReportConfig,
-    strength: float,
-    embed: Callable[[MoMA, Subject, str], Tensor] = MoMA.embed,
-) -> list[Job]:
-    """One job for each pair, with everything computed that precedes the denoising.
-
-    Args: as in `generate`.
-    """
+def make_jobs(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig, strength: float) -> list[Job]:
+    """One job for each pair, with everything computed that precedes the denoising; as `generate`."""
     jobs = []
     for pair in pairs:
-        seen = draw(pair.shown, cfg.world)
-        image, mask = Image.fromarray(seen.image), Image.fromarray(seen.mask)
-        subject = pipe.encode_subject(image, mask, pair.shown.label, seed=pair.seed)
-        embedding = embed(pipe, subject, pair.prompt)
-        jobs.append(Job(subject, pair.prompt, pair.seed, strength=strength, embedding=embedding))
+        image, mask = map(Image.fromarray, draw(pair.shown, cfg.world)[:2])
+        options = {"seed": pair.seed, "prompts": [pair.prompt]}
+        subject = pipe.encode_subject(image, mask, pair.shown.label, **options)
+        jobs.append(Job(subject, pair.prompt, pair.seed, strength=strength))
     return jobs
 
 
 def drawn(results: Iterable[Result]) -> Drawn:
     """The drawings of a run."""
-    results = list(results)
-    return Drawn(stacked([r.image for r in results]), torch.cat([r.m_gen for r in results]).float().cpu())
+    results, none = list(results), torch.zeros(1, 1, 1)
+    masks = torch.cat([none if r.m_gen is None else r.m_gen for r in results])  # (N, h, w)
+    return Drawn(stacked([r.image for r in results]), masks.float().cpu())
+
+
+def _text_alone(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
+    moma = pipe.method
+    method = TextWithMaps(moma.base, moma.adapter, moma.decoder, moma.config)
+    return generate(replace(pipe, method=method), pairs, cfg)
 
 
 @torch.no_grad()
-def _autoencoded(pipe: Steered, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
+def _autoencoded(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
     """Real renders after the autoencoder, an upper bound for generators that use it."""
-    images = _real(pairs, cfg).images.to(pipe.device)
-    mean, _ = pipe.vae.encode(to_pixels(images, pipe.dtype))  # (N, Z, h, w)
-    return Drawn(stacked(to_images(pipe.vae.decode(mean))), torch.zeros_like(mean[:, 0]).float().cpu())
+    real, vae = _real(pairs, cfg), pipe.base.vae
+    mean, _ = vae.encode(to_vae(real.images.to(pipe.device)).to(pipe.dtype))  # (N, Z, h, w)
+    return Drawn(stacked(to_images(vae.decode(mean))), real.m_gen)
 
 
 def _real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
@@ -198,7 +178,14 @@ def _real(pairs: Sequence[Pair], cfg: ReportConfig, step: int = 0) -> Drawn:
     return Drawn(draw_all(specs, cfg.world)[0], torch.zeros(len(pairs), 1, 1))
 
 
-Setting = tuple[Path, Callable[..., Drawn]]  # a bundle, and the function that draws with it
+@dataclass(frozen=True)
+class Setting:
+    """A way to draw pairs."""
+
+    bundle: Path
+    draw: Callable[[Pipeline, Sequence[Pair], ReportConfig], Drawn]
+    method: str = "moma"  # of the registry
+    config: Mapping[str, Any] = field(default_factory=dict)  # changed fields of the method's config
 
 
 def _moma(strength: float) -> str:
@@ -212,35 +199,33 @@ def plan(
 
     Args:
         bundle: MoMA-mini.
-        baseline: bundle whose adapter is an IP-Adapter, if there is one.
+        baseline: bundle with an IP-Adapter, if there is one.
         variants: name -> bundle of another MoMA-mini.
         cfg: what is drawn.
 
     Returns:
         Kind of pairs ("scenes", "textures") -> name of a setting -> the setting.
     """
-    both: dict[str, Setting] = {TEXT: (bundle, partial(generate, change=text_alone))}
+    both = {TEXT: Setting(bundle, _text_alone)}
     if baseline:
-        both[BASELINE] = (baseline, partial(generate, embed=clip_context, context_masked=False))
+        both[BASELINE] = Setting(baseline, generate, "ip-adapter")
     full = partial(generate, strength=1.0)
-    scenes: dict[str, Setting] = {
-        name: (bundle, partial(full, change=partial(Blended, keep=keep)))
-        for name, keep in zip(MASKS, (cfg.half, 0.0), strict=False)
+    scenes = {
+        name: Setting(bundle, full, method) for name, method in zip(MASKS, MASKING_METHODS, strict=False)
     }
     released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & Bundle.open(bundle).method.keys():
-        scenes[MASKS[-1]] = (bundle, partial(full, **released))
-    scenes[DECODED] = (bundle, _autoencoded)
-    scenes |= {name: (folder, full) for name, folder in variants.items()}
+        scenes[MASKS[-1]] = Setting(bundle, full, config=released)
+    scenes[DECODED] = Setting(bundle, _autoencoded)
+    scenes |= {name: Setting(folder, full) for name, folder in variants.items()}
     sweeps = [
-        {_moma(beta): (bundle, partial(generate, strength=beta)) for beta in betas}
+        {_moma(beta): Setting(bundle, partial(generate, strength=beta)) for beta in betas}
         for betas in (cfg.strengths, cfg.texture_strengths)
     ]
     return {"scenes": both | scenes | sweeps[0], "textures": both | sweeps[1]}
 
 
-@dataclass(frozen=True)
-class PlannedBatch:
+class Batch(NamedTuple):
     """Pairs to draw in a setting, and the file that keeps the result."""
 
     name: str  # of the setting
@@ -249,41 +234,42 @@ class PlannedBatch:
     file: Path
 
 
-@dataclass(frozen=True)
-class ReportRun:
-    """Draws batches and keeps them in files."""
+def _batches(named: tuple[str, Setting], pairs: Sequence[Pair], work: Path, facts: list[Any]) -> list[Batch]:
+    """The batches of a setting; all that determines a drawing is hashed into the name of its file.
 
-    cfg: ReportConfig
-    work: Path
-    device: str
-    dtype: str
-    load: Callable[[Path], Steered]
+    facts: the configuration, the device and the dtype.
+    """
+    (name, setting), size = named, ReportConfig().sample.batch_size
+    bundle, batches = Bundle.open(setting.bundle), []
+    facts = [name, bundle.hashes, bundle.method, bundle.methods, *facts]
+    for start in range(0, len(pairs), size):
+        some = pairs[start : start + size]
+        text = json.dumps([*facts, [asdict(pair) for pair in some]], sort_keys=True)
+        file = work / f"{sha256(text.encode()).hexdigest()}.safetensors"
+        batches.append(Batch(name, setting, some, file))
+    return batches
 
-    def batches(self, name: str, setting: Setting, pairs: Sequence[Pair]) -> list[PlannedBatch]:
-        """The batches of a setting; all that determines a drawing is hashed into the name of its file."""
-        bundle, size = Bundle.open(setting[0]), self.cfg.sample.batch_size
-        cfg = replace(self.cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these change no drawing
-        facts = [name, bundle.hashes, dict(bundle.method), asdict(cfg), self.device, self.dtype]
-        batches = []
-        for start in range(0, len(pairs), size):
-            some = pairs[start : start + size]
-            text = json.dumps([*facts, [asdict(pair) for pair in some]], sort_keys=True)
-            file = self.work / f"{sha256(text.encode()).hexdigest()}.safetensors"
-            batches.append(PlannedBatch(name, setting, some, file))
-        return batches
 
-    def draw(self, batch: PlannedBatch) -> None:
-        """Draw a batch unless its file exists."""
-        if batch.file.exists():
-            return
-        folder, way = batch.setting
-        save_tensors(self.work, batch.file.stem, way(self.load(folder), batch.pairs, self.cfg)._asdict())
-        print(f"{folder}, {batch.name}: {len(batch.pairs)} images", file=sys.stderr)
+def _draw(batches: Sequence[Batch], cfg: ReportConfig, runtime: Runtime) -> None:
+    """Draw the batches whose files do not exist."""
 
-    def read(self, batches: Sequence[PlannedBatch]) -> Drawn:
-        """The drawings of all batches of a setting."""
-        found = [read_checkpoint(batch.file) for batch in batches]
-        return Drawn(*(torch.cat([part[key].read() for part in found]) for key in Drawn._fields))
+    @lru_cache(maxsize=1)  # batches of one setting come together
+    def load(folder: Path, method: str, *config: tuple[str, Any]) -> Pipeline:
+        bundle = Bundle.open(folder)
+        config = bundle.method_config(method, **dict(config))
+        return load_pipeline(replace(runtime, weights=bundle), method, config)
+
+    for name, setting, pairs, file in batches:
+        if not file.exists():
+            pipe = load(setting.bundle, setting.method, *setting.config.items())
+            save_tensors(file.parent, file.stem, setting.draw(pipe, pairs, cfg)._asdict())
+            print(f"{setting.bundle}, {name}: {len(pairs)} images", file=sys.stderr)
+
+
+def _read(batches: Sequence[Batch]) -> Drawn:
+    """The drawings of all batches of a setting."""
+    found = [read_checkpoint(batch.file) for batch in batches]
+    return Drawn(*(torch.cat([part[key].read() for part in found]) for key in Drawn._fields))
 
 
 # --- measures ----------------------------------------------------------------------------------------
@@ -411,21 +397,20 @@ def _tables(
     every, spilled = (*FIDELITY, "mask"), ("scene", "identity", "mask", "change", "tint")
     materials = f"Materials: MoMA with β = {cfg.texture_strength:g}."
 
+    others, bounds = (MAIN, *variants), (REAL, DECODED, OTHER)
+
     def chosen(of: Mapping[str, Values], names: Iterable[str]) -> dict[str, Values]:
         return {name: of[name] for name in names}
 
-    sweep, made = (
-        chosen(scenes, map(_moma, cfg.strengths)),
-        chosen(textures, map(_moma, cfg.texture_strengths)),
-    )
-    others, bounds = chosen(scenes, (MAIN, *variants)), chosen(scenes, (REAL, DECODED, OTHER))
+    sweep = chosen(scenes, map(_moma, cfg.strengths))
+    made = chosen(textures, map(_moma, cfg.texture_strengths))
     return [
         Table("Methods (Table 1)", materials, ("material", *FIDELITY), compared),
         Table("Masking (Table 3, Fig. 9)", MASKING, spilled, masks),
         Table("Strength in new scenes (Table 4)", "", every, sweep),
         Table("Strength for new textures (Fig. 8)", "", ("material", "class", "scene"), made),
-        Table("Adapters trained otherwise", "All at β = 1.", every, others),
-        Table("Upper and lower bounds", "", FIDELITY, bounds),
+        Table("Adapters trained otherwise", "All at β = 1.", every, chosen(scenes, others)),
+        Table("Upper and lower bounds", "", FIDELITY, chosen(scenes, bounds)),
     ]
 
 
@@ -508,53 +493,59 @@ def _figures(
     return "\n".join(f"![{name}]({folder.name}/{name}.png)\n" for name in sheets)
 
 
-def around(page: Path, title: str = "MoMA-mini") -> tuple[str, str]:
-    """The text before and after the marks of a page; a missing page starts with the title."""
-    old = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{MARKS[0]}\n{MARKS[1]}\n"
+def around(page: Path) -> tuple[str, str]:
+    """The text before and after the marks of a page. ValueError for a page without them."""
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# {page.stem}\n\n{MARKS[0]}\n{MARKS[1]}\n"
     if not all(old.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{page}: expected the lines {MARKS[0]} and {MARKS[1]}, once each")
     return old.split(MARKS[0])[0], old.split(MARKS[1])[1]
 
 
-def rewrite(page: Path, text: str, title: str = "MoMA-mini") -> None:
-    """Replace the text between the marks of a page.
-
-    Args:
-        page: a Markdown file, created if it is missing.
-        text: of the report.
-        title: of a new page.
-
-    Raises:
-        ValueError: for a page without the marks.
-    """
-    before, after = around(page, title)
+def rewrite(page: Path, text: str) -> None:
+    """Put a text between the marks of a page. ValueError for a page without them."""
+    before, after = around(page)
     write_text(page, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 # --- the command -------------------------------------------------------------------------------------
 
 
+def parser_of(
+    name: str, about: str, paths: Mapping[str, tuple[str | None, str]], numbers: Mapping[str, int]
+) -> argparse.ArgumentParser:
+    """The parser of a command of MoMA-mini.
+
+    Args:
+        name: of the module.
+        about: its docstring.
+        paths: option -> default and help.
+        numbers: option -> default.
+    """
+    parser = argparse.ArgumentParser(f"python -m {name}", description=about.split("\n\n")[1])
+    for option, (path, text) in paths.items():
+        text = f"{text} (default: {path})" if path else text
+        parser.add_argument(option, type=Path, default=path and Path(path), help=text)
+    for option, number in numbers.items():
+        parser.add_argument(option, type=int, default=number, help=f"(default: {number})")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    return parser
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    cfg = ReportConfig()
-    parser = argparse.ArgumentParser("python -m moma.mini.report", description=__doc__.split("\n\n")[1])
+    cfg, page = ReportConfig(), "page to rewrite between its marks; images and numbers.json go beside it"
     paths = {
         "--bundle": ("weights/mini", "MoMA-mini"),
         "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
-        "--baseline": (None, "bundle whose adapter is an IP-Adapter, trained as long"),
+        "--baseline": (None, "bundle with an IP-Adapter trained as long"),
         "--work": ("out/report", "folder of the drawings, reused by the next run"),
-        "--page": ("docs/mini.md", "page to rewrite between its marks; images and numbers.json go beside it"),
-        "--readme": ("README.md", "page that also gets the targets, if it has the marks"),
+        "--page": ("docs/mini.md", page),
     }
-    for name, (default, text) in paths.items():
-        parser.add_argument(name, type=Path, default=default and Path(default), help=text)
     numbers = {"--pairs": cfg.pairs, "--textures": cfg.textures, "--steps": cfg.sample.steps}
-    for name, default in numbers.items():
-        parser.add_argument(name, type=int, default=default, help=f"default {default}")
+    parser = parser_of("moma.mini.report", __doc__, paths, numbers)
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME=BUNDLE", help="another MoMA-mini"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(argv)
     if min(args.pairs, args.textures) < 1:
         raise ValueError("--pairs and --textures: expected 1 or more")
@@ -582,35 +573,31 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     }
     for path in (args.work, folder):
         path.mkdir(parents=True, exist_ok=True)
-    load = lru_cache(maxsize=1)(partial(load_pipe, device=str(ranks.device), dtype=args.dtype))
-    run = ReportRun(cfg, args.work, ranks.device.type, args.dtype, load)
+    runtime = Runtime.choose(Bundle.open(args.bundle), str(ranks.device), args.dtype, stream="off")
+    drawing = replace(cfg, pairs=0, textures=0, rows=0, scale=0, wanted=())  # these change no drawing
+    facts = [asdict(drawing), runtime.device.type, dtype_name(runtime.dtype)]
     planned = {
-        kind: {name: run.batches(name, setting, pairs[kind]) for name, setting in settings.items()}
+        kind: {named[0]: _batches(named, pairs[kind], args.work, facts) for named in settings.items()}
         for kind, settings in plan(args.bundle, args.baseline, variants, cfg).items()
     }
     every = [batch for settings in planned.values() for batches in settings.values() for batch in batches]
-    for batch in every[ranks.rank :: ranks.world]:
-        run.draw(batch)
+    _draw(every[ranks.rank :: ranks.world], cfg, runtime)
     ranks.gather(None)  # until all have drawn
     if not ranks.main:
         return
     drawings = {}
     for kind, settings in planned.items():
         real = {REAL: _real(pairs[kind], cfg), OTHER: _real(pairs[kind], cfg, cfg.distractors + 1)}
-        drawings[kind] = {name: run.read(batches) for name, batches in settings.items()} | real
+        drawings[kind] = {name: _read(batches) for name, batches in settings.items()} | real
     values = {kind: measure(shown, pairs[kind], probes, cfg) for kind, shown in drawings.items()}
-    new = torch.tensor(
-        [world.held_out(p.wanted.label, p.wanted.scene, None, cfg.world) for p in pairs["scenes"]]
-    )
+    wanted = [pair.wanted for pair in pairs["scenes"]]
+    new = torch.tensor([world.held_out(what.label, what.scene, None, cfg.world) for what in wanted])
     tables, targets = _tables(values, new, list(variants), cfg), _targets(values, cfg)
     numbers = {"targets": targets, **{table.title: table.numbers() for table in tables}}
     write_text(folder / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False))
     verdict, intro = _verdicts(targets), INTRO.format(**vars(cfg), of=cfg.distractors + 1)
     images = _figures(folder, drawings, pairs, cfg)
     rewrite(args.page, "\n".join([intro, verdict, images, *(table.markdown() for table in tables)]))
-    if args.readme.exists() and MARKS[0] in args.readme.read_text(encoding="utf-8"):
-        sheet = Path(os.path.relpath(folder, args.readme.parent), "methods.png").as_posix()
-        rewrite(args.readme, f"{verdict}\n![methods]({sheet})\n\n{tables[0].markdown()}")
     print(verdict)
 
 
