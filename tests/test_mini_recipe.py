@@ -15,19 +15,19 @@ from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
+from moma import load
 from moma.evaluate.world import mini_scorers
 from moma.methods.moma.adapter import AdapterConfig
 from moma.mini.config import MiniConfig
 from moma.mini.pretrain import STAGES, Workspace, add_scorers, recipe
 from moma.sampling.config import SampleConfig
-from moma.sampling.pipeline import MoMA
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
 from moma.world.words import colour_name, words_of
 from moma.world.world import Spec, render
 from tests.fake_sam import SMALL
-from tests.test_training_loop import ROOT
 
+ROOT = Path(__file__).parents[1]
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -61,7 +61,8 @@ def smallest() -> MiniConfig:
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         segmenting=replace(short(cfg.segmenting), asked=2),
         text_to_image=replace(short(cfg.text_to_image), drawn=2),
-        sample=SampleConfig(steps=1, batch_size=2), variants={"pairs": cfg.variants["pairs"]},
+        sample=SampleConfig(steps=1, batch_size=2),
+        stage2={name: cfg.stage2[name] for name in ("moma", "ip_adapter", "pairs")},
         method={"template": "paper"},
         stage1_options=(*options, "--workers", "0", "--set", "lanes=2"),
         stage2_options=(*options, "--set", "grid_samples=0"),
@@ -89,7 +90,9 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
 
     folder = tmp_path / "bundles" / "moma"
     assert Bundle.open(folder).method["template"] == "paper"
-    pipe = MoMA.load(folder)
+    baseline = Bundle.open(tmp_path / "bundles" / "ip_adapter")
+    assert baseline.method_config("ip-adapter").encoder == "vision" and "ip_adapter" in baseline.networks
+    pipe = load(folder)
     sample = render(0, "test")
 
     subject = pipe.encode_subject(Image.fromarray(sample.image), Image.fromarray(sample.mask), sample.label)

@@ -51,6 +51,11 @@ def _train(warmup: int = 100, **options: Any) -> TrainConfig:
     return TrainConfig(**shared, **options)
 
 
+_STAGE2 = ("moma:stage2", "--set", "attention=explicit")
+# Without a shift the adapter copies from the same place of the reference, whatever the image shows there.
+_SHIFTED = ("--set", "reference_shift=4")
+
+
 @dataclass(frozen=True)
 class VAETrainingConfig:
     """The autoencoder."""
@@ -179,21 +184,18 @@ class MiniConfig:
         "--steps", "600", "--lr", "5e-4", "--workers", "0",
         "--set", "schedule=cosine", "--set", "warmup=50", "--set", "lanes=16",
     )  # fmt: skip
-    # Without snr_gamma the adapter learns mostly fine detail, and colours stay wrong. Without reference_shift
-    # it copies from the same place of the reference, whatever the image shows there.
+    # Without snr_gamma the adapter learns mostly fine detail, and colours stay wrong.
     stage2_options: tuple[str, ...] = (
         "--steps", "1200", "--lr", "8e-3", "--ema", "0.99", "--set", "weight_decay=0",
         "--set", "schedule=cosine", "--set", "warmup=20", "--set", "snr_gamma=0.01",
     )  # fmt: skip
-    adapter_options: tuple[str, ...] = ("--set", "attention=explicit", "--set", "reference_shift=4")  # MoMA's
-    # Trained for comparison in the report: name -> training and options of train.py.
-    variants: dict[str, tuple[str, ...]] = field(
+    # MoMA's adapter, and variants to compare in the report: name -> training of train.py and its options.
+    stage2: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {
+            "moma": (*_STAGE2, *_SHIFTED),
             "ip_adapter": ("ip-adapter",),
-            "white": ("moma:stage2", "--set", "reference_background=white"),
-            # The target is another render of the reference's subject.
-            "pairs": ("moma:stage2", "--data", "{work}/pairs"),
-            # The target is the reference itself, at the same place.
-            "still": ("moma:stage2", "--set", "reference_shift=0"),
+            "white": (*_STAGE2, *_SHIFTED, "--set", "reference_background=white"),
+            "pairs": (*_STAGE2, *_SHIFTED, "--data", "{work}/pairs"),  # another render is the reference
+            "still": _STAGE2,  # the reference is the target itself, at the same place
         }
     )

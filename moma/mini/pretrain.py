@@ -1,9 +1,9 @@
 """The whole recipe of MoMA-mini: `python -m moma.mini.pretrain --work DIR --out weights/mini`.
 
 Renders the world, trains every frozen network from scratch, then runs `train.py` on shards of triplets as for
-any other data. An interrupted stage resumes. Most stages have a gate, numbers
-that they must reach before the next one begins. Under torchrun the ranks train together and rank 0 does the
-rest; on CPUs, one process per core is fastest.
+any other data. An interrupted stage resumes. Most stages have a gate, numbers that they must reach before the
+next one begins. Under torchrun the ranks train together and rank 0 does the rest; on CPUs, one process per
+core is fastest.
 
 Letters: N images, S image side, Z latent channels, h w latents.
 """
@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +27,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import convert_weights
-import train
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.weights.loading import load_into, read_checkpoint, save_tensors
 from moma.app.files import exit_status, write_text
@@ -38,6 +37,7 @@ from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
 from moma.methods.moma.training import refuse_quantised
 from moma.methods.prompts import sd_prompt
+from moma.methods.text import TextConditioning
 from moma.mini import SOURCE
 from moma.mini.config import MiniConfig
 from moma.mini.segmenting import SegmentTask
@@ -53,7 +53,8 @@ from moma.mini.tasks import (
 )
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.sampler import TextOnly, denoise
+from moma.sampling.pipeline import to_images
+from moma.sampling.sampler import denoise
 from moma.training.checkpoint import check_same, checkpoints
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
@@ -68,6 +69,7 @@ from moma.world.words import Words, words_of_renders
 from moma.world.world import CLASSES, draw, render_many, spec, trained_elsewhere
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[2]  # of the repository's scripts
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,6 @@ class Workspace:
 
     # --- the stages' results ---
 
-    def once(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all ranks, which wait for it."""
-        return self.ranks.once(make)
-
     def keep(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> None:
         """Make named arrays once and write them to a file; called by all ranks."""
         path = self.folder / f"{name}.npz"
@@ -94,7 +92,7 @@ class Workspace:
                 np.savez(part := path.with_suffix(".part.npz"), **make())
                 os.replace(part, path)
 
-        self.once(write)
+        self.ranks.once(write)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """The arrays of `keep`; "train" and "val" are those of `world.render_many`."""
@@ -170,7 +168,7 @@ class Workspace:
         """
         out, cfg = self.folder / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
         identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
-        saved = next(reversed(self.once(lambda: checkpoints(out))), None)
+        saved = next(reversed(self.ranks.once(lambda: checkpoints(out))), None)
         if saved:
             check_same(saved, identity, cfg.steps)
         task.model.to(self.ranks.device)
@@ -186,7 +184,7 @@ def tokenizers(work: Workspace) -> None:
         given = range(number), split, work.cfg.world, os.cpu_count() or 1
         work.keep(split, partial(render_many, *given))
     words = work.images("train").words[: work.cfg.tokenizer_captions]
-    work.once(lambda: learn_vocabularies(work, words))
+    work.ranks.once(lambda: learn_vocabularies(work, words))
 
 
 def vae(work: Workspace) -> None:
@@ -222,7 +220,7 @@ def unet(work: Workspace) -> None:
     """The text-to-image UNet."""
     cfg, images = work.cfg.text_to_image, work.images("train")
     text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
-    work.once(lambda: _encode_latents(work, images.images))
+    work.ranks.once(lambda: _encode_latents(work, images.images))
     found = read_checkpoint(work.latents)
     latents = found["mean"].read(), found["std"].read()
     network = work.new("unet").to(memory_format=torch.channels_last)
@@ -242,26 +240,21 @@ def captioner(work: Workspace) -> None:
 
 def base(work: Workspace) -> None:
     """The frozen networks as a bundle, and the training data as shards."""
-    work.once(lambda: _write_bundle(work))
-    work.once(lambda: _write_triplets(work))
+    work.ranks.once(lambda: _write_bundle(work))
+    work.ranks.once(lambda: _write_triplets(work))
 
 
 def stage1(work: Workspace) -> None:
     """The feature decoder (Eq. 4), trained by train.py."""
-    bundle, out = work.folder / "base", work.folder / "stage1"
-    _run_training("moma:stage1", work, bundle, out, work.cfg.stage1_options)
-    work.once(lambda: _put_in(out / EXPORT, bundle, work.folder / "decoder"))
+    _train(work, "stage1", ("moma:stage1", *work.cfg.stage1_options), "base", "decoder")
 
 
 def stage2(work: Workspace) -> None:
     """The adapter (Eq. 1) and the variants that the report compares it with, trained by train.py."""
-    folder, bundle = work.folder, work.folder / "decoder"
-    for name, (training, *options) in {"moma": ("moma:stage2",), **work.cfg.variants}.items():
-        shared = work.cfg.adapter_options if training == "moma:stage2" else ()
-        own = [*shared, *(option.format(work=folder) for option in options)]
-        given = (*work.cfg.stage2_options, *own, "--cache", str(folder / "caches" / name))
-        _run_training(training, work, bundle, folder / "stage2" / name, given)
-        work.once(partial(_put_in, folder / "stage2" / name / EXPORT, bundle, folder / "bundles" / name))
+    for name, (training, *own) in work.cfg.stage2.items():
+        cache = "--cache", f"{work.folder}/caches/{name}"
+        options = [option.format(work=work.folder) for option in (*work.cfg.stage2_options, *own)]
+        _train(work, f"stage2/{name}", (training, *options, *cache), "decoder", f"bundles/{name}")
 
 
 STAGES: dict[str, Callable[[Workspace], None]] = {
@@ -332,9 +325,10 @@ def _unet_numbers(work: Workspace) -> dict[str, float]:
     asked = [spec(i, "val", work.cfg.world) for i in range(cfg.drawn)]
     words = work.images("val").words[: cfg.drawn]
     images = _draw_texts(work, [sd_prompt(w.label, w.caption) for w in words])
-    rows = [[Cell(Image.fromarray(image), ())] for image in images[: cfg.shown]]
-    save_png(work.folder / "unet" / "drawn.png", contact_sheet(rows))
-    return classifiers.agreement(work.probes(), images, asked)
+    save_png(work.folder / "unet" / "drawn.png", contact_sheet([[Cell(x)] for x in images[: cfg.shown]]))
+    seen = classifiers.classify(work.probes(), classifiers.stacked(images)).truth
+    right = classifiers.compare(seen, classifiers.truth_of(asked))
+    return {name: right[name].double().mean().item() for name in ("class", "scene", "material")}
 
 
 @torch.no_grad()
@@ -393,29 +387,24 @@ def _encode_latents(work: Workspace, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def _draw_texts(work: Workspace, prompts: list[str]) -> np.ndarray:
-    """Images of the base UNet, (N, S, S, 3) uint8; image i starts from seed i."""
-    cfg, sample, dtype = work.networks(), work.cfg.sample, torch.bfloat16
-    networks = {"unet": work.trained("unet", "unet"), "vae": work.trained("vae", "vae")}
+def _draw_texts(work: Workspace, prompts: Sequence[str]) -> list[Image.Image]:
+    """Images of the base UNet; image i starts from seed i."""
+    sample, dtype = work.cfg.sample, torch.bfloat16
+    unet, vae = work.trained("unet", "unet"), work.trained("vae", "vae")
     text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
-    path = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
-    side = work.cfg.world.size // cfg["vae"].factor
+    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    shape = unet.cfg.in_channels, *(work.cfg.world.size // vae.cfg.factor,) * 2  # (Z, h, w)
     images = []
     for start in range(0, len(prompts), sample.batch_size):
         part = prompts[start : start + sample.batch_size]
         states = text(tokenizer.ids([*[""] * len(part), *part]))[0].to(dtype)  # (2B, T, C)
         seeds = range(start, start + len(part))
-        noise = [
-            torch.randn(cfg["unet"].in_channels, side, side, generator=torch.Generator().manual_seed(i))
-            for i in seeds
-        ]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
         with torch.autocast("cpu", dtype):
-            *_, last = denoise(
-                networks["unet"], TextOnly(states), path, torch.stack(noise), sample.guidance, sample.solver
-            )
-            pixels = networks["vae"].decode(last.latents / cfg["vae"].scaling).float()  # (B, 3, S, S)
-        images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1))
-    return torch.cat(images).numpy()
+            cond = TextConditioning(unet.text_kv(states), None)
+            *_, last = denoise(unet, cond, schedule, noise, sample.guidance, sample.solver)
+            images += to_images(vae.decode(last.latents / vae.cfg.scaling))
+    return images
 
 
 def _write_bundle(work: Workspace) -> None:
@@ -450,19 +439,36 @@ def _write_triplets(work: Workspace) -> None:
                 shards.add(key, image, "png", mask, *words, reference=reference)
 
 
-def _run_training(training: str, work: Workspace, bundle: Path, out: Path, options: Sequence[str]) -> None:
-    """`python train.py TRAINING ...` on all ranks; SystemExit if it fails."""
-    given = {"--bundle": bundle, "--data": work.folder / "triplets", "--out": out}
-    given |= {"--batch-size": work.share_of(work.cfg.stage_batch), "--device": work.ranks.device.type}
+def _train(work: Workspace, name: str, options: Sequence[str], start: str, target: str) -> None:
+    """`train.py` on all ranks, and a bundle with its result; SystemExit if it fails.
+
+    name, start, target: of the folders of the run, of the bundle it starts from and of the new bundle.
+    """
+    training, *rest = options
+    out, share = work.folder / name, work.share_of(work.cfg.stage_batch)
+    given = {"--bundle": work.folder / start, "--data": work.folder / "triplets", "--out": out}
+    given |= {"--batch-size": share, "--device": work.ranks.device.type}
     texts = [str(part) for option in given.items() for part in option]
-    if train.run([training, "--resume", *texts, *options]):
-        raise SystemExit(2)
+    _run_script("train.py", [training, "--resume", *texts, *rest])
+    work.ranks.once(lambda: put_in(out / EXPORT, work.folder / start, work.folder / target))
 
 
-def _put_in(export: Path, bundle: Path, target: Path) -> None:
-    """`python convert_weights.py EXPORT --base-bundle BUNDLE --out TARGET --overwrite`."""
-    options = [str(export), "--base-bundle", str(bundle), "--out", str(target), "--overwrite"]
-    if convert_weights.main(options):
+def put_in(export: Path, bundle: Path, target: Path) -> None:
+    """Write a bundle with the result of a training.
+
+    Args:
+        export: folder of the training's export.
+        bundle: that the training started from.
+        target: folder of the new bundle.
+    """
+    options = ("--base-bundle", str(bundle), "--out", str(target), "--overwrite")
+    _run_script("convert_weights.py", [str(export), *options])
+
+
+def _run_script(name: str, options: Sequence[str]) -> None:
+    """Run a script of the repository in this process, as one of its ranks; SystemExit if it fails."""
+    script = runpy.run_path(str(ROOT / name))
+    if script.get("run", script["main"])(options):
         raise SystemExit(2)
 
 
@@ -520,8 +526,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe(work, args.until)
         if args.until == "stage2":
             export = args.work / "stage2" / "moma" / EXPORT
-            work.once(lambda: _put_in(export, args.work / "decoder", args.out))
-            work.once(lambda: add_scorers(work, args.out))
+            work.ranks.once(lambda: put_in(export, args.work / "decoder", args.out))
+            work.ranks.once(lambda: add_scorers(work, args.out))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -530,28 +536,20 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def recipe(work: Workspace, until: str) -> None:
-    """Run the stages.
-
-    Args:
-        work: where their results are; stages that are done are skipped.
-        until: name of the last stage to run.
-
-    Raises:
-        ValueError: if a stage misses its gate.
-    """
+    """Run the stages up to one; those that are done are skipped. ValueError if one misses its gate."""
     _check_shares(work)
     for name, stage in STAGES.items():
         done = work.folder / f"{name}.json"
-        if not work.once(done.exists):
+        if not work.ranks.once(done.exists):
             stage(work)
-            numbers = work.once(partial(NUMBERS[name], work)) if name in NUMBERS else {}
+            numbers = work.ranks.once(partial(NUMBERS[name], work)) if name in NUMBERS else {}
             if work.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
             for key, least in work.cfg.gates.get(name, {}).items():
                 if not numbers[key] >= least:
                     found = f"{key} is {numbers[key]:.3f}, expected {least}"
                     raise ValueError(f"{name}: {found}: train it longer")
-            work.once(partial(_write_json, done, numbers))
+            work.ranks.once(partial(_write_json, done, numbers))
         if name == until:
             return
 

@@ -99,16 +99,7 @@ def truth_of(specs: Sequence[Spec], world: WorldConfig = DEFAULT) -> Truth:
 
 
 def draw_all(specs: Sequence[Spec], world: WorldConfig = DEFAULT, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw specs as tensors.
-
-    Args:
-        specs: of N images.
-        world: the world.
-        workers: processes that share the drawing; 0 draws in this one.
-
-    Returns:
-        Images (N, 3, S, S) and the subjects' coverage (N, 1, S, S), uint8.
-    """
+    """Images (N, 3, S, S) and the subjects' coverage (N, 1, S, S), uint8, drawn by `draw_many`."""
     samples = draw_many(specs, world, workers)
     return stacked([s.image for s in samples]), stacked([s.mask[..., None] for s in samples])
 
@@ -421,15 +412,3 @@ def accuracy(
     others = gallery(probes, [specs[i] for i in few.tolist()], distractors, world)  # (n, 1 + K, E)
     answers["identity"] = retrieved(seen.embedding[few], others)
     return {name: value.double().mean().item() for name, value in answers.items()}
-
-
-def agreement(probes: Probes, images: np.ndarray, asked: Sequence[Spec]) -> dict[str, float]:
-    """Shares of images that show the class, scene and material asked for.
-
-    Args:
-        probes: the classifiers.
-        images: (N, S, S, 3) uint8.
-        asked: N specs.
-    """
-    right = compare(classify(probes, stacked(images)).truth, truth_of(asked))
-    return {name: right[name].double().mean().item() for name in ("class", "scene", "material")}
