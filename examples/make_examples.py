@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from moma import MoMA  # noqa: E402 (the path comes first)
+import moma  # noqa: E402 (the path comes first)
 from moma.app.options import SCENES  # noqa: E402
 from moma.app.record import save_png  # noqa: E402
 from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
@@ -37,15 +37,15 @@ def references() -> None:
 
 def results() -> None:
     """Write the sheet of README.md: each reference in sample.py's scenes, then of other materials."""
-    pipe, rows = MoMA.load(ROOT / "weights" / "mini"), []
+    pipe, rows = moma.load(ROOT / "weights" / "mini"), []
     for label in SUBJECTS:
         image = open_image(Path(__file__).with_name(f"{label}.png"))
         subject = pipe.encode_subject(image, find_mask(image).mask, label)
-        prompts = [f"a {label} {scene}" for scene in SCENES]
-        textures = [f"a {material} {label} {SCENES[0]}" for material in MATERIALS]
-        drawn = pipe.sample(subject, prompts, seeds=[0])
-        drawn += pipe.sample(subject, textures, seeds=[0], strength=TEXTURE_STRENGTH)
-        cells = [Cell(image, (text,)) for image, text in zip(drawn, prompts + textures, strict=True)]
+        captions = [(f"a {label}", scene) for scene in SCENES]
+        textures = [(f"a {material} {label}", SCENES[0]) for material in MATERIALS]
+        drawn = pipe.sample(subject, [" ".join(lines) for lines in captions])
+        drawn += pipe.sample(subject, [" ".join(lines) for lines in textures], strength=TEXTURE_STRENGTH)
+        cells = map(Cell, drawn, captions + textures)
         rows.append([Cell(subject.reference.white, ("reference",)), *cells])
     save_png(RESULTS, contact_sheet(rows, SheetConfig(cell=128)))
 
