@@ -95,15 +95,15 @@ def convert(
             say(f"note: {source.name}: {note}")
 
     left_out = () if llm else LLM
-    networks = choose(sources, left_out, say)
+    networks = _choose(sources, left_out, say)
     if llm_bits and "llava" not in networks:
         networks["llava"] = llava_of(base if llm else None)
     if not networks:
         raise ValueError("nothing to convert: give at least one source")
     kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
-    tokenizers = choose_tokenizers(networks, kept, sources, base)
+    tokenizers = _choose_tokenizers(networks, kept, sources, base)
     if "llava" in networks:
-        networks["llava"] = with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
+        networks["llava"] = _with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
 
     configs = kept | {name: network.config for name, network in networks.items()}
     methods = kept_methods(base, networks) if base else {}
@@ -117,7 +117,7 @@ def convert(
     networks = {name: check(name, network, configs.get("unet"), say) for name, network in networks.items()}
     if llm_bits:
         networks["llava"] = quantised(networks["llava"], llm_bits)
-    compare_towers(networks, sources, say)
+    _compare_towers(networks, sources, say)
 
     # scorers are not rounded, as scores are compared with published ones
     dtypes = {name: None if name in SCORERS else dtype for name in networks}
@@ -148,7 +148,7 @@ def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dic
     }
 
 
-def choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict[str, Network]:
+def _choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dict[str, Network]:
     """Choose one network of each kind: the last of the dedicated sources, else of all sources."""
     chosen = {}
     for name in (name for name in network_kinds() if name not in left_out):
@@ -167,7 +167,7 @@ def llava_of(base: Bundle | None) -> Network:
     return Network(base.config("llava"), base.tensors("llava"), base.networks["llava"]["source"])
 
 
-def choose_tokenizers(
+def _choose_tokenizers(
     networks: Mapping[str, Network], kept: Mapping[str, Any], sources: Sequence[Source], base: Bundle | None
 ) -> dict[str, Path]:
     """Choose files: of the network's own source, else one with such a network, else any, else the base."""
@@ -203,7 +203,7 @@ def content(path: Path) -> Any:
     return [line.strip() for line in lines if line.strip() and not line.startswith(b"#version")]
 
 
-def with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
+def _with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
     """Complete LLaVA's config by that of its tower, from a source or the base."""
     if isinstance(llava.config, LlavaConfig):  # complete, from a training
         return llava
@@ -318,7 +318,7 @@ def _part(weight: LazyTensor, quant: QuantConfig, i: int) -> Tensor:
     return quantise(weight.read(), quant)[i]
 
 
-def compare_towers(networks: Mapping[str, Network], sources: Sequence[Source], say: Say) -> None:
+def _compare_towers(networks: Mapping[str, Network], sources: Sequence[Source], say: Say) -> None:
     """Note how far the chosen image tower is from the one in LLaVA's source."""
     tower = networks.get("vision")
     for inside in (s.networks.get("vision") for s in sources if "llava" in s.networks):

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, Pipeline, Result, Runtime, load_pipeline, load_segmenter, set_precision
+from moma import Job, Pipeline, Result, Runtime, Segmenter, load_pipeline, set_precision
 from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
 from moma.app.record import InputFile, Record, Segmented, read_record, save_png
@@ -26,7 +26,7 @@ from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
 from moma.inputs.preprocess import FoundMask, Reference, find_mask, make_reference, on_white, open_image
 from moma.methods import find_method
 from moma.mini import SOURCE as MINI_SOURCE
-from moma.sampling.device import dtype_name
+from moma.sampling.device import choose_device, dtype_name
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import SOURCE as TINY_SOURCE
@@ -161,7 +161,7 @@ def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: 
     bundle, segmented = runtime.weights, request.segmented
 
     def segment(image: Image.Image) -> Image.Image:
-        return load_segmenter(bundle, str(runtime.device)).mask(image, request.pick)
+        return Segmenter.load(bundle, runtime.device).mask(image, request.pick)
 
     if segmented:
         found = FoundMask(segmented.image(), "sam")
@@ -211,7 +211,7 @@ def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     image = open_image(args.ref)
     _check_sam("--list-objects needs", bundle)
     check_writable("--out", args.out)
-    segmenter = load_segmenter(bundle, args.device)
+    segmenter = Segmenter.load(bundle, choose_device(args.device))
     objects = segmenter.objects(image)
     for i, found in enumerate(objects, 1):
         box = ",".join(map(str, found.box))

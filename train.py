@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     bundle = Bundle.open(args.bundle)
     choices = choices_of(args, bundle)
     with start_ranks(args.device) as ranks:
-        identity = identity_of(args, bundle, choices, ranks)
-        saved = ranks.share(find_start(args, identity, choices.train) if ranks.main else None)
-        task = build(args, bundle, choices, ranks)  # the first weights are read here
+        identity = _identity_of(args, bundle, choices, ranks)
+        saved = ranks.share(_find_start(args, identity, choices.train) if ranks.main else None)
+        task = _build(args, bundle, choices, ranks)  # the first weights are read here
         if ranks.main:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / COMMAND).write_text(json.dumps(argv) + "\n", encoding="utf-8")
@@ -153,7 +153,7 @@ def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
     )
 
 
-def identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> dict[str, Any]:
+def _identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> dict[str, Any]:
     """What must not differ for a run to continue; ValueError if there is no data."""
     return {
         "stage": args.command,
@@ -168,7 +168,7 @@ def identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, rank
 # --- the parts of a run ------------------------------------------------------------------------------
 
 
-def find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainConfig) -> Saved | None:
+def _find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainConfig) -> Saved | None:
     """The checkpoint to continue from; ValueError for another run's, or where results are in the way."""
     check_writable("--out", args.out)
     found = checkpoints(args.out)
@@ -182,7 +182,7 @@ def find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainC
     return found[-1]
 
 
-def build(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> Task:
+def _build(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> Task:
     """The training with its weights."""
     train = choices.train
     torch.manual_seed(train.seed)  # the same start on every rank
@@ -201,9 +201,9 @@ def export(args: argparse.Namespace) -> None:
     bundle = Bundle.open(run.bundle)
     choices = choices_of(run, bundle)
     with start_ranks(run.device) as ranks:
-        identity = identity_of(run, bundle, choices, ranks)
+        identity = _identity_of(run, bundle, choices, ranks)
         check_same(saved, {**identity, "train": saved.identity["train"]}, saved.step)
-        task = build(run, bundle, choices, ranks)
+        task = _build(run, bundle, choices, ranks)
     load_weights(saved, task.model)
     folder = args.to or args.run / f"{EXPORT}-{args.which}"
     task.export(folder)

@@ -70,7 +70,19 @@ def attention_probs(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale + bias), float32 (B, H, N, M); the arguments of `attention`."""
+    """softmax(q kᵀ · scale + bias) in float32.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, M, D).
+        mask: bool, broadcastable to (B, H, N, M), True = attend.
+        bias: float, broadcastable likewise.
+        causal: query n sees keys 0..n (N == M).
+        scale: default 1/√D.
+
+    Returns:
+        (B, H, N, M).
+    """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = q.float() @ k.float().transpose(-1, -2) * scale  # (B, H, N, M)
     if bias is not None:

@@ -28,14 +28,25 @@ Text = Tensor | Sequence[KeysValues]  # text states (B, T, context_dim), or k an
 class AttentionHook(Protocol):
     """Replaces the core of every attention layer, softmax(QKᵀ)V.
 
-    The UNet calls it between a layer's input and output projections with q, k, v (B, H, N or T, D), the
-    layer's number in execution order (down, mid, up) and its grid (h, w). The hook returns z (B, H, N, D) and
-    attention maps of any kind (or None), which the UNet collects for its caller. A hook serves one UNet call.
+    The UNet calls it between a layer's input and output projections. A hook serves one UNet call.
     """
 
-    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]: ...
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]:
+        """Replace one self-attention.
 
-    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]: ...
+        Args:
+            layer: its number in execution order (down, mid, up).
+            q: (B, H, N, D).
+            k: (B, H, N, D).
+            v: (B, H, N, D).
+            grid: (h, w) of the layer, h * w = N.
+
+        Returns:
+            z (B, H, N, D), and an attention map of any kind (or None), which the UNet collects.
+        """
+
+    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Any]:
+        """Replace one cross-attention: as `self_attn`, with k and v (B, H, T, D) of the text."""
 
 
 @dataclass(frozen=True)

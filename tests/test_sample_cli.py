@@ -308,7 +308,7 @@ def sams(monkeypatch) -> list[weakref.ref]:
         loaded.append(weakref.ref(sam := FlatSAM()))
         return Segmenter(sam)
 
-    monkeypatch.setattr(sample, "load_segmenter", load)
+    monkeypatch.setattr(Segmenter, "load", load)
     return loaded
 
 

@@ -321,10 +321,14 @@ LLAVA_ORIGINAL: Table = [  # haotian-liu/LLaVA, KunpengSong/MoMA_llava_7b
 
 
 def llava_hf(new: bool, vocab: int, padded: int) -> Table:
-    """llava-hf <-> ours. new: the names of transformers >= 4.52 in memory, else those of the hub's files.
+    """llava-hf <-> ours.
 
-    vocab, padded: rows of the token embedding in LLaMA and in the file (llava-hf appends <image>, <pad> and
-    padding). The extra rows are dropped on the way in and zero on the way out.
+    Args:
+        new: the names of transformers >= 4.52 in memory, else those of the hub's files.
+        vocab: rows of the token embedding in LLaMA.
+        padded: rows in the file: llava-hf appends <image>, <pad> and padding, which are dropped on the way
+        in and
+            zero on the way out.
     """
 
     def pad(x: Tensor) -> Tensor:
@@ -408,10 +412,13 @@ def _processors(down: int, up: int, mid: int) -> Iterable[tuple[int, int]]:
 
 
 def moma_th(down: int, up: int, mid: int) -> Table:
-    """The official attn_adapters_projectors.th <-> ours.
+    """The official attn_adapters_projectors.th <-> ours; the file numbers self-attention 2l, cross-attention
+    2l+1.
 
-    down, up, mid: transformer layers (pairs of self- and cross-attention) of the UNet's three parts. The
-    file numbers self-attention 2l and cross-attention 2l+1.
+    Args:
+        down: transformer layers (pairs of self- and cross-attention) of the UNet's way down.
+        up: of its way up.
+        mid: of its middle.
     """
     rows = [Row("projectors.*", "projector.*"), Row("llm_mapping.mapping.*", "mapping.*")]
     for layer, ours in _processors(down, up, mid):
@@ -425,7 +432,13 @@ def moma_th(down: int, up: int, mid: int) -> Table:
 
 
 def ip_adapter(down: int, up: int, mid: int) -> Table:
-    """IP-Adapter (.bin flattened, .safetensors, or its trainer's output) <-> projector and context."""
+    """IP-Adapter (.bin flattened, .safetensors, or its trainer's output) <-> projector and context.
+
+    Args:
+        down: transformer layers of the UNet's way down.
+        up: of its way up.
+        mid: of its middle.
+    """
     rows: list[Row] = []
     for head, body in (("image_proj", "ip_adapter"), ("image_proj_model", "adapter_modules")):
         rows.append(Row(f"{head}.*", "projector.*"))

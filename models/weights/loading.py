@@ -309,7 +309,13 @@ class ShardConfig:
 
 
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`write_safetensors` for tensors in memory, on any device."""
+    """`write_safetensors` for tensors in memory.
+
+    Args:
+        folder: to write to.
+        stem: of the files' names.
+        tensors: by name, on any device.
+    """
     lazy = {name: in_memory(tensor.detach().cpu().contiguous(), folder) for name, tensor in tensors.items()}
     return write_safetensors(folder, stem, lazy)
 
@@ -464,7 +470,13 @@ def load_into(
 
 
 def does_not_fit(where: str, network: str, problems: Mapping[str, list[str]]) -> str:
-    """Message about the result of `state_dict_mismatch`."""
+    """The message about weights that do not fit.
+
+    Args:
+        where: the file or folder.
+        network: its name.
+        problems: of `state_dict_mismatch`.
+    """
     listed = "; ".join(f"{problem}: {some_names(names)}" for problem, names in problems.items())
     return f"{where}: does not fit {network}: {listed}"
 

@@ -151,7 +151,13 @@ def one_after_another(
 
 
 def fetch(group: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype) -> Weights:
-    """Values of a group on a device, floating-point ones cast to `dtype`."""
+    """The values of a group.
+
+    Args:
+        group: tensors by name.
+        device: to copy to.
+        dtype: of floating-point values.
+    """
     return {name: _cast(tensor, dtype).to(device) for name, tensor in group.items()}
 
 

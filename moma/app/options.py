@@ -229,7 +229,16 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
 
 
 def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) -> Request:
-    """The request that draws a recorded image again; ValueError if a file is not the recorded one."""
+    """The request that draws a recorded image again.
+
+    Args:
+        record: the image's settings.
+        args: the command line, which may say where files are.
+        bundle: the weights.
+
+    Raises:
+        ValueError: if a file or the weights are not the recorded ones.
+    """
     if weight_hashes(bundle, record.method_name, record.method) != dict(record.weight_hashes):
         raise ValueError(
             f"the weights in {bundle.folder} are not those of {args.replay}: give them with --weights"
@@ -289,7 +298,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
-    """sha256, as recorded at conversion, of the files of the networks that a method draws with."""
+    """sha256, as recorded at conversion, of the files that a method draws with.
+
+    Args:
+        bundle: the weights.
+        method: a name of the registry.
+        config: of the method.
+    """
     names = find_method(method).method.networks(config, encoders=True)
     return {
         path.name: bundle.hashes[path.name]

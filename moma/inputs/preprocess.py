@@ -267,7 +267,13 @@ def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "
 
 
 def same_aspect(size: tuple[int, int], other: tuple[int, int], limits: InputConfig = INPUT) -> bool:
-    """Whether two sizes (width, height) have one shape, up to `limits.aspect_tolerance`."""
+    """Whether two images have one shape.
+
+    Args:
+        size: (width, height) in pixels.
+        other: likewise.
+        limits: how far they may differ.
+    """
     return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= limits.aspect_tolerance
 
 

@@ -187,7 +187,16 @@ class Method(ABC):
 
     @classmethod
     def check(cls, weights: Any, config: Any, encoders: bool = True) -> None:
-        """ValueError for a bundle that lacks a network or a choice it cannot follow; reads no weights."""
+        """Refuse what the method cannot draw with; reads no weights.
+
+        Args:
+            weights: the bundle.
+            config: of the method.
+            encoders: as in `Runtime`.
+
+        Raises:
+            ValueError: for a bundle that lacks a network, or a choice that it cannot follow.
+        """
         for name in cls.networks(config, encoders):
             weights.config(name)
 
@@ -411,7 +420,13 @@ class DenoisingTraining(Training):
 
     @abstractmethod
     def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[Any]:
-        """The B subjects of a batch as `Method.encode_reference` gives them, to draw them for `prompts`."""
+        """The subjects of a batch as `Method.encode_reference` gives them.
+
+        Args:
+            batch: B samples.
+            words: what they are.
+            prompts: that they will be drawn for.
+        """
 
     @abstractmethod
     def drawing(self) -> Method:

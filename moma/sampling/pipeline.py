@@ -66,7 +66,14 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Any:
-        """What the method keeps of one subject; arguments as `Method.encode_subject`."""
+        """What the method keeps of one subject (`Method.encode_subject`).
+
+        Args:
+            image: RGB or RGBA.
+            mask: mode L, 255 = subject, of the same aspect ratio.
+            word: what the subject is.
+            options: of `Method.encode_reference`, such as seed and prompts.
+        """
         return self.method.encode_subject(image, mask, word, **options)
 
     def sample(

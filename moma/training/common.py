@@ -63,7 +63,13 @@ class Prepare:
 
 
 def squares(triplet: Triplet, size: int, method: ReferenceConfig) -> tuple[Reference, Reference]:
-    """Target and reference of `size` pixels; an image without another one is its own reference."""
+    """Target and reference; an image without another one is its own reference.
+
+    Args:
+        triplet: the sample.
+        size: of the squares in pixels.
+        method: how a square is made.
+    """
     target = make_reference(triplet.image, triplet.mask, size, method)
     if triplet.reference is None:
         return target, target

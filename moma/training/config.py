@@ -141,7 +141,13 @@ class Choices(NamedTuple):
 
 
 def check_from(least: int, config: Any, *names: str) -> None:
-    """ValueError for a field below `least` or not finite."""
+    """ValueError for a field that is too small or not finite.
+
+    Args:
+        least: smallest value.
+        config: the dataclass.
+        names: of the fields.
+    """
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} {getattr(config, name)}: expected {least} or more")

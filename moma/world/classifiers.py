@@ -99,7 +99,16 @@ def truth_of(specs: Sequence[Spec], world: WorldConfig = DEFAULT) -> Truth:
 
 
 def draw_all(specs: Sequence[Spec], world: WorldConfig = DEFAULT, workers: int = 0) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, S, S) and the subjects' coverage (N, 1, S, S), uint8, drawn by `draw_many`."""
+    """Draw images and the subjects' coverage.
+
+    Args:
+        specs: the images.
+        world: its config.
+        workers: as in `draw_many`.
+
+    Returns:
+        uint8 (N, 3, S, S) and (N, 1, S, S).
+    """
     samples = draw_many(specs, world, workers)
     return stacked([s.image for s in samples]), stacked([s.mask[..., None] for s in samples])
 

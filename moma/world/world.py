@@ -139,7 +139,14 @@ def _unseen(share: float) -> frozenset[tuple[str, str, str | None]]:
 
 
 def held_out(label: str, scene: str, material: str | None, cfg: WorldConfig = DEFAULT) -> bool:
-    """Whether the combination of class, scene and material never occurs in training."""
+    """Whether a combination never occurs in training.
+
+    Args:
+        label: class of the subject.
+        scene: its scene.
+        material: None = its own colours.
+        cfg: the world.
+    """
     _check(label, scene, material)
     return (label, scene, material) in _unseen(cfg.unseen_share)
 
@@ -192,7 +199,13 @@ def trained_elsewhere(what: Spec, seed: int) -> Spec:
 
 
 def neighbour(what: Spec, step: int, cfg: WorldConfig = DEFAULT) -> Spec:
-    """The same image of another subject: `step` identities further in its class and unseen split."""
+    """The same image of another subject.
+
+    Args:
+        what: the image.
+        step: identities further in its class and unseen split.
+        cfg: the world.
+    """
     index = (what.number - cfg.identities) % cfg.unseen_identities
     return replace(what, number=what.number - index + (index + step) % cfg.unseen_identities)
 
@@ -338,7 +351,13 @@ def render(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Samp
 
 
 def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 0) -> list[Sample]:
-    """Draw specs in order; workers > 0 spreads them over that many processes."""
+    """Draw specs in order.
+
+    Args:
+        specs: the images.
+        cfg: the world.
+        workers: processes that share the drawing; 0 = this one.
+    """
     paint = partial(draw, cfg=cfg)
     if not workers:
         return [paint(what) for what in specs]
