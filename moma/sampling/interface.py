@@ -124,9 +124,9 @@ class StepInputs(NamedTuple):
 class Conditioning(Protocol):
     """What steers the denoising of B images.
 
-    Whatever is constant over the steps (text K, V, context and subject K, V) is computed once, when it is made,
-    and handed out unchanged in every step. These are plain tensors: a CUDA graph reads them where they are, and
-    one that outlives the batch can copy the next batch's into static buffers.
+    Whatever is constant over the steps (text K, V, context and subject K, V) is computed once, when it is
+    made, and handed out unchanged in every step. These are plain tensors: a CUDA graph reads them where they
+    are, and one that outlives the batch can copy the next batch's into static buffers.
     """
 
     def at(self, step: SolverStep, state: State) -> StepInputs:
