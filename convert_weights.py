@@ -367,36 +367,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new bundle")
-    parser.add_argument("--base-bundle", type=Path, help="bundle that supplies what no source has")
-    parser.add_argument(
-        "--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
-    )
-    parser.add_argument(
-        "--ema", action="store_true", help="use the averaged UNet of a single-file checkpoint"
-    )
-    parser.add_argument("--no-llm", action="store_true", help="leave out LLaVA")
-    parser.add_argument(
-        "--llm-bits",
-        type=int,
-        choices=sorted(PRESETS),
-        help="bits per weight of LLaVA's language model: half or a quarter of the size",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out")
-    parser.add_argument("--download", action="store_true", help="fetch the released weights first (~20 GB)")
-    parser.add_argument(
-        "--with",
-        action="append",
-        choices=EXTRAS,
-        default=[],
-        dest="extras",
-        help="also fetch sam for masks (0.4 GB) or scorers for evaluation (2.4 GB); works without --download",
-    )
-    parser.add_argument(
-        "--base-id", default=DownloadConfig.base_id, help="SD1.5 model on the hub for --download"
-    )
-    parser.add_argument("--cache", type=Path, default=Path("weights/cache"), help="folder for downloads")
+    add = parser.add_argument
+    add("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the new bundle")
+    add("--base-bundle", type=Path, metavar="DIR", help="bundle that supplies what no source has")
+    add("--download", action="store_true", help="fetch the released weights first (~20 GB)")
+    add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch sam for masks"
+        " (0.4 GB) or scorers for evaluation (2.4 GB); works without --download")  # fmt: skip
+    add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model: half"
+        " or a quarter of the size")  # fmt: skip
+    add = parser.add_argument_group("advanced").add_argument
+    add("--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
+        " (default: keep)")  # fmt: skip
+    add("--ema", action="store_true", help="use the averaged UNet of a single-file checkpoint")
+    add("--no-llm", action="store_true", help="leave out LLaVA")
+    add("--overwrite", action="store_true", help="replace the bundle at --out")
+    add("--base-id", metavar="ID", default=DownloadConfig.base_id,
+        help="Stable Diffusion 1.5 model on the hub for --download (default: %(default)s)")  # fmt: skip
+    add("--cache", type=Path, metavar="DIR", default=Path("weights/cache"),
+        help="folder for downloads (default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
