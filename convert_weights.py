@@ -36,6 +36,7 @@ from models.unet import UNetConfig
 from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, QuantConfig, quantise
+from moma.app.files import Parser, exit_status
 from moma.methods import find_method
 from moma.sampling.device import DTYPES
 from moma.weights.bundle import (
@@ -364,7 +365,7 @@ def plain_shapes(bundle: Bundle, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -374,8 +375,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--download", action="store_true", help="fetch the released weights first (~20 GB)")
     add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch sam for masks"
         " (0.4 GB) or scorers for evaluation (2.4 GB); works without --download")  # fmt: skip
-    add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model: half"
-        " or a quarter of the size")  # fmt: skip
+    add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
+        " half or a quarter of the size")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
     add("--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
         " (default: keep)")  # fmt: skip
@@ -390,22 +391,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
-    try:
-        check_target(args.out, args.overwrite)  # before a long download
-        if args.llm_bits and args.no_llm:
-            raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")
-        base = Bundle.open(args.base_bundle) if args.base_bundle else None
-        paths = list(args.sources)
-        if args.download or args.extras:
-            wanted = DownloadConfig(args.base_id, released=args.download, extras=tuple(args.extras))
-            paths = download(wanted, args.cache, llm=not args.no_llm) + paths
-        dtype, llm = CHOICES[args.dtype], not args.no_llm
-        convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Convert as the command line says; returns the exit status."""
+    return exit_status("convert_weights", lambda: _run(parse(arguments)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_target(args.out, args.overwrite)  # before a long download
+    if args.llm_bits and args.no_llm:
+        raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")
+    base = Bundle.open(args.base_bundle) if args.base_bundle else None
+    paths = list(args.sources)
+    if args.download or args.extras:
+        wanted = DownloadConfig(args.base_id, released=args.download, extras=tuple(args.extras))
+        paths = download(wanted, args.cache, llm=not args.no_llm) + paths
+    dtype, llm = CHOICES[args.dtype], not args.no_llm
+    convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
 
 
 if __name__ == "__main__":
