@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convert_weights import convert
 from models.clip import PRESETS as CLIPS
 from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from models.dino import PRESETS as DINOS
@@ -34,7 +35,8 @@ from models.weights import keymaps
 from models.weights.keymaps import Row, Table
 from models.weights.loading import LazyTensor, ShardConfig, write_safetensors
 from moma.methods.moma.adapter import AdapterConfig
-from moma.weights.bundle import expected_shapes
+from moma.weights.bundle import Bundle, expected_shapes
+from moma.weights.sources import DefaultConfigs
 from moma.weights.tiny import build_tokenizers
 
 SHARED_FREQUENCIES = "prompt_encoder.shared_embedding.positional_embedding"
@@ -103,6 +105,14 @@ TINY = Scale(
     first_shard=250_000,
 )
 SCALES = {"tiny": TINY, "full": FULL}
+TINY_DEFAULTS = DefaultConfigs(
+    unet=TINY.unet,
+    vae=TINY.vae,
+    text=TINY.text,
+    dinos={"dino_s16": TINY.dino_s16, "dino_b16": TINY.dino_b16},
+    clips={"clip_b32": TINY.clip_b32, "clip_l14": TINY.clip_l14},
+    sams=(TINY.sam,),
+)
 
 
 # --- values ----------------------------------------------------------------------------------------------
@@ -603,6 +613,15 @@ def make_all(out: Path, scale: Scale, tokenizers: Path, only: Iterable[str] = ()
     for name, make in makers.items():
         if not only or name in only:
             print(make())
+
+
+def converted(
+    sources: list[Path], out: Path, base: Bundle | None = None, **options: object
+) -> tuple[Bundle, str]:
+    """Convert checkpoints of the tiny scale; the bundle, and everything that was said."""
+    said: list[str] = []
+    convert(sources, out, base=base, say=said.append, **{"defaults": TINY_DEFAULTS, **options})
+    return Bundle.open(out), "\n".join(said)
 
 
 def main() -> None:

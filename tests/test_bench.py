@@ -20,7 +20,7 @@ from moma.bench.measure import Bench, BenchConfig, Part, Ratio
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
-from tests.test_graphs import Rerun
+from tests.helpers import Rerun
 
 SMALL = BenchConfig(
     unet=UNetConfig(

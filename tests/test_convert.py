@@ -31,6 +31,7 @@ from moma.weights.tiny import build_tokenizers
 from tests.compare import assert_close_to_std
 from tests.make_checkpoints import (
     TINY,
+    converted,
     draw,
     ldm_tensors,
     make_clip,
@@ -51,15 +52,6 @@ from tests.make_checkpoints import (
 )
 from tests.recipe import normal, uniform
 
-DEFAULTS = DefaultConfigs(
-    unet=TINY.unet,
-    vae=TINY.vae,
-    text=TINY.text,
-    dinos={"dino_s16": TINY.dino_s16, "dino_b16": TINY.dino_b16},
-    clips={"clip_b32": TINY.clip_b32, "clip_l14": TINY.clip_l14},
-    sams=(TINY.sam,),
-)
-
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,13 +71,6 @@ def complete(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundles") / "moma"
     convert([public / name for name in ("sd15", "vae", "clip", "llava", MOMA_FILE)], out, say=lambda _: None)
     return Bundle.open(out)
-
-
-def run(sources: list[Path], out: Path, base: Bundle | None = None, **options: object) -> tuple[Bundle, str]:
-    """The bundle and everything that was said."""
-    said: list[str] = []
-    convert(sources, out, base=base, say=said.append, **{"defaults": DEFAULTS, **options})
-    return Bundle.open(out), "\n".join(said)
 
 
 def state(bundle: Bundle, name: str) -> dict[str, Tensor]:
@@ -131,21 +116,21 @@ def test_complete_set(complete: Bundle) -> None:
 
 
 def test_the_order_of_llava_and_clip_does_not_matter(public: Path, complete: Bundle, tmp_path: Path) -> None:
-    bundle, _ = run([public / n for n in (MOMA_FILE, "llava", "clip", "sd15", "vae")], tmp_path / "b")
+    bundle, _ = converted([public / n for n in (MOMA_FILE, "llava", "clip", "sd15", "vae")], tmp_path / "b")
     assert bundle.hashes == complete.hashes
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
 def test_single_file(complete: Bundle, tmp_path: Path, name: str) -> None:
     source = make_ldm(tmp_path / name, TINY, salt="c")
-    bundle, _ = run([source], tmp_path / "b", complete)
+    bundle, _ = converted([source], tmp_path / "b", complete)
     for network in ("unet", "vae", "text"):
         assert_drawn(state(bundle, network), torch.float16, "c")
 
 
 def test_swap_keeps_the_rest(complete: Bundle, tmp_path: Path) -> None:
     source = make_ldm(tmp_path / "community.safetensors", TINY, salt="c", vae=False, text=False)
-    bundle, said = run([source], tmp_path / "b", complete)
+    bundle, said = converted([source], tmp_path / "b", complete)
     assert "community.safetensors: has no VAE" in said and "has no text encoder" in said
     assert bundle.hashes["unet.safetensors"] != complete.hashes["unet.safetensors"]
     kept = [file for file in complete.hashes if file != "unet.safetensors"]
@@ -158,22 +143,22 @@ def test_swap_keeps_the_rest(complete: Bundle, tmp_path: Path) -> None:
 def test_single_file_without_base_needs_a_tokenizer(tmp_path: Path) -> None:
     source = make_ldm(tmp_path / "a.safetensors", TINY)
     with pytest.raises(ValueError, match=r"text: .*vocab\.json"):
-        run([source], tmp_path / "b")
+        converted([source], tmp_path / "b")
     source = make_ldm(tmp_path / "c.safetensors", TINY, text=False)
-    bundle, said = run([source], tmp_path / "b")
+    bundle, said = converted([source], tmp_path / "b")
     assert set(bundle.networks) == {"unet", "vae"} and "sampling also needs text, vision" in said
 
 
 def test_ema(complete: Bundle, tmp_path: Path) -> None:
     source = make_ldm(tmp_path / "a.ckpt", TINY, torch.float32, ema=True)
-    bundle, said = run([source], tmp_path / "plain", complete)
+    bundle, said = converted([source], tmp_path / "plain", complete)
     assert "--ema takes instead" in said
     assert_drawn(state(bundle, "unet"), torch.float32)
-    bundle, _ = run([source], tmp_path / "ema", complete, ema=True)
+    bundle, _ = converted([source], tmp_path / "ema", complete, ema=True)
     assert_drawn(state(bundle, "unet"), torch.float32, "ema")
     source = make_ldm(tmp_path / "none.safetensors", TINY)
     with pytest.raises(ValueError, match="averaged"):
-        run([source], tmp_path / "no", complete, ema=True)
+        converted([source], tmp_path / "no", complete, ema=True)
 
 
 def test_old_text_prefix(complete: Bundle, tmp_path: Path) -> None:
@@ -181,7 +166,7 @@ def test_old_text_prefix(complete: Bundle, tmp_path: Path) -> None:
         name.replace(".text_model.", "."): t.read() for name, t in ldm_tensors(TINY, torch.float16).items()
     }
     save_file(tensors, tmp_path / "nai.safetensors")
-    bundle, said = run([tmp_path / "nai.safetensors"], tmp_path / "b", complete)
+    bundle, said = converted([tmp_path / "nai.safetensors"], tmp_path / "b", complete)
     assert_drawn(state(bundle, "text"), torch.float16)
     assert "unused" not in said
 
@@ -196,7 +181,7 @@ def test_vae_folder_in_every_spelling(complete: Bundle, tmp_path: Path, old: boo
         for name, t in load_file(path).items()
     }
     save_file(tensors, path)
-    bundle, _ = run([folder], tmp_path / "b", complete)
+    bundle, _ = converted([folder], tmp_path / "b", complete)
     assert_drawn(state(bundle, "vae"), torch.float32, "v")
 
 
@@ -210,7 +195,7 @@ def test_vae_file(complete: Bundle, tmp_path: Path, prefix: str) -> None:
         if n.startswith(start)
     }
     torch.save(vae | {f"{prefix}loss.logvar": torch.zeros(())}, tmp_path / "vae.ckpt")
-    bundle, said = run([tmp_path / "vae.ckpt"], tmp_path / "b", complete)
+    bundle, said = converted([tmp_path / "vae.ckpt"], tmp_path / "b", complete)
     assert_drawn(state(bundle, "vae"), torch.float16, "v")
     assert "unused" not in said
 
@@ -221,21 +206,21 @@ def test_half_precision_files_and_preference(public: Path, tmp_path: Path) -> No
         public / "sd15/unet/diffusion_pytorch_model.safetensors",
         tmp_path / "sd/unet/diffusion_pytorch_model.non_ema.safetensors",
     )
-    bundle, _ = run([tmp_path / "sd"], tmp_path / "b")
+    bundle, _ = converted([tmp_path / "sd"], tmp_path / "b")
     assert {t.dtype for t in state(bundle, "unet").values()} == {torch.float16}
 
 
 def test_sd_folder_without_vae(public: Path, tmp_path: Path) -> None:
     shutil.copytree(public / "sd15", tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd/vae")
-    bundle, said = run([tmp_path / "sd", public / "vae"], tmp_path / "b")
+    bundle, said = converted([tmp_path / "sd", public / "vae"], tmp_path / "b")
     assert "has no vae/" in said and "vae" in bundle.networks
 
 
 @pytest.mark.parametrize("new", [True, False])
 def test_llava_hf(public: Path, tmp_path: Path, new: bool) -> None:
     source = make_llava_hf(tmp_path / "hf", TINY, public / "tokenizers", new)
-    bundle, _ = run([source], tmp_path / "b")
+    bundle, _ = converted([source], tmp_path / "b")
     assert set(bundle.networks) == {"vision", "llava"}
     llava = bundle.build("llava", lm_head=True).state_dict()
     assert llava["llama.embed_tokens.weight"].shape[0] == TINY.llama.vocab
@@ -247,10 +232,10 @@ def test_llava_hf(public: Path, tmp_path: Path, new: bool) -> None:
 
 def test_tower_inside_llava(public: Path, complete: Bundle, tmp_path: Path) -> None:
     source = make_llava(tmp_path / "llava", TINY, public / "tokenizers", tower="other")
-    bundle, _ = run([source], tmp_path / "inside", complete)
+    bundle, _ = converted([source], tmp_path / "inside", complete)
     assert_drawn(state(bundle, "vision"), torch.float16, "other")
     # with OpenAI's folder given, that one is taken and compared
-    bundle, said = run([source, public / "clip"], tmp_path / "openai")
+    bundle, said = converted([source, public / "clip"], tmp_path / "openai")
     assert_drawn(state(bundle, "vision"), torch.float32, "tower")
     ours = read_checkpoint(bundle.folder / "vision.safetensors")
     biggest = max(
@@ -262,12 +247,12 @@ def test_tower_inside_llava(public: Path, complete: Bundle, tmp_path: Path) -> N
     assert "mm_projector.bin not read" in said
     # without any of them, only a tower of known shape can be used
     with pytest.raises(ValueError, match="CLIP folder"):
-        run([source], tmp_path / "none")
+        converted([source], tmp_path / "none")
 
 
 def test_identical_tower_is_said_to_be(public: Path, tmp_path: Path) -> None:
     source = make_llava(tmp_path / "l", TINY, public / "tokenizers", tower="tower", dtype=torch.float32)
-    _, said = run([source, public / "clip"], tmp_path / "b")
+    _, said = converted([source, public / "clip"], tmp_path / "b")
     assert "differs by at most 0\n" in said + "\n"
 
 
@@ -285,7 +270,7 @@ def test_known_tower_is_guessed_from_its_shapes() -> None:
 @pytest.mark.parametrize("name", ["ip-adapter_sd15.bin", "ip-adapter_sd15.safetensors"])
 def test_ip_adapter(complete: Bundle, tmp_path: Path, name: str) -> None:
     sources = [make_ip_adapter(tmp_path / name, TINY), make_ip_vision(tmp_path / "encoder", TINY)]
-    bundle, _ = run(sources, tmp_path / "b", complete)
+    bundle, _ = converted(sources, tmp_path / "b", complete)
     assert_drawn(bundle.state("ip_adapter"), torch.float16, "ip")
     assert_drawn(state(bundle, "ip_vision"), torch.float16)
     adapter = bundle.build("adapter")
@@ -294,7 +279,7 @@ def test_ip_adapter(complete: Bundle, tmp_path: Path, name: str) -> None:
 
 
 def test_unknown_keys_of_the_th_are_listed(public: Path, complete: Bundle, tmp_path: Path) -> None:
-    _, said = run([public / MOMA_FILE], tmp_path / "b", complete)
+    _, said = converted([public / MOMA_FILE], tmp_path / "b", complete)
     line = next(line for line in said.split("\n") if "unused" in line)
     assert MOMA_FILE in line and "llm_mapping.projector.proj.weight" in line
 
@@ -302,15 +287,15 @@ def test_unknown_keys_of_the_th_are_listed(public: Path, complete: Bundle, tmp_p
 @pytest.mark.parametrize("choice", ["fp32", "bf16", "fp16"])
 def test_dtype(public: Path, complete: Bundle, tmp_path: Path, choice: str) -> None:
     kind = CHOICES[choice]
-    bundle, _ = run([public / "sd15", public / "vae"], tmp_path / "b", complete, dtype=kind)
+    bundle, _ = converted([public / "sd15", public / "vae"], tmp_path / "b", complete, dtype=kind)
     assert_drawn(state(bundle, "unet"), torch.float32, cast=kind)
     assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
 
 
 def test_without_llm(public: Path, complete: Bundle, tmp_path: Path) -> None:
-    bundle, _ = run([public / "sd15", public / MOMA_FILE, public / "llava"], tmp_path / "a", llm=False)
+    bundle, _ = converted([public / "sd15", public / MOMA_FILE, public / "llava"], tmp_path / "a", llm=False)
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
-    bundle, _ = run([public / "vae"], tmp_path / "b", complete, llm=False)
+    bundle, _ = converted([public / "vae"], tmp_path / "b", complete, llm=False)
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
 
 
@@ -325,7 +310,7 @@ def test_a_lone_vae_wins_in_any_order(
 ) -> None:
     model = public / "sd15" if bigger == "folder" else make_ldm(tmp_path / "m.safetensors", TINY)
     vae = public / "vae" / ("" if lone == "folder" else "diffusion_pytorch_model.safetensors")
-    bundle, said = run([vae, model] if first else [model, vae], tmp_path / "b", complete)
+    bundle, said = converted([vae, model] if first else [model, vae], tmp_path / "b", complete)
     assert_drawn(state(bundle, "vae"), torch.float32, "mse")
     assert f"note: vae: {vae.name} replaces that of {model.name}" in said
 
@@ -340,7 +325,7 @@ def test_other_dedicated_sources_win_too(public: Path, complete: Bundle, tmp_pat
     shutil.copytree(public / "llava", tmp_path / "llava")
     make_moma(tmp_path / "llava" / MOMA_FILE, replace(TINY, adapter=replace(TINY.adapter, tokens=8)))
     for i, paths in enumerate(([*lone, public / "sd15", tmp_path / "llava"], [tmp_path / "llava", *lone])):
-        bundle, said = run([*paths, public / "clip", public / "sd15"], tmp_path / f"b{i}")
+        bundle, said = converted([*paths, public / "clip", public / "sd15"], tmp_path / f"b{i}")
         assert_drawn(state(bundle, "unet"), torch.float16, "c")
         assert {t.dtype for t in state(bundle, "text").values()} == {torch.float16}
         assert bundle.config("adapter").tokens == 4
@@ -350,7 +335,7 @@ def test_other_dedicated_sources_win_too(public: Path, complete: Bundle, tmp_pat
 def test_of_equal_sources_the_later_wins(public: Path, tmp_path: Path) -> None:
     other = make_vae(tmp_path / "other", TINY, salt="o")
     for i, (paths, salt) in enumerate((([other, public / "vae"], "mse"), ([public / "vae", other], "o"))):
-        bundle, said = run(paths, tmp_path / f"b{i}")
+        bundle, said = converted(paths, tmp_path / f"b{i}")
         assert_drawn(state(bundle, "vae"), torch.float32, salt)
         assert f"vae: {paths[1].name} replaces that of {paths[0].name}" in said
 
@@ -358,7 +343,7 @@ def test_of_equal_sources_the_later_wins(public: Path, tmp_path: Path) -> None:
 def test_a_llava_is_not_less_for_the_tower_inside(public: Path, tmp_path: Path) -> None:
     """Else the original LLaVA, which has none, would win over MoMA's."""
     tuned = make_llava(tmp_path / "l", TINY, public / "tokenizers", tower="other", dtype=torch.float32)
-    bundle, said = run([public / "llava", tuned, public / "clip"], tmp_path / "b")
+    bundle, said = converted([public / "llava", tuned, public / "clip"], tmp_path / "b")
     assert {t.dtype for t in bundle.tensors("llava").values()} == {torch.float32}
     assert "llava: l replaces that of llava" in said
 
@@ -368,11 +353,11 @@ def test_a_single_file_takes_its_tokenizer_from_a_clip_folder(public: Path, tmp_
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(public / "tokenizers" / name, tmp_path / "clip")
     model = make_ldm(tmp_path / "m.safetensors", TINY)
-    bundle, _ = run([model, tmp_path / "clip"], tmp_path / "b")
+    bundle, _ = converted([model, tmp_path / "clip"], tmp_path / "b")
     assert bundle.clip_tokenizer().encode("a cat")
     # but a Stable Diffusion folder's goes before it
     (tmp_path / "clip/merges.txt").write_text("")
-    bundle, _ = run([public / "sd15", model, tmp_path / "clip"], tmp_path / "c")
+    bundle, _ = converted([public / "sd15", model, tmp_path / "clip"], tmp_path / "c")
     assert bundle.tokenizer("merges.txt").read_text()
 
 
@@ -388,7 +373,7 @@ def test_a_full_repository_of_a_community_model(public: Path, tmp_path: Path) ->
         (folder / "text_encoder" / name).write_text("not looked at")
     config = json.loads((folder / "vae/config.json").read_text())
     write_json(folder / "vae/config.json", config | {"force_upcast": True, "scaling_factor": 0.18215})
-    bundle, _ = run([folder], tmp_path / "b")
+    bundle, _ = converted([folder], tmp_path / "b")
     for name in ("unet", "vae", "text"):
         assert_drawn(state(bundle, name), torch.float16)
 
@@ -401,7 +386,7 @@ def test_llava_with_both_kinds_of_shards(public: Path, complete: Bundle, tmp_pat
     write_json(folder / "model.safetensors.index.json", {"weight_map": places})
     for shard in folder.glob("*.bin"):
         shard.write_text("not looked at")
-    bundle, _ = run([folder, public / "clip"], tmp_path / "b")
+    bundle, _ = converted([folder, public / "clip"], tmp_path / "b")
     assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
 
 
@@ -415,7 +400,7 @@ def test_the_hubs_cache(public: Path, tmp_path: Path) -> None:
     for i, path in enumerate(sorted((public / "vae").iterdir())):
         shutil.copy(path, tmp_path / f"blobs/{i}")
         (snapshot / path.name).symlink_to(os.path.relpath(tmp_path / f"blobs/{i}", snapshot))
-    bundle, said = run([public / "sd15", snapshot], tmp_path / "b")
+    bundle, said = converted([public / "sd15", snapshot], tmp_path / "b")
     assert_drawn(state(bundle, "vae"), torch.float32, "mse")
     assert "vae: stabilityai--sd-vae-ft-mse replaces that of sd15" in said
 
@@ -426,7 +411,7 @@ def test_a_config_without_its_class(public: Path, complete: Bundle, tmp_path: Pa
     config = json.loads((tmp_path / "x/config.json").read_text())
     del config["_class_name"]
     write_json(tmp_path / "x/config.json", config)
-    bundle, _ = run([tmp_path / "x"], tmp_path / "b", complete)
+    bundle, _ = converted([tmp_path / "x"], tmp_path / "b", complete)
     assert_drawn(state(bundle, part), torch.float32)
 
 
@@ -442,14 +427,14 @@ def test_th_of_wrapped_parts_and_bare_scales(
             values[0] if name.endswith("scale_learnable") else values
         )
     torch.save(content, tmp_path / "a.th")
-    bundle, _ = run([tmp_path / "a.th"], tmp_path / "b", complete)
+    bundle, _ = converted([tmp_path / "a.th"], tmp_path / "b", complete)
     assert bundle.hashes["adapter.safetensors"] == complete.hashes["adapter.safetensors"]
 
 
 def test_ip_adapter_in_torchs_old_format(complete: Bundle, tmp_path: Path) -> None:
     content = torch.load(make_ip_adapter(tmp_path / "new.bin", TINY))
     torch.save(content, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    bundle, _ = run([tmp_path / "old.bin"], tmp_path / "b", complete)
+    bundle, _ = converted([tmp_path / "old.bin"], tmp_path / "b", complete)
     assert_drawn(bundle.state("ip_adapter"), torch.float16, "ip")
 
 
@@ -461,7 +446,7 @@ def test_single_file_with_diffusers_names_in_its_vae(complete: Bundle, tmp_path:
     }
     tensors = {key: t.flatten(1) if ".attn_1.to_" in key and t.dim() > 1 else t for key, t in tensors.items()}
     save_file({key: t.contiguous() for key, t in tensors.items()}, tmp_path / "a.safetensors")
-    bundle, said = run([tmp_path / "a.safetensors"], tmp_path / "b", complete)
+    bundle, said = converted([tmp_path / "a.safetensors"], tmp_path / "b", complete)
     assert_drawn(state(bundle, "vae"), torch.float16, "c")
     assert "unused" not in said
 
@@ -469,7 +454,7 @@ def test_single_file_with_diffusers_names_in_its_vae(complete: Bundle, tmp_path:
 def test_a_description_that_mentions_v_prediction_is_no_refusal(complete: Bundle, tmp_path: Path) -> None:
     source = make_ldm(tmp_path / "a.safetensors", TINY)
     source.with_suffix(".json").write_text('{"description": "no v_prediction, a plain model"}')
-    run([source], tmp_path / "b", complete)
+    converted([source], tmp_path / "b", complete)
 
 
 # --- Segment Anything ---------------------------------------------------------------------------------
@@ -479,13 +464,13 @@ def test_a_description_that_mentions_v_prediction_is_no_refusal(complete: Bundle
 def test_sam(complete: Bundle, tmp_path: Path, make: Callable[..., Path]) -> None:
     """Alone, and beside what a bundle has; its random frequencies keep their precision."""
     source = make(tmp_path / "sam.pth", TINY)
-    alone, said = run([source], tmp_path / "alone")
+    alone, said = converted([source], tmp_path / "alone")
     assert tuple(alone.networks) == ("sam",) and alone.config("sam") == TINY.sam
     assert_drawn(state(alone, "sam"), torch.float32)
     assert "unused" not in said
-    again, _ = run([source], tmp_path / "again", alone, defaults=DefaultConfigs())
+    again, _ = converted([source], tmp_path / "again", alone, defaults=DefaultConfigs())
     assert again.config("sam") == TINY.sam, "the sizes of a file without any are the base's"
-    beside, _ = run([source], tmp_path / "beside", complete, dtype=torch.float16)
+    beside, _ = converted([source], tmp_path / "beside", complete, dtype=torch.float16)
     assert set(beside.networks) == {*complete.networks, "sam"}
     frequencies = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     values = state(beside, "sam")
@@ -501,7 +486,7 @@ def test_sam_as_transformers_saves_it(tmp_path: Path) -> None:
     for parameter in theirs.parameters():  # of transformers' own initialisation most are zero
         torch.nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "sam")
-    bundle, said = run([tmp_path / "sam"], tmp_path / "b")
+    bundle, said = converted([tmp_path / "sam"], tmp_path / "b")
     assert "unused" not in said
     ours = bundle.build("sam")
     side = TINY.sam.image_size
@@ -519,7 +504,7 @@ def test_official_sam_with_its_buffers_and_wrappers(tmp_path: Path) -> None:
     tensors = {name: t.read() for name, t in read_checkpoint(make_sam(tmp_path / "s.pth", TINY)).items()}
     tensors |= {"pixel_mean": torch.ones(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
     torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "w.pth")
-    bundle, said = run([tmp_path / "w.pth"], tmp_path / "b")
+    bundle, said = converted([tmp_path / "w.pth"], tmp_path / "b")
     assert_drawn(state(bundle, "sam"), torch.float32)
     assert "unused" not in said
 
@@ -529,7 +514,7 @@ def test_sam_that_is_incomplete(tmp_path: Path) -> None:
     del tensors["mask_decoder.iou_token.weight"]
     torch.save(tensors, tmp_path / "s.pth")
     with pytest.raises(ValueError, match=r"s\.pth.*sam.*mask_decoder\.iou_token\.weight"):
-        run([tmp_path / "s.pth"], tmp_path / "b")
+        converted([tmp_path / "s.pth"], tmp_path / "b")
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -680,7 +665,7 @@ def test_refusals(public: Path, complete: Bundle, tmp_path: Path, case: str) -> 
     make, message = REFUSALS[case]
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=message) as error:
-        run([make(tmp_path, public)], out, complete)
+        converted([make(tmp_path, public)], out, complete)
     assert "\n" not in str(error.value) and not out.exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -688,25 +673,25 @@ def test_h14_as_llavas_tower(public: Path, tmp_path: Path) -> None:
     """The image encoder of IP-Adapter alone does not make LLaVA complete."""
     encoder = make_ip_vision(tmp_path / "encoder", TINY)
     with pytest.raises(ValueError, match="openai/clip-vit-large"):
-        run([public / "llava", encoder], tmp_path / "b")
+        converted([public / "llava", encoder], tmp_path / "b")
     config = json.loads((encoder / "config.json").read_text())
     write_json(encoder / "config.json", config | {"architectures": ["CLIPVisionModel"]})
     with pytest.raises(ValueError, match=r"mm_hidden_size 32.*48"):
-        run([public / "llava", encoder], tmp_path / "b")
+        converted([public / "llava", encoder], tmp_path / "b")
 
 
 def test_ip_adapter_with_the_wrong_encoder(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, ip_vision=replace(TINY.ip_vision, projection=24))
     sources = [make_ip_adapter(tmp_path / "ip.bin", TINY), make_ip_vision(tmp_path / "encoder", scale)]
     with pytest.raises(ValueError, match=r"width 40.*24"):
-        run(sources, tmp_path / "b", complete)
+        converted(sources, tmp_path / "b", complete)
 
 
 def test_tower_inside_of_another_shape(public: Path, tmp_path: Path) -> None:
     scale = replace(TINY, tower=replace(TINY.tower, mlp=48))
     source = make_llava(tmp_path / "l", scale, public / "tokenizers", tower="tower")
     with pytest.raises(ValueError, match=r"fc1\.\w+ has the shapes"):
-        run([source, public / "clip"], tmp_path / "b")
+        converted([source, public / "clip"], tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -727,23 +712,23 @@ def test_tokenizers_are_checked(
         content = json.dumps(words | {f"word{i}": len(words) + i for i in range(1000)})
     path.write_text(content)
     if message is None:  # a vocabulary of single bytes is poor, but valid
-        run([tmp_path / "sd"], tmp_path / "b")
+        converted([tmp_path / "sd"], tmp_path / "b")
         return
     with pytest.raises(ValueError, match=message):
-        run([tmp_path / "sd"], tmp_path / "b")
+        converted([tmp_path / "sd"], tmp_path / "b")
 
 
 def test_adapter_for_another_llava(complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, adapter=replace(TINY.adapter, mllm_dim=80))
     with pytest.raises(ValueError, match=r"width 80.*64"):
-        run([make_moma(tmp_path / "a.th", scale)], tmp_path / "b", complete)
+        converted([make_moma(tmp_path / "a.th", scale)], tmp_path / "b", complete)
 
 
 def test_llava_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, llama=replace(TINY.llama, width=80))
     source = make_llava(tmp_path / "l", scale, public / "tokenizers")
     with pytest.raises(ValueError, match=r"width 64.*80"):
-        run([source], tmp_path / "b", complete)
+        converted([source], tmp_path / "b", complete)
 
 
 def test_text_encoder_of_another_width(public: Path, complete: Bundle, tmp_path: Path) -> None:
@@ -751,14 +736,14 @@ def test_text_encoder_of_another_width(public: Path, complete: Bundle, tmp_path:
         tmp_path / "sd", replace(TINY, text=replace(TINY.text, width=32)), public / "tokenizers"
     )
     with pytest.raises(ValueError, match=r"width 24.*32"):
-        run([source / "text_encoder"], tmp_path / "b", complete)
+        converted([source / "text_encoder"], tmp_path / "b", complete)
 
 
 def test_unet_that_the_kept_adapter_does_not_fit(public: Path, complete: Bundle, tmp_path: Path) -> None:
     scale = replace(TINY, unet=replace(TINY.unet, channels=(16, 32, 32, 64)))
     source = make_sd15(tmp_path / "sd", scale, public / "tokenizers")
     with pytest.raises(ValueError, match=r"does not fit adapter: mis-shaped: context\.6"):
-        run([source], tmp_path / "b", complete)
+        converted([source], tmp_path / "b", complete)
 
 
 @pytest.mark.parametrize(
@@ -773,7 +758,7 @@ def test_missing_and_misshaped_keys(
     bias = tensors.pop("conv_out.bias")
     save_file(tensors if change == "drop" else tensors | {"conv_out.bias": bias[:2].clone()}, path)
     with pytest.raises(ValueError, match=message) as error:
-        run([tmp_path / "sd"], tmp_path / "b", complete)
+        converted([tmp_path / "sd"], tmp_path / "b", complete)
     assert "unexpected: extra.weight" in str(error.value) and not (tmp_path / "b").exists()
 
 
@@ -822,7 +807,7 @@ def test_links_to_and_from_bundles(public: Path, complete: Bundle, tmp_path: Pat
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for _ in range(2):
-        run([public / "vae"], tmp_path / "out", Bundle.open(tmp_path / "linked"), overwrite=True)
+        converted([public / "vae"], tmp_path / "out", Bundle.open(tmp_path / "linked"), overwrite=True)
     assert Bundle.open(tmp_path / "out").hashes == complete.hashes
     assert (tmp_path / "out").is_symlink() and not (tmp_path / "disk/unet.safetensors").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "linked", "out"]
@@ -866,7 +851,7 @@ def test_a_source_that_breaks_while_it_is_read(
 
     monkeypatch.setattr(BundleWriter, "check_space", cut)
     with pytest.raises(ValueError, match="truncated"):
-        run([tmp_path / "sd"], tmp_path / "b")
+        converted([tmp_path / "sd"], tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["sd"]
 
 
@@ -874,7 +859,7 @@ def test_no_room_on_the_disk(public: Path, tmp_path: Path, monkeypatch: pytest.M
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("moma.weights.bundle.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"needs 0\.0 GB, the disk has 0\.0 GB"):
-        run([public / "vae"], tmp_path / "b")
+        converted([public / "vae"], tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
 
@@ -941,7 +926,7 @@ def test_bundle_lacks_a_network(copy: Path) -> None:
 def test_method_overrides_are_kept(copy: Path, public: Path, tmp_path: Path) -> None:
     data = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", data | {"method": {"m_gen_threshold": 0.3}})
-    bundle, _ = run([public / "vae"], tmp_path / "b", Bundle.open(copy))
+    bundle, _ = converted([public / "vae"], tmp_path / "b", Bundle.open(copy))
     assert bundle.method == {"m_gen_threshold": 0.3}
 
 
@@ -1061,7 +1046,7 @@ def test_download_takes_what_is_needed_and_converts(hub: FakeHub, complete: Bund
     fetched = {name for name, _ in hub.ranges}
     assert not any("/vae/diffusion" in n and n.startswith("o/base") for n in fetched), "the base's own VAE"
     assert "o/llava/mm_projector.bin" not in fetched and f"o/llava/{MOMA_FILE}" in fetched
-    bundle, _ = run(folders, tmp_path / "b")
+    bundle, _ = converted(folders, tmp_path / "b")
     assert bundle.hashes == complete.hashes
     hub.ranges.clear()
     again = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=lambda _: None)
@@ -1120,7 +1105,7 @@ def test_offline_says_what_to_place_where(
         shutil.copytree(public / folder, tmp_path / "cache" / f"o--{repo}")
     shutil.copy(public / MOMA_FILE, tmp_path / "cache/o--llava")
     folders = download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=said.append)
-    bundle, _ = run(folders, tmp_path / "b")
+    bundle, _ = converted(folders, tmp_path / "b")
     assert set(bundle.networks) == set(SAMPLING)
 
 
@@ -1139,11 +1124,11 @@ def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path,
     folders = download(alone, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
     assert not any(name.startswith("o/") for name, _ in hub.ranges)
     assert not by_hand(alone, tmp_path)[1].endswith("o--base/")
-    bundle, _ = run(folders, tmp_path / "alone")
+    bundle, _ = converted(folders, tmp_path / "alone")
     assert tuple(bundle.networks) == ("dino_s16", "clip_b32", "clip_l14")
     both = replace(CONFIG, extras=("scorers",))
     folders = download(both, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
-    bundle, _ = run(folders, tmp_path / "both")
+    bundle, _ = converted(folders, tmp_path / "both")
     assert set(bundle.networks) == {*SAMPLING, "dino_s16", "clip_b32", "clip_l14"}
 
 
@@ -1152,7 +1137,7 @@ def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
     hub.files |= {f"facebook/sam-vit-base/{path.name}": path for path in folder.iterdir()}
     only_sam = replace(CONFIG, released=False, extras=("sam",))
     folders = download(only_sam, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
-    bundle, _ = run(folders, tmp_path / "b")
+    bundle, _ = converted(folders, tmp_path / "b")
     assert tuple(bundle.networks) == ("sam",)
 
 
@@ -1165,5 +1150,5 @@ def test_download_of_a_repository_of_another_kind(hub: FakeHub, tmp_path: Path) 
 def test_download_without_llm(hub: FakeHub, tmp_path: Path) -> None:
     folders = download(CONFIG, tmp_path / "cache", llm=False, endpoint=hub.url, say=lambda _: None)
     assert not any("pytorch_model-" in name for name, _ in hub.ranges)
-    bundle, _ = run(folders, tmp_path / "b", llm=False)
+    bundle, _ = converted(folders, tmp_path / "b", llm=False)
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}

@@ -23,6 +23,7 @@ from tests.compare import assert_close_to_std
 from tests.make_checkpoints import (
     TINY,
     clip_json,
+    converted,
     draw,
     make_clip,
     make_clip_scorer,
@@ -34,7 +35,6 @@ from tests.make_checkpoints import (
     write_json,
 )
 from tests.recipe import normal
-from tests.test_convert import run
 
 Change = Callable[[dict[str, Tensor]], dict[str, Any]]
 
@@ -67,7 +67,7 @@ def assert_drawn(bundle: Bundle, which: str) -> None:
 @pytest.mark.parametrize("name", ["dino_s16", "dino_b16"])
 @pytest.mark.parametrize("make", [make_dino, make_dino_training])
 def test_dinos_own_files(tmp_path: Path, make: Callable[..., Path], name: str) -> None:
-    bundle, said = run([make(tmp_path / "dino.pth", TINY, name)], tmp_path / "b")
+    bundle, said = converted([make(tmp_path / "dino.pth", TINY, name)], tmp_path / "b")
     assert tuple(bundle.networks) == (name,) and bundle.config(name) == getattr(TINY, name)
     assert_drawn(bundle, name)
     assert "unused" not in said and "sampling also needs" in said
@@ -77,7 +77,7 @@ def test_a_training_wrapped_once_more(tmp_path: Path) -> None:
     path = make_dino_training(tmp_path / "dino.pth", TINY)
     teacher = torch.load(path, weights_only=False)["teacher"]
     torch.save({"teacher": {f"module.{key}": value for key, value in teacher.items()}}, path)
-    bundle, _ = run([path], tmp_path / "b")
+    bundle, _ = converted([path], tmp_path / "b")
     assert_drawn(bundle, "dino_s16")
 
 
@@ -88,7 +88,7 @@ def test_transformers_folder(tmp_path: Path, name: str, new: bool) -> None:
     """transformers reads the same folder; both see the same in an image."""
     transformers = pytest.importorskip("transformers")
     folder = make_dino_hf(tmp_path / "dino", TINY, name, new)
-    bundle, said = run([folder], tmp_path / "b")
+    bundle, said = converted([folder], tmp_path / "b")
     assert "unused" not in said
     theirs, found = transformers.ViTModel.from_pretrained(
         folder, add_pooling_layer=False, output_loading_info=True
@@ -153,7 +153,7 @@ REFUSALS = {
 def test_refusals(tmp_path: Path, case: str) -> None:
     make, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message) as error:
-        run([make(tmp_path)], tmp_path / "out")
+        converted([make(tmp_path)], tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -172,7 +172,7 @@ def test_clip_folder(tmp_path: Path, tokenizers: Path, name: str) -> None:
     """transformers reads the same folder; both see the same in an image and in a text."""
     transformers = pytest.importorskip("transformers")
     folder = make_clip_scorer(tmp_path / "clip", TINY, name, tokenizers)
-    bundle, said = run([folder], tmp_path / "b")
+    bundle, said = converted([folder], tmp_path / "b")
     assert tuple(bundle.networks) == (name,) and bundle.config(name) == getattr(TINY, name)
     assert "unused" not in said
     assert_drawn(bundle, name)
@@ -237,36 +237,36 @@ def test_other_clips_stay_the_image_tower(tmp_path: Path, tokenizers: Path) -> N
 def test_both_clips_and_stable_diffusion_share_a_tokenizer(tmp_path: Path, tokenizers: Path) -> None:
     sources = [make_clip_scorer(tmp_path / name, TINY, name, tokenizers) for name in ("clip_b32", "clip_l14")]
     text = make_text(tmp_path / "text", tokenizers)
-    bundle, _ = run([*sources, text], tmp_path / "b")
+    bundle, _ = converted([*sources, text], tmp_path / "b")
     assert set(bundle.networks) == {"text", "clip_b32", "clip_l14"}
     assert [len(load_scorers(bundle)[i].columns) for i in range(2)] == [2, 2]
     # laid out differently is no other tokenizer
     words = json.loads((sources[0] / "vocab.json").read_text(encoding="utf-8"))
     (sources[0] / "vocab.json").write_text(json.dumps(words, indent=2), encoding="utf-8")
     (sources[0] / "merges.txt").write_bytes((sources[0] / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
-    run([*sources, text], tmp_path / "c")
+    converted([*sources, text], tmp_path / "c")
     # other words are
     last, other = max(words, key=words.get), next(iter(words))
     swapped = words | {last: words[other], other: words[last]}
     (sources[0] / "vocab.json").write_text(json.dumps(swapped), encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.json of clip_b32") as error:
-        run([sources[0], text], tmp_path / "d")
+        converted([sources[0], text], tmp_path / "d")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"vocab\.json of clip_b32"):
-        run([sources[0]], tmp_path / "d", base=run([text], tmp_path / "base")[0])
+        converted([sources[0]], tmp_path / "d", base=converted([text], tmp_path / "base")[0])
 
 
 def test_scorers_are_added_to_a_bundle_and_kept(tmp_path: Path, tokenizers: Path) -> None:
-    base, _ = run([make_text(tmp_path / "text", tokenizers)], tmp_path / "base")
+    base, _ = converted([make_text(tmp_path / "text", tokenizers)], tmp_path / "base")
     sources = [
         make_dino(tmp_path / "dino.pth", TINY),
         make_clip_scorer(tmp_path / "clip", TINY, "clip_b32", tokenizers),
     ]
-    judged, _ = run(sources, tmp_path / "judged", base)
+    judged, _ = converted(sources, tmp_path / "judged", base)
     assert set(judged.networks) == {"text", "dino_s16", "clip_b32"}
     assert judged.hashes["text.safetensors"] == base.hashes["text.safetensors"]
     half = make_text(tmp_path / "other", tokenizers, torch.float16)
-    swapped, _ = run([half], tmp_path / "swapped", judged)
+    swapped, _ = converted([half], tmp_path / "swapped", judged)
     for name in ("dino_s16.safetensors", "clip_b32.safetensors"):
         assert swapped.hashes[name] == judged.hashes[name]
     assert swapped.hashes["text.safetensors"] != judged.hashes["text.safetensors"]
@@ -274,14 +274,14 @@ def test_scorers_are_added_to_a_bundle_and_kept(tmp_path: Path, tokenizers: Path
 
 def test_dtype_leaves_scorers_alone(tmp_path: Path, tokenizers: Path) -> None:
     sources = [make_dino(tmp_path / "dino.pth", TINY), make_text(tmp_path / "text", tokenizers)]
-    bundle, _ = run(sources, tmp_path / "b", dtype=torch.bfloat16)
+    bundle, _ = converted(sources, tmp_path / "b", dtype=torch.bfloat16)
     assert {t.dtype for t in bundle.tensors("text").values()} == {torch.bfloat16}
     assert {t.dtype for t in bundle.tensors("dino_s16").values()} == {torch.float32}
 
 
 def test_tokenizer_of_a_scorer_is_needed_and_checked(tmp_path: Path, tokenizers: Path) -> None:
     folder = make_clip_scorer(tmp_path / "clip", TINY, "clip_b32", tokenizers)
-    bundle, _ = run([folder], tmp_path / "b")
+    bundle, _ = converted([folder], tmp_path / "b")
     for file in CLIP_TOKENIZER:
         copy = tmp_path / f"without {file}"
         shutil.copytree(bundle.folder, copy)
@@ -290,8 +290,8 @@ def test_tokenizer_of_a_scorer_is_needed_and_checked(tmp_path: Path, tokenizers:
             Bundle.open(copy)
     (folder / "merges.txt").unlink()
     with pytest.raises(ValueError, match=r"clip_b32: .*merges\.txt"):
-        run([folder], tmp_path / "c")
+        converted([folder], tmp_path / "c")
     small = replace(TINY, clip_b32=replace(TINY.clip_b32, text=replace(TINY.clip_b32.text, vocab=100)))
     folder = make_clip_scorer(tmp_path / "small", small, "clip_b32", tokenizers)
     with pytest.raises(ValueError, match="100"):
-        run([folder], tmp_path / "d")
+        converted([folder], tmp_path / "d")

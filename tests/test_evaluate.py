@@ -26,8 +26,7 @@ from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from moma.world.classifiers import draw_all
 from moma.world.words import words_of
 from moma.world.world import DEFAULT, SCENES, prompt, spec
-from tests.helpers import image, mask
-from tests.test_mini_weights import MINI
+from tests.helpers import MINI, image, mask
 
 FEW = ["--prompts", "2", "1", "--per-prompt", "1", "--device", "cpu", "--dtype", "fp32"]
 

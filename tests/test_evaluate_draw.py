@@ -24,8 +24,7 @@ from moma.sampling.cuda_graphs import GraphedUNet
 from moma.sampling.diffusion import solver_steps
 from moma.sampling.sampler import denoise
 from moma.training.parallel import Ranks
-from tests.helpers import image, mask, same, text_only, text_states
-from tests.test_graphs import Rerun
+from tests.helpers import Rerun, image, mask, same, text_only, text_states
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 STEPS, BATCH = 5, 2  # the state is kept after steps 2, 4 and 5

@@ -33,12 +33,10 @@ from moma.sampling.diffusion import solver_steps
 from moma.sampling.sampler import denoise
 from moma.training.log import read_log
 from moma.world.world import render
-from tests.helpers import condition, image, mask
-from tests.test_graphs import CONFIG, SHORT, latents
+from tests.helpers import GRAPHED, ROOT, condition, image, latents, mask
 from tests.training_data import write_bundle, write_data
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")
 
 
@@ -105,7 +103,7 @@ def test_recorded_drawing(folder: str, dtype: str, most: float, recwarn: pytest.
             pipe = replace(pipe, make_recorder=partial(Counting, recorded))
         cat = pipe.encode_subject(image(0), mask(30), "cat")
         dog = pipe.encode_subject(image(1), mask(12), "dog")
-        found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)]))
+        found.append(latents(pipe, [Job(cat, "a cat in the snow", 0), Job(dog, "a dog", 1)], GRAPHED))
     assert recorded and not [w for w in recwarn if "CUDA graphs" in str(w.message)]
     assert far(found[0], found[1]) < most
     assert dtype == "bf16" or far(found[0], found[2]) < most
@@ -133,12 +131,12 @@ def test_what_cannot_be_recorded_runs_eagerly(folder: str, recwarn: pytest.Warni
     pipe = load(folder, device="cuda", dtype="fp32", cuda_graph="on")
     cat = pipe.encode_subject(image(0), mask(30), "cat")
     jobs = [Job(cat, "a cat in the snow", 0)]
-    before = latents(pipe, jobs)
+    before = latents(pipe, jobs, GRAPHED)
     assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
-    conditioning = condition(pipe, jobs, CONFIG)
+    conditioning = condition(pipe, jobs, GRAPHED)
     waiting = WaitingConditioning(**{f.name: getattr(conditioning, f.name) for f in fields(conditioning)})
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
-    path = solver_steps(pipe.base.schedule, SHORT.steps, "ddim")
+    path = solver_steps(pipe.base.schedule, GRAPHED.steps, "ddim")
     *_, expected = denoise(pipe.base.unet, conditioning, path, start, 7.5, "ddim")
     unet = GraphedUNet(pipe.base.unet, lambda: CudaRecorder(CUDA))
     with pytest.warns(UserWarning, match="CUDA graphs are off for the rest of this drawing"):
@@ -147,7 +145,7 @@ def test_what_cannot_be_recorded_runs_eagerly(folder: str, recwarn: pytest.Warni
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.ones(1 << 20, device=CUDA).sum().item() == 1 << 20
-    assert far(latents(pipe, jobs), before) < 1e-4
+    assert far(latents(pipe, jobs, GRAPHED), before) < 1e-4
     assert sum("CUDA graphs" in str(w.message) for w in recwarn) == 0
 
 

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.attention import attention
-from moma import DEFAULT, Job, Pipeline, SampleConfig
+from moma import DEFAULT, Job, Pipeline
 from moma.methods.moma.conditioning import MoMAConditioning, MoMAHook
 from moma.sampling.config import TIMESTEPS
 from moma.sampling.cuda_graphs import (
@@ -26,35 +26,9 @@ from moma.sampling.diffusion import SolverStep, solver_steps
 from moma.sampling.interface import State, StepInputs
 from moma.sampling.sampler import Step, denoise
 from moma.sampling.tiles import decode
-from tests.helpers import condition, image, mask, same, text_only, text_states
+from tests.helpers import GRAPHED, Rerun, condition, image, latents, mask, same, text_only, text_states
 
-SIZE = 128  # pixels: 16x16 latents, so that a bucket of queries is a part of the finest grid
-CONFIG = SampleConfig(steps=8, height=SIZE, width=SIZE)
-SHORT = replace(CONFIG, steps=4)  # none of M_gen, then one of each: eager, recorded, replayed
-
-
-@dataclass
-class Rerun:
-    """As CUDA does it: recording computes nothing, a replay runs the same code and overwrites its outputs."""
-
-    recorded: int = 0
-    replayed: list[int] = field(default_factory=list)  # which recording, one entry per replay
-
-    def warm_up(self, run: Run) -> Output:
-        return run()
-
-    def record(self, run: Run) -> tuple[Output, Callable[[], None]]:
-        eps, records = run()
-        outputs = torch.full_like(eps, torch.nan), [torch.full_like(r, torch.nan) for r in records]
-        number, self.recorded = self.recorded, self.recorded + 1
-
-        def replay() -> None:
-            self.replayed.append(number)
-            new_eps, new_records = run()
-            for old, new in zip((outputs[0], *outputs[1]), (new_eps, *new_records), strict=True):
-                old.copy_(new)
-
-        return outputs, replay
+CONFIG = replace(GRAPHED, steps=8)
 
 
 class Refusing(Rerun):
@@ -89,10 +63,6 @@ def with_recorder(pipe: Pipeline, make: Callable[[], Rerun]) -> Pipeline:
     return replace(pipe, make_recorder=make)
 
 
-def latents(pipe: Pipeline, jobs: list[Job], config: SampleConfig = SHORT) -> Tensor:
-    return torch.cat([result.latents for result in pipe.run(jobs, config)])
-
-
 @dataclass
 class Shrinking:
     """A conditioning whose subject takes three quarters of the image's rows at first, then half of them."""
@@ -119,7 +89,7 @@ def steps(
 ) -> list[Step]:
     """All steps of one batch, kept until the last one is done."""
     conditioning = Shrinking(condition(pipe, jobs, CONFIG))
-    start = torch.randn(len(jobs), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(len(jobs), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     path = solver_steps(pipe.base.schedule, CONFIG.steps, solver)
     return list(denoise(unet, conditioning, path, start, 7.5, solver, interval))
 
@@ -172,9 +142,9 @@ def test_a_drawing(pipe: Pipeline, jobs: list[Job], monkeypatch: pytest.MonkeyPa
         return decode(*args)
 
     monkeypatch.setattr("moma.sampling.pipeline.decode", watched)
-    eager, graphed = latents(pipe, jobs), with_recorder(pipe, make)
-    same(latents(graphed, jobs), eager, 1e-5)
-    same(latents(graphed, jobs, replace(SHORT, batch_size=1)), eager)
+    eager, graphed = latents(pipe, jobs, GRAPHED), with_recorder(pipe, make)
+    same(latents(graphed, jobs, GRAPHED), eager, 1e-5)
+    same(latents(graphed, jobs, replace(GRAPHED, batch_size=1)), eager)
     # The last of each drawing is for a batch that does not come.
     assert [recorder.replayed for recorder in made] == [[0, 0], [], [0, 0], [0, 0], []]
 
@@ -191,7 +161,7 @@ def test_fallback(pipe: Pipeline, jobs: list[Job], kind: type[Rerun], message: s
         made.append(kind())
         return made[-1]
 
-    config = replace(SHORT, batch_size=1)
+    config = replace(GRAPHED, batch_size=1)
     with pytest.warns(UserWarning, match=message) as warned:
         found = latents(with_recorder(pipe, make), jobs, config)
     same(found, latents(pipe, jobs, config), 1e-5)

@@ -1,6 +1,7 @@
 """Import rules by package: imports go one way, importing does nothing else, and the runtime stays small."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,3 +121,12 @@ def test_imports_have_no_side_effects(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_tests_share_by_helpers_alone() -> None:
+    """A test file imports no other one, so that each can change by itself."""
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        found = re.findall(
+            r"^\s*from tests\.(test_\w+) |^\s*import tests\.(test_\w+)", path.read_text(), re.M
+        )
+        assert not found, f"{path.name} imports {found}"

@@ -23,8 +23,7 @@ from moma.sampling.diffusion import SolverStep, solver_steps
 from moma.sampling.interface import Job, State, StepInputs
 from moma.sampling.pipeline import Pipeline
 from moma.weights.tiny import build_tokenizers, fill
-from tests.helpers import image, latents, mask, same
-from tests.test_graphs import Rerun
+from tests.helpers import Rerun, image, latents, mask, same
 
 WIDTHS, POOLED, SIDE = (16, 32), 24, 64
 WORDS = ("cat", "dog", "vase")

@@ -19,9 +19,8 @@ from moma.world.classifiers import classify, load_probes, stacked
 from moma.world.measures import iou
 from moma.world.scenes import PLACES, SCENES
 from moma.world.world import CLASSES, render
+from tests.helpers import MINI, ROOT
 
-ROOT = Path(__file__).parents[1]
-MINI = ROOT / "weights" / "mini"
 LIMIT = 32 * 2**20  # bytes: what a clone should have to carry at most
 
 

@@ -15,10 +15,9 @@ import train
 from convert_weights import convert
 from moma import METHODS, Bundle, Job, SampleConfig
 from moma.evaluate.options import parse_methods
-from tests.helpers import image, mask
+from tests.helpers import ROOT, image, mask
 from tests.training_data import write_bundle, write_data
 
-ROOT = Path(__file__).parents[1]
 SOURCE = '''
 """Reference attention with a trained gain for each layer."""
 

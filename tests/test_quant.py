@@ -36,12 +36,11 @@ from moma.training import denoising
 from moma.training.config import Choices, DenoisingConfig, TrainConfig
 from moma.weights.bundle import Bundle, config_from_json
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
-from tests.helpers import embed
+from tests.helpers import ROOT, embed
 from tests.make_checkpoints import TINY, make_clip, make_llava
 from tests.training_data import write_data
 
 BITS = sorted(PRESETS)
-ROOT = Path(__file__).parents[1]
 
 
 def weights(outputs: int = 12, inputs: int = 256) -> Tensor:

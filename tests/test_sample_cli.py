@@ -24,8 +24,8 @@ from moma.methods.moma.feature_decoder import FeatureDecoder
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.png"
 FAST = ["--steps", "3", "--dtype", "fp32"]
 QUICK = [*FAST, "--prompt", "a cat on the beach at sunset"]

@@ -1,7 +1,6 @@
 """Decoding in the memory there is: tiles against the whole image, and when they are taken."""
 
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +14,9 @@ from models.vae import SD15, VAE, VAEConfig
 from moma.sampling.memory import MARGIN
 from moma.sampling.tiles import BUFFERS, SIDES, decode, decode_tiles, decoder_bytes, ramp, starts, tile_side
 from moma.weights.bundle import Bundle
+from tests.helpers import MINI
 from tests.recipe import fill, normal
 
-MINI = Path(__file__).parent.parent / "weights" / "mini"
 SMALL = VAEConfig(channels=(16, 32, 32), resnets=1, norm_groups=8)  # f = 4
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from moma.methods.moma.feature_decoder import instruction
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import SOURCE, TinyConfig, build_tiny_bundle, build_tokenizers
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = "Photo of a teddy bear's Ünïcode 猫 🐈, 2 cats!"
 
 

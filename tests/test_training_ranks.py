@@ -15,7 +15,8 @@ import torch
 from moma.training.checkpoint import checkpoints, read_state
 from moma.training.config import TrainConfig
 from moma.training.parallel import start_ranks
-from tests.test_training_loop import CFG, ROOT, Toy, numbers, run, tensors
+from tests.helpers import ROOT
+from tests.toy_training import CFG, Toy, numbers, run, tensors
 
 KINDS = ("ddp", "fsdp")
 STEPS, HALF = 6, 3
