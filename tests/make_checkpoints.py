@@ -69,7 +69,7 @@ class Scale:
 FULL = Scale()
 TINY = Scale(
     unet=UNetConfig(channels=(16, 32, 32, 32), heads=(2, 2, 2, 2), context_dim=(24,) * 4, norm_groups=8),
-    vae=VAEConfig(channels=(8, 16, 16, 16), norm_groups=8),
+    vae=VAEConfig(channels=(8, 16, 16, 16), resnets=1, norm_groups=8),
     text=CLIPTextConfig(width=24, layers=2, heads=2, mlp=48, vocab=1000),
     tower=CLIPVisionConfig(width=32, layers=3, heads=2, mlp=64, image_size=28, projection=16),
     ip_vision=CLIPVisionConfig(width=48, layers=2, heads=3, mlp=64, act="gelu", image_size=28, projection=40),

@@ -26,8 +26,8 @@ from moma.weights.bundle import Bundle
 from moma.world.words import colour_name, words_of
 from moma.world.world import Spec, render
 from tests.fake_sam import SMALL
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 ONE = Ranks(0, 1, torch.device("cpu"))
 
 

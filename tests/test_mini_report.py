@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ from moma.sampling.sampler import denoise
 from moma.weights.tiny import build_tiny_bundle
 from moma.world import classifiers, world
 from moma.world.measures import iou, retrieved
+from tests.helpers import ROOT
 from tests.ip_adapter_case import build_ip_bundle
 
-ROOT = Path(__file__).parents[1]
 SMALL = world.WorldConfig(identities=40, unseen_identities=30)
 
 

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args, get_type_hints
@@ -95,6 +96,7 @@ def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.
     return build(config) if name in PUBLIC else build(config, unet)
 
 
+@cache
 def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the file of a network must hold; arguments as `build_network`.
 
