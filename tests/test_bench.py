@@ -58,7 +58,7 @@ def test_the_baseline_is_the_same(networks: step.Networks) -> None:
         assert measure.relative_error(one.moma(), one.plain()) > 1e-2  # Eq. 3 does something here
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
     baseline = pytest.importorskip("tests.baseline")
     bench = Bench(SMALL, Runtime(None, CPU, dtype), baseline)
@@ -132,6 +132,7 @@ def test_a_drawing_with_its_recordings(networks: step.Networks) -> None:
     assert part.seconds > 0 and recorders[-1].recorded >= 1 and len(recorders[-1].replayed) > 1
 
 
+@pytest.mark.slow  # builds and reads a bundle in every storage
 def test_decoder_and_pipeline(tmp_path: Path) -> None:
     build_tiny_bundle(tmp_path / "tiny")
     bench = bench_of(tmp_path / "tiny")

@@ -825,6 +825,7 @@ convert_weights.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_killed_in_the_middle(public: Path, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     out = tmp_path / "b"

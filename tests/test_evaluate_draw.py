@@ -159,6 +159,7 @@ def test_killed_at_any_step(run: Run, unet: Counted, solver: str, points: tuple[
         assert files(other) == whole and left_over(other) == [SETTINGS]
 
 
+@pytest.mark.slow  # many drawings
 def test_killed_again_and_again(run: Run, unet: Counted, whole: dict[str, bytes]) -> None:
     lives = 0
     while True:

@@ -1,5 +1,7 @@
 """What a MoMA step computes beyond a plain one, in operations: a path that stops being fast fails here."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ def square(share: float) -> Tensor:
     return mask
 
 
+@cache
 def step(share: float, impl: str) -> tuple[int, int, int]:
     """Operations of a MoMA step with a subject of that share in both images, of a plain step, and of the
     former without guidance."""

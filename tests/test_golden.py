@@ -245,48 +245,69 @@ def test_reference_pass(pipe: Pipeline, references: dict) -> None:
     assert_recorded(text, recorded["text_cond"], 1e-4)
 
 
-RUNS = [  # name, key of the start latents, strength, steps, first timestep without the subject term
-    ("s1.0", 1, 1.0, 6, 950),
-    ("s0.4", 10, 0.4, 6, 950),
-    ("t950", 0, 1.0, 20, 950),
-    ("trange600", 3, 1.0, 6, 600),
-]
+def check(trace: list[Step], name: str) -> None:
+    """Every step's timestep, noise prediction, latents and mask are the recorded ones."""
+    recorded = golden("unet_moma_small")
+    assert trace and [step.t for step in trace] == recorded[f"{name}.timesteps"][: len(trace)].tolist()
+    for part, tolerance in (("noise_pred", PIPELINE), ("latents", None), ("m_gen", 1e-4)):
+        found = [step.state["m_gen"] if part == "m_gen" else getattr(step, part) for step in trace]
+        theirs = recorded[f"{name}.{'M_gen' if part == 'm_gen' else part}"]
+        bound = tolerance or 1e-4 * theirs.abs().max().item()
+        assert_recorded(torch.cat(found), theirs[: len(trace)], bound)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "init", "strength", "steps", "below", "impl"),
-    [(*RUNS[0], "explicit"), *((*r, "fused") for r in RUNS)],
+    ("name", "init", "strength", "steps", "below", "count"),  # the first `count` of `steps`
+    [
+        ("s0.4", 10, 0.4, 6, 950, 6),
+        ("trange600", 3, 1.0, 6, 600, 6),
+        ("t950", 0, 1.0, 20, 950, 8),
+        pytest.param("t950", 0, 1.0, 20, 950, 20, marks=pytest.mark.slow),
+    ],
 )
 def test_sampling_loop(
-    pipe: Pipeline, name: str, init: int, strength: float, steps: int, below: int, impl: str, references: dict
+    pipe: Pipeline,
+    references: dict,
+    name: str,
+    init: int,
+    strength: float,
+    steps: int,
+    below: int,
+    count: int,
 ) -> None:
-    """Every step's noise prediction, latents and mask."""
-    recorded = golden("unet_moma_small")
-    pipe = pipe.with_config(replace(RELEASE, attention=impl, subject_below_t=below))
+    pipe = pipe.with_config(replace(RELEASE, attention="fused", subject_below_t=below))
     one = job(reference(pipe, references), name, init, strength)
+    schedule = solver_steps(pipe.base.schedule, steps, "ddim")[:count]
     conditioning = condition(pipe, [one], SampleConfig())
-    path = solver_steps(pipe.base.schedule, steps, "ddim")
-    assert [step.t for step in path] == recorded[f"{name}.timesteps"].tolist()
-    trace: list[Step] = list(denoise(pipe.base.unet, conditioning, path, one.latents, 7.5, "ddim"))
-    for part, tolerance in (("noise_pred", PIPELINE), ("latents", None), ("m_gen", 1e-4)):
-        found = [step.state["m_gen"] if part == "m_gen" else getattr(step, part) for step in trace]
-        ours = torch.cat(found)
-        theirs = recorded[f"{name}.{'M_gen' if part == 'm_gen' else part}"]
-        assert_recorded(ours, theirs, tolerance or 1e-4 * theirs.abs().max().item())
+    check(list(denoise(pipe.base.unet, conditioning, schedule, one.latents, 7.5, "ddim")), name)
+
+
+class Kept:
+    """Every step of a drawing."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.keep = self.steps.append
+
+    def read(self) -> None: ...
 
 
 @torch.no_grad()
-def test_finished_image(pipe: Pipeline, references: dict) -> None:
+@pytest.mark.parametrize("impl", [pytest.param("explicit", marks=pytest.mark.slow), "fused"])
+def test_drawing(pipe: Pipeline, references: dict, impl: str) -> None:
     """`Pipeline.run` from start noise to bytes."""
+    pipe, trace = pipe.with_config(replace(RELEASE, attention=impl)), Kept()
     config = SampleConfig(steps=6, height=256, width=256)
-    (result,) = pipe.run([job(reference(pipe, references), "s1.0", 1, 1.0)], config)
+    (result,) = pipe.run([job(reference(pipe, references), "s1.0", 1, 1.0)], config, resume=trace)
+    check(trace.steps, "s1.0")
     ours = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)[None]  # (1, 3, 256, 256) uint8
     theirs = golden("unet_moma_small")["s1.0.image"] * 255
     assert_recorded(ours, theirs, 1.0 + 0.05)  # truncation to bytes loses up to one step
     assert (excerpt(ours, theirs) == theirs.floor()).float().mean() > 0.99  # it truncates, as the release
 
 
+@pytest.mark.slow  # the planted mistakes show the same
 @torch.no_grad()
 def test_wrong_semantics_are_seen(pipe: Pipeline, references: dict) -> None:
     """The recorded case is sharp enough to tell the release from its neighbours."""

@@ -478,6 +478,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_bounded_by_a_tensor_not_by_the_file(tmp_path: Path) -> None:
     """A 320 MiB checkpoint of 8 MiB tensors: converted in a few tensors' memory, loaded without a copy."""

@@ -76,6 +76,7 @@ def work(out: Path) -> None:
         (out / f"rank-{ranks.rank}").touch()
 
 
+@pytest.mark.slow  # two processes, every stage
 def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, "-m", "tests.test_mini_recipe", str(tmp_path)]

@@ -162,6 +162,7 @@ def options(place, *more):
     return [*given, *sizes, "--variant", f"again={place / 'tiny'}", *more]
 
 
+@pytest.mark.slow  # two processes, the whole report
 def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     (place / "docs").mkdir()
     page = place / "docs/mini.md"

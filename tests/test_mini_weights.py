@@ -45,6 +45,7 @@ def test_is_used_by_default_and_draws_what_is_asked(
     assert [PLACES[SCENES[i]].phrase for i in seen.scene] == [*names]
 
 
+@pytest.mark.slow  # 16 images
 def test_its_sam_finds_unseen_subjects() -> None:
     segmenter, found, true = load_segmenter(MINI, "cpu"), [], []
     for i in range(16):
@@ -86,6 +87,7 @@ def test_an_image_without_transparency_needs_no_mask(
     assert iou(found, true).item() >= 0.9
 
 
+@pytest.mark.slow  # draws
 def test_strength_brings_the_subjects_colours() -> None:
     """The same noise without and with the subject: the second is nearer to the reference."""
     pipe, seen = load(MINI), open_image(ROOT / "examples" / "cat.png")

@@ -203,6 +203,7 @@ def test_fewer_blocks(one: Callable[..., FeatureTask]) -> None:
         assert changed_by_two_steps(task)[1] == names
 
 
+@pytest.mark.slow  # 100 steps
 def test_losses_fall(one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask]) -> None:
     """Eight samples learned by heart, their draws fixed: stage 1 to a hundredth, stage 2 to four fifths (a
     frozen UNet of random weights does not get far)."""

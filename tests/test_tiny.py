@@ -79,6 +79,7 @@ def test_tokenizers_know_every_text(bundle):
     assert llama.decode(llama.encode(instruction("cat", "x"))[-1:]).strip() == "*"  # the token that is read
 
 
+@pytest.mark.slow  # a process of its own
 def test_tokenizer_files_do_not_depend_on_the_process(tmp_path):
     """Python and the libraries hash strings differently in every process; the files must not show it."""
     build_tokenizers(tmp_path / "here")

@@ -245,10 +245,13 @@ MOMENTS = [
     *[(shutil, "rmtree", n) for n in (1, 3, 6, 12)],
     (Regression, "forward", 19),
 ]
+FAST = ((os, "fsync", 9), (os, "rename", 2), (checkpoint, "save_file", 4), (shutil, "rmtree", 3))
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "count"), MOMENTS, ids=lambda value: getattr(value, "__name__", value)
+    ("module", "name", "count"),
+    [pytest.param(*moment, marks=[] if moment in FAST else [pytest.mark.slow]) for moment in MOMENTS],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_killed_at_any_moment(tmp_path, whole_run, module, name, count):
     def doomed() -> None:
@@ -264,6 +267,7 @@ def test_killed_at_any_moment(tmp_path, whole_run, module, name, count):
     assert not [path for path in (tmp_path / "run").rglob(".*")]
 
 
+@pytest.mark.slow  # a process of its own
 def test_killed_process(tmp_path):
     """The same with a process of its own, at whatever it is doing."""
     cfg, out = replace(CFG, steps=60), tmp_path / "run"
