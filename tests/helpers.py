@@ -1,5 +1,7 @@
 """What many tests share: images and masks, comparisons, and short ways into the pipeline."""
 
+import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,3 +106,21 @@ class Rerun:
                 old.copy_(new)
 
         return outputs, replay
+
+
+def fork(code: Callable[[], object]) -> int:
+    """Run code in a copy of this process; the copy's id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            code()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def exit_status(pid: int) -> int:
+    """A copy's exit status, -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

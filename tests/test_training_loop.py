@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from moma.training.checkpoint import best, check_same, checkpoints, load_weights
 from moma.training.config import TrainConfig, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, smoothed, write_log
 from moma.training.loop import fit
-from tests.helpers import ROOT
+from tests.helpers import ROOT, exit_status, fork
 from tests.toy_training import ALONE, CFG, IDENTITY, Regression, Toy, numbers, run, same_run, tensors
 
 
@@ -212,18 +211,6 @@ def test_finished_run_only_exports_again(tmp_path, whole_run):
     same_run(tmp_path / "run", whole_run)
 
 
-def child(code: Callable[[], Any]) -> int:
-    """Runs in a copy of this process; its exit status, -9 if it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            code()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def killing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, count: int) -> None:
     """SIGKILL this process in the middle of its call number `count` of a function, before it acts."""
     function, calls = getattr(module, name), []
@@ -259,7 +246,7 @@ def test_killed_at_any_moment(tmp_path, whole_run, module, name, count):
             killing(monkeypatch, module, name, count)
             run(tmp_path / "run")
 
-    assert child(doomed) == -signal.SIGKILL
+    assert exit_status(fork(doomed)) == -signal.SIGKILL
     for saved in checkpoints(tmp_path / "run"):  # what is there can be read
         assert len(tensors(saved.folder)) > 20
     run(tmp_path / "run")

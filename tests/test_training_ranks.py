@@ -1,11 +1,11 @@
-"""Two Gloo processes under torchrun train what one does, by DDP and by FSDP2, and share its checkpoints."""
+"""Two Gloo processes train what one does, by DDP and by FSDP2, and share its checkpoints."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from moma.training.checkpoint import checkpoints, read_state
 from moma.training.config import TrainConfig
 from moma.training.parallel import start_ranks
-from tests.helpers import ROOT
+from tests.helpers import exit_status, fork
 from tests.toy_training import CFG, Toy, numbers, run, tensors
 
 KINDS = ("ddp", "fsdp")
@@ -54,11 +54,16 @@ def runs(tmp_path_factory) -> Path:
     for kind in KINDS:
         run(out / kind / "one", ONE, toy(kind))
         half(out / kind / "one", out / kind / "one-to-pair")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "tests.test_training_ranks", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def rank(number: int) -> None:
+        """As torchrun starts it."""
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= where | {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        work(out)
+
+    assert [exit_status(pid) for pid in [fork(partial(rank, number)) for number in (0, 1)]] == [0, 0]
     for kind in KINDS:
         half(out / kind / "pair", out / kind / "pair-to-one")
         run(out / kind / "pair-to-one", ONE, toy(kind))
@@ -117,7 +122,3 @@ def test_identity_counts_samples_of_all_ranks():
     cfg = TrainConfig(batch_size=2, accumulate=3)
     assert cfg.identity(4) == replace(cfg, batch_size=24, accumulate=1).identity(1)
     assert cfg.identity(4) != cfg.identity(2)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
