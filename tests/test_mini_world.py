@@ -152,3 +152,9 @@ def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # starts processes
+def test_workers_change_nothing() -> None:
+    alone, shared = (world.render_many(range(100), "val", workers=workers) for workers in (0, 2))
+    assert all(np.array_equal(alone[name], shared[name]) for name in alone)

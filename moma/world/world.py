@@ -70,6 +70,7 @@ class WorldConfig:
 
 
 DEFAULT = WorldConfig()
+IMAGES_PER_WORKER = 50  # fewer are drawn before a process has started
 
 
 @dataclass(frozen=True)
@@ -356,9 +357,10 @@ def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 
     Args:
         specs: the images.
         cfg: the world.
-        workers: processes that share the drawing; 0 = this one.
+        workers: processes that share the drawing; 0 = this one. Few images take fewer.
     """
     paint = partial(draw, cfg=cfg)
+    workers = min(workers, len(specs) // IMAGES_PER_WORKER)
     if not workers:
         return [paint(what) for what in specs]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
