@@ -289,7 +289,7 @@ def test_dropped_and_unknown_names_are_reported() -> None:
 
 def test_two_names_for_one_tensor_are_an_error() -> None:
     table = [Row("a.*", "x.*"), Row("b.*", "x.*")]
-    with pytest.raises(ValueError, match=r"b\.w and a\.w are both x\.w"):
+    with pytest.raises(ValueError, match=r"b\.w .*a\.w .*x\.w"):
         convert(table, ["a.w", "b.w"])
 
 

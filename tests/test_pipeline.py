@@ -247,7 +247,7 @@ def test_fresh_adapter(folder: str) -> None:
     assert torch.equal(adapter.context[0].to_k.weight, theirs["context.0.to_k.weight"])
     assert torch.equal(adapter.projector.proj.bias, theirs["projector.proj.bias"])
     for missing in (None, dict(list(theirs.items())[1:])):
-        with pytest.raises(ValueError, match="needs an IP-Adapter"):
+        with pytest.raises(ValueError, match="IP-Adapter"):
             adapter.init_from_base(pipe.base.unet, PAPER, missing)
     assert (
         not adapter.subject[block.layer].to_k.weight.any() and adapter.subject[block.layer].scale.item() == 1
@@ -308,7 +308,7 @@ def test_subject_term_starts_below_its_timestep(pipe: Pipeline, cat: MoMASubject
 
 def test_absent_label(pipe: Pipeline) -> None:
     """A prompt that does not name the subject: an error by default; the release draws with its template's."""
-    with pytest.raises(ValueError, match="does not name the subject"):
+    with pytest.raises(ValueError, match="subject"):
         dog = pipe.encode_subject(image(0), mask(30), "dog")
         pipe.run([Job(dog, "on the beach", 0)], QUICK)
     release = pipe.with_config(RELEASE)
@@ -364,20 +364,20 @@ def test_empty_mask(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("job", "config", "message"),
     [
-        ({}, {"height": 60}, "multiple of 8"),
-        ({}, {"width": 0}, "multiple of 8"),
+        ({}, {"height": 60}, "height 60"),
+        ({}, {"width": 0}, "width 0"),
         ({}, {"steps": 0}, "steps"),
         ({}, {"guidance": float("nan")}, "guidance"),
         ({}, {"strength": -1.0}, "strength"),
         ({}, {"batch_size": 0}, "batch size"),
-        ({}, {"guidance_interval": (600, 300)}, "guidance interval 600 300: expected two timesteps"),
+        ({}, {"guidance_interval": (600, 300)}, "guidance interval 600 300"),
         ({}, {"guidance_interval": (0, 1001)}, "guidance interval"),
-        ({"prompt": "a dog"}, {}, "does not name the subject"),
+        ({"prompt": "a dog"}, {}, "'cat'"),
         ({"prompt": ""}, {}, "empty"),
         ({"latents": torch.zeros(1, 4, 5, 5)}, {}, "start latents"),
         ({"subjects": ()}, {}, "0 subjects"),
         ({"strength": float("nan")}, {}, "strength"),
-        ({}, {"height": 4096}, "up to 2048"),
+        ({}, {"height": 4096}, "height 4096"),
     ],
 )
 def test_refusals(pipe: Pipeline, cat: MoMASubject, job: dict, config: dict, message: str) -> None:
@@ -417,7 +417,7 @@ def test_without_a_decoder(folder: str, cat: MoMASubject) -> None:
     pipe = load(folder, device="cpu", dtype="fp32", encoders=False)
     assert pipe.method.decoder is None
     for prompts in ((), ("a cat",)):
-        with pytest.raises(ValueError, match="without an MLLM"):
+        with pytest.raises(ValueError, match="MLLM"):
             pipe.run(
                 [Job(pipe.encode_subject(image(0), mask(30), "cat", prompts=prompts), "a cat", 0)], QUICK
             )
@@ -436,7 +436,7 @@ def test_a_bundle_without_an_mllm(folder: str, tmp_path: Path) -> None:
     subject = pipe.encode_subject(image(0), mask(30), "cat", features={"a cat": torch.zeros(1, 32)})
     assert latents(pipe, [Job(subject, "a cat", 0)]).isfinite().all()
     assert load(tmp_path / "small", "text", device="cpu").sample((), "a cat", config=QUICK)
-    with pytest.raises(ValueError, match="has no vision"):
+    with pytest.raises(ValueError, match="vision"):
         load(tmp_path / "small", device="cpu")
 
 

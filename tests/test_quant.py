@@ -121,9 +121,9 @@ def test_groups() -> None:
     assert [group_size(four, n) for n in (4096, 11008, 192, 64, 96)] == [128, 128, 96, 64, 96]
     assert group_size(PRESETS[8], 11008) == 11008
     for width in (131, 2 * 131, 8, 225):  # no divisor of a fit size, too small, odd
-        with pytest.raises(ValueError, match=f"width of {width}"):
+        with pytest.raises(ValueError, match=str(width)):
             group_size(four, width)
-    with pytest.raises(ValueError, match="width of 524"):
+    with pytest.raises(ValueError, match="524"):
         use_quantised_layers(LlamaBlock(LlamaConfig(width=64, heads=4, mlp=524)), four)
     with pytest.raises(ValueError, match="3 bits"):
         QuantConfig(3)

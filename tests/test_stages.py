@@ -527,7 +527,7 @@ def test_a_bundle_without_an_adapter(folder: Path) -> None:
     adapter, llama = task.model.adapter, task.model.llava.llama
     same(adapter.token, llama.embed_tokens.weight.mean(dim=0))
     assert all(part.scale.item() == 0 for part in adapter.subject) and adapter.context[0].to_v.weight.any()
-    with pytest.raises(ValueError, match="has no adapter"):
+    with pytest.raises(ValueError, match="adapter"):
         AdapterTraining.check(bundle, AdapterTraining.Config(), DEFAULT)
 
 
@@ -600,7 +600,7 @@ def test_stage_2_refuses(two: Callable[..., DenoisingTask], fields: dict, messag
 
 
 def test_stage_2_needs_the_ip_adapter_that_it_starts_from(two: Callable[..., DenoisingTask]) -> None:
-    with pytest.raises(ValueError, match="has no ip_adapter"):
+    with pytest.raises(ValueError, match="ip_adapter"):
         two(replace(DEFAULT, context_init="ip_adapter"))
 
 

@@ -216,7 +216,7 @@ def test_choice() -> None:
     assert choose_stream("auto", 1000, None) == (False, "free memory is not known here")
     assert choose_stream("on", 1000, None) == (True, "asked for")
     assert choose_stream("off", 1000, 0) == (False, "asked for")
-    with pytest.raises(ValueError, match="stream 'yes': expected auto, on, off"):
+    with pytest.raises(ValueError, match="stream 'yes'"):
         choose_stream("yes", 1000, None)
 
 

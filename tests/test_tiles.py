@@ -122,7 +122,7 @@ def test_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where memory is short; not where tiles, or none, were asked for."""
     vae, z = small_vae(), latents(1, 4, 20, 20)
     monkeypatch.setattr("moma.sampling.tiles.free_memory", lambda device: 0)
-    with pytest.warns(UserWarning, match="images of 80x80 pixels are decoded in tiles of 64"):
+    with pytest.warns(UserWarning, match="80x80.*64"):
         tiled = decode(vae, z)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -130,5 +130,5 @@ def test_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(decode(vae, z, "off"), vae.decode(z))
         monkeypatch.setattr("moma.sampling.tiles.free_memory", lambda device: None)
         assert torch.equal(decode(vae, z), vae.decode(z))
-    with pytest.raises(ValueError, match="tiles 'maybe': expected auto, on, off"):
+    with pytest.raises(ValueError, match="tiles 'maybe'"):
         decode(vae, z, "maybe")

