@@ -41,3 +41,13 @@ def pipe(folder: str) -> "Pipeline":
     from moma import load
 
     return load(folder, device="cpu", dtype="fp32")
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading weights from a bundle fails the test."""
+
+    def load(*args: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("moma.weights.bundle.load_into", load)

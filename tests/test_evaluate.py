@@ -258,12 +258,8 @@ def test_real_images_alone(place: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_take_one_line(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
-    more: list[str], words: str,
-) -> None:  # fmt: skip
-    """Before any weight is read."""
-    monkeypatch.delattr(evaluate, "draw")
-    monkeypatch.setattr("moma.weights.bundle.Bundle.build", None)
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, no_weights: None, more: list[str], words: str
+) -> None:
     assert command(tmp_path / "out", *photos(place, *(text.format(place) for text in more))) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("evaluate: error: ") and words in error[0]
@@ -271,10 +267,9 @@ def test_mistakes_take_one_line(
 
 
 def test_images_that_cannot_be_read_are_found_first(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, no_weights: None
 ) -> None:
     """A photo that only scorers would see, and somebody else's image."""
-    monkeypatch.delattr(evaluate, "draw")
     data = tmp_path / "data"
     shutil.copytree(place / "data", data)
     scoring = ["--dataset", str(data), "--scorers", str(place / "tiny"), "--no-added"]

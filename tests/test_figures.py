@@ -149,9 +149,8 @@ def test_community_of_one_model_twice_and_of_another(folder, judges, capsys):
     assert notes == [f"note: {judges} has another adapter file than {folder}"] * 2
 
 
-def test_each_bundle_is_checked(folder, judges, tmp_path, monkeypatch, capsys):
+def test_each_bundle_is_checked(folder, judges, tmp_path, no_weights, capsys):
     """Before the first column is drawn: the second bundle's decoder lacks the layers it is to read."""
-    monkeypatch.delattr(Bundle, "build")
     shutil.copytree(judges, tmp_path / "second")
     manifest = tmp_path / "second" / "config.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"method": {"mllm_layers": 99}}))
@@ -283,8 +282,7 @@ def test_examples_are_drawn_where_nothing_is_given(folder):
         ("images", [], "'images'"),
     ],
 )
-def test_mistakes_take_one_line_before_weights_are_read(folder, monkeypatch, capsys, what, more, words):
-    monkeypatch.delattr(Bundle, "build")
+def test_mistakes_take_one_line_before_weights_are_read(folder, no_weights, capsys, what, more, words):
     assert figures.run(options(what, folder, *(str(text).replace("{}", folder) for text in more))) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and error[0].startswith("figures: error: ") and words in error[0]

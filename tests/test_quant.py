@@ -323,16 +323,6 @@ def test_conversion_refuses(
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading some fails the test."""
-
-    def load(*args: object, **options: object) -> None:
-        raise AssertionError("weights are loaded")
-
-    monkeypatch.setattr("moma.weights.bundle.load_into", load)
-
-
 @pytest.mark.parametrize("train", ["mllm", "lora", "new"])
 def test_stage_1_refuses(few: dict[int, Bundle], train: str, no_weights: None) -> None:
     with pytest.raises(ValueError, match="8 bits"):

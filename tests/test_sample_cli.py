@@ -451,17 +451,6 @@ def test_interruption_is_clean(monkeypatch, capsys):
 # --- mistakes ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_loading(monkeypatch) -> None:
-    """Weights must not be read: every mistake is found before."""
-
-    def load(*args: object, **options: object) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(sample, "load_pipeline", load)
-    monkeypatch.setattr(FeatureDecoder, "load", load)
-
-
 CAT_ALONE, DOG = "--ref {}/cat.png", "--ref {}/dog.png"
 MISTAKES = {  # {} = the folder of `files`
     "": "--ref",
@@ -550,7 +539,7 @@ def files(tmp_path, cat) -> Path:
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_loading, capsys, line):
+def test_mistakes_are_one_line_before_anything_is_loaded(files, weights, no_weights, capsys, line):
     before = set(files.rglob("*"))
     args = shlex.split(line.replace("{}", str(files)))
     for option, value in (("--weights", weights), ("--out", files / "out")):
@@ -571,7 +560,7 @@ SAM_MISTAKES = {
 
 
 @pytest.mark.parametrize("line", SAM_MISTAKES)
-def test_mistakes_with_sam(tmp_path, street, weights_with_sam, sams, no_loading, capsys, line):
+def test_mistakes_with_sam(tmp_path, street, weights_with_sam, sams, no_weights, capsys, line):
     """SAM is not loaded for those that can be seen without it, other networks for none."""
     out = tmp_path / "out"
     args = ["--ref", street, "--weights", weights_with_sam, "--out", out, *SHOT]
@@ -590,11 +579,7 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
     first = only(tmp_path / "a", "*seed0.png")
     build_tiny_bundle(tmp_path / "other", seed=1)
 
-    def load(*args: object, **options: object) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(sample, "load_pipeline", load)
-    monkeypatch.setattr(FeatureDecoder, "load", load)
+    monkeypatch.setattr("moma.weights.bundle.load_into", None)
 
     def refused(message: str, *args: object) -> None:
         capsys.readouterr()
