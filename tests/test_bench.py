@@ -58,7 +58,8 @@ def test_the_baseline_is_the_same(networks: step.Networks) -> None:
         assert measure.relative_error(one.moma(), one.plain()) > 1e-2  # Eq. 3 does something here
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow  # trains
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_baseline_trains_the_same(dtype: torch.dtype) -> None:
     baseline = pytest.importorskip("tests.baseline")
     bench = Bench(SMALL, Runtime(None, CPU, dtype), baseline)
@@ -119,6 +120,7 @@ def test_flow_is_the_sum_of_its_parts() -> None:
     assert recorded.fast == ratio.fast + 10  # all steps of a drawing, timed together
 
 
+@pytest.mark.slow  # draws
 def test_a_drawing_with_its_recordings(networks: step.Networks) -> None:
     recorders: list[Rerun] = []
 
@@ -152,6 +154,7 @@ def test_a_bundle_of_given_sizes(tmp_path: Path) -> None:
     assert unet.conv_in.weight.dtype == torch.bfloat16 and unet.conv_in.weight.float().std() > 0.01
 
 
+@pytest.mark.slow  # draws at many sizes
 def test_curves(networks: step.Networks) -> None:
     points = list(curves(BENCH, networks))
     assert [(p.axis, p.x) for p in points] == [

@@ -121,6 +121,7 @@ def test_complete_set(complete: Bundle) -> None:
         assert hashlib.sha256((complete.folder / file).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.slow  # converts large parts again
 def test_the_order_of_llava_and_clip_does_not_matter(public: Path, complete: Bundle, tmp_path: Path) -> None:
     bundle, _ = converted([public / n for n in (MOMA_FILE, "llava", "clip", "sd15", "vae")], tmp_path / "b")
     assert bundle.hashes == complete.hashes
@@ -165,6 +166,7 @@ def test_ema(complete: Bundle, single: Path, tmp_path: Path) -> None:
         converted([single], tmp_path / "no", complete, ema=True)
 
 
+@pytest.mark.slow  # converts large parts again
 def test_old_text_prefix(complete: Bundle, tmp_path: Path) -> None:
     tensors = {
         name.replace(".text_model.", "."): t.read() for name, t in ldm_tensors(TINY, torch.float16).items()
@@ -204,6 +206,7 @@ def test_vae_file(complete: Bundle, tmp_path: Path, prefix: str) -> None:
     assert "unused" not in said
 
 
+@pytest.mark.slow  # converts large parts again
 def test_half_precision_files_and_preference(public: Path, tmp_path: Path) -> None:
     make_sd15(tmp_path / "sd", TINY, public / "tokenizers", torch.float16)
     shutil.copy(
@@ -325,6 +328,7 @@ def test_a_lone_vae_wins_in_any_order(
     assert f"note: vae: {vae.name} replaces that of {model.name}" in said
 
 
+@pytest.mark.slow  # converts large parts again
 def test_other_dedicated_sources_win_too(public: Path, complete: Bundle, tmp_path: Path) -> None:
     make_sd15(tmp_path / "other", TINY, public / "tokenizers", torch.float16)
     lone = [
@@ -358,6 +362,7 @@ def test_a_llava_is_not_less_for_the_tower_inside(public: Path, tmp_path: Path) 
     assert "llava: l replaces that of llava" in said
 
 
+@pytest.mark.slow  # converts large parts again
 def test_a_single_file_takes_its_tokenizer_from_a_clip_folder(
     public: Path, single: Path, tmp_path: Path
 ) -> None:
@@ -375,6 +380,7 @@ def test_a_single_file_takes_its_tokenizer_from_a_clip_folder(
 # --- peculiarities of public files -----------------------------------------------------------------------
 
 
+@pytest.mark.slow  # converts large parts again
 def test_a_full_repository_of_a_community_model(public: Path, tmp_path: Path) -> None:
     """Single files beside the folders, half-precision and training variants, weights of other frameworks."""
     folder = make_sd15(tmp_path / "rv", TINY, public / "tokenizers", torch.float16)
@@ -389,6 +395,7 @@ def test_a_full_repository_of_a_community_model(public: Path, tmp_path: Path) ->
         assert_drawn(state(bundle, name), torch.float16)
 
 
+@pytest.mark.slow  # converts large parts again
 def test_llava_with_both_kinds_of_shards(public: Path, complete: Bundle, tmp_path: Path) -> None:
     folder = make_llava(tmp_path / "llava", TINY, public / "tokenizers")
     tensors = {k: t.read() for k, t in read_checkpoint(folder / "pytorch_model.bin.index.json").items()}
@@ -401,6 +408,7 @@ def test_llava_with_both_kinds_of_shards(public: Path, complete: Bundle, tmp_pat
     assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
 
 
+@pytest.mark.slow  # converts large parts again
 def test_the_hubs_cache(public: Path, tmp_path: Path) -> None:
     """A snapshot is a folder called by a hash, of links to files called by hashes."""
     snapshot = (
@@ -1123,6 +1131,7 @@ def test_offline_says_what_to_place_where(
     assert set(bundle.networks) == set(SAMPLING)
 
 
+@pytest.mark.slow  # converts large parts again
 def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path, tmp_path: Path) -> None:
     repos = {
         "facebook/dino-vits16": make_dino_hf(tmp_path / "dino", TINY),

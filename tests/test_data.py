@@ -394,7 +394,10 @@ def test_seed(six):
     assert len({tuple(order) for order in orders}) == 3
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (1, 4), (2, 0), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("world", "workers"),
+    [(1, 2), (2, 0), (2, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 1), (1, 4), (4, 1)))],
+)
 def test_ranks_and_workers_change_nothing(six, world, workers):
     expected = take(stream(six, CFG, transform=number), 60)
     for rank in range(world):
@@ -458,7 +461,9 @@ def test_resume_anywhere(name, request):
         ]
 
 
-@pytest.mark.parametrize("steps", [(3, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize(
+    "steps", [(3, 2), *(pytest.param(n, marks=pytest.mark.slow) for n in ((2, 4), (4, 4)))]
+)
 def test_resume_with_other_ranks_and_workers(spoilt, steps):
     """Two ranks, then one, then four, then two with workers: the samples of one uninterrupted process."""
     expected, _ = run(spoilt, {}, 1, 1, 64)

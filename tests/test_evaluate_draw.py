@@ -138,7 +138,9 @@ def whole(run: Run, unet: Counted) -> dict[str, bytes]:
     return files(other)
 
 
-@pytest.mark.parametrize(("solver", "points"), [("ddim", (3, 6)), ("dpm", (1, 7))])
+@pytest.mark.parametrize(
+    ("solver", "points"), [pytest.param("ddim", (3, 6), marks=pytest.mark.slow), ("dpm", (1, 7))]
+)
 def test_killed_at_any_step(run: Run, unet: Counted, solver: str, points: tuple[int, ...]) -> None:
     """The same images; what is lost is at most as many steps as one image takes."""
     run = replace(run, sample=replace(SMALL, solver=solver))

@@ -189,7 +189,10 @@ def test_a_registered_method_is_a_choice(folder: str, monkeypatch: pytest.Monkey
     assert columns_of("methods", folder)[0].images[0].tobytes() == opposite.images[0].tobytes()
 
 
-@pytest.mark.parametrize("what", list(figures.FIGURES))
+@pytest.mark.parametrize(
+    "what",
+    [what if what == "methods" else pytest.param(what, marks=pytest.mark.slow) for what in figures.FIGURES],
+)
 def test_commands_write_a_sheet(folder: str, tmp_path: Path, what: str) -> None:
     more = {"beta": ["--strengths", "0", "1"], "community": ["--bundle", folder]}.get(what, [])
     out = tmp_path / "new" / "figure.png"

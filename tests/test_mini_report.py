@@ -222,6 +222,7 @@ def approximate(place, *more):
     return approximations.run([*given, *sizes, *more])
 
 
+@pytest.mark.slow  # the whole report
 def test_approximations_are_measured(place, capsys):
     page = place / "approximations.md"
     page.write_text(f"before\n{report.MARKS[0]}\nstale\n{report.MARKS[1]}\nafter\n")

@@ -88,7 +88,7 @@ def test_mistake_in_a_new_process_is_one_line(tmp_path):
     assert done.stderr == "sample.py: error: image 'no.png': no such file\n"
 
 
-@pytest.mark.parametrize("preset", ["default", "release", "paper"])
+@pytest.mark.parametrize("preset", ["default", "release", pytest.param("paper", marks=pytest.mark.slow)])
 def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
     """The release draws its reference noise from the global generator: it is seeded with the rest."""
     out = tmp_path / "out"
@@ -146,6 +146,7 @@ def test_seeds_do_not_depend_on_the_run(tmp_path, weights, cat):
     )
 
 
+@pytest.mark.slow  # nine drawings
 def test_options_reach_the_image(tmp_path, weights, cat):
     variants = [[], ["--guidance", 2], ["--strength", 0], ["--solver", "dpm"], ["--negative", "a dog"],
                 ["--steps", 4], ["--set", "m_gen_threshold=0.6"], ["--guidance-interval", 300, 600],
@@ -204,6 +205,7 @@ def test_stream_and_cache_change_no_bit(tmp_path, weights, cat, monkeypatch, cap
         assert np.array_equal(first, other)
 
 
+@pytest.mark.slow  # four drawings
 def test_tiles_on_request(tmp_path, weights, cat):
     """Near the whole image, but not the same; the small one has no tiles."""
     results = {}
@@ -223,7 +225,9 @@ def test_no_weights_at_all(tmp_path, cat, monkeypatch, capsys):
     assert "--weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["text", "reference-attention", "half-mask"])
+@pytest.mark.parametrize(
+    "method", ["text", pytest.param("reference-attention", marks=pytest.mark.slow), "half-mask"]
+)
 def test_other_methods_draw_and_replay(tmp_path, weights, cat, method):
     options = ["--ref", cat, "--weights", weights, "--method", method, *QUICK]
     assert run(*options, "--out", tmp_path / "a") == 0

@@ -493,7 +493,9 @@ def test_export_draws(
         same(again.model(first(again)), task.model(first(task)))
 
 
-@pytest.mark.parametrize("mode", ["mllm", "lora", "new"])
+@pytest.mark.parametrize(
+    "mode", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mllm", "new"))]
+)
 def test_stage_1_export_is_stage_2s_start(
     one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask], folder: Path, mode: str
 ) -> None:
