@@ -127,7 +127,7 @@ def test_the_order_of_llava_and_clip_does_not_matter(public: Path, complete: Bun
     assert bundle.hashes == complete.hashes
 
 
-@pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
+@pytest.mark.parametrize("name", ["a.ckpt", pytest.param("a.safetensors", marks=pytest.mark.slow)])
 def test_single_file(complete: Bundle, tmp_path: Path, name: str) -> None:
     source = make_ldm(tmp_path / name, TINY, salt="c")
     bundle, _ = converted([source], tmp_path / "b", complete)
@@ -313,8 +313,8 @@ def test_without_llm(public: Path, complete: Bundle, tmp_path: Path) -> None:
     ("first", "bigger", "lone"),
     [
         (True, "folder", "folder"),
-        (True, "file", "file"),
-        (False, "folder", "file"),
+        pytest.param(True, "file", "file", marks=pytest.mark.slow),
+        pytest.param(False, "folder", "file", marks=pytest.mark.slow),
         (False, "file", "folder"),
     ],
 )

@@ -94,7 +94,9 @@ def steps(
     return list(denoise(unet, conditioning, path, start, 7.5, solver, interval))
 
 
-@pytest.mark.parametrize(("solver", "impl"), [("ddim", "fused"), ("dpm", "explicit")])
+@pytest.mark.parametrize(
+    ("solver", "impl"), [("ddim", "fused"), pytest.param("dpm", "explicit", marks=pytest.mark.slow)]
+)
 def test_every_step_is_the_eager_one(pipe: Pipeline, jobs: list[Job], solver: str, impl: str) -> None:
     """Two subjects, several kinds of steps; no result is overwritten by a later replay."""
     pipe, recorder = pipe.with_config(replace(DEFAULT, attention=impl)), Rerun()

@@ -194,6 +194,7 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     assert {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()} == images
 
 
+@pytest.mark.slow  # six drawings
 def test_settings_differ_where_they_should(place):
     cfg = report.ReportConfig()
     cfg = replace(cfg, sample=replace(cfg.sample, steps=2))

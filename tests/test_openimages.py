@@ -422,6 +422,7 @@ def arguments(world: World) -> list[str]:
 # --- order, workers, interruptions -------------------------------------------------------------------
 
 
+@pytest.mark.slow  # starts processes
 def test_only_the_seed_changes_the_order(world):
     filled(world, 8)
     world.convert()

@@ -178,7 +178,7 @@ def test_adapter_off_is_plain_stable_diffusion(pipe: Pipeline, interval: tuple[t
     assert torch.equal(last.latents, x)
 
 
-@pytest.mark.parametrize("impl", ["fused", "explicit"])
+@pytest.mark.parametrize("impl", ["fused", pytest.param("explicit", marks=pytest.mark.slow)])
 def test_left_out_guidance_is_guidance_one(
     pipe: Pipeline, cat: MoMASubject, dog: MoMASubject, impl: str
 ) -> None:

@@ -82,6 +82,7 @@ def test_command_in_a_new_process_and_its_replay(tmp_path, weights, cat, monkeyp
     assert read_record(first) == read_record(second)
 
 
+@pytest.mark.slow  # a process of its own
 def test_mistake_in_a_new_process_is_one_line(tmp_path):
     done = command("--ref", "no.png", "--subject", "cat", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
