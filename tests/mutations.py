@@ -102,7 +102,7 @@ MUTATIONS = (
              "test_diffusion"),
     Mutation("state-not-handed-on", SAMPLING, "state = steering.next_state(maps, (x.shape[-2], x.shape[-1]))",
              "state = {}", "test_golden test_pipeline"),
-    Mutation("resumes-a-step-early", SAMPLING, "after.index + 1", "after.index", "test_pipeline"),
+    Mutation("resumes-a-step-early", SAMPLING, "after.index + 1", "after.index", "test_evaluate_draw"),
     Mutation("seed-of-the-noise-ignored", SAMPLING, "manual_seed(job.seed)", "manual_seed(0)",
              "test_pipeline"),
     Mutation("tiles-blended-with-a-seam", SAMPLING, "image[place] += weight * tile", "image[place] += tile",
