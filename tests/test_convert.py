@@ -913,6 +913,7 @@ def test_bundle_errors(copy: Path, tmp_path: Path) -> None:
     expect("files", networks=networks | {"unet": bare})
     expect("files", networks=networks | {"unet": {"config": {}, "files": []}})
     expect("field 'size'", networks=networks | {"unet": unet | {"config": {"size": 1}}})
+    shutil.copy(copy / "unet.safetensors", tmp_path / "x")  # a file that could be read
     expect("../x", networks=networks | {"unet": unet | {"files": ["../x"]}})
     expect("gone.safetensors", networks=networks | {"unet": unet | {"files": ["gone.safetensors"]}})
     expect("image_size -1", image_size=-1)
