@@ -162,11 +162,11 @@ class Pipeline:
             batch = slice(start, start + size)
             conditioning = self.method.condition(prepared[batch], config)
             latents = torch.cat(noise[batch]).to(self.device)  # (B, Z, h, w)
-            kept = resume.read() if resume else None
+            kept = None if resume is None else resume.read()
             step = after = kept and kept.to(self.device)
             settings = config.guidance, config.solver, config.guidance_interval
             for step in denoise(unet, conditioning, schedule, latents, *settings, after, self.dtype):
-                if resume:
+                if resume is not None:
                     resume.keep(step)
                 if on_step:
                     on_step(n * len(schedule) + step.index + 1, len(starts) * len(schedule))
