@@ -6,7 +6,6 @@ from typing import Any
 
 from moma.inputs.segment import Segmenter
 from moma.methods import find_method
-from moma.sampling.device import choose_device
 from moma.sampling.interface import Runtime
 from moma.sampling.pipeline import Pipeline
 from moma.weights.bundle import Bundle
@@ -62,4 +61,4 @@ def load_pipeline(runtime: Runtime, method: str, config: Any) -> Pipeline:
 def load_segmenter(weights: str | Path | Bundle, device: str = "auto") -> Segmenter:
     """SAM of a bundle or its folder; ValueError if the bundle has none or the device is not there."""
     bundle = weights if isinstance(weights, Bundle) else Bundle.open(weights)
-    return Segmenter.load(bundle, choose_device(device))
+    return Segmenter.load(bundle, device)

@@ -10,17 +10,19 @@ show the image; N candidates, P prompts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, SAM, Prompts
 from models.sam_image import Placement, preprocess, to_image, to_input
 from moma.inputs.preprocess import on_white
 from moma.inputs.regions import frame, tidied
+from moma.sampling.device import choose_device
+from moma.sampling.interface import Weights
 
 Point = tuple[float, float]  # x, y in pixels of the image
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, the same
@@ -314,13 +316,6 @@ def select_mask(
 # --- SAM ---------------------------------------------------------------------------------------------
 
 
-class Weights(Protocol):
-    """Weights that networks can be built from, such as a bundle."""
-
-    def build(self, name: str, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        """The network of that name; ValueError if there is none."""
-
-
 class Segmenter:
     """Finds subjects with SAM. The same image gives the same masks."""
 
@@ -337,11 +332,11 @@ class Segmenter:
             weights: a bundle. `moma.load.load_segmenter` takes its folder.
             device: "auto" is the accelerator, else the CPU.
             cfg: None = the defaults.
+
         Raises:
-            ValueError: the weights have no SAM.
+            ValueError: if the weights have no SAM, or the device is not there.
         """
-        if device == "auto":
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = choose_device(device) if isinstance(device, str) else device
         sam = weights.build("sam", device, torch.float32)
         return cls(sam.eval().requires_grad_(False), cfg)
 
@@ -446,7 +441,7 @@ class Segmenter:
         return found
 
 
-def segment_by(weights: Weights, device: str = "auto") -> Callable[[Image.Image], Image.Image]:
+def segment_by(weights: Weights, device: torch.device | str = "auto") -> Callable[[Image.Image], Image.Image]:
     """A function for `find_mask` that gives the main object's mask; it loads SAM on its first call."""
     load = lru_cache(maxsize=1)(lambda: Segmenter.load(weights, device))
     return lambda image: load().subject_mask(image)
