@@ -33,6 +33,7 @@ from models.clip import CLIPConfig, CLIPVisionConfig
 from models.llava import LlavaConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
+from models.weights.files import read_bytes, read_object
 from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, QuantConfig, quantise
@@ -52,7 +53,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
-from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_json, read_source
+from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
 LLM = ("llava", "vision")  # what --no-llm leaves out
@@ -199,8 +200,8 @@ def _choose_tokenizers(
 def content(path: Path) -> Any:
     """Content of a tokenizer's file, independent of its formatting."""
     if path.suffix == ".json":
-        return read_json(path)
-    lines = path.read_bytes().split(b"\n")
+        return read_object(path)
+    lines = read_bytes(path).split(b"\n")
     return [line.strip() for line in lines if line.strip() and not line.startswith(b"#version")]
 
 
@@ -217,7 +218,7 @@ def _with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | 
             "known CLIP model; give its CLIP folder as a source too"
         )
     if vision is None:
-        model = read_json(llava.config).get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
+        model = read_object(llava.config).get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
         raise ValueError(f"{folder}: without an image tower; give the CLIP folder of {model} as a source too")
     config = read_config(llava.config, llava_config, vision)
     has_head = any(name.startswith(LM_HEAD) for name in llava.tensors)
@@ -267,7 +268,7 @@ def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> N
             known = config.llama.vocab
         else:
             ClipTokenizer(path, *more)
-            tokens = len(read_json(path))
+            tokens = len(read_object(path))
             known = (config.text if isinstance(config, CLIPConfig) else config).vocab
         if tokens > known:
             raise ValueError(f"{path}: has {tokens} tokens, but the network it is for has {known}")

@@ -14,7 +14,8 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from moma.app.files import Parser, check_writable, exit_status
+from models.weights.files import read_json
+from moma.app.files import Parser, check_writable, exit_status, write_text
 from moma.data.triplets import open_source
 from moma.methods import METHODS, all_trainings
 from moma.sampling.config import parse_field
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = _build(args, bundle, choices, ranks)  # the first weights are read here
         if ranks.main:
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / COMMAND).write_text(json.dumps(argv) + "\n", encoding="utf-8")
+            write_text(args.out / COMMAND, json.dumps(argv) + "\n")
         fit(task, choices.train, args.out, ranks, identity, saved)
     if ranks.main:
         print(f"done: {args.out / EXPORT}; put it into a bundle with")
@@ -197,7 +198,7 @@ def export(args: argparse.Namespace) -> None:
     if not found or not (args.run / COMMAND).is_file():
         raise ValueError(f"{args.run}: no checkpoints of a training there")
     saved = (best(found) if args.which == "best" else None) or found[-1]
-    run = parse_args(json.loads((args.run / COMMAND).read_text(encoding="utf-8")))
+    run = parse_args(read_json(args.run / COMMAND))
     bundle = Bundle.open(run.bundle)
     choices = choices_of(run, bundle)
     with start_ranks(run.device) as ranks:

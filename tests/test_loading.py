@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.weights.atomic import atomic_write
+from models.weights.files import append_text, atomic_write, read_json
 from models.weights.loading import (
     ShardConfig,
     check_safetensors,
@@ -373,6 +373,49 @@ def test_atomic_write_replaces_the_whole_file_or_nothing(tmp_path: Path) -> None
     with atomic_write(path) as part:
         part.write_text("new")
     assert path.read_text() == "new"
+
+
+def test_writers_follow_no_link(tmp_path: Path) -> None:
+    """A temporary name is new with each write, and a link under the final name is replaced or refused."""
+    elsewhere, path = tmp_path / "precious", tmp_path / "out.txt"
+    elsewhere.write_text("kept")
+    path.symlink_to(elsewhere)
+    with pytest.raises(OSError, match=path.name):
+        append_text(path, "more")
+    names = set()
+    for _ in range(2):
+        with atomic_write(path) as part:
+            names.add(part)
+            assert not part.is_symlink()
+    assert len(names) == 2 and not path.is_symlink() and elsewhere.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a": "b\xe2\x80\xa8c"}',
+        b'\xef\xbb\xbf{"a":\r\n "b\xe2\x80\xa8c"}',
+        '{"a": "b\u2028c"}'.encode("utf-16"),
+    ],
+)
+def test_marks_of_editors_are_no_content(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    assert read_json(tmp_path / "x.json") == {"a": "b\u2028c"}
+
+
+LIMIT = 2**18  # bytes, in the next test
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"[" * 100_000, b"[" * 65 + b"]" * 65, b'{"a": ', b'{"a": "\xff"}', b"[" + b"1," * LIMIT + b"1]", b""],
+)
+def test_json_is_bounded(data: bytes, tmp_path: Path) -> None:
+    """Too deep, cut short, not UTF-8, too large, empty: one line that names the file."""
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.json") as error:
+        read_json(tmp_path / "x.json", LIMIT)
+    assert "\n" not in str(error.value)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

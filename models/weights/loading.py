@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from models.weights.atomic import atomic_write
+from models.weights.files import atomic_write, check_file, read_object
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -101,8 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
     for a missing, damaged, unknown or unsafe file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_file(path)
     if path.suffix == ".json":
         return _read_index(path)
     with open(path, "rb") as stream:
@@ -138,7 +137,7 @@ def pick_weights(names: Collection[str], stems: Sequence[str]) -> str | None:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an `*.index.json`."""
     try:
-        files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files: dict[str, str] = dict(read_object(index)["weight_map"])
         outside = [file for file in files.values() if Path(file).name != file]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: no weight_map from tensor names to files in it") from error
@@ -176,8 +175,7 @@ def _open_safetensors(path: Path, device: str = "cpu") -> Iterator[Any]:
 
 def check_safetensors(path: Path) -> None:
     """ValueError if the file is missing, cut short or has no valid header; reads no weights."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_file(path)
     with _open_safetensors(path):
         pass
 

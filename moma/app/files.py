@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from models.weights.atomic import atomic_write
+from models.weights.files import atomic_write
 
 
 def write_text(path: Path, text: str) -> None:

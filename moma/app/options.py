@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from models.weights.files import read_text
 from moma.app.files import Parser
 from moma.app.record import InputFile, Record, Segmented
 from moma.inputs.segment import Box, Pick, Point
@@ -289,9 +290,9 @@ def subject_of_file(path: Path) -> str:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file, without empty ones."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path}: not a readable UTF-8 text file ({error})") from None
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except ValueError as error:
+        raise ValueError(f"--prompts {error}") from None
     if not any(lines):
         raise ValueError(f"--prompts {path}: is empty, expected one prompt per line")
     return [line for line in lines if line]

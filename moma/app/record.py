@@ -12,7 +12,7 @@ from typing import Any, Self
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from models.weights.atomic import atomic_write
+from models.weights.files import atomic_write, parse_json
 from moma.methods import find_method
 from moma.sampling.config import SampleConfig
 
@@ -84,7 +84,7 @@ class Record:
     def from_json(cls, text: str) -> Self:
         """ValueError for anything but the output of `to_json` in this version of the format."""
         try:
-            data: dict[str, Any] = json.loads(text)
+            data: dict[str, Any] = parse_json(text, "settings")
             found = (data.pop("format"), data.pop("version"))
             if found != (FORMAT, VERSION):
                 raise ValueError(f"format {found}, expected {(FORMAT, VERSION)}")

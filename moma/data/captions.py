@@ -5,7 +5,6 @@ lists and the neighbouring words, not a parser: it leaves no dangling article or
 where a word may be an attribute or a thing.
 """
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from PIL import Image
 from models.clip_image import clip_image
 from models.llava import Llava
 from models.tokenizers import IMAGE_TEXT, LlamaTokenizer
+from models.weights.files import parse_json
 from moma.data import words
 from moma.methods.prompts import check_prompt, occurrences
 from moma.sampling.device import choose_device, choose_dtype
@@ -93,10 +93,10 @@ class Captioner:
 def read_captions(path: Path, wanted: Collection[str]) -> dict[str, str]:
     """image_id -> caption of the wanted images, without empty ones; ValueError if the file is malformed."""
     captions = {}
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
-                data = json.loads(line) if line.strip() else {"image_id": "", "caption": ""}
+                data = parse_json(line, "line") if line.strip() else {"image_id": "", "caption": ""}
                 image_id, caption = data["image_id"], " ".join(data["caption"].split())
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}:{number}: expected {{'image_id': ..., 'caption': ...}}") from None

@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from models.weights.files import append_text, parse_json, read_object
 from moma.app.files import Parser, exit_status, write_text
 from moma.data.captions import CAPTIONS, CaptionConfig, Captioner, read_captions, training_caption
 from moma.data.shards import ShardWriter
@@ -154,7 +155,7 @@ def _check_settings(request: Request, tables: Mapping[str, Sequence[Path]]) -> s
     text = json.dumps(values, indent=1, default=sorted)
     path = request.info / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         if other := [key for key, value in json.loads(text).items() if before.get(key) != value]:
             raise ValueError(
                 f"{request.out}: begun with another {other[0]}, see {path}; choose another --out"
@@ -326,8 +327,7 @@ def _with_captions(
         if new := [o for o in batch if o.samples and o.image_id not in captions]:
             texts = captioner([Image.open(io.BytesIO(o.samples[0].image)) for o in new])
             lines = [{"image_id": o.image_id, "caption": text} for o, text in zip(new, texts, strict=True)]
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            append_text(path, _lines(map(json.dumps, lines)))
             captions.update((line["image_id"], line["caption"]) for line in lines)
         yield from batch
 
@@ -351,7 +351,7 @@ class Progress:
         self._waiting: deque[tuple[int, Result]] = deque()  # (samples added so far, its line)
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             with suppress(ValueError):  # the last line may be cut off
-                image_id, written, reasons = json.loads(line)
+                image_id, written, reasons = parse_json(line, "line")
                 if self.keys.issuperset(written):  # else a shard was deleted
                     self.done[image_id] = (image_id, written, reasons)
         write_text(path, _lines(map(json.dumps, self.done.values())))
@@ -382,10 +382,10 @@ class Progress:
 
     def _flush(self, complete: int) -> None:
         """Write the lines of images whose samples are among the first `complete`."""
-        if self._waiting and self._waiting[0][0] <= complete:
-            with self.path.open("a", encoding="utf-8") as file:
-                while self._waiting and self._waiting[0][0] <= complete:
-                    file.write(json.dumps(self._waiting.popleft()[1]) + "\n")
+        lines = []
+        while self._waiting and self._waiting[0][0] <= complete:
+            lines.append(json.dumps(self._waiting.popleft()[1]))
+        append_text(self.path, _lines(lines))
 
     def __enter__(self) -> Self:
         return self

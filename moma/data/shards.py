@@ -180,7 +180,7 @@ class ShardWriter:
             files |= {f"ref.{_suffix(reference[0])}": reference[0], "refmask.png": reference[1]}
         try:
             if self._archive is None:
-                self._file = self._part.open("wb")
+                self._file = self._part.open("xb")  # not through a link
                 self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (stays open)
             for name, content in files.items():
                 info = tarfile.TarInfo(f"{key}.{name}")  # time and owner stay 0: same data, same bytes

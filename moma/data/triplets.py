@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from models.weights.files import parse_json
 from moma.data.shards import READ, Raw, ReadConfig, read_shard
 from moma.inputs.preprocess import GREY16, INPUT, InputConfig, decode_image, on_white, same_aspect
 from moma.methods.prompts import check_prompt
@@ -198,10 +199,7 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
 
 
 def _texts(line: bytes) -> dict[str, Any]:
-    try:
-        texts = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its JSON is damaged ({error})") from None
+    texts = parse_json(line, "its JSON")
     if not isinstance(texts, dict):
         raise ValueError("its JSON is not an object: expected {...}")
     return texts

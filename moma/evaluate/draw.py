@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from models.weights.atomic import atomic_write
+from models.weights.files import atomic_write, read_object
 from moma.app.files import write_text
 from moma.app.options import weight_hashes
 from moma.app.record import read_stamp, save_png
@@ -205,9 +205,7 @@ def check_settings(run: Run) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     with suppress(ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        return read_object(path)
     raise ValueError(f"{path}: damaged; choose another --out, or delete {path.parent}")
 
 

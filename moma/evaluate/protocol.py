@@ -7,13 +7,14 @@ textures, the others as contexts. MoMA's paper adds ten texture prompts without 
 materials here are a choice of this repository.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from models.weights.files import read_json, read_text
 
 Kind = Literal["context", "texture"]
 References = Literal["first", "each"]
@@ -250,10 +251,7 @@ def is_dreambooth(subjects: Sequence[Subject]) -> bool:
 
 
 def _own_classes(path: Path) -> Mapping[str, str]:
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    classes = read_json(path)
     fits = isinstance(classes, dict) and all(isinstance(c, str) and c.strip() for c in classes.values())
     if not fits or not classes:
         raise ValueError(f'{path}: expected the class of each folder, such as {{"my_mug": "mug"}}')
@@ -275,7 +273,7 @@ def read_official(text: str) -> tuple[dict[str, str], list[str], list[str]]:
 def _check_official(path: Path) -> None:
     """ValueError if DreamBooth's file differs from this module's lists."""
     lists = [(*PLACES, *own, *PROPERTIES) for own in (PLACES_OF_OBJECTS, OUTFITS)]
-    if read_official(path.read_text(encoding="utf-8")) != (CLASSES, *map(list, lists)):
+    if read_official(read_text(path)) != (CLASSES, *map(list, lists)):
         raise ValueError(
             f"{path}: differs from DreamBooth's; remove it, and name other subjects in {OWN} beside it"
         )

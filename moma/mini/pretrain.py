@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
+from models.weights.files import atomic_write, read_object
 from models.weights.loading import load_into, read_checkpoint, save_tensors
 from moma.app.files import exit_status, write_text
 from moma.app.record import save_png
@@ -89,8 +90,8 @@ class Workspace:
 
         def write() -> None:
             if not path.exists():
-                np.savez(part := path.with_suffix(".part.npz"), **make())
-                os.replace(part, path)
+                with atomic_write(path) as part, part.open("wb") as file:
+                    np.savez(file, **make())
 
         self.ranks.once(write)
 
@@ -119,7 +120,7 @@ class Workspace:
         networks = with_vocabularies(self.cfg.networks, self.tokenizers)
         scaling = self.folder / "scaling.json"
         if scaling.exists():
-            networks["vae"] = replace(networks["vae"], scaling=json.loads(scaling.read_text())["scaling"])
+            networks["vae"] = replace(networks["vae"], scaling=read_object(scaling)["scaling"])
         return networks
 
     def clip_tokenizer(self) -> ClipTokenizer:

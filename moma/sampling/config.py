@@ -1,11 +1,12 @@
 """How an image is drawn, and the checks that every configuration shares."""
 
 import argparse
-import json
 import math
 from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from models.weights.files import parse_json
 
 TIMESTEPS = 1000  # of the forward process, as in Stable Diffusion: t is 0 to 999
 
@@ -40,8 +41,8 @@ def parse_field(text: str) -> tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}, expected FIELD=VALUE")
     try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
+        return name, parse_json(value, name)
+    except ValueError:
         return name, value
 
 

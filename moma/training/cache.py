@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.weights.files import parse_json, read_object
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import write_text
 from moma.data.triplets import Source, load
@@ -130,7 +131,7 @@ def _check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_object(path)
     found = manifest["identity"]
     if other := [name for name in expected | found if found.get(name) != expected.get(name)]:
         changes = ", ".join(f"{name} ({_short(found, name)}, now {_short(expected, name)})" for name in other)
@@ -259,7 +260,7 @@ def _write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def _names(path: Path) -> dict[str, Any]:
-    return json.loads(read_checkpoint(path)["names"].read().numpy().tobytes())
+    return parse_json(read_checkpoint(path)["names"].read().numpy().tobytes(), str(path))
 
 
 def _texts(sample: Sequence[str]) -> tuple[str, str]:

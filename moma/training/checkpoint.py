@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.weights.files import flush, read_object
 from models.weights.loading import LazyTensor, read_checkpoint, some_names, state_dict_mismatch
 from moma.data.stream import Position
 from moma.training.parallel import Ranks, whole
@@ -71,7 +72,7 @@ class Saved:
 def read_state(folder: Path) -> Saved:
     """Open a checkpoint; ValueError for an incomplete or damaged one."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_object(folder / STATE)
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
             raise ValueError("of another version")
         saved = Saved(folder, **state)
@@ -187,20 +188,13 @@ def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
     try:
         yield part
         for path in (*part.iterdir(), part):
-            _flush(path)
+            flush(path)
         if folder.exists():  # a damaged checkpoint: others are never written twice
             _remove(folder)
         os.rename(part, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _remove(folder: Path) -> None:

@@ -9,14 +9,17 @@ from typing import Any
 
 from PIL import Image
 
+from models.weights.files import append_text, parse_json, read_text
 from moma.app.chart import Colour, Line, Points, chart
 from moma.app.files import write_text
+
+LOG_BYTES = 2**30  # of a log: a line of 100 bytes each step
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log, without one that a killed process left incomplete; [] if there is no log."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = read_text(path, LOG_BYTES).split("\n") if path.is_file() else [""]
+    return [parse_json(line, str(path)) for line in lines]
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -27,8 +30,7 @@ def cut_log(path: Path, step: int) -> None:
 
 def write_log(path: Path, line: Mapping[str, Any]) -> None:
     """Append a line."""
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+    append_text(path, json.dumps(line) + "\n")
 
 
 # --- the image -------------------------------------------------------------------------------------

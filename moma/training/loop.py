@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from models.weights.files import remove_parts
 from moma.app.record import save_png
 from moma.data.stream import Position
 from moma.training.checkpoint import Saved, TrainState, load, prune, save
@@ -155,6 +156,7 @@ def _start(run: Run, saved: Saved | None) -> tuple[int, Position]:
     if run.ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
         prune(run.out, run.cfg.keep_last)
+        remove_parts(run.out)
         cut_log(run.out / LOG, saved.step if saved else -1)
     if saved:
         return saved.step, saved.position

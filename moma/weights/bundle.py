@@ -33,6 +33,7 @@ from models.sam import SAM, SAMConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
+from models.weights.files import read_object
 from models.weights.loading import (
     LazyTensor,
     check_safetensors,
@@ -160,11 +161,8 @@ class Bundle:
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder}: no {MANIFEST} there; make a bundle with convert_weights.py")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read_object(path)
+        if data.get("format") != FORMAT:
             raise ValueError(f"{path}: not a bundle; convert public weights with convert_weights.py first")
         if data.get("version") != VERSION:
             raise ValueError(f"{path}: version {data.get('version')!r}, expected {VERSION}; convert again")

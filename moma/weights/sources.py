@@ -6,7 +6,6 @@ Segment Anything (its own files or transformers'), and for evaluation whole CLIP
 It reads only headers, and refuses what cannot be used with the reason.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.weights import keymaps
+from models.weights.files import read_object
 from models.weights.keymaps import Table
 from models.weights.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
 from models.weights.public_configs import (
@@ -167,23 +167,11 @@ def below(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; the folder is incomplete") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON; is it a git-lfs pointer or cut short? ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return data
-
-
 def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
     """parse(JSON of the file, *more), with the file in the message of a ValueError."""
-    json = read_json(path)
+    data = read_object(path)
     try:
-        return parse(json, *more)
+        return parse(data, *more)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}") from error
     except (ValueError, TypeError) as error:
@@ -211,7 +199,7 @@ def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
 
 def _read_export(source: Source, path: Path) -> None:
     """A training's export: networks in our names, their configs, and the method fields they need."""
-    data = read_json(path / EXPORT)
+    data = read_object(path / EXPORT)
     if data.get("format") != EXPORT_FORMAT:
         raise ValueError(f"{path / EXPORT}: not an export of this version")
     source.method, source.methods = data["method"], data.get("methods", {})
@@ -232,7 +220,7 @@ def _read_diffusers(source: Source, path: Path) -> None:
     """A Stable Diffusion folder; single files beside its parts are ignored."""
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        kind = read_json(scheduler).get("prediction_type", "epsilon")
+        kind = read_object(scheduler).get("prediction_type", "epsilon")
         if kind != "epsilon":
             raise ValueError(f"{scheduler}: the model predicts {kind!r}, expected 'epsilon' as SD1.5")
     _read_unet(source, path / "unet")
@@ -246,7 +234,7 @@ def _read_diffusers(source: Source, path: Path) -> None:
 
 def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
     """A folder of one model, recognised by its config.json (in old files by the fields)."""
-    config = read_json(path / "config.json")
+    config = read_object(path / "config.json")
     kind, layout = config.get("model_type", ""), config.get("_class_name", "")
     if config.get("format") == "moma-bundle":
         raise ValueError(f"{path}: already a bundle; give it as --base-bundle")
@@ -274,7 +262,7 @@ def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
 
 
 def _read_unet(source: Source, path: Path) -> None:
-    public = read_json(path / "config.json")
+    public = read_object(path / "config.json")
     width = public.get("cross_attention_dim", 0)
     _refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
     source.add("unet", read_config(path / "config.json", unet_config), _weights_of(path, DIFFUSERS_STEMS))

@@ -23,6 +23,7 @@ from models.llava import LlavaConfig
 from models.tokenizers import BEGIN, CLIP_WORDS, END
 from models.unet import UNetConfig
 from models.vae import VAEConfig
+from models.weights.files import read_object
 from models.weights.loading import in_memory
 from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import instruction
@@ -105,7 +106,7 @@ def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None 
 
 def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
     """Set the vocabularies of the networks to those of the tokenizers' files."""
-    clip = len(json.loads((tokenizers / CLIP_TOKENIZER[0]).read_text(encoding="utf-8")))
+    clip = len(read_object(tokenizers / CLIP_TOKENIZER[0]))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizers / LLAMA_TOKENIZER[0]))
     llava = networks["llava"]
     clips = {name: config for name, config in networks.items() if isinstance(config, CLIPConfig)}

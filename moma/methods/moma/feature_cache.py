@@ -5,8 +5,6 @@ delete the folder.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,9 +87,7 @@ class FeatureCache:
         path, embedding = self.path(one), embedding.cpu()
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder) as part:
-                save_tensors(Path(part), path.stem, {"embedding": embedding, "digest": _digest(embedding)})
-                os.replace(Path(part) / path.name, path)
+            save_tensors(self.folder, path.stem, {"embedding": embedding, "digest": _digest(embedding)})
 
 
 def cached_features(

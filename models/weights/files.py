@@ -1,0 +1,133 @@
+"""Files that others wrote, read within bounds, and files that appear under their names only when complete."""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEXT_BYTES = 2**25  # of a text or JSON file: the largest public ones, vocabularies, take 2**22
+DEPTH = 64  # of nested lists and objects in JSON; public files have 8
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks that Windows shells write
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # temporary names
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def check_file(path: Path) -> None:
+    """ValueError, with the reason, unless there is a regular file."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, expected a file")
+    if path.is_symlink():
+        raise ValueError(f"{path}: a link to {os.readlink(path)}, which is not there")
+    raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+
+
+def read_bytes(path: str | Path, limit: int = TEXT_BYTES) -> bytes:
+    """A whole file; ValueError (one line) if it cannot be read or has more than `limit` bytes."""
+    path = Path(path)
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > limit:
+        raise ValueError(f"{path}: more than {limit:,} bytes, too large for what it should be")
+    return data
+
+
+def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
+    r"""Text in UTF-8, or UTF-16 with its byte order mark. Lines end with "\n" alone, without a mark.
+
+    Split it with `split("\n")`: `splitlines` also breaks at characters that may stand within a line.
+    ValueError as `read_bytes`, and for other encodings.
+    """
+    data = read_bytes(path, limit)
+    try:
+        text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 (byte {error.start}: {error.reason})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, limit: int = TEXT_BYTES) -> Any:
+    """What a JSON file holds; ValueError (one line) as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, limit), str(path))
+
+
+def read_object(path: str | Path, limit: int = TEXT_BYTES) -> dict[str, Any]:
+    """As `read_json`, for a file that must hold an object."""
+    data = read_json(path, limit)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, {{...}}")
+    return data
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """What a JSON text holds; ValueError (one line), beginning with `name`, if it is damaged or too deep."""
+    try:
+        data = json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    level = [data] if isinstance(data, list | dict) else []  # of lists and objects, level by level
+    for _ in range(DEPTH):
+        inside = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for children in inside for child in children if isinstance(child, list | dict)]
+    if level:
+        raise ValueError(f"{name}: nested deeper than {DEPTH}")
+    return data
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield an empty file beside `path` to write to; rename it on success, delete it on failure.
+
+    Its name is random and was free, so that no link that lies there is followed; a link at `path` is
+    replaced. A killed process leaves at most a `.<random>.part` (`remove_parts`).
+    """
+    path = Path(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part.touch(exist_ok=False)
+    try:
+        yield part
+        flush(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left below a folder that no other process writes to."""
+    for path in folder.rglob(".*.part"):
+        if PART.fullmatch(path.name):
+            path.unlink()
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file, which need not exist; OSError if it is a link."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    with open(path, "a", encoding="utf-8", opener=opener) as file:
+        file.write(text)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
