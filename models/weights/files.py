@@ -100,11 +100,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     part.touch(exist_ok=False)
     try:
-        yield part
-        flush(part)
-        os.replace(part, path)
+        with naming(path):
+            yield part
+            flush(part)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, such as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def remove_parts(folder: Path) -> None:
@@ -120,7 +132,7 @@ def append_text(path: Path, text: str) -> None:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
-    with open(path, "a", encoding="utf-8", opener=opener) as file:
+    with naming(path), open(path, "a", encoding="utf-8", opener=opener) as file:
         file.write(text)
 
 
