@@ -143,8 +143,8 @@ MUTATIONS = (
              "return saved.step, {}", "test_training_loop test_stages"),
     Mutation("optimizer-forgets-its-second-moment", TRAINING, 'if f"{name}.{key}" in known]',
              'if f"{name}.{key}" in known and key != "exp_avg_sq"]', "test_training_loop"),
-    Mutation("average-of-the-wrong-share", TRAINING, "1 - run.cfg.ema)", "run.cfg.ema)",
-             "test_training_loop"),
+    Mutation("average-of-the-wrong-share", TRAINING, "1 - average_decay(run.cfg, step))",
+             "average_decay(run.cfg, step))", "test_training_loop"),
     # bundles
     Mutation("bundle-files-may-lie-elsewhere", "moma/weights/bundle.py", "Path(file).name != file",
              "not file", "test_loading test_convert test_tiny"),

@@ -1,13 +1,16 @@
 """The training loop on a toy: resuming bit for bit, checkpoints whole or not there, log, curve."""
 
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from moma.app import files as cli
 from moma.app.chart import ticks
+from moma.data.stream import Position
 from moma.sampling.interface import Batch
 from moma.training import checkpoint
-from moma.training.checkpoint import best, check_same, checkpoints, load_weights, read_state
-from moma.training.config import TrainConfig, learning_rate
+from moma.training.checkpoint import best, check_same, checkpoints, load_weights, newest, read_state
+from moma.training.config import TrainConfig, average_decay, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, smoothed, write_log
 from moma.training.loop import fit
 from tests.helpers import ROOT, exit_status, fork
@@ -80,7 +86,7 @@ def test_checkpoint_holds_what_is_trained_only(whole_run):
 
 def test_by_hand(tmp_path):
     """Three steps equal AdamW, clipping, schedule and average written out."""
-    cfg = replace(CFG, steps=3, accumulate=1, clip=0.5, ema=0.8, warmup=2)
+    cfg = replace(CFG, steps=3, accumulate=1, clip=0.5, ema=0.8, ema_warmup=2, warmup=2)
     run(tmp_path / "run", cfg)
     task, lines = Toy(), [line for line in numbers(tmp_path / "run") if "loss" in line]
     weights = [p for p in task.model.parameters() if p.requires_grad]
@@ -107,7 +113,8 @@ def test_by_hand(tmp_path):
                 v.mul_(0.999).add_(g * g, alpha=0.001)
                 p -= lr * (m / (1 - 0.9 ** counts[i])) / ((v / (1 - 0.999 ** counts[i])).sqrt() + 1e-8)
             for a, p in zip(average, weights, strict=True):
-                a.copy_(0.8 * a + 0.2 * p)
+                decay = min(0.8, (1 + step) / (2 + step))  # 1/2, 2/3, 3/4
+                a.copy_(decay * a + (1 - decay) * p)
     held = tensors(checkpoints(tmp_path / "run")[-1].folder)
     names = [name for name, p in task.model.named_parameters() if p.requires_grad]
     for name, p, a in zip(names, weights, average, strict=True):
@@ -228,11 +235,11 @@ MOMENTS = [
     *[(os, "fsync", n) for n in (1, 4, 6, 7, 9, 13)],  # files, folders of the first and second checkpoint
     *[(os, "rename", n) for n in (1, 2, 4)],  # a checkpoint appears, is removed
     *[(os, "replace", n) for n in (1, 3, 7)],  # log, images
-    *[(checkpoint, "save_file", n) for n in (1, 4, 6)],  # the files of a checkpoint
+    *[(checkpoint, "save_tensors", n) for n in (1, 4, 6)],  # the files of a checkpoint
     *[(shutil, "rmtree", n) for n in (1, 3, 6, 12)],
     (Regression, "forward", 19),
 ]
-FAST = ((os, "fsync", 9), (os, "rename", 2), (checkpoint, "save_file", 4), (shutil, "rmtree", 3))
+FAST = ((os, "fsync", 9), (os, "rename", 2), (checkpoint, "save_tensors", 4), (shutil, "rmtree", 3))
 
 
 @pytest.mark.parametrize(
@@ -273,16 +280,67 @@ def test_killed_process(tmp_path):
     same_run(out, tmp_path / "whole")
 
 
-def test_damaged_checkpoint_is_not_taken(tmp_path, whole_run):
+DAMAGES = {  # of a file's bytes
+    "cut": lambda data: data[:-3],
+    "header": lambda data: data[:8] + b"x" * 16 + data[24:],
+    "values": lambda data: data[:-32] + bytes(x ^ 85 for x in data[-32:-16]) + data[-16:],
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors", "state.json"])
+def test_damaged_checkpoint_is_not_taken(tmp_path, whole_run, capsys, name, damage):
+    """The run goes on from the one before, says so, and ends as ever."""
     shutil.copytree(whole_run, tmp_path / "run")
-    newest = checkpoints(tmp_path / "run")[-1].folder
-    file = newest / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"optimizer\.safetensors"):
-        read_state(newest)
-    assert [one.step for one in checkpoints(tmp_path / "run")][-1] < 12
+    file = checkpoints(tmp_path / "run")[-1].folder / name
+    if DAMAGES[damage] is None:
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert newest(tmp_path / "run").step < 12
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "step-00000012" in said and name in said
     run(tmp_path / "run")
     same_run(tmp_path / "run", whole_run)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_one_before(tmp_path, whole_run):
+    """Killed after the fallback, before the next checkpoint: there still is one to go on from."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    file = checkpoints(tmp_path / "run")[-1].folder / "model.safetensors"
+    file.write_bytes(DAMAGES["values"](file.read_bytes()))
+    with pytest.raises(ValueError, match="nan"):
+        run(tmp_path / "run", replace(CFG, keep_last=1), Toy(poison=4 * newest(tmp_path / "run").step))
+    run(tmp_path / "run")
+    same_run(tmp_path / "run", whole_run)
+
+
+def test_all_damaged(tmp_path, whole_run):
+    shutil.copytree(whole_run, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(DAMAGES["values"](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):  # rather than to begin again
+        newest(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "log.jsonl", "loss.png"])
+def test_disk_full(tmp_path, monkeypatch, name):
+    """One line with the file's name; what was there before is whole."""
+    run(tmp_path / "run", replace(CFG, steps=3))
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=re.escape(name)) as error:
+        run(tmp_path / "run", replace(CFG, steps=6))
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert newest(tmp_path / "run").step in (3, 6)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "moma-training", "version": 2}'])
@@ -348,6 +406,17 @@ def test_another_run_is_refused(whole_run, fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_named_fields_may_change(whole_run):
+    saved = checkpoints(whole_run)[-1]
+    cfg = replace(CFG, lr=0.001, betas=(0.9, 0.99))
+    identity = IDENTITY | {"train": cfg.identity(1)}
+    assert check_same(saved, identity, 12, ["train.lr", "train.betas"]) == {"train.lr", "train.betas"}
+    with pytest.raises(ValueError, match=r"train\.betas.*--change train\.betas"):
+        check_same(saved, identity, 12, ["train.lr"])
+    with pytest.raises(ValueError, match=r"--change train\.rate: .*train\.lr"):
+        check_same(saved, identity, 12, ["train.rate"])
+
+
 def test_what_may_change(whole_run):
     saved, cfg = checkpoints(whole_run)[-1], replace(CFG, batch_size=1, accumulate=4, save_every=5, steps=99)
     check_same(saved, IDENTITY | {"train": cfg.identity(1)}, cfg.steps)
@@ -364,6 +433,93 @@ def test_checkpoint_of_another_model(whole_run):
     with pytest.raises(ValueError, match="rare") as error:
         fit(task, CFG, whole_run, ALONE, {}, checkpoints(whole_run)[-1])
     assert "\n" not in str(error.value)
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+
+class Asked(Toy):
+    """Gets a signal while it makes the batch of a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__()
+        self.number, self.step = number, step
+
+    def batches(self, batch_size: int, rank: int, world: int, start: Position) -> Iterator:
+        for batch, position in super().batches(batch_size, rank, world, start):
+            if position["samples"] == 4 * self.step:
+                os.kill(os.getpid(), self.number)
+            yield batch, position
+
+
+@pytest.mark.parametrize("step", [5, 6, 12])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_under_way(tmp_path, whole_run, capsys, number, status, step):
+    """Between two checkpoints, where one is due, and in the last step, which ends the run as ever."""
+    before = signal.getsignal(number)
+    ended = cli.exit_status("toy", lambda: run(tmp_path / "run", task=Asked(number, step)))
+    assert ended == (0 if step == 12 else status) and signal.getsignal(number) == before
+    assert checkpoints(tmp_path / "run")[-1].step == step
+    assert step == 12 or f"step {step}" in capsys.readouterr().err
+    run(tmp_path / "run")
+    same_run(tmp_path / "run", whole_run)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    class Impatient(Toy):
+        def batches(self, *args: Any) -> Iterator:
+            for batch, position in super().batches(*args):
+                if position["samples"] > 16:  # both batches of the fifth step
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield batch, position
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", task=Impatient())
+    assert checkpoints(tmp_path / "run")[-1].step == 3
+
+
+def test_a_dead_worker_ends_in_one_line(tmp_path):
+    class Deadly(Toy):
+        def batches(self, *args: Any) -> Iterator:
+            def die(items: list) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            yield from DataLoader([0, 1], num_workers=1, collate_fn=die)
+
+    with pytest.raises(ChildProcessError, match=re.escape(str(tmp_path / "run"))) as error:
+        run(tmp_path / "run", task=Deadly())
+    assert "\n" not in str(error.value)
+
+
+# --- decay and average -------------------------------------------------------------------------------
+
+
+def test_only_named_weights_decay(tmp_path):
+    """Without gradients the others stay what they are; after a continuation, too."""
+
+    class Still(Regression):
+        def forward(self, batch: Batch) -> Tensor:
+            return super().forward(batch) * 0
+
+    def task() -> Toy:
+        made = Toy()
+        made.model, made.decayed = Still(), ("out.weight", "blocks.1.weight")
+        return made
+
+    cfg = replace(CFG, steps=3, warmup=0, weight_decay=0.5)
+    run(tmp_path / "run", cfg, task())
+    ended = run(tmp_path / "run", replace(cfg, steps=6), task())
+    for name, weight in dict(Regression().named_parameters()).items():
+        now = ended.model.get_parameter(name)
+        factor = (1 - 0.5 * cfg.lr) ** 6 if name in ended.decayed else 1
+        torch.testing.assert_close(now, weight * factor, msg=name)
+
+
+def test_the_average_forgets_the_start():
+    cfg = TrainConfig(ema=0.9999)
+    kept = math.prod(average_decay(cfg, step) for step in range(1000))
+    assert kept < 1e-6
+    assert average_decay(cfg, 10**6) == 0.9999 and average_decay(replace(cfg, ema=None), 5) == 0
 
 
 # --- log and curve -----------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 from moma.training.checkpoint import checkpoints, read_state
 from moma.training.config import TrainConfig
 from moma.training.parallel import start_ranks
+from moma.training.stopping import Stopped
 from tests.helpers import exit_status, fork
 from tests.toy_training import CFG, Toy, numbers, run, tensors
 
@@ -29,6 +33,20 @@ def toy(kind: str, poison: int | None = None) -> Toy:
     return Toy(sharded=kind == "fsdp", poison=poison)
 
 
+class Asked(Toy):
+    """Rank 1 gets a SIGTERM in the second step."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        super().__init__(sharded=kind == "fsdp")
+        self.rank = rank
+
+    def batches(self, *args: Any) -> Iterator:
+        for batch, position in super().batches(*args):
+            if self.rank and position["samples"] == 2 * 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch, position
+
+
 def work(out: Path) -> None:
     """What each of the two ranks does."""
     with start_ranks("cpu") as ranks:
@@ -39,6 +57,11 @@ def work(out: Path) -> None:
                 run(out / kind / "poisoned", PAIR, toy(kind, POISON), ranks)
             except ValueError as error:
                 (out / kind / f"error-{ranks.rank}").write_text(str(error))
+            try:
+                run(out / kind / "stopped", PAIR, Asked(kind, ranks.rank), ranks)
+            except Stopped as stop:
+                (out / kind / f"status-{ranks.rank}").write_text(str(stop.status))
+            run(out / kind / "stopped", PAIR, toy(kind), ranks)
 
 
 def half(source: Path, target: Path) -> None:
@@ -109,6 +132,14 @@ def test_not_finite_on_one_rank_stops_both(runs, kind):
     for rank in (0, 1):
         assert "loss is nan after 3 steps" in (runs / kind / f"error-{rank}").read_text()
     assert [saved.step for saved in checkpoints(runs / kind / "poisoned")] == [HALF]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_rank_saves_and_stops_both(runs, kind):
+    assert [(runs / kind / f"status-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    stopped, pair = (runs / kind / name for name in ("stopped", "pair"))
+    assert read_state(stopped / "checkpoints" / "step-00000002").validation is None
+    assert losses(stopped) == losses(pair) and losses(stopped, "validation") == losses(pair, "validation")
 
 
 def test_one_process_needs_no_torchrun():

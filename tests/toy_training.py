@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.weights.loading import read_checkpoint
 from moma.data.stream import Position
 from moma.sampling.interface import Batch
-from moma.training.checkpoint import check_same, checkpoints, read_state
+from moma.training.checkpoint import check_same, newest, read_state
 from moma.training.config import TrainConfig
 from moma.training.log import read_log
 from moma.training.loop import fit
@@ -64,6 +64,7 @@ class Toy:
         self.model = Regression(rare=not sharded)
         self.shards = tuple(self.model.blocks) if sharded else ()
         self.seed, self.poison = seed, poison
+        self.decayed = ("",)
 
     def samples(self, numbers: list[int]) -> Batch:
         x = []
@@ -107,7 +108,7 @@ class Toy:
 def run(out: Path, cfg: TrainConfig = CFG, task: Toy | None = None, ranks: Ranks = ALONE) -> Toy:
     """Train, going on from the newest checkpoint if there is one."""
     task = task or Toy()
-    saved = ranks.share(next(iter(checkpoints(out)[::-1]), None))
+    saved = ranks.share(newest(out))
     identity = IDENTITY | {"train": cfg.identity(ranks.world)}
     if saved:
         check_same(saved, identity, cfg.steps)

@@ -38,7 +38,8 @@ def exit_status(command: str, main: Callable[[], object], stopped: str = "stoppe
         stopped: what to say after Ctrl-C.
 
     Returns:
-        0; 2 after one line on stderr for a mistake or too little memory; 130 after Ctrl-C.
+        0; 2 after one line on stderr for a mistake or too little memory; 130 after Ctrl-C, or the `status` of
+        what was raised in its place.
     """
     try:
         main()
@@ -46,9 +47,9 @@ def exit_status(command: str, main: Callable[[], object], stopped: str = "stoppe
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{command}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{command}: {stopped}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"{command}: {str(stop) or stopped}", file=sys.stderr)
+        return getattr(stop, "status", 130)
     return 0
 
 

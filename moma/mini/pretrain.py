@@ -56,7 +56,7 @@ from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.pipeline import to_images
 from moma.sampling.sampler import denoise
-from moma.training.checkpoint import check_same, checkpoints
+from moma.training.checkpoint import check_same, newest
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
@@ -169,7 +169,7 @@ class Workspace:
         """
         out, cfg = self.folder / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
         identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
-        saved = next(reversed(self.ranks.once(lambda: checkpoints(out))), None)
+        saved = self.ranks.once(lambda: newest(out))
         if saved:
             check_same(saved, identity, cfg.steps)
         task.model.to(self.ranks.device)

@@ -335,6 +335,8 @@ class Training(nn.Module, ABC):
     method: Any  # the method's config
     trained: Sequence[str]  # beginnings of the names of its trained parameters, which are float32
     shards: Sequence[nn.Module] = ()  # submodules that FSDP2 cuts up; () = the model stays whole, under DDP
+    # Beginnings of the names of trained parameters whose matrices decay: those that start at random.
+    decayed: Sequence[str] = ("",)
 
     @classmethod
     def check(cls, weights: Any, config: Any, method: Any) -> None:

@@ -1,35 +1,43 @@
 """Checkpoints: everything that a run needs to continue as if it had never stopped.
 
     <out>/checkpoints/step-00001000/
-        state.json             step, data position, identity of the run, validation loss, file sizes
+        state.json             step, data position, identity of the run, validation loss, hashes of the files
         model.safetensors      the trained parameters (float32) and the model's buffers, whole tensors
         average.safetensors    their average, if one is kept
         optimizer.safetensors  AdamW's state as <parameter>.<exp_avg|exp_avg_sq|step>
         random.safetensors     state of each rank's generators
 
-A folder of that name is complete: it is written and flushed under another name, then renamed. The files do
-not depend on the ranks that wrote them. The learning rate follows from the step and is not stored.
+A folder of that name is complete: it is written and flushed under another name, then renamed. Hashes tell
+damage from then on, and a run goes back to the newest checkpoint that is whole. The files do not depend on
+the ranks that wrote them. The learning rate follows from the step and is not stored.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.weights.files import flush, read_object
-from models.weights.loading import LazyTensor, read_checkpoint, some_names, state_dict_mismatch
+from models.weights.loading import (
+    LazyTensor,
+    read_checkpoint,
+    save_tensors,
+    some_names,
+    state_dict_mismatch,
+)
+from moma.app.files import write_text
 from moma.data.stream import Position
 from moma.training.parallel import Ranks, whole
 
-FORMAT, VERSION = "moma-training", 1
+FORMAT, VERSION = "moma-training", 2
 STATE = "state.json"
 DIFFERENCES = 4  # spelled out in an error
 
@@ -59,62 +67,139 @@ class Saved:
     position: Position
     identity: Mapping[str, Any]  # what must not differ between a run and its continuation
     validation: float | None
-    files: Mapping[str, int]  # name -> bytes
+    files: Mapping[str, str]  # name -> sha256
 
     def tensors(self, stem: str) -> dict[str, LazyTensor]:
-        file = f"{stem}.safetensors"
-        return read_checkpoint(self.folder / file) if file in self.files else {}
+        """The tensors of `TrainState.groups`, which lie in several files where they are large."""
+        files = [self.folder / file for file in self.files if file.split("-")[0].split(".")[0] == stem]
+        return {name: tensor for file in files for name, tensor in read_checkpoint(file).items()}
+
+    def verify(self) -> None:
+        """ValueError, naming the file, if the checkpoint is not as it was written; reads all of it."""
+        for name, wanted in self.files.items():
+            try:
+                with open(self.folder / name, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ValueError(f"{self.folder / name}: cannot be read ({error.strerror})") from None
+            if found != wanted:
+                raise ValueError(
+                    f"{self.folder / name}: damaged, its content has changed since it was written"
+                )
 
 
 # --- which there are ---------------------------------------------------------------------------------
 
 
 def read_state(folder: Path) -> Saved:
-    """Open a checkpoint; ValueError for an incomplete or damaged one."""
+    """Open a checkpoint; ValueError for an incomplete or damaged one. Its tensors are not read."""
     try:
         state = read_object(folder / STATE)
         if (state.pop("format"), state.pop("version")) != (FORMAT, VERSION):
             raise ValueError("of another version")
+        if state.pop("sha256") != _digest(state):
+            raise ValueError(f"{STATE} has changed since it was written")
         saved = Saved(folder, **state)
-        for file, size in saved.files.items():
-            if (folder / file).stat().st_size != size:
-                raise ValueError(f"{file} does not have its {size} bytes")
+        if missing := [file for file in saved.files if not (folder / Path(file).name).is_file()]:
+            raise ValueError(f"{missing[0]} is missing")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint ({error})") from None
     return saved
 
 
-def checkpoints(out: Path) -> list[Saved]:
-    """The complete checkpoints of a run, oldest first; ValueError if there are some and all are damaged."""
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoints(out: Path, say: Callable[[str], Any] = lambda text: None) -> list[Saved]:
+    """The checkpoints of a run that have all their files, oldest first.
+
+    Args:
+        out: the run's folder.
+        say: is told of every other one.
+
+    Raises:
+        ValueError: if there are some and none has all its files.
+    """
     found, damage = [], None
     for folder in sorted((out / "checkpoints").glob("step-*")):
         try:
             found.append(read_state(folder))
         except ValueError as error:
             damage = error
+            say(f"passed over: {error}")
     if damage and not found:
         raise damage
     return found
 
 
-def best(saved: list[Saved]) -> Saved | None:
+def first_whole(candidates: Iterable[Saved], say: Callable[[str], Any] = print) -> Saved | None:
+    """The first checkpoint that is as it was written; None if there are none.
+
+    Args:
+        candidates: in order of preference.
+        say: is told of those that are passed over.
+
+    Raises:
+        ValueError: if there are some and all are damaged.
+    """
+    damage = None
+    for saved in candidates:
+        try:
+            saved.verify()
+            return saved
+        except ValueError as error:
+            damage = error
+            say(f"passed over: {error}")
+    if damage:
+        raise damage
+    return None
+
+
+def newest(out: Path, say: Callable[[str], Any] = print) -> Saved | None:
+    """The newest checkpoint of a run that is whole; as `first_whole`."""
+    return first_whole(reversed(checkpoints(out, say)), say)
+
+
+def best(saved: Sequence[Saved]) -> Saved | None:
     """The checkpoint with the lowest validation loss, None without any."""
+    return next((one for one in by_validation(saved) if one.validation is not None), None)
+
+
+def by_validation(saved: Sequence[Saved]) -> list[Saved]:
+    """The best first; then those without a validation loss, newest first."""
     validated = [one for one in saved if one.validation is not None]
-    return min(validated, key=lambda one: one.validation, default=None)
+    rest = [one for one in reversed(saved) if one.validation is None]
+    return sorted(validated, key=lambda one: one.validation) + rest
 
 
-def check_same(saved: Saved, identity: Mapping[str, Any], steps: int) -> None:
+def check_same(
+    saved: Saved, identity: Mapping[str, Any], steps: int, change: Collection[str] = ()
+) -> set[str]:
     """ValueError, naming the differences, if a run cannot continue from a checkpoint.
 
     Args:
         saved: the checkpoint.
         identity: of the run.
         steps: of the run in all.
+        change: names of what may differ, such as "train.lr".
+
+    Returns:
+        The names of what differs.
     """
-    if listed := differences(saved.identity, identity):
-        raise ValueError(f"{saved.folder}: of another run: {listed}; undo that or change --out")
+    then, now = _flat(saved.identity), _flat(json.loads(json.dumps(identity)))
+    if unknown := sorted(set(change) - {*then, *now}):
+        raise ValueError(f"--change {unknown[0]}: expected one of {', '.join(sorted({*then, *now}))}")
+    different = {name for name in {**then, **now} if then.get(name) != now.get(name)}
+    refused = different.difference(change)
+    if listed := differences(*({n: tree.get(n) for n in sorted(refused)} for tree in (then, now))):
+        raise ValueError(
+            f"{saved.folder}: of another run: {listed}; undo that, go on with it by --change"
+            f" {min(refused)}, or change --out"
+        )
     if saved.step > steps:
         raise ValueError(f"{saved.folder}: has already {saved.step} steps, asked for {steps}")
+    return different
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -156,14 +241,13 @@ def save(out: Path, state: TrainState, ranks: Ranks, about: Mapping[str, Any], k
             for name, tensor in tensors.items():
                 values = whole(tensor)  # gathers the other ranks' shards
                 if ranks.main:
-                    held[name] = values.cpu().contiguous()
+                    held[name] = values.cpu()
             if held:
-                file = part / f"{stem}.safetensors"
-                save_file(held, file)
-                files[file.name] = file.stat().st_size
+                files |= save_tensors(part, stem, held)
         if ranks.main:
-            record = {"format": FORMAT, "version": VERSION, **about, "position": position, "files": files}
-            (part / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            state = json.loads(json.dumps({**about, "position": position, "files": files}))
+            record = {"format": FORMAT, "version": VERSION, "sha256": _digest(state), **state}
+            write_text(part / STATE, json.dumps(record, indent=1) + "\n")
     if ranks.main:
         prune(out, keep_last)
 
@@ -187,8 +271,7 @@ def _appears_whole(folder: Path, ranks: Ranks) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        for path in (*part.iterdir(), part):
-            flush(path)
+        flush(part)
         if folder.exists():  # a damaged checkpoint: others are never written twice
             _remove(folder)
         os.rename(part, folder)
@@ -203,6 +286,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
     shutil.rmtree(old)
+
+
+def remove_after(out: Path, step: int) -> None:
+    """Remove the checkpoints after `step`, which were damaged: the run goes on before them."""
+    for folder in (out / "checkpoints").glob("step-*"):
+        if folder.name > f"step-{step:08}":
+            _remove(folder)
 
 
 def prune(out: Path, keep_last: int) -> None:

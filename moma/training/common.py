@@ -4,6 +4,7 @@ Letters: S side of the square images, s side of the image tower's.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     """Exactly the parameters whose names start with one of `prefixes` require gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
+
+
+def decayed_names(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
+    """The matrices among the trained parameters whose names start with one of `prefixes`.
+
+    Vectors (biases, scales, λ, a token) never decay.
+    """
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and p.ndim > 1 and name.startswith(tuple(prefixes))]
 
 
 def with_checkpointing(bundle: Bundle) -> Bundle:

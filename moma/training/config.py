@@ -37,6 +37,9 @@ class TrainConfig:
     # Decay per step of an average of the weights, which is validated, drawn with and exported; None = off. It
     # costs another copy of the weights. 0.9999 suits runs of 100,000 steps, 0.999 shorter ones.
     ema: float | None = None
+    # The average of the first steps is short, so that it forgets the start: its decay is at most
+    # (1 + step) / (this + step).
+    ema_warmup: int = 10
     seed: int = 0  # of every random number; a sample's own also depend on its number in the run
     compile: bool = False  # torch.compile: faster after minutes of compiling
     save_every: int = 1000  # steps between checkpoints
@@ -51,7 +54,7 @@ class TrainConfig:
             object.__setattr__(self, "betas", tuple(self.betas))
         check_types(self)
         every = ("save_every", "validate_every", "sample_every", "log_every")
-        check_from(1, self, "steps", "batch_size", "accumulate", "keep_last", *every)
+        check_from(1, self, "steps", "batch_size", "accumulate", "keep_last", "ema_warmup", *every)
         check_from(0, self, "warmup", "weight_decay", "seed")
         check_positive(self, "lr", "clip")
         shares = (*self.betas, *([] if self.ema is None else [self.ema]))
@@ -168,3 +171,8 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
         return cfg.lr
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def average_decay(cfg: TrainConfig, step: int) -> float:
+    """The decay of the average of the weights in the step that follows `step` finished ones."""
+    return min(cfg.ema or 0.0, (1 + step) / (cfg.ema_warmup + step))

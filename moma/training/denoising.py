@@ -21,12 +21,13 @@ from moma.data.triplets import Source, open_source
 from moma.sampling.base import Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import add_noise, alphas_cumprod
-from moma.sampling.interface import Batch, DenoisingTraining, Job, Runtime
+from moma.sampling.interface import Batch, DenoisingTraining, Export, Job, Runtime
 from moma.sampling.pipeline import Pipeline, to_images
 from moma.training.cache import Cache, CacheConfig, Encoder, build_cache, identity
 from moma.training.common import (
     VALIDATION_SEED,
     Prepare,
+    decayed_names,
     train_only,
     unpack,
     with_checkpointing,
@@ -48,6 +49,9 @@ class Denoising(nn.Module):
         self.scaling, self.image_size = trainable.base.vae.cfg.scaling, trainable.base.image_size
         self.register_buffer("alphas", alphas_cumprod(trainable.base.schedule), persistent=False)
         self.register_buffer("weights", timestep_weights(self.alphas, options.snr_gamma), persistent=False)
+
+    def export(self) -> Export:
+        return self.trainable.export()
 
     def forward(self, batch: Batch) -> Tensor:
         """Eq. 1: the mean of (eps(x_t, t, ...) - noise)², float32 (B,).
@@ -125,6 +129,10 @@ class DenoisingTask:
     def shards(self) -> Sequence[nn.Module]:
         return self.model.trainable.shards
 
+    @property
+    def decayed(self) -> Sequence[str]:
+        return decayed_names(self.model, [f"trainable.{name}" for name in self.model.trainable.decayed])
+
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
     ) -> Iterator[tuple[Batch, Position]]:
@@ -176,7 +184,7 @@ class DenoisingTask:
         )
 
     def export(self, folder: Path) -> None:
-        write_export(folder, self.model.trainable.export())
+        write_export(folder, self.model.export())
 
 
 def build(choices: Choices, runtime: Runtime, data: str | Path) -> DenoisingTask:
@@ -205,10 +213,15 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> DenoisingTask
         )
     if options.gradient_checkpointing:
         runtime = replace(runtime, weights=with_checkpointing(bundle))
-    trainable = kind(Base.load(runtime), bundle, choices.stage, method, seed)
+    return DenoisingTask(model_of(choices, runtime), cache, held_out, seed)
+
+
+def model_of(choices: Choices, runtime: Runtime) -> Denoising:
+    """The training's model as it starts."""
+    kind, train, options, stage, method = choices
+    trainable = kind(Base.load(runtime), runtime.weights, stage, method, train.seed)
     train_only(trainable, tuple(trainable.trained))
-    model = Denoising(trainable, options).to(runtime.device)
-    return DenoisingTask(model, cache, held_out, seed)
+    return Denoising(trainable, options or DenoisingConfig()).to(runtime.device)
 
 
 def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> Cache:

@@ -18,7 +18,7 @@ from moma.data.stream import batches as group
 from moma.data.triplets import SkipLog, Source, Triplet, open_source
 from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.interface import Batch, FeatureTraining, Runtime
-from moma.training.common import squares, train_only, with_checkpointing, write_export
+from moma.training.common import decayed_names, squares, train_only, with_checkpointing, write_export
 from moma.training.config import Choices
 
 HELD_OUT = "kept back for validation"
@@ -64,6 +64,10 @@ class FeatureTask:
     def shards(self) -> Sequence[Any]:
         return self.model.shards
 
+    @property
+    def decayed(self) -> Sequence[str]:
+        return decayed_names(self.model, self.model.decayed)
+
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
     ) -> Iterator[tuple[Batch, Position]]:
@@ -106,8 +110,14 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> FeatureTask:
         read = replace(read, kept=frozenset(item.key for item in held))
     if options.gradient_checkpointing:
         runtime = replace(runtime, weights=with_checkpointing(bundle))
-    model = kind(runtime, choices.stage, method, seed)
-    train_only(model, tuple(model.trained))
+    model = model_of(choices, runtime)
     size = options.validation_batch
     groups = [collate(held[i : i + size]) for i in range(0, len(held), size)]
     return FeatureTask(model, source, read, groups, StreamConfig(seed, options.lanes), options.workers)
+
+
+def model_of(choices: Choices, runtime: Runtime) -> FeatureTraining:
+    """The training's model as it starts."""
+    model = choices.training(runtime, choices.stage, choices.method, choices.train.seed)
+    train_only(model, tuple(model.trained))
+    return model

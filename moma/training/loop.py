@@ -16,10 +16,11 @@ from tqdm import tqdm
 from models.weights.files import remove_parts
 from moma.app.record import save_png
 from moma.data.stream import Position
-from moma.training.checkpoint import Saved, TrainState, load, prune, save
-from moma.training.config import TrainConfig, learning_rate
+from moma.training.checkpoint import Saved, TrainState, load, prune, remove_after, save
+from moma.training.config import TrainConfig, average_decay, learning_rate
 from moma.training.log import cut_log, loss_curve, read_log, write_log
 from moma.training.parallel import Ranks, gather_weights, local, synced, whole, wrap_parallel
+from moma.training.stopping import Stopped, noted_signals
 from moma.training.task import Batch, Task
 
 LOG, CURVE, SAMPLES, EXPORT = "log.jsonl", "loss.png", "samples", "export"  # names in the run's folder
@@ -44,6 +45,8 @@ def fit(
 ) -> None:
     """Train until `cfg.steps` and export the result; on all ranks.
 
+    SIGTERM or SIGINT on any rank ends it after the step under way.
+
     Args:
         task: model and data.
         cfg: of the loop.
@@ -54,12 +57,15 @@ def fit(
 
     Raises:
         ValueError: for a loss or gradient that is not finite; the checkpoints are from before it.
+        Stopped: after a signal; there is a checkpoint of the last step.
+        ChildProcessError: a process that reads the data has died.
     """
     torch.manual_seed(cfg.seed + ranks.rank)
     run = _prepare(task, cfg, out, ranks, identity)
     step, position = _start(run, saved)
     data = task.batches(cfg.batch_size, ranks.rank, ranks.world, position)
-    with tqdm(total=cfg.steps, initial=step, unit="step", disable=not ranks.main) as bar:
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=not ranks.main)
+    with noted_signals() as stop, bar, _worker_deaths(out):
         while step < cfg.steps:
             clock, rate = time.perf_counter(), learning_rate(cfg, step)
             loss = torch.zeros((), device=ranks.device)
@@ -71,17 +77,24 @@ def fit(
                     share.backward()
                 loss += share.detach()
             norm = _clip_gradients(run)
-            numbers = {"loss": ranks.mean(loss).item(), "grad_norm": norm, "lr": rate}
+            asked = loss.new_tensor(stop.signal > 0, dtype=loss.dtype)
+            loss, stopping = ranks.mean(torch.stack([loss, asked])).tolist()
+            numbers = {"loss": loss, "grad_norm": norm, "lr": rate}
             _check_finite(step, numbers)
             for group in run.state.optimizer.param_groups:
                 group["lr"] = rate
             run.state.optimizer.step()
             run.state.optimizer.zero_grad()
-            _update_average(run)
+            _update_average(run, step)
             step += 1
             _report(run, step, numbers, time.perf_counter() - clock, bar)
-            _milestones(run, step, position)
-    _finish(run)
+            saved_now = _milestones(run, step, position)
+            if stopping and step < cfg.steps:
+                if not saved_now:
+                    _save(run, step, position, None)
+                text = f"stopped after step {step}, which is saved; --resume continues"
+                raise Stopped(max(ranks.gather(stop.signal)), text)
+        _finish(run)
 
 
 # --- parts of a step ---------------------------------------------------------------------------------
@@ -116,15 +129,29 @@ def _check_finite(step: int, numbers: Mapping[str, float]) -> None:
         if not math.isfinite(value):
             raise ValueError(
                 f"{name} is {value} after {step} steps: stopped; checkpoints are from before it; "
-                "try a lower --lr, or --dtype fp32"
+                "go on with --resume and --lr LOWER --change train.lr, or --dtype fp32 --change train.dtype"
             )
 
 
 @torch.no_grad()
-def _update_average(run: Run) -> None:
-    """average <- ema * average + (1 - ema) * weights."""
+def _update_average(run: Run, step: int) -> None:
+    """average <- decay * average + (1 - decay) * weights, after `step` finished ones."""
     for name, average in run.state.average.items():
-        local(average).lerp_(local(run.state.weights[name]), 1 - run.cfg.ema)
+        local(average).lerp_(local(run.state.weights[name]), 1 - average_decay(run.cfg, step))
+
+
+@contextmanager
+def _worker_deaths(out: Path) -> Iterator[None]:
+    """ChildProcessError for the RuntimeError by which torch tells of a data process that was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"{out}: stopped, a process that reads the data has died, perhaps of too little memory "
+            f"({error}): use fewer --workers; --resume continues"
+        ) from None
 
 
 # --- around the steps --------------------------------------------------------------------------------
@@ -136,15 +163,25 @@ def _prepare(task: Task, cfg: TrainConfig, out: Path, ranks: Ranks, identity: Ma
         for part in task.shards or [task.model]:
             part.compile()
     model = wrap_parallel(task.model, task.shards, ranks)
-    weights = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
+    named = [(name, weight) for name, weight in task.model.named_parameters() if weight.requires_grad]
+    # Decayed ones first: the optimizer numbers weights by its groups.
+    decayed, others = (
+        [pair for pair in named if pair[0].startswith(tuple(task.decayed)) == own] for own in (True, False)
+    )
+    weights = dict(decayed + others)
     assert all(weight.dtype == torch.float32 for weight in weights.values()), "trained weights are float32"
     kept = task.model.state_dict()
-    rule = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    rule = {"lr": cfg.lr, "betas": cfg.betas, "fused": ranks.device.type in FUSED}
+    groups = [
+        {"params": [weight for _, weight in pairs], "weight_decay": decay}
+        for pairs, decay in ((decayed, cfg.weight_decay), (others, 0.0))
+        if pairs
+    ]
     state = TrainState(
         weights=weights,
         buffers={name: buffer for name, buffer in task.model.named_buffers() if name in kept},
         average={} if cfg.ema is None else {name: w.detach().clone() for name, w in weights.items()},
-        optimizer=torch.optim.AdamW(weights.values(), **rule, fused=ranks.device.type in FUSED),
+        optimizer=torch.optim.AdamW(groups, **rule),
     )
     return Run(task, cfg, out, ranks, identity, model, state)
 
@@ -155,6 +192,8 @@ def _start(run: Run, saved: Saved | None) -> tuple[int, Position]:
         load(saved, run.state, run.ranks)
     if run.ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
+        if saved:
+            remove_after(run.out, saved.step)
         prune(run.out, run.cfg.keep_last)
         remove_parts(run.out)
         cut_log(run.out / LOG, saved.step if saved else -1)
@@ -180,17 +219,25 @@ def _due(run: Run, step: int, every: int) -> bool:
     return step % every == 0 or step == run.cfg.steps
 
 
-def _milestones(run: Run, step: int, position: Position) -> None:
-    """Validation, images and checkpoint when due; the checkpoint last, as it holds the generators' states."""
+def _milestones(run: Run, step: int, position: Position) -> bool:
+    """Validation, images and checkpoint when due; the checkpoint last, as it holds the generators' states.
+
+    Returns: whether there is a checkpoint of this step now.
+    """
     saving, validation = _due(run, step, run.cfg.save_every), None
     if saving or _due(run, step, run.cfg.validate_every):
         validation = _validate(run, step)
     if _due(run, step, run.cfg.sample_every):
         _draw(run, step)
     if saving:
-        about = {"step": step, "position": position, "identity": run.identity, "validation": validation}
-        save(run.out, run.state, run.ranks, about, run.cfg.keep_last)
-        _draw_curve(run)
+        _save(run, step, position, validation)
+    return saving
+
+
+def _save(run: Run, step: int, position: Position, validation: float | None) -> None:
+    about = {"step": step, "position": position, "identity": run.identity, "validation": validation}
+    save(run.out, run.state, run.ranks, about, run.cfg.keep_last)
+    _draw_curve(run)
 
 
 @torch.no_grad()

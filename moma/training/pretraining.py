@@ -20,6 +20,7 @@ class PretrainingTask(ABC):
 
     model: nn.Module
     shards: Sequence[nn.Module] = ()  # the networks are small
+    decayed: Sequence[str] = ("",)  # all: they start at random
 
     def __init__(self, items: int, held_out: int, batch: int, seed: int) -> None:
         self.items, self.held_out, self.batch, self.seed = items - held_out, held_out, batch, seed

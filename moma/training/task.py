@@ -23,10 +23,14 @@ class Task(Protocol):
 
     shards: submodules of `model` that FSDP2 shards over the ranks, or () to keep the model whole on every
     rank under DDP. Under FSDP2 each call must use every trained parameter.
+
+    decayed: beginnings of the names of the parameters that weight decay acts on. It pulls towards 0, so that
+    what starts elsewhere (copies of trained weights, identities) must not be among them.
     """
 
     model: nn.Module
     shards: Sequence[nn.Module]
+    decayed: Sequence[str]
 
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
