@@ -5,31 +5,41 @@ torchrun --nproc_per_node=8 train.py moma:stage1 --bundle weights/moma --data "d
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from models.weights.files import read_json
-from moma.app.files import Parser, check_writable, exit_status, write_text
+from moma.app.files import Parser, check_writable, exit_status
 from moma.data.triplets import open_source
 from moma.methods import METHODS, all_trainings
 from moma.sampling.config import parse_field
-from moma.sampling.device import DTYPES, set_precision
+from moma.sampling.device import DTYPES, choose_device, set_precision
 from moma.sampling.interface import FeatureTraining, Runtime, Training
 from moma.training import denoising, features
-from moma.training.checkpoint import Saved, best, check_same, checkpoints, load_weights
+from moma.training.checkpoint import (
+    Saved,
+    by_validation,
+    check_same,
+    checkpoints,
+    differences,
+    first_whole,
+    load_weights,
+    newest,
+)
+from moma.training.common import write_export
 from moma.training.config import Choices, DenoisingConfig, FeatureConfig, TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
+from moma.training.stopping import raised_signals
 from moma.training.task import Task
 from moma.weights.bundle import Bundle
 
-COMMAND = "command.json"  # in the run's folder: how it was started, for an export
+# What the order of the samples depends on: after a change of one, the data is read from its beginning.
+ORDER = ("data", "train.seed", "settings.lanes")
 RENAMED = {"stage1": "moma:stage1", "stage2": "moma:stage2"}
 
 
@@ -42,12 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     bundle = Bundle.open(args.bundle)
     choices = choices_of(args, bundle)
     with start_ranks(args.device) as ranks:
-        identity = _identity_of(args, bundle, choices, ranks)
-        saved = ranks.share(_find_start(args, identity, choices.train) if ranks.main else None)
+        identity = ranks.once(lambda: _identity_of(args, bundle, choices, ranks))
+        saved = ranks.once(lambda: _find_start(args, identity, choices.train))
         task = _build(args, bundle, choices, ranks)  # the first weights are read here
-        if ranks.main:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_text(args.out / COMMAND, json.dumps(argv) + "\n")
         fit(task, choices.train, args.out, ranks, identity, saved)
     if ranks.main:
         print(f"done: {args.out / EXPORT}; put it into a bundle with")
@@ -66,9 +73,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=training.about, description=f"Train {training.about}.")
         _add_training(command, training, Path("out", name.replace(":", "-")))
     add = commands.add_parser("export", help="write the weights of a checkpoint for a bundle").add_argument
-    add("run", type=Path, metavar="DIR", help="--out of the training, from the same working directory")
+    add("run", type=Path, metavar="DIR", help="--out of the training")
+    add("--bundle", type=Path, required=True, metavar="DIR", help="bundle that the training started from")
     add("--which", choices=("last", "best"), default="best", help="best = lowest validation loss (default)")
     add("--to", type=Path, metavar="DIR", help=f"folder for the files (default: DIR/{EXPORT}-WHICH)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     if argv and argv[0] in RENAMED:
         raise ValueError(f"{argv[0]} is called {RENAMED[argv[0]]}")
     return parser.parse_args(argv)
@@ -100,6 +109,8 @@ def _add_training(parser: argparse.ArgumentParser, training: type[Training], out
         add("--workers", **number, dest="cache_workers", help="threads that decode images for the cache"
             f" (default: {DenoisingConfig.cache_workers})")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
+    add("--change", action="append", metavar="FIELD", default=[],
+        help="with --resume: a setting that may differ now, e.g. train.lr; may be repeated")  # fmt: skip
     add("--validation", metavar="PLACE", help="held-out data (default: the first samples of --data)")
     add("--accumulate", **number, help=f"calls per optimiser step (default: {TrainConfig.accumulate})")
     add("--ema", type=float, metavar="DECAY", help="export an average of the weights (default: off)")
@@ -172,15 +183,19 @@ def _identity_of(args: argparse.Namespace, bundle: Bundle, choices: Choices, ran
 def _find_start(args: argparse.Namespace, identity: dict[str, Any], train: TrainConfig) -> Saved | None:
     """The checkpoint to continue from; ValueError for another run's, or where results are in the way."""
     check_writable("--out", args.out)
-    found = checkpoints(args.out)
+    if args.change and not args.resume:
+        raise ValueError("--change: only with --resume")
+    found = newest(args.out)
     if found and not args.resume:
-        raise ValueError(f"--out {args.out}: has a run of {found[-1].step} steps: add --resume or change it")
+        raise ValueError(f"--out {args.out}: has a run of {found.step} steps: add --resume or change it")
     if not found:
         print(f"from the beginning{': no checkpoint yet' if args.resume else ''}")
         return None
-    check_same(found[-1], identity, train.steps)
-    print(f"continuing from {found[-1].folder}")
-    return found[-1]
+    print(f"continuing from {found.folder}")
+    if check_same(found, identity, train.steps, args.change) & set(ORDER):
+        print("the data is read from its beginning")
+        return replace(found, position={})
+    return found
 
 
 def _build(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ranks) -> Task:
@@ -188,33 +203,55 @@ def _build(args: argparse.Namespace, bundle: Bundle, choices: Choices, ranks: Ra
     train = choices.train
     torch.manual_seed(train.seed)  # the same start on every rank
     runtime = Runtime(bundle, ranks.device, DTYPES[train.dtype], pack=False)
-    make = features.build if issubclass(choices.training, FeatureTraining) else denoising.build
-    return make(choices, runtime, args.data)
+    return _kind_of(choices.training).build(choices, runtime, args.data)
+
+
+def _kind_of(training: type[Training]) -> Any:
+    """The module that makes tasks and models of a training."""
+    return features if issubclass(training, FeatureTraining) else denoising
 
 
 def export(args: argparse.Namespace) -> None:
-    """The weights of one checkpoint of a run, by the command that the run was started with."""
-    found = checkpoints(args.run)
-    if not found or not (args.run / COMMAND).is_file():
+    """The weights of one checkpoint of a run. Its files say how it trained; what is read, the user names."""
+    found = checkpoints(args.run, print)
+    saved = first_whole(by_validation(found) if args.which == "best" else reversed(found))
+    if saved is None:
         raise ValueError(f"{args.run}: no checkpoints of a training there")
-    saved = (best(found) if args.which == "best" else None) or found[-1]
-    run = parse_args(read_json(args.run / COMMAND))
-    bundle = Bundle.open(run.bundle)
-    choices = choices_of(run, bundle)
-    with start_ranks(run.device) as ranks:
-        identity = _identity_of(run, bundle, choices, ranks)
-        check_same(saved, {**identity, "train": saved.identity["train"]}, saved.step)
-        task = _build(run, bundle, choices, ranks)
-    load_weights(saved, task.model)
+    bundle = Bundle.open(args.bundle)
+    if listed := differences(saved.identity.get("weights", {}), bundle.hashes):
+        raise ValueError(f"--bundle {args.bundle}: not what {args.run} started from: {listed}")
+    choices = _choices_then(saved)
+    choices.training.check(bundle, choices.stage, choices.method)
+    runtime = Runtime(bundle, choose_device(args.device), DTYPES[choices.train.dtype], pack=False)
+    model = _kind_of(choices.training).model_of(choices, runtime)
+    load_weights(saved, model)
     folder = args.to or args.run / f"{EXPORT}-{args.which}"
-    task.export(folder)
+    write_export(folder, model.export())
     print(f"{folder}: step {saved.step}, validation loss {saved.validation}")
+
+
+def _choices_then(saved: Saved) -> Choices:
+    """The configs of a checkpoint's run, as far as its model depends on them."""
+    stage = saved.identity.get("stage")
+    if stage not in all_trainings():
+        raise ValueError(f"{saved.folder}: of a training {stage!r}, expected {', '.join(all_trainings())}")
+    name, training = all_trainings()[stage]
+    try:
+        train, settings, method = (dict(saved.identity[part]) for part in ("train", "settings", "method"))
+        own = {field.name: settings[field.name] for field in fields(training.Config)}
+        kept = {field.name: train[field.name] for field in fields(TrainConfig) if field.name in train}
+        return Choices(
+            training, TrainConfig(**kept), None, training.Config(**own), METHODS[name].method.Config(**method)
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{saved.folder}: settings of another version of this code ({error})") from None
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """`main` with an exit status."""
     stopped = "stopped; --resume continues from the newest checkpoint"
-    return exit_status("train.py", lambda: main(argv), stopped)
+    with raised_signals():
+        return exit_status("train.py", lambda: main(argv), stopped)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,17 @@ def test_fewer_blocks(one: Callable[..., FeatureTask]) -> None:
         assert changed_by_two_steps(task)[1] == names
 
 
+def test_what_starts_elsewhere_than_at_random_does_not_decay(
+    one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask], ip: Callable[..., DenoisingTask]
+) -> None:
+    for task in (two(), ip()):
+        assert task.decayed == ["trainable.adapter.projector.proj.weight"]
+    mapping = [f"adapter.mapping.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert list(one(replace(DEFAULT, template="paper"), train="mllm").decayed) == mapping
+    lora = set(one(train="lora").decayed) - set(mapping)
+    assert len(lora) == 28 and all(name.endswith((".down", ".up")) for name in lora)
+
+
 @pytest.mark.slow  # 100 steps
 def test_losses_fall(one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask]) -> None:
     """Eight samples learned by heart, their draws fixed: stage 1 to a hundredth, stage 2 to four fifths (a

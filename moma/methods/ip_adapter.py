@@ -167,6 +167,7 @@ class IPAdapterTraining(DenoisingTraining):
     fixed: ClassVar[Mapping[str, Any]] = {"image": "white", "encoder": "vision"}
     embedding, embedding_networks = "clip", ("vision",)
     trained = ("adapter.",)
+    decayed = ("adapter.projector.",)  # K, V start as the base's
 
     def __init__(
         self,

@@ -97,6 +97,10 @@ class DecoderTraining(FeatureTraining):
             self.lora = add_lora(llava, LORA_LAYERS, config.lora_rank, config.lora_alpha, seed)
         self.decoder = FeatureDecoder(llava, self.adapter, weights.llama_tokenizer(), method)
         self.trained = _decoder_names(config, method, llava, self.lora)
+        self.decayed = (
+            "adapter.mapping.",
+            *(name for name in self.trained if name.endswith((".down", ".up"))),
+        )
         self.shards = list(llava.llama.layers)
 
     @classmethod
@@ -199,6 +203,7 @@ class AdapterTraining(DenoisingTraining):
     about = "the adapter: projector, context K, V, subject K', V' and λ (Eq. 1)"
     embedding, embedding_networks = "decoder", ("vision", "llava")
     trained = tuple(f"adapter.{name}" for name in ADAPTER)
+    decayed = ("adapter.projector.",)  # K, V start as the base's, K', V' as identities
 
     def __init__(
         self, base: Any, weights: Any, config: AdapterTrainingConfig, method: MethodConfig, seed: int
