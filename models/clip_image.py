@@ -5,12 +5,15 @@ Letters: S side of the square input in pixels.
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # Channel statistics of CLIP's training images, used by all public CLIP and OpenCLIP weights.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# The middle of a longer image is all that a square crop needs, with room for the filter.
+ASPECT = 8
+PADDED = 10_000  # pixels a side; larger images are scaled to it before they are padded
 
 
 def clip_image(image: Image.Image, size: int, *, pad: bool = False) -> Tensor:
@@ -32,9 +35,13 @@ def clip_image(image: Image.Image, size: int, *, pad: bool = False) -> Tensor:
 
 
 def resize_short(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter edge to `size` pixels (bicubic), the longer one in proportion, rounded down."""
+    """Resize the shorter edge to `size` pixels (bicubic), the longer one in proportion, rounded down.
+
+    The ends of an image more than `ASPECT` times as long as wide are cut off first.
+    """
+    short = min(image.size)
+    image = ImageOps.crop(image, tuple(max(0, side - ASPECT * short) // 2 for side in image.size))
     w, h = image.size
-    short = min(w, h)
     return image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
 
 
@@ -52,6 +59,7 @@ def normalised(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ..
 
 def _pad_to_square(image: Image.Image) -> Image.Image:
     """Centre an RGB image on a square of its longer edge; an odd pixel goes to the right or the bottom."""
+    image.thumbnail((PADDED, PADDED), Image.Resampling.BICUBIC)
     w, h = image.size
     side = max(w, h)
     square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in MEAN))

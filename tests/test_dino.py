@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from models.clip_image import clip_image, resize_short
 from models.dino import DINO, PRESETS, DINOConfig
 from models.dino_image import MEAN, STD, dino_image
 from tests.compare import assert_close_to_std
@@ -83,3 +84,18 @@ def test_image_of_other_modes_and_known_values() -> None:
     wanted = (torch.ones(3) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(grey[:, 7, 9], wanted)
     assert dino_image(Image.new("RGBA", (40, 90)), 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(32, 20_000), (20_000, 32), (3, 5000)])
+@pytest.mark.parametrize("prepare", [clip_image, dino_image])
+def test_thin_images_are_cut_before_they_are_enlarged(size, prepare):
+    """The square is that of the middle; the enlarged whole would have gigabytes."""
+    image = Image.fromarray(u8("thin", (size[1], size[0], 3)))
+    borders = tuple((side - min(side, 20 * min(size))) // 2 for side in size)
+    with_room = ImageOps.crop(image, borders)
+    assert (prepare(image, 64) - prepare(with_room, 64)).abs().max() < 0.1
+    assert resize_short(image, 64).width * resize_short(image, 64).height <= 8 * 64**2
+
+
+def test_a_thin_image_is_padded_within_bounds():
+    assert clip_image(Image.new("RGB", (200_000, 32)), 8, pad=True).shape == (3, 8, 8)
