@@ -182,7 +182,10 @@ def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: 
         "sam": f"SAM ({segmented.how})" if segmented else None,
         "border": "its plain background",
     }
-    print(f"subject: {request.subject}, mask from {ways[found.source]}, kept in {path}")
+    where = f"{ways[found.source]} ({found.shares()[0]:.0%} of the image)"
+    print(f"subject: {request.subject}, mask from {where}, kept in {path}")
+    if doubt := found.doubt():
+        print(f"note: {doubt}")
     mask = InputFile.of(request.mask) if request.mask else None
     return Inputs(reference, InputFile.of(request.reference), mask, segmented)
 

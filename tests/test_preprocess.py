@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from safetensors import safe_open
 
 from moma.inputs.preprocess import (
@@ -16,6 +16,8 @@ from moma.inputs.preprocess import (
     make_reference,
     on_white,
     open_image,
+    open_mask,
+    same_aspect,
 )
 from moma.methods.moma.config import RELEASE
 from tests import recipe
@@ -115,6 +117,30 @@ def test_animation_gives_its_first_frame(tmp_path):
     assert open_image(path).convert("RGB").getpixel((3, 3)) == RED
 
 
+def test_an_animation_that_begins_empty_is_named(tmp_path):
+    frames = [Image.new("RGB", (64, 64), "white"), scene(64, 64)]
+    path = tmp_path / "x.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="2 frames"):
+        find_mask(open_image(path))
+
+
+@pytest.mark.parametrize("format", ["EPS", "PCX", "TGA", "ICO", "PDF"])
+def test_other_formats_are_not_opened(tmp_path, format, monkeypatch):
+    """Some of PIL's readers start programs, whatever a file's name says."""
+    path = saved(tmp_path, scene(64, 64), "cat.png", format=format)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("started"))
+    for reader in (open_image, open_mask):
+        with pytest.raises(ValueError, match=r"cat\.png"):
+            reader(path)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM"])
+def test_formats_that_people_have(tmp_path, format):
+    path = saved(tmp_path, scene(), "x", format=format)
+    assert np.abs(np.asarray(open_image(path).convert("RGB")).astype(int)[40, 50] - RED).max() < 12
+
+
 def broken_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     whole = saved(tmp_path, Image.fromarray(recipe.u8("noise", (200, 200, 3))), "whole.png").read_bytes()
     files = {
@@ -132,7 +158,9 @@ def broken_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     cases["cut jpeg"] = (tmp_path / "cut.jpg", "broken or cut off")
     cases["missing"] = (tmp_path / "no.png", "no such file")
-    cases["folder"] = (tmp_path, "not a file")
+    (tmp_path / "link.png").symlink_to("gone.png")
+    cases["link"] = (tmp_path / "link.png", "gone.png")
+    cases["folder"] = (tmp_path, "a folder")
     cases["tiny"] = (saved(tmp_path, Image.new("RGB", (31, 500)), "tiny.png"), "31x500")
     cases["float"] = (saved(tmp_path, Image.new("F", (64, 64), 0.5), "float.tif"), "float values")
     wide = Image.fromarray(np.full((64, 64), 70_000, np.int32))
@@ -142,7 +170,19 @@ def broken_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["cut off", "damaged", "text", "empty", "cut jpeg", "missing", "folder", "tiny", "float", "32 bit"],
+    [
+        "cut off",
+        "damaged",
+        "text",
+        "empty",
+        "cut jpeg",
+        "missing",
+        "link",
+        "folder",
+        "tiny",
+        "float",
+        "32 bit",
+    ],
 )
 def test_bad_files_are_one_line_errors(tmp_path, name):
     path, message = broken_files(tmp_path)[name]
@@ -248,6 +288,39 @@ def test_large_images_give_a_mask_of_bounded_size_and_the_same_shape():
     found = find_mask(plain().resize((2400, 1920)), limits=InputConfig(border_side=300))
     assert max(found.mask.size) == 300
     make_reference(plain(), found.mask, 64)
+
+
+@pytest.mark.parametrize("size", [(9000, 32), (3000, 40), (40, 2500), (200_000, 32)])
+def test_own_masks_of_thin_images_fit(size):
+    width, height = size
+    image = Image.new("RGB", size, "white")
+    box = (width // 3, height // 4, width // 2, 3 * height // 4)
+    image.paste(RED, box)
+    found = find_mask(image).mask
+    assert found.width * found.height <= 1.1 * 1024**2
+    mask = np.asarray(found.resize(size, Image.Resampling.NEAREST)) > 127
+    expected = np.zeros(mask.shape, bool)
+    expected[box[1] : box[3], box[0] : box[2]] = True
+    assert (mask & expected).sum() / (mask | expected).sum() > 0.6
+    make_reference(image, found, 512, ReferenceConfig(geometry="crop"))
+
+
+def test_shapes_differ_by_the_rounding_at_most():
+    assert same_aspect((3000, 40), (1024, 14)) and same_aspect((1024, 14), (3000, 40))
+    assert same_aspect((1000, 999), (64, 64))
+    assert not same_aspect((3000, 40), (1024, 16)) and not same_aspect((100, 50), (100, 53))
+
+
+@pytest.mark.parametrize("kind", ["painted", "cut out"])
+def test_inverted_masks_are_doubted(tmp_path, kind):
+    inverted = ImageChops.invert(disc())
+    if kind == "cut out":
+        inverted = Image.merge("LA", (disc(), inverted))
+    found = find_mask(scene(), saved(tmp_path, inverted, "m.png"))
+    share, border = found.shares()
+    assert border == 1 and share == pytest.approx(1 - np.pi * 400 / 9600, abs=0.01)
+    assert "87%" in found.doubt() and "100%" in found.doubt()
+    assert find_mask(scene(), saved(tmp_path, disc())).doubt() is None
 
 
 def test_a_network_comes_after_file_and_alpha_and_before_the_border(tmp_path):

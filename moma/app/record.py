@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,12 +13,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.weights.files import atomic_write, parse_json
+from moma.inputs.preprocess import INPUT, open_mask
 from moma.methods import find_method
 from moma.sampling.config import SampleConfig
 
 CHUNK = "moma"  # key of the PNG text chunk
 STAMP = "moma-stamp"  # another key: a text that identifies a file's origin
 FORMAT, VERSION = "moma-picture", 1
+RECORDS = ("PNG",)  # formats of files that hold settings
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ class Segmented:
     def image(self) -> Image.Image:
         """The mask, mode L, 0 or 255; ValueError if it is damaged."""
         try:
-            return Image.open(io.BytesIO(base64.b64decode(self.png, validate=True))).convert("L")
-        except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
+            png = io.BytesIO(base64.b64decode(self.png, validate=True))
+        except ValueError as error:
             raise ValueError(f"the mask in the image's settings is damaged ({error})") from None
+        return open_mask(png, replace(INPUT, min_side=1), "the mask in the image's settings", RECORDS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def save_png(
 def read_stamp(path: Path) -> str | None:
     """The stamp of a PNG file; None if there is no intact image, "" if it has no stamp."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=RECORDS) as image:
             image.load()
             return str(image.info.get(STAMP, ""))
     except (OSError, SyntaxError):
@@ -145,7 +148,7 @@ def read_record(path: str | Path) -> Record:
     if not path.is_file():
         raise ValueError(f"image {str(path)!r}: no such file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=RECORDS) as image:
             text = image.info.get(CHUNK)
     except (OSError, SyntaxError):
         raise ValueError(f"image {str(path)!r} is not an image: expected a PNG of sample.py") from None

@@ -43,7 +43,7 @@ from moma.data.shards import ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
 from moma.data.triplets import HALF
 from moma.data.words import WORN_CLASSES
-from moma.inputs.preprocess import INPUT, find_mask, open_image, same_aspect
+from moma.inputs.preprocess import FORMATS, INPUT, find_mask, open_image, same_aspect
 from moma.sampling.device import DTYPES, set_precision
 from moma.weights.bundle import Bundle
 
@@ -52,6 +52,7 @@ LAYOUTS = ("{n}", "{h}/{n}", "{s}/{n}", "{s}/{h}/{n}", "{s}_{h}/{n}", "{s}-masks
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
 CAPTIONS_FILE = "captions.jsonl"  # LLaVA's
 TOP = 20  # classes printed at the end; stats.json has all
+LIMITS = replace(INPUT, min_side=1)
 AHEAD = 4  # images decoded ahead per worker; bounds the memory
 
 
@@ -203,10 +204,10 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
         masks: folder of the mask files.
         cfg: the filters.
     """
-    outcome, limits = Outcome(task.rows[0].image_id, [], Counter(), []), replace(INPUT, min_side=1)
+    outcome = Outcome(task.rows[0].image_id, [], Counter(), [])
     try:
-        image, data = open_image(task.path, limits), task.path.read_bytes()
-        with Image.open(task.path) as file:
+        image, data = open_image(task.path, LIMITS), task.path.read_bytes()
+        with Image.open(task.path, formats=FORMATS) as file:
             plain = file.format == "JPEG" and file.mode in ("RGB", "L")
             upright = file.getexif().get(EXIF_ORIENTATION, UPRIGHT) == UPRIGHT
     except (ValueError, OSError) as error:
@@ -220,7 +221,7 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
     for row in task.rows:
         path = _find(masks, row.split, row.mask) or masks / row.mask
         try:
-            mask = np.asarray(find_mask(image, path, limits).mask) > HALF  # (H, W)
+            mask = np.asarray(find_mask(image, path, LIMITS).mask) > HALF  # (H, W)
         except (ValueError, OSError) as error:
             outcome.broken.append(str(error))
             outcome.dropped["mask broken or missing"] += 1
@@ -325,7 +326,7 @@ def _with_captions(
     rest = iter(outcomes)
     while batch := list(islice(rest, captioner.cfg.batch)):
         if new := [o for o in batch if o.samples and o.image_id not in captions]:
-            texts = captioner([Image.open(io.BytesIO(o.samples[0].image)) for o in new])
+            texts = captioner([open_image(io.BytesIO(o.samples[0].image), LIMITS) for o in new])
             lines = [{"image_id": o.image_id, "caption": text} for o, text in zip(new, texts, strict=True)]
             append_text(path, _lines(map(json.dumps, lines)))
             captions.update((line["image_id"], line["caption"]) for line in lines)

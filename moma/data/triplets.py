@@ -15,7 +15,7 @@ from PIL import Image
 
 from models.weights.files import parse_json
 from moma.data.shards import READ, Raw, ReadConfig, read_shard
-from moma.inputs.preprocess import GREY16, INPUT, InputConfig, decode_image, on_white, same_aspect
+from moma.inputs.preprocess import INPUT, InputConfig, on_white, open_image, open_mask, same_aspect
 from moma.methods.prompts import check_prompt
 
 METADATA = "metadata.jsonl"
@@ -217,15 +217,10 @@ def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
 
 
 def _image(content: bytes, mask_content: bytes, whose: str, limits: InputConfig) -> ImageAndMask:
-    image, mask = (
-        decode_image(io.BytesIO(encoded), f"its {whose}{kind}", limits, FORMATS)
-        for encoded, kind in ((content, "image"), (mask_content, "mask"))
-    )
-    if image.mode in GREY16 or mask.mode in GREY16:
-        raise ValueError(f"its {whose}image or mask has 16-bit values: expected 8 bits")
+    image = open_image(io.BytesIO(content), limits, f"its {whose}image", FORMATS)
+    mask = open_mask(io.BytesIO(mask_content), limits, f"its {whose}mask", FORMATS)
     if not same_aspect(image.size, mask.size, limits):
         raise ValueError(f"its {whose}mask is {mask.size} pixels, the image {image.size}: expected one shape")
-    mask = mask.convert("L")
     if mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
     if mask.getextrema()[1] <= HALF:

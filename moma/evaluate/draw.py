@@ -29,7 +29,7 @@ from PIL import Image
 from models.weights.files import atomic_write, read_object
 from moma.app.files import write_text
 from moma.app.options import weight_hashes
-from moma.app.record import read_stamp, save_png
+from moma.app.record import RECORDS, read_stamp, save_png
 from moma.evaluate.protocol import ProtocolConfig, Task
 from moma.evaluate.references import Reference
 from moma.inputs.preprocess import open_image
@@ -330,7 +330,7 @@ def _encoder(run: Run, pipe: Pipeline, todo: Sequence[Sequence[Task]]) -> Encode
 
     @lru_cache(maxsize=SUBJECTS_KEPT)
     def encode(reference: Reference, word: str) -> Any:
-        with Image.open(reference.mask) as mask:
+        with Image.open(reference.mask, formats=RECORDS) as mask:
             asked = list(prompts[reference, word])
             return pipe.encode_subject(open_image(reference.photo), mask.convert("L"), word, prompts=asked)
 

@@ -426,7 +426,10 @@ def _open_photos(args: argparse.Namespace, ways: Sequence[Way]) -> list[Photo]:
     for path, mask, word in zip(files, given["mask"], given["subject"], strict=True):
         image = open_image(path)
         word = subject_of_file(path) if word is None else " ".join(word.split())
-        photos.append(Photo(image, find_mask(image, mask, segment=later).mask, word, path.stem))
+        found = find_mask(image, mask, segment=later)
+        if found.mask and (doubt := found.doubt()):
+            print(f"note: {path}: {doubt}", file=sys.stderr)
+        photos.append(Photo(image, found.mask, word, path.stem))
     return photos
 
 

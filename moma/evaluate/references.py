@@ -1,5 +1,6 @@
 """The photos that methods are shown, each with the mask of its subject."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -8,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from moma.app.record import read_stamp, save_png
-from moma.inputs.preprocess import MaskSource, find_mask, open_image
+from moma.app.record import RECORDS, read_stamp, save_png
+from moma.inputs.preprocess import FoundMask, MaskSource, find_mask, open_image
 
 LISTED = 8  # images named in an error
 
@@ -33,7 +34,7 @@ class Reference:
             source: of the mask.
         """
         digest = sha256()
-        for image in (open_image(photo), Image.open(mask)):
+        for image in (open_image(photo), Image.open(mask, formats=RECORDS)):
             digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
         return cls(photo, mask, digest.hexdigest(), source)
 
@@ -86,16 +87,21 @@ def find_references(
     if masks.folder is not None and not any(map(masks.given, photos)):
         example = masks.folder / photos[0].parent.name / f"{photos[0].stem}.png"
         raise ValueError(f"{masks.folder}: holds no mask of these images, expected names like {example}")
-    found, problems = {}, {}
+    found, problems, doubts = {}, {}, []
     for photo in photos:
         target = out / photo.parent.name / f"{photo.stem}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             source = masks.save(photo, target)
-            check(open_image(photo), Image.open(target))
+            mask = Image.open(target, formats=RECORDS)
+            check(open_image(photo), mask)
+            if doubt := FoundMask(mask, source).doubt():
+                doubts.append(f"{photo}: {doubt}")
             found[photo] = Reference.of(photo, target, source)
         except ValueError as error:
             problems[photo] = error
+    if doubts:
+        print(f"note: {len(doubts)} of {len(photos)} masks are doubtful; {doubts[0]}", file=sys.stderr)
     if problems:
         names = ", ".join(map(str, list(problems)[:LISTED]))
         more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""

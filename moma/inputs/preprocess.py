@@ -5,6 +5,7 @@ No network is known here. Sizes are PIL's (width, height) as long as images are 
 Letters: H, W pixels of the input; S side of the square reference.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +18,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from models.weights.files import check_file
+from moma.inputs.pixels import HALF, PIXELS, PixelConfig, eight_bits, in_srgb, mask_of, real_alpha
 from moma.inputs.regions import components, frame
+
+# PIL's names of what is opened: its readers of these run in this process, and no file needs another.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM")
+FRAMES = "frames"  # of an animation that begins with a blank one: a key of the image's info
+DEEP = (";16B", ";16L", ";16N")  # in PIL's names of file layouts: 16 bits per channel
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class InputConfig:
     border_side: int = 1024  # pixels; larger images are scaled down to find their background, for speed
     crop_stray: float = 0.002  # share of subject pixels ignored beyond each side of its box: specks
     crop_margin: float = 0.1  # of the subject's longer side, left free on each side by geometry "crop"
+    inverted_border: float = 0.5  # of the border; a mask that covers more may be the background's
+    note_side: int = 256  # pixels; larger masks are scaled down to measure them
+    pixels: PixelConfig = PIXELS
 
 
 INPUT = InputConfig()
@@ -55,7 +66,6 @@ class ReferenceConfig:
 
 
 REFERENCE = ReferenceConfig()
-GREY16 = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # PIL's modes for 16-bit grey
 MaskSource = Literal["file", "alpha", "sam", "border"]
 
 
@@ -64,6 +74,23 @@ class FoundMask(NamedTuple):
 
     mask: Image.Image
     source: MaskSource
+
+    def shares(self, limits: InputConfig = INPUT) -> tuple[float, float]:
+        """The subject's shares of the image and of its border."""
+        small = self.mask.copy()
+        small.thumbnail((limits.note_side, limits.note_side), Image.Resampling.BOX)
+        inside = np.asarray(small) > HALF  # (H, W)
+        return float(inside.mean()), float(inside[frame(inside.shape)].mean())
+
+    def doubt(self, limits: InputConfig = INPUT) -> str | None:
+        """Why it may not be the subject's, if it fills most of the image's border."""
+        share, border = self.shares(limits)
+        if border <= limits.inverted_border:
+            return None
+        return (
+            f"the mask covers {share:.0%} of the image and {border:.0%} of its border: white or opaque should"
+            " be the subject; invert the mask if it is the background"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,40 +104,56 @@ class Reference:
     white: Image.Image  # (S, S) RGB, subject on white: what the MLLM looks at
 
 
-def open_image(path: str | Path, limits: InputConfig = INPUT) -> Image.Image:
-    """The image of a file, upright, as RGB, or as RGBA if it has transparency.
-
-    Takes every mode PIL reads except float: 1-bit, grey, 16-bit grey (scaled to 8), palette, CMYK, ...; of
-    an animation, the first frame. ValueError: no such file, not an image, broken, too small, too large.
-    """
-    path = Path(path)
-    what = f"image {str(path)!r}"
-    if not path.is_file():
-        raise ValueError(f"{what}: {'not a file' if path.exists() else 'no such file'}")
-    image = decode_image(path, what, limits)
-    if image.mode in GREY16:
-        values = np.asarray(image).astype(np.int64)  # (H, W)
-        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
-            raise ValueError(f"{what} has 32-bit values: expected 8 or 16 bits, convert it")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError(f"{what} has float values: expected 8 or 16 bits, convert it")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def decode_image(
-    file: Path | BinaryIO, what: str, limits: InputConfig = INPUT, formats: Sequence[str] | None = None
+def open_image(
+    file: str | Path | BinaryIO,
+    limits: InputConfig = INPUT,
+    what: str | None = None,
+    formats: Sequence[str] = FORMATS,
 ) -> Image.Image:
-    """The image of a file, upright, in its own mode; its size is checked before its pixels are decoded.
+    """The image of a file, upright and in sRGB, as RGB, or as RGBA if it has transparency.
+
+    Takes every mode PIL reads except float: 1-bit, grey, 16-bit (scaled to 8), palette, CMYK, ...; of an
+    animation, the first frame.
 
     Args:
         file: a path, or a file open for reading.
-        what: names the image in messages, such as "image 'cat.png'".
         limits: of the size.
-        formats: PIL's names of those that are accepted; None = all.
+        what: names the image in messages, None = by its path.
+        formats: PIL's names of those that are accepted.
     Raises:
-        ValueError: not an image, broken, too small, too large.
+        ValueError: no such file, not an image, broken, too small, too large, or too dark to be meant.
     """
+    what = what or f"image {str(file)!r}"
+    image, deep = _decoded(file, what, limits, formats)
+    return in_srgb(eight_bits(image, what, deep, limits.pixels), limits.pixels)
+
+
+def open_mask(
+    file: str | Path | BinaryIO,
+    limits: InputConfig = INPUT,
+    what: str | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> Image.Image:
+    """The mask that a file means, upright; mode L, 255 = subject (`moma.inputs.pixels.mask_of`).
+
+    Arguments and ValueErrors as `open_image`, and for labels.
+    """
+    what = what or f"mask {str(file)!r}"
+    return mask_of(_decoded(file, what, limits, formats)[0], what, limits.pixels)
+
+
+def _decoded(
+    file: str | Path | BinaryIO, what: str, limits: InputConfig, formats: Sequence[str]
+) -> tuple[Image.Image, bool]:
+    """An upright image in its own mode, and whether the file has more than 8 bits per channel.
+
+    Its size is checked before its pixels are decoded. Arguments and ValueErrors as `open_image`.
+    """
+    if isinstance(file, str | Path):
+        try:
+            check_file(Path(file))
+        except ValueError as error:
+            raise ValueError(f"{what}: {str(error).removeprefix(f'{Path(file)}: ')}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
@@ -119,21 +162,31 @@ def decode_image(
             width, height = image.size
             fits = min(width, height) >= limits.min_side and width * height <= limits.max_pixels
             if fits:
+                deep = any(name in str(tile.args) for tile in image.tile for name in DEEP)
                 image.load()
+                frames = getattr(image, "n_frames", 1) if _is_blank(image) else 1
                 image = ImageOps.exif_transpose(image)
+                image.info[FRAMES] = frames  # PIL's copies keep it
     except UnidentifiedImageError:
-        expected = ", ".join(formats or ("PNG", "JPEG", "another format PIL reads"))
-        raise ValueError(f"{what} is not an image: expected {expected}") from None
+        raise ValueError(f"{what} is not an image: expected {', '.join(formats)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{what} has far more pixels than the limit of {limits.max_pixels:,}") from None
     except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
-        raise ValueError(f"{what} is broken or cut off ({error}): save it again") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} is broken or cut off ({reason}): save it again") from None
     if not fits:
         raise ValueError(
             f"{what} is {width}x{height} pixels: expected at least {limits.min_side} on each side and at most"
             f" {limits.max_pixels:,} in all"
         )
-    return image
+    return image, deep
+
+
+def _is_blank(image: Image.Image) -> bool:
+    """Whether an image of any mode is of one colour, or wholly transparent."""
+    ranges = image.getextrema()
+    ranges = ranges if isinstance(ranges[0], tuple) else (ranges,)
+    return all(low == high for low, high in ranges) or (image.mode[-1:] == "A" and ranges[-1][1] == 0)
 
 
 def find_mask(
@@ -158,11 +211,8 @@ def find_mask(
         ValueError: none of these gives a mask.
     """
     if mask_path is not None:
-        mask = open_image(mask_path, limits)
-        alpha = _alpha(mask)
-        brightest = np.asarray(mask.convert("RGB")).max(axis=2)
-        return FoundMask(Image.fromarray(brightest) if alpha is None else alpha, "file")
-    if (alpha := _alpha(image)) is not None:
+        return FoundMask(open_mask(mask_path, limits), "file")
+    if (alpha := real_alpha(image, limits.pixels)) is not None:
         return FoundMask(alpha, "alpha")
     if segment is None:
         return FoundMask(_border_mask(image, limits), "border")
@@ -267,14 +317,16 @@ def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "
 
 
 def same_aspect(size: tuple[int, int], other: tuple[int, int], limits: InputConfig = INPUT) -> bool:
-    """Whether two images have one shape.
+    """Whether two images have one shape; either may have been scaled to whole pixels.
 
     Args:
         size: (width, height) in pixels.
         other: likewise.
         limits: how far they may differ.
     """
-    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= limits.aspect_tolerance
+    scale = max(other) / max(size)
+    rounded = all(abs(new - old * scale) <= max(1, scale) for old, new in zip(size, other, strict=True))
+    return rounded or abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= limits.aspect_tolerance
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -284,19 +336,15 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-def _alpha(image: Image.Image) -> Image.Image | None:
-    """The alpha channel, unless it is constant."""
-    if image.mode != "RGBA":
-        return None
-    alpha = image.getchannel("A")
-    low, high = alpha.getextrema()
-    return alpha if low < high else None
-
-
 def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
-    """Mode L, 255 where the image is not its plain background, at most `border_side` pixels per side."""
+    """Mode L, 255 where the image is not its plain background, of about `border_side`² pixels at most.
+
+    No side is longer than `border_side`, unless the other would fall below `min_side`.
+    """
     image = on_white(image)
-    image.thumbnail((limits.border_side, limits.border_side), Image.Resampling.BILINEAR)
+    aspect = max(image.size) / min(image.size)
+    side = max(limits.border_side, int(min(limits.min_side * aspect, limits.border_side * math.sqrt(aspect))))
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).astype(np.int16)  # (H, W, 3)
     edge = frame(pixels.shape[:2])
     colour = np.median(pixels[edge], axis=0)  # (3,)
@@ -308,6 +356,8 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
             " (convert_weights.py)"
         )
     if alike.all():
+        if (frames := image.info.get(FRAMES, 1)) > 1:
+            raise ValueError(f"the first of the image's {frames} frames is empty: save the one that you mean")
         raise ValueError("the image is one plain colour, without a subject: use another image")
     labels, _ = components(alike)  # (H, W)
     background = np.isin(labels, labels[edge & alike])  # (H, W)
