@@ -1,16 +1,53 @@
 """Files, tables, exit statuses and the argument parser of the commands."""
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import torch
+from typing import Any, NoReturn, TextIO
 
 from models.weights.files import atomic_write
+
+# What a terminal obeys or reorders instead of showing it: control characters but tab and line feed, other
+# line ends, and marks that turn the direction of text.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory", re.IGNORECASE)  # torch's, on GPUs and CPUs
+
+
+class Shown:
+    """A text stream for people, which never stops the work that it tells of.
+
+    What a terminal would obey and what the stream's encoding lacks is written as an escape; a carriage return
+    at the start of a text, as progress bars write it, stays. When the reader is gone or the disk full, the
+    rest goes nowhere.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+    def write(self, text: str) -> int:
+        start = text.startswith("\r")
+        shown = text[:start] + OBEYED.sub(lambda found: ascii(found[0])[1:-1], text[start:])
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._try(self._stream.write, shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., object], *given: str) -> None:
+        try:
+            act(*given)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,16 +78,23 @@ def exit_status(command: str, main: Callable[[], object], stopped: str = "stoppe
         0; 2 after one line on stderr for a mistake or too little memory; 130 after Ctrl-C, or the `status` of
         what was raised in its place.
     """
-    try:
-        main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"{command}{rank}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"{command}: {str(stop) or stopped}", file=sys.stderr)
-        return getattr(stop, "status", 130)
-    return 0
+    with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
+        try:
+            main()
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
+            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+            text = " ".join(str(error).split()) or "out of memory"
+            print(f"{command}{rank}: error: {text}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(f"{command}: {str(stop) or stopped}", file=sys.stderr)
+            return getattr(stop, "status", 130)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # here, where it cannot fail
+        return 0
 
 
 class Parser(argparse.ArgumentParser):
