@@ -1,8 +1,10 @@
 """The pipeline on the tiny bundle: batches, seeds, switched-off parts, presets, and what it refuses."""
 
+import copy
 import importlib
 import json
 import shutil
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +19,14 @@ from models.attention import attention
 from models.clip import CLIPVision
 from models.clip_image import clip_image
 from models.llama import Llama
-from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMASubject, Pipeline, SampleConfig, load
+from models.vae import VAE
+from moma import DEFAULT, PAPER, RELEASE, Job, MethodConfig, MoMA, MoMASubject, Pipeline, SampleConfig, load
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import Adapter
 from moma.methods.moma.method import REFERENCE_STREAM, reference_latent
 from moma.sampling.device import choose_device, choose_dtype
 from moma.sampling.diffusion import SOLVERS, solver_steps
+from moma.sampling.finite import Autoencoder
 from moma.sampling.sampler import denoise
 from tests.helpers import (
     QUICK,
@@ -122,7 +126,7 @@ def test_given_noise_and_embedding(pipe: Pipeline, cat: MoMASubject) -> None:
     assert far(drawn.layers[3].k, pipe.encode_subject(image(0), mask(30), "cat", seed=8).layers[3].k)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 40), (8, 16)])
+@pytest.mark.parametrize(("height", "width"), [(64, 128), (72, 40), (32, 48)])
 def test_any_size(pipe: Pipeline, cat: MoMASubject, height: int, width: int) -> None:
     (result,) = pipe.run([Job(cat, "a cat", 0)], SampleConfig(steps=2, height=height, width=width))
     assert result.image.size == (width, height) and result.m_gen.shape == (1, height // 8, width // 8)
@@ -348,6 +352,65 @@ def test_not_finite_is_an_error(pipe: Pipeline, cat: MoMASubject) -> None:
     """Never a black image without a word."""
     with pytest.raises(ValueError, match="not finite"):
         list(pipe.run([Job(cat, "a cat", 0, strength=1e30)], replace(QUICK, steps=4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("base.text_encoders.0", "text encoder"), ("base.unet", "UNet"), ("base.vae", "VAE"),
+     ("decoder.adapter.mapping", "feature decoder")],
+)  # fmt: skip
+def test_damaged_weights_are_found_where_their_network_ends(folder: str, name: str, network: str) -> None:
+    pipe = load(folder, device="cpu", dtype="fp32", pack=False)
+    part = pipe.method
+    for step in name.split("."):
+        part = part[int(step)] if step.isdigit() else getattr(part, step)
+    with torch.no_grad():
+        list(part.parameters())[-1].fill_(torch.nan)  # used last, so that nothing else sees it
+    with pytest.raises(ValueError, match=network):
+        list(pipe.run([Job(pipe.encode_subject(image(0), mask(30), "cat"), "a cat", 0)], QUICK))
+
+
+def loud(vae: VAE, gain: float) -> VAE:
+    """The same function, but for the next GroupNorm's eps, with activations `gain` times as large."""
+    vae = copy.deepcopy(vae)
+    with torch.no_grad():
+        for part in (vae.encoder.conv_in, vae.decoder.conv_in):
+            part.weight.mul_(gain)
+            part.bias.mul_(gain)
+    return vae
+
+
+def test_vae_that_overflows_in_16_bits_is_run_in_float32(pipe: Pipeline) -> None:
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = pipe.base.vae.encode(x)[0]
+        vae = loud(pipe.base.vae, 1e5)
+        expected, half = vae.decode(z), copy.deepcopy(vae).half()
+        assert not half.decode(z.half()).isfinite().all()
+        run = Autoencoder(half)
+        with pytest.warns(UserWarning, match="VAE"):
+            found = run(lambda network: network.decode(z.to(network.dtype)))
+        same(found, expected, atol=0.05)  # the weights are half's
+        with warnings.catch_warnings(action="error"):  # from then on without another try
+            assert torch.equal(found, run(lambda network: network.decode(z.to(network.dtype))))
+        base = replace(pipe.base, vae=half)
+        with pytest.warns(UserWarning, match="VAE"):
+            mean, std = base.encode_image(x)
+        for got, wanted in zip((mean, std), vae.encode(x), strict=True):
+            same(got, wanted, atol=0.05)
+        half.decoder.conv_out.weight.fill_(torch.nan)
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="VAE"):
+            Autoencoder(half)(lambda network: network.decode(z.to(network.dtype)))
+
+
+def test_plain_colour_is_no_image(pipe: Pipeline, cat: MoMASubject) -> None:
+    vae = copy.deepcopy(pipe.base.vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.zero_()
+    moma = pipe.method
+    plain = replace(pipe, method=MoMA(replace(pipe.base, vae=vae), moma.adapter, moma.decoder, moma.config))
+    with pytest.raises(ValueError, match="colour"):
+        list(plain.run([Job(cat, "a cat", 0)], QUICK))
 
 
 def test_empty_mask(pipe: Pipeline) -> None:

@@ -26,6 +26,7 @@ from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, T
 from moma.sampling.base import NETWORKS, Base
 from moma.sampling.config import SampleConfig, check_types
 from moma.sampling.diffusion import SolverStep
+from moma.sampling.finite import check_finite
 from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime, State, StepInputs
 
 
@@ -98,6 +99,7 @@ class IPAdapterMethod(TextToImage):
         seen = on_white(reference.original) if self.config.image == "photo" else reference.white
         pixels = clip_image(seen, self.vision.cfg.image_size)[None]  # (1, 3, S, S)
         embedding = self.vision(pixels.to(self.base.device, self.base.dtype))[1]  # (1, E)
+        check_finite("image encoder", embedding)
         return ImageSubject(word, reference, embedding)
 
     def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "ImageConditioning":

@@ -43,7 +43,7 @@ class ReferenceAttention(TextToImage):
     @torch.no_grad()
     def encode_reference(self, reference: Reference, word: str, **options: Any) -> ReferenceSubject:
         base = self.base
-        mean, _ = base.vae.encode(reference.image.to(base.device, base.dtype))  # (1, Z, h, w)
+        mean, _ = base.encode_image(reference.image)  # (1, Z, h, w)
         label, pooled = base.encode_text([word])  # (1, T, C)
         added = base.added_conditioning(pooled, base.image_size, base.image_size)  # (1, A)
         t = torch.zeros(1, device=base.device, dtype=torch.long)  # (1,)

@@ -16,6 +16,7 @@ from models.unet import UNet, sinusoids
 from models.vae import VAE
 from models.weights.packed import optimize_layout
 from moma.sampling.diffusion import ScheduleConfig
+from moma.sampling.finite import Autoencoder, check_finite
 from moma.sampling.interface import Runtime, TextStates
 
 NETWORKS = ("unet", "vae", "text")  # of a bundle
@@ -78,7 +79,15 @@ class Base:
                 dim=-1,
             )  # (B, T, C)
             pooled = self.text_encoders[-1](ids[-1])[1]  # (B, P)
+        check_finite("text encoder", states, pooled)
         return TextStates(states, pooled if self.unet.cfg.added_cond_dim else None)
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and standard deviation of latents, (B, Z, h, w) each."""
+        encode = Autoencoder(self.vae)
+        both = encode(lambda vae: torch.stack(vae.encode(image.to(self.device, vae.dtype))))
+        mean, std = both.to(self.dtype)  # of (2, B, Z, h, w)
+        return mean, std
 
     def tokenize(self, text: str) -> Encodings:
         """A text as each tokenizer reads it."""

@@ -11,16 +11,19 @@ Letters: B images, Z latent channels, h w latents, H W pixels.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from models.vae import VAE
 from moma.sampling.base import Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
 from moma.sampling.diffusion import SolverStep, solver_steps
+from moma.sampling.finite import Autoencoder, check_finite
 from moma.sampling.interface import Job, Method, Result, ResumeState, Runtime
 from moma.sampling.memory import Toggle, max_batch
 from moma.sampling.sampler import Step, denoise
@@ -129,7 +132,7 @@ class Pipeline:
         config.check(self.base.vae.cfg.factor)
         if resume is not None and len(jobs) > (most := self.max_batch(config)):
             raise ValueError(f"{len(jobs)} images to resume: expected one batch, at most {most}")
-        schedule = solver_steps(self.base.schedule, config.steps, config.solver)
+        schedule = solver_steps(self.base.schedule, config.steps, config.solver, config.grid)
         for job in jobs:
             if job.strength is not None:
                 replace(config, strength=job.strength).check(self.base.vae.cfg.factor)
@@ -157,7 +160,7 @@ class Pipeline:
     ) -> Iterator[Result]:
         size = self.max_batch(config)
         starts = range(0, len(prepared), size)
-        unet = GraphedUNet(self.base.unet, self.make_recorder)
+        unet, vae = GraphedUNet(self.base.unet, self.make_recorder), Autoencoder(self.base.vae)
         for n, start in enumerate(starts):
             batch = slice(start, start + size)
             conditioning = self.method.condition(prepared[batch], config)
@@ -171,7 +174,7 @@ class Pipeline:
                 if on_step:
                     on_step(n * len(schedule) + step.index + 1, len(starts) * len(schedule))
             unet.reset()  # the VAE's decoder needs the memory
-            yield from self._finish(step)
+            yield from self._finish(step, vae)
 
     def _start_latents(self, job: Job, config: SampleConfig) -> Tensor:
         """float32 (1, Z, h, w) on the CPU, so that a seed gives the same noise on every device."""
@@ -183,16 +186,19 @@ class Pipeline:
             raise ValueError(f"start latents {tuple(job.latents.shape)}: expected {shape}")
         return job.latents.float().cpu()
 
-    def _finish(self, step: Step) -> Iterator[Result]:
+    def _finish(self, step: Step, vae: Autoencoder) -> Iterator[Result]:
         """Decode the last step's latents, image by image."""
-        if not step.latents.isfinite().all():
-            raise ValueError(
-                "the image is not finite: try a lower strength or guidance, or --dtype bf16 or fp32"
-            )
         for i in range(len(step.latents)):
             one = step.rows(slice(i, i + 1))
-            z = (one.latents / self.base.vae.cfg.scaling).to(self.dtype)  # (1, Z, h, w)
-            yield Result(to_images(decode(self.base.vae, z, self.tiles))[0], one.latents, one.state)
+            check_finite("UNet", one.latents)  # whatever was not finite in any step is not finite here
+            (image,) = to_images(vae(partial(self._decode, one.latents)))
+            if all(low == high for low, high in image.getextrema()):
+                raise ValueError("the image is one plain colour: try --dtype fp32, or a lower guidance")
+            yield Result(image, one.latents, one.state)
+
+    def _decode(self, latents: Tensor, vae: VAE) -> Tensor:
+        """(1, Z, h, w), scaled -> (1, 3, H, W)."""
+        return decode(vae, (latents / vae.cfg.scaling).to(vae.dtype), self.tiles)
 
 
 def to_images(x: Tensor) -> list[Image.Image]:

@@ -17,6 +17,7 @@ from models.llava import Llava
 from models.tokenizers import LlamaTokenizer
 from moma.methods.moma.adapter import Adapter
 from moma.methods.moma.config import MethodConfig
+from moma.sampling.finite import check_finite
 from moma.sampling.interface import Runtime
 from moma.sampling.memory import choose_stream, free_memory
 
@@ -104,6 +105,7 @@ class FeatureDecoder:
             ]
             states = self.llava.last_hidden_each(rows, self.method.mllm_layers)  # (1, C) each
             found += [self.adapter.mapping(state) for state in states]  # (1, E) each
+        check_finite("feature decoder", *found)
         return found
 
     def embed(self, features: Tensor, instructions: Sequence[str]) -> Tensor:

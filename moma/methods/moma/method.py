@@ -29,6 +29,7 @@ from moma.methods.text import Subject, TextToImage
 from moma.sampling.base import NETWORKS, Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.sampling.finite import check_finite
 from moma.sampling.interface import Job, Runtime
 
 # Turns a seed into another one for the reference's noise, so that it is not the start noise of an image with
@@ -177,12 +178,14 @@ class MoMA(TextToImage):
             reference_noise: likewise.
         """
         base = self.base
-        moments = base.vae.encode(image.to(base.device, base.dtype))  # 2 x (1, Z, S/f, S/f)
+        moments = base.encode_image(image)  # 2 x (1, Z, S/f, S/f)
         noises = self._reference_noises(moments[0].shape, seed, posterior_noise, reference_noise)
         latent = reference_latent(*moments, noises, base.vae.cfg.scaling, base.schedule).to(base.dtype)
         label = base.encode_text([word]).states  # (1, T, context_dim)
         m_ref = m_ref.to(base.device)
-        return reference_features(base.unet, self.adapter, latent, label, m_ref, self.config)
+        layers = reference_features(base.unet, self.adapter, latent, label, m_ref, self.config)
+        check_finite("UNet (reference)", *(part for layer in layers for part in (layer.k, layer.v)))
+        return layers
 
     def _reference_noises(self, shape: torch.Size, seed: int, *given: Tensor | None) -> list[Tensor] | None:
         """The posterior's and the schedule's noise, float32 (1, Z, h, w) each; None = a clean reference."""
