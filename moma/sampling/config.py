@@ -1,37 +1,51 @@
 """How an image is drawn, and the checks that every configuration shares."""
 
 import argparse
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import torch
 
 from models.weights.files import parse_json
 
 TIMESTEPS = 1000  # of the forward process, as in Stable Diffusion: t is 0 to 999
+SHOWN = 100  # characters of a wrong value in a message
 
 
 def check_types(config: Any) -> None:
     """ValueError for a field of a dataclass whose value does not have the field's type."""
-    for name, hint in get_type_hints(type(config)).items():
-        if not _fits(value := getattr(config, name), hint):
+    hints = get_type_hints(type(config))
+    for name in (field.name for field in fields(config)):
+        if not _fits(value := getattr(config, name), hint := hints[name]):
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             expected = " or ".join(map(repr, choices)) or (hint.__name__ if isinstance(hint, type) else hint)
-            raise ValueError(f"{name} is {value!r}: expected {expected}")
+            finite = ", a finite number" if hint is float else ""
+            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected {expected}{finite}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a field: float, int, bool, Literal, int | None or a tuple of a type."""
+    """Whether a value has the type of a field: a class, a finite float, Literal, T | None, or a tuple or a
+    mapping of such."""
+    kinds = get_args(hint)
+    if hint is Any:
+        return True
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return value in kinds
     if get_origin(hint) is UnionType:
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(_fits(value, part) for part in kinds)
     if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        fitting = isinstance(value, tuple) and all(_fits(part, kinds[0]) for part in value)
-        return fitting and (kinds[-1] is ... or len(value) == len(kinds))
+        if kinds[-1] is ...:
+            return isinstance(value, tuple) and all(_fits(part, kinds[0]) for part in value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping) and all(
+            _fits(part, kind) for item in value.items() for part, kind in zip(item, kinds, strict=True)
+        )
     if hint is float:
-        return _fits(value, int) or isinstance(value, float)
+        number = isinstance(value, float) or _fits(value, int)
+        return number and abs(value) <= torch.finfo(torch.float32).max  # finite, also for a network
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
@@ -64,6 +78,11 @@ class SampleConfig:
     # Images per UNet call (two rows each). Only memory and speed depend on it, except where
     # MethodConfig.m_gen_norm is "batch".
     batch_size: int = 4
+    # Timesteps (`moma.sampling.diffusion.timesteps`): "leading" for images whose records name no grid.
+    grid: Literal["even", "leading"] = "even"
+
+    min_side: ClassVar[int] = 32  # pixels; nothing can be recognised in less
+    max_batch: ClassVar[int] = 1024
 
     def __post_init__(self) -> None:
         """ValueError for a value of the wrong type (records of images come from files)."""
@@ -80,15 +99,15 @@ class SampleConfig:
         """ValueError for settings that cannot work; factor: pixels per latent (8 for Stable Diffusion)."""
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side is None or not 0 < side <= self.max_side or side % factor:
-                limit = f"up to {self.max_side} pixels"
-                raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limit}")
+            if side is None or not self.min_side <= side <= self.max_side or side % factor:
+                limits = f"from {self.min_side} to {self.max_side} pixels"
+                raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limits}")
         for name in ("guidance", "strength"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= TIMESTEPS:
             expected = f"two timesteps of 0 to {TIMESTEPS}, the lower first"
             raise ValueError(f"guidance interval {low} {high}: expected {expected}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch size {self.batch_size}: expected 1 or more")
+        if not 1 <= self.batch_size <= self.max_batch:
+            raise ValueError(f"batch size {self.batch_size}: expected 1 to {self.max_batch}")
