@@ -126,7 +126,7 @@ def _check(
         if texts[prompt].truncated:
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
     request.sample.check(bundle.config("vae").factor)
-    solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver)
+    solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver, request.sample.grid)
     check_writable("--out", args.out)
     if args.cache is not None and str(args.cache) != NO_CACHE:
         check_writable("--cache", args.cache)

@@ -1,5 +1,7 @@
 """The solvers against diffusers' schedulers, and DPM-Solver++'s order of accuracy on a known solution."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,9 +30,9 @@ def eps_model(x: Tensor, t: int) -> Tensor:
     return torch.tanh(x * (0.5 + t / 1000))
 
 
-def solve(solver: str, steps: int, x: Tensor) -> Tensor:
+def solve(solver: str, steps: int, x: Tensor, grid: str = "even") -> Tensor:
     history = None
-    for step in solver_steps(CFG, steps, solver):
+    for step in solver_steps(CFG, steps, solver, grid):
         x, history = SOLVERS[solver](x, eps_model(x, step.t), step, history)
     return x
 
@@ -41,23 +43,36 @@ def solve_with_diffusers(scheduler, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("steps", [1, 7, 50])
-def test_ddim_equals_diffusers(steps: int) -> None:
+@pytest.mark.parametrize(("steps", "grid"), [(1, "even"), (50, "even"), (7, "leading")])
+def test_ddim_equals_diffusers(steps: int, grid: str) -> None:
+    """diffusers' own grid is "leading"; where the steps divide 1000 "even" is the same."""
     scheduler = diffusers.DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == timesteps(CFG, steps)
-    torch.testing.assert_close(
-        solve("ddim", steps, noise(0)), solve_with_diffusers(scheduler, noise(0)), rtol=1e-5, atol=1e-5
-    )
+    assert scheduler.timesteps.tolist() == timesteps(CFG, steps, "ddim", grid)
+    found, expected = solve("ddim", steps, noise(0), grid), solve_with_diffusers(scheduler, noise(0))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", ["even", "leading"])
 @pytest.mark.parametrize("steps", [1, 7, 20])
-def test_dpm_equals_diffusers(steps: int) -> None:
+def test_dpm_equals_diffusers(steps: int, grid: str) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(**SD15, algorithm_type="dpmsolver++", solver_order=2)
-    scheduler.set_timesteps(timesteps=timesteps(CFG, steps))
-    torch.testing.assert_close(
-        solve("dpm", steps, noise(0)), solve_with_diffusers(scheduler, noise(0)), rtol=1e-4, atol=1e-4
-    )
+    scheduler.set_timesteps(timesteps=timesteps(CFG, steps, "dpm", grid))
+    found, expected = solve("dpm", steps, noise(0), grid), solve_with_diffusers(scheduler, noise(0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_grids() -> None:
+    """Every stride of an even grid is the same but for rounding, the solver's last one included."""
+    assert timesteps(CFG, 20, "dpm") == list(range(999, 0, -50))
+    assert timesteps(CFG, 20, "dpm", "leading") == list(range(951, 0, -50)) == timesteps(CFG, 20)
+    for solver, first, after in (("ddim", 1000, 1), ("dpm", 999, -1)):
+        for steps in (1, 3, 6, 7, 11, 30, 300, 333, 999):
+            found = timesteps(CFG, steps, solver)
+            ends = [first, *found] if solver == "ddim" else [*found, after]
+            strides = {a - b for a, b in pairwise(ends)}
+            assert len(found) == steps and max(strides) - min(strides) <= 2, (steps, strides)
+            assert max(found) <= 999 and min(found) >= 0
 
 
 def test_add_noise_equals_diffusers() -> None:

@@ -280,7 +280,7 @@ def test_sampling_loop(
 ) -> None:
     pipe = pipe.with_config(replace(RELEASE, attention="fused", subject_below_t=below))
     one = job(reference(pipe, references), name, init, strength)
-    schedule = solver_steps(pipe.base.schedule, steps, "ddim")[:count]
+    schedule = solver_steps(pipe.base.schedule, steps, "ddim", "leading")[:count]
     conditioning = condition(pipe, [one], SampleConfig())
     check(list(denoise(pipe.base.unet, conditioning, schedule, one.latents, 7.5, "ddim")), name)
 
@@ -300,7 +300,7 @@ class Kept:
 def test_drawing(pipe: Pipeline, references: dict, impl: str) -> None:
     """`Pipeline.run` from start noise to bytes."""
     pipe, trace = pipe.with_config(replace(RELEASE, attention=impl)), Kept()
-    config = SampleConfig(steps=6, height=256, width=256)
+    config = SampleConfig(steps=6, height=256, width=256, grid="leading")
     (result,) = pipe.run([job(reference(pipe, references), "s1.0", 1, 1.0)], config, resume=trace)
     check(trace.steps, "s1.0")
     ours = torch.from_numpy(np.array(result.image)).permute(2, 0, 1)[None]  # (1, 3, 256, 256) uint8
@@ -314,7 +314,7 @@ def test_drawing(pipe: Pipeline, references: dict, impl: str) -> None:
 def test_wrong_semantics_are_seen(pipe: Pipeline, references: dict) -> None:
     """The recorded case is sharp enough to tell the release from its neighbours."""
     recorded = golden("unet_moma_small")
-    path = solver_steps(pipe.base.schedule, 6, "ddim")
+    path = solver_steps(pipe.base.schedule, 6, "ddim", "leading")
     for change in (
         {"reference_text_cut": 0},
         {"context_masked": False},

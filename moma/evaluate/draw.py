@@ -185,7 +185,7 @@ def check_drawable(
     method.check(bundle, config)
     for strength in strengths:
         replace(sample, strength=strength).check(bundle.config("vae").factor)
-    solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
     tokenizer = bundle.clip_tokenizer()
     for word, prompt in prompts:
         method.read([tokenizer], config, (word,), prompt)

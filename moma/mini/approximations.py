@@ -89,7 +89,7 @@ def settings(steps: int) -> dict[str, Setting]:
 
 def unet_rows(sample: SampleConfig) -> int:
     """UNet rows that one image takes: two per step with guidance, else one."""
-    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
     return sum(1 + is_guided(step.t, sample.guidance_interval) for step in schedule)
 
 

@@ -393,7 +393,7 @@ def _draw_texts(work: Workspace, prompts: Sequence[str]) -> list[Image.Image]:
     sample, dtype = work.cfg.sample, torch.bfloat16
     unet, vae = work.trained("unet", "unet"), work.trained("vae", "vae")
     text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
-    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
+    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
     shape = unet.cfg.in_channels, *(work.cfg.world.size // vae.cfg.factor,) * 2  # (Z, h, w)
     images = []
     for start in range(0, len(prompts), sample.batch_size):

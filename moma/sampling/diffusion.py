@@ -59,28 +59,44 @@ class History(NamedTuple):
 Solver = Callable[[Tensor, Tensor, SolverStep, History | None], tuple[Tensor, History | None]]
 
 
-def timesteps(cfg: ScheduleConfig, steps: int) -> list[int]:
-    """`steps` timesteps, high to low, evenly spaced from the low end ("leading"): 50 -> 981, 961, ..., 1."""
+def timesteps(cfg: ScheduleConfig, steps: int, solver: str = "ddim", grid: str = "even") -> list[int]:
+    """The timesteps of a solver's calls, high to low.
+
+    DDIM ends at ᾱ_0, so its last call is at t = 1. DPM-Solver++ ends at the clean x_0, and a call where
+    hardly any noise is left would be wasted: its grid starts at the top and stops a stride above 0.
+
+    Args:
+        cfg: the base's schedule.
+        steps: how many, 1 to train_steps - 1.
+        solver: a name of SOLVERS.
+        grid: "even", in equal strides: 50 of "ddim" -> 981, 961, ..., 1; 20 of "dpm" -> 999, 949, ..., 49.
+            "leading" = both solvers' as the release, with the stride rounded down: the same for "ddim" where
+            `steps` divides train_steps.
+    """
     if not 1 <= steps < cfg.train_steps:
         raise ValueError(f"{steps} steps: expected 1 to {cfg.train_steps - 1}")
-    stride = cfg.train_steps // steps
-    return [i * stride + cfg.steps_offset for i in reversed(range(steps))]
+    if grid == "leading":
+        return [i * (cfg.train_steps // steps) + cfg.steps_offset for i in reversed(range(steps))]
+    if solver == "dpm":
+        return [round(i * cfg.train_steps / steps) - 1 for i in range(steps, 0, -1)]
+    return [i * cfg.train_steps // steps + cfg.steps_offset for i in reversed(range(steps))]
 
 
-def solver_steps(cfg: ScheduleConfig, steps: int, solver: str) -> list[SolverStep]:
+def solver_steps(cfg: ScheduleConfig, steps: int, solver: str, grid: str = "even") -> list[SolverStep]:
     """The steps of a solver; DPM-Solver++ always ends at the clean x_0, DDIM where `cfg.end` says.
 
     Args:
         cfg: the base's schedule.
         steps: how many, 1 to train_steps - 1.
         solver: a name of SOLVERS.
+        grid: of `timesteps`.
 
     Raises:
         ValueError: for another number or name.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
-    alphas, ts = alphas_cumprod(cfg), timesteps(cfg, steps)
+    alphas, ts = alphas_cumprod(cfg), timesteps(cfg, steps, solver, grid)
     end = alphas[0] if solver == "ddim" and cfg.end == "first" else torch.ones(())
     ends = [alphas[t] for t in ts[1:]] + [end]
     return [SolverStep(t, alphas[t], alpha_next) for t, alpha_next in zip(ts, ends, strict=True)]
