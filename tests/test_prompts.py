@@ -8,7 +8,7 @@ import pytest
 
 from models.tokenizers import ClipTokenizer
 from moma.methods.moma.feature_decoder import instruction
-from moma.methods.prompts import label_positions, read_prompt, sd_prompt
+from moma.methods.prompts import foreign_syntax, label_positions, plain_text, read_prompt, sd_prompt
 from moma.weights.tiny import build_tokenizers
 
 
@@ -59,6 +59,12 @@ def test_templates():
         ("axolotl", "an axolotl reading", ["axolotl", "axolotl"]),  # many pieces: all of them
         ("c++", "a c++ book", ["c++", "c++"]),
         ("猫", "a 猫 in the snow", ["猫", "猫"]),
+        ("猫", "雪の中の猫です", ["猫", "猫"]),
+        ("고양이", "눈 속의 고양이가", ["고양이", "고양이"]),
+        ("cat", "catが雪", ["cat", "cat"]),
+        ("बिल", "बिल, बिल्ली", ["बिल", "बिल"]),  # the second word goes on with a mark
+        ("teddy-bear", "two teddy bears", ["teddy-bear", "teddy", "bears"]),
+        ("t-shirt", "a t‑shirt", ["t-shirt", "t‑shirt"]),  # with a hyphen that does not break
     ],
 )
 def test_phrase_takes_whole_words_in_any_form(tokenizer, subject, prompt, expected):
@@ -83,6 +89,36 @@ def test_positions_count_from_the_begin_token(tokenizer):
     encoding = tokenizer.encode("cat")
     assert positions(tokenizer, "cat", "cat") == [i for i, span in enumerate(encoding.spans) if span]
     assert positions(tokenizer, "cat", "cat")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "prompt", "same"),
+    [
+        ("cafe\u0301", "a caf\u00e9", "a caf\u00e9"),
+        ("caf\u00e9", "a cafe\u0301", "a caf\u00e9"),
+        ("cat", "a ｃａｔ\u3000Ｎ７", "a cat N7"),
+        ("cat", "\ufeffa c\u00adat\u200b", "a cat"),
+        ("cat", "a cat\u2028on\u00a0the\tbeach", "a cat on the beach"),
+    ],
+)
+def test_texts_are_read_as_meant(tokenizer, word, prompt, same):
+    found, expected = (read_prompt([tokenizer], [plain_text(word)], text) for text in (prompt, same))
+    assert (found.text, found.encodings[0].ids) == (expected.text, expected.encodings[0].ids)
+    assert read_prompt([tokenizer], [word], prompt).labels == expected.labels
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a (cat:1.2) on ((the)) [beach]", ["(cat:1.2)", "(the))", "[beach]"]),
+        ("a cat <lora:snow:0.8> BREAK snow AND sun", ["<lora:snow:0.8>", "BREAK", "AND"]),
+        ("a {red|blue} cat, __place__, --ar 16:9", ["{red|blue}", "__place__", "--ar"]),
+        ("fluffy++ cat, embedding:bad", ["fluffy++", "embedding:bad"]),
+        ("a cat at 5:30 - the cat's <3 -- and so on, x--y", []),
+    ],
+)
+def test_syntax_of_other_tools_is_seen(prompt, parts):
+    assert foreign_syntax(prompt) == parts
 
 
 def test_absent_subject_is_an_error(tokenizer):
@@ -119,6 +155,8 @@ def test_phrase_cut_in_the_middle_does_not_count(tokenizer):
         ("cat", "a dog in the snow", "'cat': .*'a cat, a dog in the snow'"),
         ("cat", "a cat <image>", "reserved"),
         ("cat", "7 " * 90 + "cat", "beyond"),
+        ("cat", "a cat " * 2000, "12,000"),
+        ("cat", "a cat \udce9", "dce9"),
     ],
 )
 def test_what_cannot_be_drawn(tokenizer, subject, prompt, message):

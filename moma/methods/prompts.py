@@ -1,8 +1,10 @@
 """The text for Stable Diffusion made from subject and prompt, and where the subject stands in it."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Literal
 
 from models.tokenizers import IMAGE_TEXT, ClipTokenizer, Encoding
@@ -10,6 +12,22 @@ from models.tokenizers import IMAGE_TEXT, ClipTokenizer, Encoding
 SD_TEMPLATE = "photo of a {subject}. {prompt}"  # of the released code
 # English plural endings (singular, plural) of the subject's last word; irregular plurals are not known.
 PLURALS = (("", "s"), ("s", "ses"), ("x", "xes"), ("ch", "ches"), ("sh", "shes"), ("o", "oes"), ("y", "ies"))
+
+# Scripts that write words together: what they say may stand on both sides of a subject (Thai to Khmer, kana,
+# Han, Hangul with its particles).
+TOGETHER = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+BETWEEN = "[\\s\u2010-\u2015\u2212\ufe63\uff0d-]+"  # white space and hyphens between a subject's words
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # marks that pasting brings along
+WIDE = {ord(c) + 0xFEE0: c for c in "0123456789" + ascii_letters}  # full-width letters and digits
+# What means something in other tools and is plain text here: brackets and weights, tags, keywords, wildcards.
+FOREIGN = re.compile(
+    r"[(\[{][^()\[\]{}]*[)\]}]+|<[\w-]+:[^<>]*>|\b(?:BREAK|AND)\b|__[\w-]+__|\b\w+(?:\+\+|--)(?!\w)|--[a-z]{2,}\b"
+    r"|\bembedding:\w+"
+)
+LONGEST = 10_000  # characters of a prompt; the text encoder reads some hundred
 
 LabelTokens = Literal["phrase", "first_piece"]
 AbsentLabel = Literal["error", "ignore"]
@@ -29,6 +47,22 @@ class Prompt:
     def truncated(self) -> bool:
         """Whether the text's end is lost."""
         return any(encoding.truncated for encoding in self.encodings)
+
+
+def plain_text(text: str) -> str:
+    """A text as it is meant: letters composed and of ordinary width, no invisible marks, all white space
+    spaces. ValueError for bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r:.100}: not a text in UTF-8 (character {error.start})") from None
+    text = unicodedata.normalize("NFC", text.translate(INVISIBLE | WIDE))
+    return re.sub(r"[^\S ]", " ", text)
+
+
+def foreign_syntax(prompt: str) -> list[str]:
+    """The parts of a prompt that mean something in other tools, and are read as plain text here."""
+    return FOREIGN.findall(prompt)
 
 
 def read_prompt(
@@ -55,6 +89,7 @@ def read_prompt(
     Raises:
         ValueError: for an empty subject or prompt, and under "error".
     """
+    words, prompt = [plain_text(word) for word in words], plain_text(prompt)
     check_prompt(words, prompt, absent_label)
     text = sd_prompt(" and a ".join(words), prompt) if words else prompt
     encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
@@ -85,6 +120,8 @@ def check_prompt(words: Sequence[str], prompt: str, absent_label: AbsentLabel = 
     if not prompt.strip():
         example = f"a {words[0]}" if words else "a cat"
         raise ValueError(f"the prompt is empty: expected a scene, e.g. '{example} on the beach'")
+    if len(prompt) > LONGEST:
+        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {LONGEST:,}")
     if IMAGE_TEXT in "".join(words) + prompt:
         raise ValueError(f"{IMAGE_TEXT} stands in the prompt: it is reserved for the image, leave it out")
     for word in words if absent_label == "error" else ():
@@ -138,12 +175,22 @@ def label_positions(
 
 
 def occurrences(subject: str, text: str) -> list[tuple[int, int]]:
-    """Character ranges of a subject's words in a text, in any case, the last one in singular or plural."""
-    *first, last = subject.split()
+    """Character ranges of a subject's words in a text, in any case, the last one in singular or plural.
+
+    The words may be joined by spaces or hyphens, and stand alone but for letters of scripts without spaces.
+    """
+    *first, last = list(filter(None, re.split(BETWEEN, subject))) or [subject]
     forms = sorted(_forms(last.lower()), key=len, reverse=True)
     words = [re.escape(word) for word in first] + ["(?:" + "|".join(map(re.escape, forms)) + ")"]
-    pattern = r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)"
-    return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]
+    spans = [match.span() for match in re.finditer(BETWEEN.join(words), text, re.IGNORECASE)]
+    return [span for span in spans if not any(_inside(text, place) for place in span)]
+
+
+def _inside(text: str, place: int) -> bool:
+    """Whether a place in a text lies within a word of a script with spaces."""
+    around = text[max(place - 1, 0) : place + 1]
+    letters = [c == "_" or unicodedata.category(c)[0] in "LMN" for c in around]
+    return len(letters) == 2 and all(letters) and not TOGETHER.search(around)
 
 
 def _forms(word: str) -> set[str]:
