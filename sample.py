@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,23 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from moma import Job, Pipeline, Result, Runtime, Segmenter, load_pipeline, set_precision
+from moma import Job, Pipeline, Result, Runtime, SampleConfig, Segmenter, load_pipeline, set_precision
 from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
-from moma.app.record import InputFile, Record, Segmented, read_record, save_png
+from moma.app.record import (
+    InputFile,
+    Record,
+    Segmented,
+    compared,
+    follow,
+    read_record,
+    save_new,
+    short_path,
+)
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
 from moma.inputs.preprocess import FoundMask, Reference, find_mask, make_reference, on_white, open_image
 from moma.methods import find_method
+from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.sampling.device import choose_device, dtype_name
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
@@ -36,7 +46,8 @@ NOTES = {
     MINI_SOURCE: "MoMA-mini, a small model of a drawn world (cats, cars, teapots ... of 64 pixels)",
 }
 NO_CACHE = "off"  # in the place of a folder
-SLUG = 48  # characters of a prompt in a file name
+SLUG, SLUG_BYTES = 48, 96  # characters of a text in a file name, and bytes; names have 255
+SHOWN = 5  # parts of a prompt that a note shows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,19 +74,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
 
     jobs = _make_jobs(request, pipe, inputs, features, texts)
+    records = [_record_of(i, request, inputs, pipe, runtime) for i in range(len(jobs))]
     drawn = []
-    with tqdm(unit="step") as bar:
-        results = pipe.run(jobs, request.sample, lambda done, total: _advance(bar, done, total))
-        for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+    try:
+        for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
             if request.only in (None, i):
-                path = _free_path(args.out, f"{_slug(job.prompt)}-seed{job.seed}")
-                save_png(path, result.image, _record_of(i, request, inputs, pipe, runtime))
-                bar.write(str(path))
-                drawn.append((job, result))
+                stem = f"{_stem(request.subject, jobs[i].prompt)}-seed{jobs[i].seed}"
+                tqdm.write(str(save_new(args.out, stem, result.image, records[i])))
+                drawn.append((jobs[i], result))
+    finally:  # what was drawn before a mistake or Ctrl-C, too
+        if drawn and (record is None or args.debug):
+            sheet = _sheet(inputs, drawn, args.debug)
+            print(save_new(args.out, f"{_slug(request.subject)}-sheet", sheet))
+    if record:
+        print(compared(drawn[0][1].image, args.replay))
     seconds = (time.perf_counter() - loaded) / len(jobs)
-    path = _free_path(args.out, f"{_slug(request.subject)}-sheet")
-    save_png(path, _sheet(inputs, drawn, args.debug))
-    print(path)
     print(f"{seconds:.2f} s per image, peak memory {_peak_memory(pipe.device)}")
 
 
@@ -83,15 +96,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_weights(args: argparse.Namespace, record: Record | None) -> Path:
-    """The folder asked for, or the recorded one, or the first that is there."""
+    """The folder asked for, or the recorded one where it is here or this program's, or the first there is."""
     if args.weights:
         return args.weights
     if record:
-        if not Path(record.weights).is_dir():
+        places = [folder for folder in WEIGHTS if short_path(folder) == record.weights]
+        found = next((place for place in (follow(record.weights), *places) if place and place.is_dir()), None)
+        if found is None:
             raise ValueError(
-                f"{record.weights}: no such folder; give the weights of {args.replay} with --weights"
+                f"{record.weights}: no such folder here; give the weights of {args.replay} with --weights"
             )
-        return Path(record.weights)
+        return found
     found = next((folder for folder in WEIGHTS if folder.is_dir()), None)
     if found is None:
         raise ValueError(f"no weights in {WEIGHTS[0].parent}: give a bundle with --weights (README.md)")
@@ -125,6 +140,11 @@ def _check(
         texts[prompt] = method.read([tokenizer], request.config, request.words, prompt)
         if texts[prompt].truncated:
             print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
+    if tokenizer.encode(request.negative).truncated:
+        print(f"note: only {tokenizer.length} tokens of the negative prompt are read, its end is lost")
+    foreign = [part for text in (*texts, request.negative) for part in foreign_syntax(text)]
+    if shown := ", ".join(list(dict.fromkeys(foreign))[:SHOWN]):
+        print(f"note: syntax of other tools is read as plain text here, with its brackets and marks: {shown}")
     request.sample.check(bundle.config("vae").factor)
     solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver, request.sample.grid)
     check_writable("--out", args.out)
@@ -174,8 +194,9 @@ def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: 
     reference = make_reference(image, found.mask, bundle.image_size, request.config)
     if found.source == "sam" and segmented is None:
         segmented = Segmented.of(found.mask, str(request.pick))
-    path = _free_path(args.out, f"{_slug(request.subject)}-mask")
-    save_png(path, found.mask)
+    kept = ""
+    if request.only is None:  # a replay has its mask already
+        kept = f", kept in {save_new(args.out, f'{_slug(request.subject)}-mask', found.mask)}"
     ways = {
         "file": request.mask,
         "alpha": "the image's transparency",
@@ -183,7 +204,7 @@ def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: 
         "border": "its plain background",
     }
     where = f"{ways[found.source]} ({found.shares()[0]:.0%} of the image)"
-    print(f"subject: {request.subject}, mask from {where}, kept in {path}")
+    print(f"subject: {request.subject}, mask from {where}{kept}")
     if doubt := found.doubt():
         print(f"note: {doubt}")
     mask = InputFile.of(request.mask) if request.mask else None
@@ -219,8 +240,8 @@ def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     for i, found in enumerate(objects, 1):
         box = ",".join(map(str, found.box))
         print(f"{i}: box {box}, {found.share:.1%} of the image, score {found.score:.2f}")
-    path = _free_path(args.out, f"{_slug(args.ref.stem)}-objects")
-    save_png(path, numbered(on_white(image), lambda size: [o.image(segmenter.cfg, size) for o in objects]))
+    sheet = numbered(on_white(image), lambda size: [o.image(segmenter.cfg, size) for o in objects])
+    path = save_new(args.out, f"{_slug(args.ref.stem)}-objects", sheet)
     print(f"{path}: choose with --object N (default: 1)")
 
 
@@ -270,9 +291,9 @@ def _record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, 
         sample=request.sample,
         method_name=request.method,
         method=request.config,
-        reference=inputs and inputs.file,
-        mask=inputs and inputs.mask,
-        weights=str(bundle.folder),
+        reference=inputs and inputs.file.shortened(),
+        mask=inputs and inputs.mask and inputs.mask.shortened(),
+        weights=short_path(bundle.folder),
         weight_hashes=weight_hashes(bundle, request.method, request.config),
         dtype=dtype_name(pipe.dtype),
         device=str(pipe.device),
@@ -301,23 +322,27 @@ def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bo
     return contact_sheet(rows)
 
 
-def _advance(bar: tqdm, done: int, total: int) -> None:
-    """Show progress."""
-    bar.total = total
-    bar.update(done - bar.n)
+def _with_progress(pipe: Pipeline, jobs: Sequence[Job], config: SampleConfig) -> Iterator[Result]:
+    """The drawings, with a bar of the steps."""
+    with tqdm(unit="step") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield from pipe.run(jobs, config, advance)
 
 
 def _slug(text: str) -> str:
     """A text as part of a file name."""
-    return re.sub(r"\W+", "-", text.lower())[:SLUG].strip("-") or "image"
+    short = re.sub(r"\W+", "-", text.lower())[:SLUG].encode()[:SLUG_BYTES].decode(errors="ignore")
+    return short.strip("-") or "image"
 
 
-def _free_path(folder: Path, stem: str) -> Path:
-    """A PNG path that does not exist yet."""
-    path, n = folder / f"{stem}.png", 2
-    while path.exists():
-        path, n = folder / f"{stem}-{n}.png", n + 1
-    return path
+def _stem(subject: str, prompt: str) -> str:
+    """The name of a prompt's file, with the subject where a long prompt's beginning does not show it."""
+    subject, prompt = _slug(subject), _slug(prompt)
+    return prompt if subject == "image" or subject in prompt else f"{subject}-{prompt}"
 
 
 def _peak_memory(device: torch.device) -> str:

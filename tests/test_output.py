@@ -1,5 +1,6 @@
 """Records in PNG files, and contact sheets."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,24 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from moma.app.record import CHUNK, InputFile, Record, Segmented, read_record, read_stamp, save_png
+from moma.app.record import (
+    CHUNK,
+    InputFile,
+    Record,
+    Segmented,
+    compared,
+    follow,
+    read_record,
+    read_stamp,
+    save_new,
+    save_png,
+    short_path,
+)
 from moma.app.sheets import Cell, NumberedConfig, SheetConfig, contact_sheet, mask_image, numbered
 from moma.methods.moma.config import RELEASE
 from moma.sampling.config import SampleConfig
 from tests import recipe
+from tests.helpers import exit_status, fork
 
 IMAGE = Image.fromarray(recipe.u8("image", (40, 60, 3)))
 
@@ -146,6 +160,88 @@ def test_foreign_images_are_refused(tmp_path, text, named):
     with pytest.raises(ValueError, match=rf"x\.png.*{named}") as error:
         read_record(write(tmp_path / "x.png", text))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", True), ("weights", ["x"]), ("weights", None), ("reference", {"path": 3, "sha256": "x"}),
+        ("reference", 0), ("mask", []), ("segmented", {"how": 1, "png": ""}), ("versions", 3),
+        ("versions", {"torch": 2}), ("weight_hashes", {"unet": None}), ("subject_seed", 1.5),
+        ("subject_seed", False), ("batch", [["a dog", 4], ['a "猫" in the snow\nλ', 2**60], ["a", True]]),
+        ("batch", {"ab": 1}), ("batch", [["a dog", -4], ['a "猫" in the snow\nλ', 2**60]]),
+        ("batch", [["x", i] for i in range(4)] + [['a "猫" in the snow\nλ', 2**60]]), ("seed", 4.0),
+        ("dtype", "int8"), ("device", 1), ("prompt", None), ("sample", {"height": 4}),
+        ("sample", {"height": 1e9}), ("sample", {"grid": "odd"}), ("sample", {"steps": True}), ("sample", []),
+        ("method", {"preset": "paper"}), ("method", {"m_gen_threshold": "0.5"}),
+        ("method_name", ["moma"]), ("extra", 1),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type(field, value):
+    with pytest.raises(ValueError, match="settings"):
+        Record.from_json(json.dumps(json.loads(a_record().to_json()) | {field: value}))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "9" * 5000, '{"format": ' + "9" * 5000 + "}"]
+)
+def test_settings_that_are_too_deep_or_long(text):
+    with pytest.raises(ValueError, match="settings") as error:
+        Record.from_json(text)
+    assert len(str(error.value)) < 500
+
+
+def test_settings_do_not_lift_limits():
+    data = json.loads(a_record().to_json())
+    data["sample"] |= {"max_side": 10**9, "width": 4000, "height": 64}
+    with pytest.raises(ValueError, match="4000"):
+        Record.from_json(json.dumps(data)).sample.check(8)
+
+
+def test_paths_in_records(tmp_path, monkeypatch):
+    """From the current folder or the home on, or the name alone; followed only inside the current folder."""
+    here, home = tmp_path / "home" / "work", tmp_path / "home"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    for path, short in (("a.png", "a.png"), (here / "b" / "c", "b/c"), ("../d/e", "~/d/e"), (home, "~"),
+                        (tmp_path / "f.png", "f.png"), (here, ".")):  # fmt: skip
+        assert short_path(path) == short
+    (here / "a.png").touch()
+    (home / "d").touch()
+    os.symlink(home / "d", here / "link")
+    assert follow("a.png") == Path("a.png") and follow(str(here / "a.png")) == here / "a.png"
+    for path in ("../d", str(home / "d"), "link", "~/d", "no.png", "/dev/zero"):
+        assert follow(path) is None
+
+
+def test_several_processes_save_into_one_folder(tmp_path):
+    """Each image gets a name of its own; a link that leads nowhere is a name that is taken."""
+    os.symlink(tmp_path / "nowhere", tmp_path / "cat-2.png")
+
+    def save() -> None:
+        for _ in range(20):
+            save_new(tmp_path, "cat", IMAGE)
+
+    assert [exit_status(pid) for pid in [fork(save) for _ in range(3)]] == [0] * 3
+    names = set(os.listdir(tmp_path)) - {"cat-2.png"}
+    assert (
+        names == {"cat.png", *(f"cat-{n}.png" for n in range(3, 62))} and not (tmp_path / "nowhere").exists()
+    )
+    assert all(Image.open(tmp_path / name).size == IMAGE.size for name in names)
+    with pytest.raises(OSError, match="disk full"):
+        save_new(tmp_path, "dog", Unsaved())
+    assert not (tmp_path / "dog.png").exists()
+
+
+def test_images_are_compared(tmp_path):
+    save_png(tmp_path / "x.png", IMAGE)
+    assert "identical" in compared(IMAGE, tmp_path / "x.png")
+    other = IMAGE.copy()
+    other.putpixel((3, 4), tuple(255 - value for value in IMAGE.getpixel((3, 4))))
+    most = max(abs(255 - 2 * value) for value in IMAGE.getpixel((3, 4)))
+    assert f"{1 / 2400:.2%}" in (text := compared(other, tmp_path / "x.png")) and f" {most} of" in text
+    assert "(30, 20)" in compared(IMAGE.resize((30, 20)), tmp_path / "x.png")
 
 
 def test_files_that_are_no_images_are_refused(tmp_path):

@@ -76,7 +76,7 @@ def test_command_in_a_new_process_and_its_replay(tmp_path, weights, cat, monkeyp
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert run("--replay", first, "--out", "b") == 0
+    assert run("--replay", first, "--ref", cat, "--weights", weights, "--out", "b") == 0
     second = only(elsewhere / "b", "*seed7.png")
     assert np.array_equal(pixels(first), pixels(second)) and pixels(first).std() > 10
     assert read_record(first) == read_record(second)
@@ -97,12 +97,8 @@ def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
     assert run("--ref", cat, "--weights", weights, "--preset", preset, "--num", 2, "--out", out, *QUICK) == 0
     first = only(out, "*-seed1.png")
     torch.manual_seed(2)
-    assert run("--replay", first, "--out", tmp_path / "again") == 0
-    assert sorted(os.listdir(tmp_path / "again")) == [
-        "a-cat-on-the-beach-at-sunset-seed1.png",
-        "cat-mask.png",
-        "cat-sheet.png",
-    ]
+    assert run("--replay", first, "--ref", cat, "--weights", weights, "--out", tmp_path / "again") == 0
+    assert os.listdir(tmp_path / "again") == ["a-cat-on-the-beach-at-sunset-seed1.png"]
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "again", "*-seed1.png")))
     assert len(read_record(first).batch) == (1 if preset == "release" else 2)
 
@@ -115,7 +111,8 @@ def test_several_scenes_when_none_is_asked_for(tmp_path, weights, cat):
 
 def test_prompts_seeds_and_names(tmp_path, weights, cat):
     lines = tmp_path / "prompts.txt"
-    lines.write_text("A cat, made of Glass!\n\n  two CATS  \na cat in the snow\n", encoding="utf-8")
+    text = "\ufeffA cat, made of Glass!\r\n\n  two\u2028CATS  \n# a dog\na cat in the snow\n"
+    lines.write_text(text, encoding="utf-8", newline="")
     out = tmp_path / "out"
     args = ["--ref", cat, "--weights", weights, "--prompt", "a cat in the snow", "--prompts", lines]
     args += ["--num", 2, "--seed", 5, "--size", "136x72", "--out", out, "--debug", *FAST]
@@ -167,7 +164,7 @@ def test_guidance_interval_is_recorded_and_replayed(tmp_path, weights, cat):
     assert run(*options, "--out", tmp_path / "a") == 0
     first = only(tmp_path / "a", "*-seed0.png")
     assert read_record(first).sample.guidance_interval == (300, 600)
-    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert run("--replay", first, "--ref", cat, "--weights", weights, "--out", tmp_path / "b") == 0
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*-seed0.png")))
 
 
@@ -235,7 +232,7 @@ def test_other_methods_draw_and_replay(tmp_path, weights, cat, method):
     assert run(*options[:4], "--out", tmp_path / "moma", *QUICK) == 0
     first = only(tmp_path / "a", "*-seed0.png")
     assert read_record(first).method_name == method
-    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert run("--replay", first, "--ref", cat, "--weights", weights, "--out", tmp_path / "b") == 0
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*-seed0.png")))
     assert not np.array_equal(pixels(first), pixels(only(tmp_path / "moma", "*-seed0.png")))
 
@@ -244,7 +241,7 @@ def test_text_alone_needs_no_subject(tmp_path, weights):
     options = ["--weights", weights, "--method", "text", "--prompt", "on the beach", *FAST]
     assert run(*options, "--out", tmp_path / "a") == 0
     first = only(tmp_path / "a", "on-the-beach-seed0.png")
-    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    assert run("--replay", first, "--weights", weights, "--out", tmp_path / "b") == 0
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "on-the-beach-seed0.png")))
 
 
@@ -261,7 +258,19 @@ def test_an_older_record_is_replayed(tmp_path, weights, cat):
         info = PngInfo()
         info.add_itxt("moma", json.dumps(settings | {"subject_seed": seed}))
         image.save(tmp_path / "old.png", pnginfo=info)
-        assert run("--replay", tmp_path / "old.png", "--out", tmp_path / f"b{seed}") == status
+        assert (
+            run(
+                "--replay",
+                tmp_path / "old.png",
+                "--ref",
+                cat,
+                "--weights",
+                weights,
+                "--out",
+                tmp_path / f"b{seed}",
+            )
+            == status
+        )
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "b0", "*-seed0.png")))
 
 
@@ -283,12 +292,12 @@ def test_mask_file_is_used_and_replayed(tmp_path, weights):
     mask.save(tmp_path / "m.png")
     args = ["--ref", tmp_path / "dog.png", "--weights", weights, "--prompt", "a dog in the snow", *FAST]
     assert run(*args, "--mask", tmp_path / "m.png", "--out", tmp_path / "a") == 0
-    first = only(tmp_path / "a", "*seed0.png")
-    assert run("--replay", first, "--out", tmp_path / "b") == 0
+    first, given = only(tmp_path / "a", "*seed0.png"), args[:4]
+    assert run("--replay", first, *given, "--mask", tmp_path / "m.png", "--out", tmp_path / "b") == 0
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*seed0.png")))
     (tmp_path / "m.png").rename(tmp_path / "n.png")
-    assert run("--replay", first, "--out", tmp_path / "c") == 2
-    assert run("--replay", first, "--out", tmp_path / "c", "--mask", tmp_path / "n.png") == 0
+    assert run("--replay", first, *given, "--out", tmp_path / "c") == 2
+    assert run("--replay", first, *given, "--out", tmp_path / "c", "--mask", tmp_path / "n.png") == 0
 
 
 # --- masks -------------------------------------------------------------------------------------------
@@ -374,12 +383,11 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     assert np.array_equal(np.asarray(kept.image()), pixels(mask)) and kept.how == "its main object"
 
     mask.unlink()
-    assert run("--replay", first, "--weights", weights, "--out", tmp_path / "b") == 0
+    assert run("--replay", first, "--ref", street, "--weights", weights, "--out", tmp_path / "b") == 0
     assert len(sams) == 1
     second = only(tmp_path / "b", "*seed0.png")
     assert np.array_equal(pixels(first), pixels(second))
     assert read_record(second).segmented == kept
-    assert np.array_equal(np.asarray(kept.image()), pixels(tmp_path / "b" / "toy-mask.png"))
 
 
 def test_objects_points_and_boxes(tmp_path, weights_with_sam, sams, masks_only, street, capsys):
@@ -488,6 +496,19 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --prompts {{}}/empty.txt": "empty.txt",
     f"{CAT_ALONE} --size 100": "100",
     f"{CAT_ALONE} --size 0": " 0",
+    f"{CAT_ALONE} --size 8": " 8",
+    f"{CAT_ALONE} --size 512x16": " 16",
+    f"{CAT_ALONE} --num 10001": "40,004",
+    f"{CAT_ALONE} --subject ''": "subject",
+    f"{CAT_ALONE} --preset ''": "preset ''",
+    f"{CAT_ALONE} --device cpu:1": "cpu:1",
+    f"{CAT_ALONE} --prompts {{}}/link.txt": "gone.txt",
+    f"{CAT_ALONE} --set m_gen_threshold={'[' * 9999}": "m_gen_threshold",
+    f"{CAT_ALONE} --set lambda_init=NaN": "lambda_init",
+    "--ref {}/DSCF.png": "--subject",
+    "--ref {}/Screenshot.png": "--subject",
+    "--ref {}/qXzTeb.png": "--subject",
+    "--replay {}/link.png": "gone.png",
     f"{CAT_ALONE} --size 80000": "80000",
     f"{CAT_ALONE} --size big": "big",
     f"{CAT_ALONE} --steps 0": "steps",
@@ -534,7 +555,9 @@ MISTAKES = {  # {} = the folder of `files`
 @pytest.fixture
 def files(tmp_path, cat) -> Path:
     photo = Image.fromarray(recipe.u8("photo", (90, 120, 3)))
-    for name in ("dog", "IMG_1234", "photo"):
+    for suffix in ("txt", "png"):
+        os.symlink(tmp_path / f"gone.{suffix}", tmp_path / f"link.{suffix}")
+    for name in ("dog", "IMG_1234", "photo", "DSCF", "Screenshot", "qXzTeb"):
         photo.save(tmp_path / f"{name}.png")
     for name, size, value in (("black", (120, 90), 0), ("white", (120, 90), 255), ("tall", (90, 120), 255)):
         Image.new("L", size, value).save(tmp_path / f"{name}.png")
@@ -598,14 +621,118 @@ def test_replay_checks_weights_and_files(tmp_path, weights, cat, capsys, monkeyp
     del manifest["networks"]["adapter"]
     (incomplete / "config.json").write_text(json.dumps(manifest))
     refused("incomplete", "--weights", incomplete)
-    refused("mask", "--mask", cat)
-    refused("--ref", "--ref", first)
-    cat.rename(tmp_path / "moved.png")
-    refused("--ref")
-    weights_then = weights.rename(weights.with_name("moved"))
-    refused("--weights")
-    monkeypatch.undo()
-    args = ["--ref", tmp_path / "moved.png", "--weights", weights_then, "--out", tmp_path / "b"]
-    assert run("--replay", first, *args) == 0
-    assert np.array_equal(pixels(first), pixels(only(tmp_path / "b", "*seed0.png")))
-    weights_then.rename(weights)
+    refused("mask", "--mask", cat, "--weights", weights)
+    refused("--ref", "--ref", first, "--weights", weights)
+    refused("--ref", "--weights", weights)
+    refused("--weights", "--ref", cat)
+    large = tmp_path / "large.png"
+    large.touch()
+    os.truncate(large, 2**40)
+    refused("large.png", "--ref", large, "--weights", weights)
+
+
+@pytest.fixture
+def folder_with_all(tmp_path, weights, cat, monkeypatch) -> Path:
+    """The current folder: cat.png, tiny, and out/ with an image drawn from them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(weights, tmp_path / "tiny")
+    assert run("--ref", "cat.png", "--weights", "tiny", *QUICK) == 0
+    return tmp_path
+
+
+def test_replay_follows_what_lies_in_the_current_folder(folder_with_all, tmp_path, no_weights, capsys):
+    """Named paths elsewhere, also by links or by "..", are read only when the user names them."""
+    first = only(folder_with_all / "out", "*seed0.png")
+    record = read_record(first)
+    assert (record.reference.path, record.weights) == ("cat.png", "tiny")
+    with pytest.raises(AssertionError, match="weights were read"):
+        run("--replay", first)
+    kept = tmp_path.parent / f"{tmp_path.name}-elsewhere.png"
+    shutil.copy(tmp_path / "cat.png", kept)
+    os.symlink(kept, tmp_path / "link.png")
+    for path in (str(kept), f"../{kept.name}", "link.png", "~/cat.png", "no.png"):
+        data = json.loads(Image.open(first).info["moma"])
+        data["reference"]["path"] = path
+        assert run("--replay", edited(first, data, tmp_path / "edited.png")) == 2
+        assert "--ref" in capsys.readouterr().err
+    kept.unlink()
+
+
+def edited(source: Path, data: object, target: Path) -> Path:
+    """The image with other settings."""
+    info = PngInfo()
+    info.add_itxt("moma", data if isinstance(data, str) else json.dumps(data))
+    Image.open(source).save(target, pnginfo=info)
+    return target
+
+
+def test_replay_tells_what_differs(folder_with_all, tmp_path, capsys):
+    """It writes the image alone, no second mask and sheet."""
+    first = only(folder_with_all / "out", "*seed0.png")
+    assert run("--replay", first, "--out", "again") == 0
+    assert f"identical to {first}" in capsys.readouterr().out
+    assert os.listdir("again") == [first.name]
+    changed = Image.open(first)
+    changed.putpixel((1, 2), (0, 0, 0))
+    data = changed.info["moma"]
+    info = PngInfo()
+    info.add_itxt("moma", data)
+    changed.save("changed.png", pnginfo=info)
+    most = np.abs(pixels(first) - pixels(Path("changed.png"))).max()
+    assert run("--replay", "changed.png", "--out", "again") == 0
+    said = capsys.readouterr().out
+    assert f"{1 / pixels(first)[..., 0].size:.2%}" in said and f" {most} of 255" in said
+    Path("cut.png").write_bytes(Path("changed.png").read_bytes()[:-3000])
+    assert run("--replay", "cut.png", "--out", "again") == 0
+    assert "cut.png" in capsys.readouterr().out and len(os.listdir("again")) == 3
+    changed.resize((32, 32)).save("small.png", pnginfo=info)
+    assert run("--replay", "small.png", "--out", "again") == 0
+    assert "(32, 32)" in capsys.readouterr().out
+
+
+def test_file_names_that_are_not_utf8(tmp_path, weights, cat):
+    """Recorded as they are, for the replay."""
+    folder = os.fsencode(tmp_path)
+    photo, out = (os.fsdecode(folder + b"/" + name) for name in (b"caf\xe9.png", b"\xe9out"))
+    shutil.copy(cat, photo)
+    assert run("--ref", photo, "--subject", "cat", "--weights", weights, "--out", out, *QUICK) == 0
+    first = only(Path(out), "*seed0.png")
+    assert read_record(first).reference.path == "caf\udce9.png"
+    assert run("--replay", first, "--ref", photo, "--weights", weights, "--out", out) == 0
+
+
+def test_names_carry_the_subject(tmp_path, weights, cat):
+    """Where the prompt's beginning does not, and within what file systems take."""
+    prompt = "beach " * 9 + "cat"
+    args = ["--ref", cat, "--weights", weights, "--out", tmp_path / "out", *FAST, "--subject"]
+    assert run(*args, "cat", "--prompt", prompt) == 0
+    assert only(tmp_path / "out", "*seed0.png").name.startswith("cat-beach-beach")
+    name = sample._stem("𠮷" * 99, "海" * 99)
+    assert "𠮷" in name and "海" in name and len(f"{name}-seed4294967295-99.png".encode()) < 256
+
+
+def test_a_drawing_that_stops_leaves_images_and_sheet(tmp_path, weights, cat, monkeypatch):
+    real = sample.Pipeline.run
+
+    def stops(*args: object) -> object:
+        results = real(*args)
+        yield next(results)
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(sample.Pipeline, "run", stops)
+    assert run("--ref", cat, "--weights", weights, "--num", 3, "--out", tmp_path / "out", *QUICK) == 2
+    assert (
+        len(list((tmp_path / "out").glob("*seed0.png"))) == 1 and (tmp_path / "out/cat-sheet.png").is_file()
+    )
+
+
+def test_what_is_not_read_as_written_is_noted(tmp_path, weights, cat, masks_only, capsys):
+    def said(*args: object) -> str:
+        capsys.readouterr()
+        assert run("--ref", cat, "--weights", weights, "--out", tmp_path / "out", *FAST, *args) == 130
+        return "".join(line for line in capsys.readouterr().out.splitlines(True) if line.startswith("note"))
+
+    assert "pseudo-random" in (usual := said("--prompt", "a cat in the snow"))
+    assert "77" in said("--prompt", "a cat", "--negative", "zebra " * 80).replace(usual, "")
+    assert "(cat:1.2)" in said("--prompt", "a (cat:1.2) <lora:x:1>").replace(usual, "")
+    assert "[dog]" in said("--prompt", "a cat", "--negative", "[dog]").replace(usual, "")

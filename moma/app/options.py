@@ -6,7 +6,9 @@ that is to be drawn again. Either way mistakes are ValueErrors of one line, befo
 
 import argparse
 import importlib.metadata
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any, get_args
 
 from models.weights.files import read_text
 from moma.app.files import Parser
-from moma.app.record import InputFile, Record, Segmented
+from moma.app.record import MIN_SIDE, InputFile, Record, Segmented, follow
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
+from moma.methods.prompts import plain_text
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
 from moma.sampling.device import DTYPES, choose_device
 from moma.sampling.diffusion import SOLVERS
@@ -27,7 +30,22 @@ from moma.weights.bundle import Bundle
 WEIGHTS = [Path(__file__).parents[2] / "weights" / name for name in ("moma", "mini")]
 # Of the prompts when none is given; MoMA-mini knows them too.
 SCENES = ("on the beach", "in the snow", "in the forest", "at sunset")
-NO_SUBJECTS = {"image", "img", "input", "mask", "photo", "picture", "ref", "reference", "subject"}
+# Names of files that do not say what they show: words for images, and those of cameras, phones and browsers.
+NO_SUBJECTS = {
+    "image", "images", "img", "imag", "mask", "masks", "photo", "photos", "photograph", "foto", "fotos",
+    "picture", "pictures", "pic", "pics", "bild", "bilder", "imagen", "ref", "reference", "subject",
+    "object", "thing", "camera", "dcim", "mvimg", "vid", "burst", "pano", "scan", "snap", "snapshot",
+    "screenshot", "screenshots", "screencast", "screen", "capture", "captura", "bildschirmfoto",
+    "download", "downloads", "downloaded", "unnamed", "untitled", "unbenannt", "unknown", "default",
+    "maxresdefault", "hqdefault", "sddefault", "file", "files", "data", "copy", "kopie", "new", "temp",
+    "tmp", "test", "sample", "input", "output", "result", "results", "final", "original", "edited",
+    "cropped", "resized", "attachment", "received", "whatsapp", "telegram", "facebook", "instagram",
+    "snapchat", "twitter", "pinterest", "google", "avatar", "thumbnail", "thumb", "clipboard", "paste",
+    "pasted", "export", "exported", "render", "index", "source",
+}  # fmt: skip
+LONGEST_WORD = 20  # letters of a subject in a file name; longer ones are codes
+PROMPT_BYTES = 2**20  # of a file of prompts
+MAX_IMAGES = 10_000  # of a run; their noise is drawn first
 MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat images
 # Options whose values a replayed image provides.
 REPLAYED = (
@@ -185,18 +203,26 @@ def _parse_numbers(text: str, count: int, expected: str) -> tuple[int, ...]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """'512' or '768x512' -> (width, height)."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}, expected pixels such as 512 or 768x512")
-    return int(match[1]), int(match[2] or match[1])
+    sides = int(match[1]), int(match[2] or match[1])
+    if min(sides) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"{min(sides)} pixels: expected {MIN_SIDE} or more on each side")
+    return sides
 
 
 def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     """The request that the options make."""
     method = args.method or "moma"
-    config = bundle.method_config(method, args.preset or "default", **dict(args.set or []))
-    subject = args.subject or ("" if args.ref is None else subject_of_file(args.ref))
-    prompts = [*(args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
+    config = bundle.method_config(
+        method, "default" if args.preset is None else args.preset, **dict(args.set or [])
+    )
+    subject = args.subject
+    if subject is None:
+        subject = "" if args.ref is None else subject_of_file(args.ref)
+    subject = " ".join(plain_text(subject).split())
+    prompts = [*map(plain_text, args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     width, height = args.size or (None, None)
     names = ("steps", "solver", "guidance", "guidance_interval", "strength", "batch_size")
     given = {name: getattr(args, name) for name in names}
@@ -213,6 +239,8 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         raise ValueError(f"--seed {seed}: expected 0 to {MAX_SEED - num}")
     article = "an" if subject[:1].lower() in "aeiou" else "a"
     prompts = dict.fromkeys(prompts) or [f"{article} {subject} {scene}" for scene in SCENES]
+    if num * len(prompts) > MAX_IMAGES:
+        raise ValueError(f"{num * len(prompts):,} images: expected at most {MAX_IMAGES:,} in one run")
     return Request(
         method=method,
         config=config,
@@ -220,10 +248,10 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         mask=args.mask,
         pick=Pick(tuple(args.point or ()), args.box, args.object),
         segmented=None,
-        subject=" ".join(subject.split()),
+        subject=subject,
         images=tuple((prompt, s) for prompt in prompts for s in range(seed, seed + num)),
         only=None,
-        negative=args.negative or "",
+        negative=plain_text(args.negative or ""),
         sample=sample,
         dtype=args.dtype,
     )
@@ -269,33 +297,39 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
 
 
 def _recorded_file(option: str, given: Path | None, then: InputFile | None, replayed: Path) -> Path | None:
-    """Where a recorded input file is now."""
+    """Where a recorded input file is now: where the user says, or else inside the current folder."""
     if then is None:
         return None
-    path = given or Path(then.path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give where it is now with --{option}")
+    path = given or follow(then.path)
+    if path is None or not path.is_file():
+        raise ValueError(f"{path or then.path}: no such file here; give where it is now with --{option}")
     if InputFile.of(path).sha256 != then.sha256:
         raise ValueError(f"{path}: not the file that {replayed} was made from; give it with --{option}")
     return path
 
 
 def subject_of_file(path: Path) -> str:
-    """The word that a file's name is, such as cat.png's; ValueError if it is none."""
-    if re.fullmatch(r"[^\W\d_]+", path.stem) and path.stem.lower() not in NO_SUBJECTS:
-        return path.stem.lower()
+    """The word that a file's name is, such as cat.png's; ValueError if it is none, as those that cameras and
+    browsers give."""
+    word = plain_text(os.fsencode(path.stem).decode("utf-8", "replace"))
+    letters = word[:1].isalpha() and all(c.isalpha() or unicodedata.category(c)[0] == "M" for c in word)
+    typed = word in (word.lower(), word.title(), word.upper()) and len(word) <= LONGEST_WORD
+    coded = word.isascii() and (len(word) == 1 or not re.search("[aeiouy]", word.lower()))  # as DSCF, PXL
+    if letters and typed and not coded and word.lower() not in NO_SUBJECTS:
+        return word.lower()
     raise ValueError(f"what does {path} show? Give it with --subject, e.g. --subject cat")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file, without empty ones."""
+    """The lines of a file, without empty ones and comments, which begin with #."""
     try:
-        lines = [line.strip() for line in read_text(path).split("\n")]
+        text = read_text(path, PROMPT_BYTES)
     except ValueError as error:
         raise ValueError(f"--prompts {error}") from None
-    if not any(lines):
-        raise ValueError(f"--prompts {path}: is empty, expected one prompt per line")
-    return [line for line in lines if line]
+    lines = [plain_text(line).strip() for line in text.split("\n")]
+    if found := [line for line in lines if line and not line.startswith("#")]:
+        return found
+    raise ValueError(f"--prompts {path}: is empty, expected one prompt per line")
 
 
 def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:

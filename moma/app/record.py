@@ -4,35 +4,70 @@ import base64
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from models.weights.files import atomic_write, parse_json
+from models.weights.files import atomic_write, check_file, parse_json
 from moma.inputs.preprocess import INPUT, open_mask
 from moma.methods import find_method
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_types
 
 CHUNK = "moma"  # key of the PNG text chunk
 STAMP = "moma-stamp"  # another key: a text that identifies a file's origin
 FORMAT, VERSION = "moma-picture", 1
 RECORDS = ("PNG",)  # formats of files that hold settings
+FILE_BYTES = 2**29  # of a file that an image is made from: 80 megapixels take as much in most formats
+MAX_SEED = 2**63 - 1  # of a record: what torch's generators take
+MIN_SIDE = 32  # pixels of an image; nothing can be recognised in less
+
+
+def short_path(path: str | Path) -> str:
+    """A path as records hold it, without the places of this machine: from the current folder or the user's
+    home ("~/...") on, elsewhere the name alone."""
+    full = Path(os.path.abspath(path))
+    for base, start in ((Path.cwd(), ""), (Path("~").expanduser(), "~")):
+        if full.is_relative_to(base) and base != base.parent:
+            return Path(start, full.relative_to(base)).as_posix()
+    return full.name
+
+
+def follow(text: str) -> Path | None:
+    """A path of a record if it leads to something inside the current folder, links followed; else None: files
+    elsewhere are read when the user names them."""
+    here = Path.cwd().resolve()
+    path = (here / text).resolve()
+    return Path(text) if path.is_relative_to(here) and path.exists() else None
 
 
 @dataclass(frozen=True)
 class InputFile:
     """A file that an image was made from."""
 
-    path: str  # as the user gave it
+    path: str  # as the user gave it; in records `short_path` of that
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def of(cls, path: str | Path) -> Self:
-        return cls(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        """ValueError for a file that is too large for an image."""
+        with Path(path).open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > FILE_BYTES:
+                raise ValueError(f"{path}: {size:,} bytes, expected an image of at most {FILE_BYTES:,}")
+            return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
+
+    def shortened(self) -> Self:
+        """As a record holds it."""
+        return replace(self, path=short_path(self.path))
 
 
 @dataclass(frozen=True)
@@ -42,6 +77,9 @@ class Segmented:
 
     how: str  # the hint that SAM was given
     png: str  # base64, one bit per pixel
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def of(cls, mask: Image.Image, how: str) -> Self:
@@ -75,13 +113,25 @@ class Record:
     mask: InputFile | None  # None: found in the reference itself
     weights: str  # the bundle's folder
     weight_hashes: Mapping[str, str]  # file -> sha256
-    dtype: str  # bf16, fp16, fp32
+    dtype: Literal["bf16", "fp16", "fp32"]
     device: str
     versions: Mapping[str, str]  # package -> version
     segmented: Segmented | None = None  # the mask if it is SAM's
 
+    def __post_init__(self) -> None:
+        """ValueError for a value of the wrong type, or a seed or batch that cannot be drawn."""
+        check_types(self)
+        if (self.prompt, self.seed) not in self.batch or len(self.batch) > self.sample.batch_size:
+            raise ValueError("the image is not in its own batch, or that is larger than the batch size")
+        if small := [side for side in (self.sample.height, self.sample.width) if side and side < MIN_SIDE]:
+            raise ValueError(f"a side of {small[0]} pixels: expected {MIN_SIDE} or more")
+        if wrong := [seed for _, seed in self.batch if not 0 <= seed <= MAX_SEED]:
+            raise ValueError(f"seed {wrong[0]}: expected 0 to {MAX_SEED}")
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False)
+        """What UTF-8 lacks, in names of files, is escaped as JSON does it."""
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False)
+        return text.encode("utf-8", "backslashreplace").decode()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -89,27 +139,52 @@ class Record:
         try:
             data: dict[str, Any] = parse_json(text, "settings")
             found = (data.pop("format"), data.pop("version"))
-            if found != (FORMAT, VERSION):
-                raise ValueError(f"format {found}, expected {(FORMAT, VERSION)}")
+            if repr(found) != repr((FORMAT, VERSION)):
+                raise ValueError(f"format {found!r:.100}, expected {(FORMAT, VERSION)}")
             data["batch"] = tuple((prompt, seed) for prompt, seed in data["batch"])
-            data["sample"] = SampleConfig(**data["sample"])
-            if seed := data.pop("subject_seed", 0):
-                raise ValueError(f"subject_seed {seed}: only 0 can be drawn again")
+            sample = {"grid": "leading", **data["sample"]}  # of images from before there was a choice
+            sample.pop("max_side", None)  # the limit is this program's
+            data["sample"] = SampleConfig(**sample)
+            if repr(seed := data.pop("subject_seed", 0)) != "0":
+                raise ValueError(f"subject_seed {seed!r:.100}: only 0 can be drawn again")
             data.setdefault("method_name", "moma")
-            data["method"] = find_method(data["method_name"]).method.configure(**data["method"])
-            data["reference"] = InputFile(**data["reference"]) if data["reference"] else None
-            data["mask"] = InputFile(**data["mask"]) if data["mask"] else None
-            data["segmented"] = Segmented(**data["segmented"]) if data.get("segmented") else None
-            record = cls(**data)
-            texts = [record.subject, record.prompt, record.negative]
-            texts += [record.segmented.how, record.segmented.png] if record.segmented else []
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError("subject, prompt, negative prompt and mask are not all texts")
-            if (record.prompt, record.seed) not in record.batch:
-                raise ValueError("the image is not in its own batch")
-            return record
+            data["method"] = find_method(data["method_name"]).method.configure("default", **data["method"])
+            for name, kind in (("reference", InputFile), ("mask", InputFile), ("segmented", Segmented)):
+                known = data.setdefault(name, None) if name == "segmented" else data[name]
+                data[name] = None if known is None else kind(**known)
+            return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"settings of another version or damaged ({error})") from None
+            raise ValueError(f"settings of another version or damaged ({error!s:.300})") from None
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A PNG path that nothing had, reserved by an empty file, so that runs may share a folder."""
+    for n in count(1):
+        path = folder / f"{stem}-{n}.png" if n > 1 else folder / f"{stem}.png"
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def save_new(folder: Path, stem: str, image: Image.Image, record: Record | None = None) -> Path:
+    """Write a PNG under a name of its own, and return it.
+
+    Args:
+        folder: for the file.
+        stem: of its name; a number follows where it is taken.
+        image: any image.
+        record: for `read_record`.
+    """
+    path = free_path(folder, stem)
+    try:
+        save_png(path, image, record)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def save_png(
@@ -145,16 +220,34 @@ def read_stamp(path: Path) -> str | None:
 def read_record(path: str | Path) -> Record:
     """The record in a PNG of `save_png`; ValueError for any other file."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"image {str(path)!r}: no such file")
+    try:
+        check_file(path)
+    except ValueError as error:
+        raise ValueError(f"image {error}") from None
+    what = f"image {str(path)!r}"
     try:
         with Image.open(path, formats=RECORDS) as image:
             text = image.info.get(CHUNK)
-    except (OSError, SyntaxError):
-        raise ValueError(f"image {str(path)!r} is not an image: expected a PNG of sample.py") from None
+    except (OSError, SyntaxError, ValueError):
+        raise ValueError(f"{what} is not an image: expected a PNG of sample.py") from None
     if not isinstance(text, str):
-        raise ValueError(f"image {str(path)!r} has no settings in it: expected an unedited PNG of sample.py")
+        raise ValueError(f"{what} has no settings in it: expected an unedited PNG of sample.py")
     try:
         return Record.from_json(text)
     except ValueError as error:
-        raise ValueError(f"image {str(path)!r}: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
+
+
+def compared(image: Image.Image, path: Path) -> str:
+    """What an image is to a PNG that it repeats, in words: identical, or by how much it differs."""
+    try:
+        with Image.open(path, formats=RECORDS) as other:
+            if (other.size, other.mode) != (image.size, image.mode):
+                return f"differs from {path}: {other.size} {other.mode}, now {image.size} {image.mode}"
+            gap = np.abs(np.asarray(image, dtype=np.int16) - np.asarray(other, dtype=np.int16))  # (H, W, 3)
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"cannot be compared with {path}: its pixels are damaged ({error})"
+    if not gap.any():
+        return f"identical to {path}"
+    share = gap.any(axis=2).mean()
+    return f"differs from {path} in {share:.2%} of the pixels, by {gap.max()} of 255 at most"

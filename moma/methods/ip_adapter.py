@@ -24,7 +24,7 @@ from moma.methods.moma.config import DEFAULT
 from moma.methods.moma.training import check_embeddings, start_adapter
 from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, TextToImage, half
 from moma.sampling.base import NETWORKS, Base
-from moma.sampling.config import SampleConfig, check_types
+from moma.sampling.config import LARGEST, SampleConfig, check_types
 from moma.sampling.diffusion import SolverStep
 from moma.sampling.finite import check_finite
 from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime, State, StepInputs
@@ -41,6 +41,11 @@ class IPAdapterConfig(TextConfig):
     # The image encoder it was trained with: its authors' (the bundle's "ip_vision"), or LLaVA's image tower
     # before its projection ("vision"), which train.py uses.
     encoder: Literal["ip_vision", "vision"] = "ip_vision"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.scale <= LARGEST:
+            raise ValueError(f"scale {self.scale}: expected a finite number, 0 or more")
 
 
 class IPAdapter(nn.Module):

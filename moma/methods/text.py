@@ -31,6 +31,8 @@ class TextConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not 0 <= self.mask_binarise_above <= 1:
+            raise ValueError(f"mask_binarise_above {self.mask_binarise_above}: expected 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)

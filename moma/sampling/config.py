@@ -12,6 +12,7 @@ from models.weights.files import parse_json
 
 TIMESTEPS = 1000  # of the forward process, as in Stable Diffusion: t is 0 to 999
 SHOWN = 100  # characters of a wrong value in a message
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_types(config: Any) -> None:
@@ -21,12 +22,11 @@ def check_types(config: Any) -> None:
         if not _fits(value := getattr(config, name), hint := hints[name]):
             choices = get_args(hint) if get_origin(hint) is Literal else ()
             expected = " or ".join(map(repr, choices)) or (hint.__name__ if isinstance(hint, type) else hint)
-            finite = ", a finite number" if hint is float else ""
-            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected {expected}{finite}")
+            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected {expected}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a field: a class, a finite float, Literal, T | None, or a tuple or a
+    """Whether a value has the type of a field: a class, float, Literal, T | None, or a tuple or a
     mapping of such."""
     kinds = get_args(hint)
     if hint is Any:
@@ -44,8 +44,7 @@ def _fits(value: Any, hint: Any) -> bool:
             _fits(part, kind) for item in value.items() for part, kind in zip(item, kinds, strict=True)
         )
     if hint is float:
-        number = isinstance(value, float) or _fits(value, int)
-        return number and abs(value) <= torch.finfo(torch.float32).max  # finite, also for a network
+        return isinstance(value, float) or (_fits(value, int) and abs(value) <= LARGEST)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
@@ -81,7 +80,6 @@ class SampleConfig:
     # Timesteps (`moma.sampling.diffusion.timesteps`): "leading" for images whose records name no grid.
     grid: Literal["even", "leading"] = "even"
 
-    min_side: ClassVar[int] = 32  # pixels; nothing can be recognised in less
     max_batch: ClassVar[int] = 1024
 
     def __post_init__(self) -> None:
@@ -99,12 +97,12 @@ class SampleConfig:
         """ValueError for settings that cannot work; factor: pixels per latent (8 for Stable Diffusion)."""
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side is None or not self.min_side <= side <= self.max_side or side % factor:
-                limits = f"from {self.min_side} to {self.max_side} pixels"
-                raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limits}")
+            if side is None or not 0 < side <= self.max_side or side % factor:
+                limit = f"up to {self.max_side} pixels"
+                raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limit}")
         for name in ("guidance", "strength"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= TIMESTEPS:
             expected = f"two timesteps of 0 to {TIMESTEPS}, the lower first"

@@ -14,10 +14,9 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         raise ValueError(f"device {name!r} is not available here: use --device {accelerator or 'cpu'}")
-    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(
-            f"device {name!r}: there are {torch.accelerator.device_count()} {device.type} devices"
-        )
+    there = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if (device.index or 0) >= there:
+        raise ValueError(f"device {name!r}: expected a number from 0 to {there - 1}")
     return device
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moma.inputs.preprocess import ReferenceConfig
-from moma.sampling.config import check_types
+from moma.sampling.config import LARGEST, TIMESTEPS, check_types
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class MethodConfig(ReferenceConfig):
         for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps", "m_gen_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
+        if not 0 <= self.subject_below_t <= TIMESTEPS:
+            raise ValueError(f"subject_below_t {self.subject_below_t}: expected 0 to {TIMESTEPS}")
+        if not abs(self.lambda_init) <= LARGEST:
+            raise ValueError(f"lambda_init {self.lambda_init}: expected a finite number")
 
     def check(
         self, attention_layers: int, mllm_layers: int | None, text_tokens: int, learnable_token: bool
