@@ -387,3 +387,10 @@ def test_each_reference_in_turn(run: Run, unet: Counted) -> None:
     assert changed == {name for name in pixels[0] if name.endswith("-1.png")}
     settings = json.loads((run.folder / SETTINGS).read_text())
     assert settings["protocol"]["reference"] == "each" and settings["name"] == "moma"
+
+
+def test_the_grid_is_a_setting_where_it_matters(run: Run) -> None:
+    """A folder from before there was a choice goes on where its images are the same."""
+    for steps, solver, named in ((50, "ddim", False), (30, "ddim", True), (50, "dpm", True)):
+        settings = replace(run, sample=replace(run.sample, steps=steps, solver=solver)).settings
+        assert ("grid" in settings["sample"]) == named

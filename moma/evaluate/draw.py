@@ -37,7 +37,7 @@ from moma.load import load_pipeline
 from moma.methods import find_method
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import dtype_name
-from moma.sampling.diffusion import History, ScheduleConfig, solver_steps
+from moma.sampling.diffusion import History, ScheduleConfig, solver_steps, timesteps
 from moma.sampling.interface import Job, Runtime
 from moma.sampling.pipeline import Pipeline
 from moma.sampling.sampler import Step
@@ -75,6 +75,9 @@ class Run:
         sample = {name: value for name, value in asdict(self.sample).items() if name not in NO_EFFECT}
         if self.batch_dependent:
             sample["batch_size"] = self.sample.batch_size
+        call = ScheduleConfig(), self.sample.steps, self.sample.solver
+        if timesteps(*call, "even") == timesteps(*call, "leading"):
+            del sample["grid"]
         names = ("context_strength", "texture_strength", "reference")
         return {
             "name": self.name,
