@@ -1,8 +1,10 @@
 """Training data: both sources, damaged samples, the stream's order and positions, the shard writer."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections import Counter
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 from moma.data.shards import ReadConfig, ShardWriter, read_shard
-from moma.data.stream import Item, StreamConfig, batches, once, stream
+from moma.data.stream import Item, KeptBack, StreamConfig, batches, once, skipped_so_far, stream
 from moma.data.triplets import ShardSource, SkipLog, Source, Triplet, load, open_source
 from tests import recipe
 
@@ -185,6 +187,41 @@ def test_refused_places(tmp_path):
         open_source([])
 
 
+def test_fingerprint_notices_what_changes_in_place(tmp_path):
+    """Images exchanged, one byte of the same size, a file that goes or comes; not a copy elsewhere."""
+    for name, source in (
+        ("folder", open_source(write_folder(tmp_path / "folder", 3))),
+        ("shards", open_source(write_shards(tmp_path / "shards", [2, 3]))),
+    ):
+        names = source.shards if name == "shards" else ("0.jpg", "1.jpg")
+        files = [tmp_path / name / file for file in names]
+        first, digests = source.fingerprint(), source.digests(0, 2)
+        contents = [file.read_bytes() for file in files]
+        swapped = contents[::-1]
+        middle = len(contents[0]) // 2
+        other = bytes([contents[0][middle] ^ 1])
+        flipped = [contents[0][:middle] + other + contents[0][middle + 1 :], contents[1]]
+        for changed in (swapped, flipped, [None, contents[1]]):
+            for file, content in zip(files, changed, strict=True):
+                file.unlink() if content is None else file.write_bytes(content)
+            assert source.fingerprint() != first and source.digests(0, 2)[0] != digests[0], name
+            for file, content in zip(files, contents, strict=True):
+                file.write_bytes(content)
+            assert source.fingerprint() == first and source.digests(0, 2) == digests
+            assert source.names() == open_source(tmp_path / name).names()
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-copy")
+        assert open_source(tmp_path / f"{name}-copy").fingerprint() == first
+
+
+def test_unchanged_files_are_hashed_once(tmp_path, monkeypatch):
+    write_folder(tmp_path, 3)
+    for path in tmp_path.iterdir():
+        os.utime(path, (1e9, 1e9))  # long ago: it does not change in this moment
+    first = open_source(tmp_path).fingerprint()
+    monkeypatch.setattr("hashlib.file_digest", lambda *args: pytest.fail("read again"))
+    assert open_source(tmp_path).fingerprint() == first
+
+
 def test_fingerprint(tmp_path, six):
     folder = write_folder(tmp_path / "a", 3)
     first = open_source(folder).fingerprint()
@@ -304,13 +341,83 @@ def test_shards_that_break(tmp_path):
         raws = list(read_shard(tmp_path / "x.tar"))
         assert [raw.fault is None for raw in raws] == [True] * complete + [False], cut
         assert raws[-1].key == (str(complete) if cut else "") and "cut off or damaged" in raws[-1].fault
-    (tmp_path / "x.tar").write_bytes(whole[: blocks[4]] + b"x" * 512 + whole[blocks[4] + 512 :])
-    assert [raw.fault is None for raw in read_shard(tmp_path / "x.tar")] == [True, False]
+        assert raws[-1].rest
+    # Overwritten: from a header of a sample on, from its first one, all of it, up to the end.
+    for first, last, lost in ((4, 5, 1), (3, 4, 1), (3, 6, 1), (0, 1, 1), (5, 7, 2), (8, 9, 1)):
+        start, stop = blocks[first], [*blocks, end][last]
+        (tmp_path / "x.tar").write_bytes(whole[:start] + b"x" * (stop - start) + whole[stop:])
+        source = open_source(tmp_path / "x.tar")
+        items, skips = list(once(source, transform=number, skips=SkipLog([].append))), SkipLog([].append)
+        assert len(items) == 3 - lost, (first, last)
+        list(once(source, transform=number, skips=skips))
+        assert skips.total == lost, (first, last, skips.reasons)
     write_tar(tmp_path / "y.tar", good("y", 40))
     source, skips = open_source(tmp_path), SkipLog([].append)
     (tmp_path / "x.tar").unlink()
     assert [item.sample for item in once(source, transform=number, skips=skips)] == [40]
     assert list(skips.reasons) == ["x.tar:"] and "No such file" in skips.reasons["x.tar:"]
+
+
+def sparse(name: str, size: int) -> bytes:
+    """A member of one header whose content is a hole."""
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.GNUTYPE_SPARSE
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    for place in (386, 483):  # the length of the hole, the size of the file
+        head[place : place + 12] = b"%011o\0" % size
+    head[398:410], head[482], head[148:156] = b"%011o\0" % 0, 0, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def test_holes_are_not_filled(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"".join(sparse(f"{i}.jpg", 2**26) for i in range(9)) + bytes(1024))
+    raws = list(open_source(tmp_path / "x.tar").read(0))
+    assert len(raws) == 9 and all("holes" in raw.fault and raw.nbytes == 0 for raw in raws)
+
+
+def test_links_of_a_shard_are_not_followed(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEGS[0])
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "s.jpg"), (tarfile.LNKTYPE, "h.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, f"{tmp_path}/a.jpg"
+            archive.addfile(info)
+    assert list(read_shard(tmp_path / "x.tar")) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_fault_that_passes_is_tried_again(tmp_path, monkeypatch, kind):
+    """A disk or network fails some reads: all samples come, once each. A lasting fault is not waited for."""
+    source = open_source(write_folder(tmp_path, 4) if kind == "folder" else write_shards(tmp_path, [4]))
+    source.cfg = ReadConfig(pause=0.001, buffer_bytes=2048)
+    if kind == "shard":
+        opened, real = [], Path.open
+
+        class Failing(io.FileIO):
+            def read(self, size: int = -1) -> bytes:
+                if self.tell() >= 4096 * len(opened):
+                    raise OSError(errno.EIO, "fault")
+                return super().read(size)
+
+        def failing(path: Path, *args: object, **options: object) -> object:
+            opened.append(path)
+            return Failing(path) if len(opened) in (1, 2) else real(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", failing)
+    else:
+        real_read, calls = Path.read_bytes, []
+
+        def read_bytes(path: Path) -> bytes:
+            calls.append(path)
+            if len(calls) % 3:
+                raise OSError(errno.EIO, "fault")
+            return real_read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    skips = SkipLog([].append)
+    assert [item.sample for item in once(source, transform=number, skips=skips)] == [0, 1, 2, 3]
+    assert not skips.total
 
 
 def test_nothing_usable(tmp_path):
@@ -411,12 +518,79 @@ def test_the_global_generator_is_left_alone(six):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.filterwarnings("ignore:4 lanes")
 @pytest.mark.parametrize(
-    ("rank", "world", "workers"), [(0, 3, 0), (0, 1, 3), (0, 4, 2), (4, 4, 0), (-1, 2, 0)]
+    ("world", "workers"),
+    [(3, 0), (8, 0), (2, 3), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((6, 0), (5, 2), (16, 1)))],
 )
-def test_lanes_must_divide(six, rank, world, workers):
-    with pytest.raises(ValueError, match="4 lanes"):
-        stream(six, CFG, rank, world, workers)
+def test_more_ranks_than_lanes(six, world, workers):
+    """Or such as do not divide them: the same samples, and the same ones after a continuation by others."""
+    expected = take(stream(six, CFG, transform=number), 96)
+    items = []
+    for rank in range(world):
+        items += islice(stream(six, CFG, rank, world, workers, transform=number), 2)
+        assert [(i.number, i.sample) for i in items[-2:]] == expected[rank : 2 * world : world]
+    position = {}
+    for item in sorted(items, key=lambda item: item.number):
+        position |= item.position
+    for other in (1, 4, world, 2 * world):
+        rests = [stream(six, CFG, rank, other, 0, position, number) for rank in range(other)]
+        got = sorted(pair for rest in rests for pair in take(rest, 2))
+        assert got == expected[2 * world : 2 * world + 2 * other]
+
+
+def test_sharing_a_lane_is_told(six):
+    with pytest.warns(UserWarning, match=r"4 lanes for 24 readers.* 6 times"):
+        next(stream(six, CFG, 0, 8, 3))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(4, 4), (-1, 2)])
+def test_ranks_are_counted_from_0(six, rank, world):
+    with pytest.raises(ValueError, match=f"rank {rank}"):
+        stream(six, CFG, rank, world)
+
+
+def test_a_window_in_little_memory(six):
+    """Samples that wait on the disk come in the same order, and so after a continuation."""
+    expected = list(islice(stream(six, CFG, transform=number), 40))
+    for limit in (0, 2000):
+        small = replace(CFG, window_bytes=limit)
+        assert take(stream(six, small, transform=number), 40) == [(i.number, i.sample) for i in expected]
+        position = {}
+        for item in expected[:9]:
+            position |= item.position
+        rest = stream(six, small, start=position, transform=number)
+        assert take(rest, 4) == [(i.number, i.sample) for i in expected[9:13]]
+
+
+def test_too_many_skipped(tmp_path):
+    """The stream ends with one line that names the field; few may be missing anywhere."""
+    source = open_source(write_folder(tmp_path, 20))
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").unlink()
+    told: list[str] = []
+    with pytest.raises(ValueError, match=r"max_skipped 0\.1") as error:
+        list(islice(stream(source, CFG, skips=SkipLog(told.append, limit=0.1)), 400))
+    assert "\n" not in str(error.value) and len(told) == 4
+    list(islice(stream(source, CFG, skips=SkipLog(told.append, limit=0.25)), 400))
+    items = list(islice(stream(source, CFG, skips=SkipLog(told.append)), 160))
+    position = {}
+    for item in items:
+        position |= item.position
+    lost, read = skipped_so_far(position)
+    assert lost == sum(len(item.skipped) for item in items) > 20 and read == 160 + lost
+
+
+def test_kept_back_samples_are_no_skipped_ones(six):
+    def odd(triplet: Triplet) -> int:
+        if (i := number(triplet)) % 2 == 0:
+            raise KeptBack
+        return i
+
+    skips, position = SkipLog([].append, limit=0.0, slack=0), {}
+    for item in islice(stream(six, CFG, transform=odd, skips=skips), 30):
+        position |= item.position
+    assert skips.total == 0 and skipped_so_far(position)[0] == 0
 
 
 # --- positions ---------------------------------------------------------------------------------------

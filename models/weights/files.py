@@ -1,17 +1,23 @@
 """Files that others wrote, read within bounds, and files that appear under their names only when complete."""
 
+import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEXT_BYTES = 2**25  # of a text or JSON file: the largest public ones, vocabularies, take 2**22
 DEPTH = 64  # of nested lists and objects in JSON; public files have 8
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks that Windows shells write
+MEMORY_BYTES = 2**30  # of remembered hashes, some 150 of them for each file
+HASHERS = 8  # threads that hash files
+UNSETTLED = 2 * 10**9  # nanoseconds in which a file may change again and keep its time of change
 PART = re.compile(r"\.[0-9a-f]{16}\.part")  # temporary names
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -84,6 +90,55 @@ def parse_json(text: str | bytes, name: str) -> Any:
     if level:
         raise ValueError(f"{name}: nested deeper than {DEPTH}")
     return data
+
+
+# --- what files hold -----------------------------------------------------------------------------------
+
+
+class Hashes:
+    """Hashes of files, remembered with size and time of change, so that a file is read once.
+
+    What lies beside a file is not believed: only what this has computed itself.
+    """
+
+    def __init__(self, memory: Path | None) -> None:
+        """memory: file to keep them in, such as one in the user's own folder; None = this object alone."""
+        self.memory, self.known = memory, {}
+        if memory is not None and memory.is_file():
+            with suppress(ValueError):
+                self.known = read_object(memory, MEMORY_BYTES)
+
+    def of(self, paths: Sequence[Path]) -> list[str]:
+        """sha256 of each file, "" where there is none; OSError if one cannot be read."""
+        before = dict(self.known)
+        with ThreadPoolExecutor(HASHERS) as pool:  # Python's lock is released while a file is hashed
+            found = list(pool.map(self._one, paths))
+        if self.memory is not None and self.known != before:
+            with suppress(OSError):
+                self.memory.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.memory) as part:
+                    part.write_text(json.dumps(self.known), encoding="utf-8")
+        return found
+
+    def _one(self, path: Path) -> str:
+        if not path.is_file():
+            return ""
+        stat, name = path.stat(), str(path.absolute())
+        known = self.known.get(name)
+        if isinstance(known, list) and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return known[2]
+        with naming(path), path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if time.time_ns() - stat.st_mtime_ns > UNSETTLED:
+            self.known[name] = [stat.st_size, stat.st_mtime_ns, digest]
+        return digest
+
+
+def user_cache() -> Path | None:
+    """This user's folder for what can be computed again; None for a user without a home."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma"
+    return None
 
 
 # --- writing -----------------------------------------------------------------------------------------

@@ -5,16 +5,21 @@ A sample consists of adjacent members in any order: `<key>.jpg` (or another of `
 `<key>.ref.jpg` and `<key>.refmask.png`. Other members are ignored.
 """
 
+import errno
 import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 # Suffix of a member's name -> field of the sample.
@@ -26,6 +31,9 @@ SHARD_NAME = re.compile(r"(\d{5})\.tar")
 PART_NAME = re.compile(r"\.\d{5}\.tar\.part")
 # A key ends at its first dot, and a slash would be a folder.
 KEY = re.compile(r"[\w-]+")
+# Errors of a path, not of the disk: they do not pass while a command waits.
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+LASTING_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class ReadConfig:
 
     file_bytes: int = 2**27  # of one image, mask or JSON file; the largest camera JPEGs take 2**26
     buffer_bytes: int = 2**20  # per read of a shard: network disks are slow with small reads
+    retries: int = 3  # of a read that a disk or network fails
+    pause: float = 1.0  # seconds before the first retry; doubled for each further one
 
 
 READ = ReadConfig()
@@ -46,59 +56,133 @@ class Raw:
     key: str
     fields: dict[str, bytes] = field(default_factory=dict)  # value of `FIELDS` -> file content
     fault: str | None = None  # why it cannot be a sample
+    rest: bool = False  # the fault is that of all samples from here on
+    again: bool = False  # the fault may pass
+
+    @property
+    def whole(self) -> bool:
+        """Whether it lacks no file that a sample must have."""
+        return {"image", "mask", "json"} <= self.fields.keys()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.fields.values()))
 
 
-class _StrictHeader(tarfile.TarInfo):
-    """Raises for damage and for a missing end, which tarfile takes for the end of the archive."""
+class _End(Exception):
+    """A shard's own end."""
+
+
+class _Header(tarfile.TarInfo):
+    """Tells the end of an archive from damage and from a missing end, which tarfile takes for it."""
+
+    damage: list[str] | None = None  # blocks that are no headers, which tarfile then skips; None: refused
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:
+            if cls.damage == []:
+                raise _End from None
+            raise
+        except tarfile.InvalidHeaderError as error:
+            if cls.damage is None:
+                raise tarfile.ReadError(str(error)) from None
+            cls.damage.append(str(error))
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 
 
+def retried(read: Callable[[], T], cfg: ReadConfig = READ) -> T:
+    """What `read` returns; an OSError of a disk or a network, which may pass, is tried again."""
+    for attempt in range(cfg.retries):
+        try:
+            return read()
+        except LASTING:
+            raise
+        except OSError as error:
+            if error.errno in LASTING_CODES:
+                raise
+            time.sleep(cfg.pause * 2**attempt)
+    return read()
+
+
 def read_shard(path: Path, cfg: ReadConfig = READ) -> Iterator[Raw]:
     """Stream a shard's samples in order.
 
-    Never raises: if the shard cannot be read on, the last `Raw` has a fault in place of the broken sample.
+    Never raises: a sample that is damaged is a `Raw` with a fault, and so is the rest of a shard that cannot
+    be read on.
     """
-    sample: Raw | None = None
+    samples, done = _samples(path, cfg), 0
+
+    def again() -> Raw | None:
+        nonlocal samples
+        try:
+            return next(samples, None)
+        except OSError:  # a generator ends with its error
+            samples = islice(_samples(path, cfg), done, None)
+            raise
+
     try:
-        with (
-            path.open("rb", buffering=0) as file,
-            tarfile.open(fileobj=file, mode="r|", bufsize=cfg.buffer_bytes, tarinfo=_StrictHeader) as archive,
-        ):
+        while (sample := retried(again, cfg)) is not None:
+            done += 1
+            yield sample
+    except OSError as error:
+        yield Raw("", fault=f"the shard cannot be read on ({error})", rest=True, again=True)
+
+
+def _samples(path: Path, cfg: ReadConfig) -> Iterator[Raw]:
+    """As `read_shard`, but raises OSError."""
+    damage: list[str] = []
+    gap: str | None = None  # why samples may be missing before this one
+    header = type("Header", (_Header,), {"damage": damage})
+    sample: Raw | None = None
+    options = {"mode": "r|", "bufsize": cfg.buffer_bytes, "tarinfo": header, "ignore_zeros": True}
+    try:
+        with path.open("rb", buffering=0) as file, tarfile.open(fileobj=file, **options) as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 if not member.isreg() or not stem:  # hidden files belong to no sample
                     continue
                 key = f"{folder}/{stem}" if folder else stem
-                if sample is None or key != sample.key:
+                hurt = f"the shard is damaged here ({damage[0]}): write it again" if damage else None
+                damage.clear()
+                if sample is not None and key == sample.key:
+                    sample.fault = sample.fault or hurt
+                else:
                     if sample is not None:
-                        yield sample
+                        yield from _finished(sample, gap)
+                        gap = hurt if sample.whole else None
                     sample = Raw(key)
                 kind = FIELDS.get(suffix.lower())
                 if kind is None:
                     continue
                 if kind in sample.fields:
                     sample.fault = f"it has two files for its {kind}: expected one"
+                elif member.issparse():
+                    sample.fault = f"{name} is stored with holes: expected a plain member"
                 elif member.size > cfg.file_bytes:
                     sample.fault = f"{name} has {member.size:,} bytes: expected at most {cfg.file_bytes:,}"
                 else:
                     content = archive.extractfile(member)
                     assert content is not None  # it is a regular file
                     sample.fields[kind] = content.read()
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except _End:
+        if sample is not None:
+            yield from _finished(sample, gap)
+    except (tarfile.TarError, EOFError, ValueError) as error:
         fault = f"the shard is cut off or damaged from here on ({error}): write it again"
-        yield Raw("" if sample is None else sample.key, fault=fault)
-        return
-    if sample is not None:
-        yield sample
+        yield Raw("" if sample is None else sample.key, fault=fault, rest=True)
+
+
+def _finished(sample: Raw, gap: str | None) -> Iterator[Raw]:
+    """A sample, behind what is lost before it: where damage lies between two that lack nothing, others."""
+    if gap and sample.whole:
+        yield Raw("", fault=gap)
+    yield sample
 
 
 class ShardWriter:
@@ -232,7 +316,7 @@ class ShardWriter:
 def _keys(path: Path) -> set[str]:
     """Keys of a complete shard, from its headers."""
     try:
-        with tarfile.open(path, "r:", tarinfo=_StrictHeader) as archive:
+        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
             return {name.partition(".")[0] for name in archive.getnames()}
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"shard {str(path)!r} is cut off or damaged ({error}): delete it") from None

@@ -3,14 +3,19 @@
 The order is the same for any number of ranks and workers. The samples are spread over L lanes. A unit is a
 shard, or a part of one if there are fewer shards than lanes. Each epoch shuffles the units and deals them out
 to the lanes; a lane reads its units one by one and shuffles within windows of W samples. Sample n of the
-stream is number n // L of lane n % L. Each rank, and each worker within it, owns whole lanes, and a lane's
-order depends on the seed only.
+stream is number n // L of lane n % L, and a lane's order depends on the seed only. Each rank, and each worker
+within it, owns whole lanes; where their number does not divide L, several read the same lane and each
+delivers its share.
 """
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterator
+import math
+import pickle
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,14 +35,20 @@ Position = dict[str, int]
 Transform = Callable[[Triplet], Any]
 
 
+class KeptBack(ValueError):
+    """Raised by a transform for a sample that is usable, but not here."""
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """What the order depends on besides the data."""
 
     seed: int = 0
-    # ranks * workers must divide it. Each lane holds a window and an open shard in memory.
+    # Best a multiple of ranks * workers: otherwise several decode the same samples. Each lane holds a window
+    # and an open shard in memory.
     lanes: int = 16
     window: int = 256  # encoded samples, some 30 MB per lane; separates neighbours of a shard
+    window_bytes: int = 2**27  # of a window in memory; the rest waits on the disk
     limits: InputConfig = INPUT
 
     def __post_init__(self) -> None:
@@ -77,15 +88,20 @@ def stream(
         transform: applied to each triplet in the worker.
         skips: counts samples that cannot be used; None = warnings.
     Raises:
-        ValueError: ranks * workers do not divide the lanes; the position belongs to other data or settings,
-            or lacks ranks; the source has no usable sample.
+        ValueError: the position belongs to other data or settings, or lacks ranks; the source has no usable
+            sample.
     """
     skips, start = skips or SkipLog(), start or {}
-    groups = world * max(workers, 1)
-    if not 0 <= rank < world or cfg.lanes % groups:
-        raise ValueError(
-            f"{cfg.lanes} lanes cannot be dealt out to {world} ranks with {max(workers, 1)} workers each:"
-            f" expected a multiple of {groups} lanes, or other workers"
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank}: expected 0 to {world - 1}")
+    readers = world * max(workers, 1)
+    parts = math.lcm(cfg.lanes, readers)  # part p: every (parts / lanes)-th sample of lane p % lanes
+    share = parts // cfg.lanes
+    if share > 1 and rank == 0:
+        warnings.warn(
+            f"{cfg.lanes} lanes for {readers} readers ({world} ranks, {max(workers, 1)} workers): each sample"
+            f" is decoded {share} times; use fewer workers, or in a new run a multiple of {readers} lanes",
+            stacklevel=2,
         )
     order = _order_id(source, cfg)
     if start.get("stream", order) != order:
@@ -93,11 +109,17 @@ def stream(
             "the position belongs to other training data, or to another seed, window or number of lanes:"
             " restore those, or start from the beginning"
         )
-    own = range(rank, cfg.lanes, world)
-    upcoming = sorted((start.get(f"lane.{lane}.good", 0) * cfg.lanes + lane, lane) for lane in own)
+
+    def first(part: int) -> int:
+        """The number of the first sample of a part that is not delivered yet."""
+        turn, lane = divmod(part, cfg.lanes)
+        good = start.get(f"lane.{lane}.good", 0)
+        return (good + (turn - good) % share) * cfg.lanes + lane
+
+    upcoming = sorted((first(part), part) for part in range(rank, parts, world))
     if any(number - upcoming[0][0] != i * world for i, (number, _) in enumerate(upcoming)):
         raise ValueError("the position lacks lanes of this rank: merge the positions of all ranks")
-    lanes = [partial(_lane, source, cfg, lane, start, order, transform) for _, lane in upcoming]
+    lanes = [partial(_part, source, cfg, part, share, start, order, transform) for _, part in upcoming]
     return _checked(_Lanes(lanes), workers, skips)
 
 
@@ -136,6 +158,7 @@ def once(
             skips.add(skipped[-1:])
             continue
         seen.add(key)
+        skips.add([], delivered=1)
         yield Item(number, key, sample, {"once": number + 1}, skipped)
         skipped = []
     if not seen:
@@ -157,13 +180,54 @@ def batches(items: Iterator[Item], size: int, start: Position) -> Iterator[tuple
         yield batch, dict(position)
 
 
+class _Window:
+    """Samples that wait for their turn; those beyond `limit` bytes in a file without a name."""
+
+    def __init__(self, raws: Iterable[Raw], limit: int) -> None:
+        self.held: list[Raw | int | None] = []  # int: where it begins in the file
+        self.file = None
+        for raw in raws:
+            limit -= raw.nbytes
+            if limit < 0:
+                self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115 (stays open)
+                self.held.append(self.file.tell())
+                pickle.dump(raw, self.file)
+            else:
+                self.held.append(raw)
+
+    def take(self, i: int) -> Raw:
+        """A sample, once."""
+        raw, self.held[i] = self.held[i], None
+        if isinstance(raw, int):
+            self.file.seek(raw)
+            raw = pickle.load(self.file)
+        return raw
+
+
+def _part(
+    source: Source,
+    cfg: StreamConfig,
+    part: int,
+    share: int,
+    start: Position,
+    order: int,
+    transform: Transform | None,
+) -> Iterator[Item]:
+    """Every `share`-th sample of a lane. The others are decoded, too, to know which of them count."""
+    turn, lane = divmod(part, cfg.lanes)
+    for item in _lane(source, cfg, lane, start, order, transform):
+        if item.number // cfg.lanes % share == turn:
+            yield item
+
+
 def _lane(
     source: Source, cfg: StreamConfig, lane: int, start: Position, order: int, transform: Transform | None
 ) -> Iterator[Item]:
     """One lane's endless samples from a position on."""
     # Counters that only grow, so that positions can be merged by their maximum: finished units, samples read
-    # (raw), samples read before the current unit (base), samples delivered (good).
-    unit, raw, base, good = (start.get(f"lane.{lane}.{name}", 0) for name in ("unit", "raw", "base", "good"))
+    # (raw), samples read before the current unit (base), samples delivered (good), kept back (held).
+    counters = ("unit", "raw", "base", "good", "held")
+    unit, raw, base, good, held = (start.get(f"lane.{lane}.{name}", 0) for name in counters)
     parts = -(-cfg.lanes // len(source.shards))  # per shard; 1 if there are enough shards
     units = parts * len(source.shards)
     in_epoch = len(range(lane, units, cfg.lanes))
@@ -175,19 +239,20 @@ def _lane(
         shard, part = divmod(int(dealt[lane + turn * cfg.lanes]), parts)
         window, done = divmod(raw - base, cfg.window)
         items = islice(source.read(shard), part + window * cfg.window * parts, None, parts)
-        while held := list(islice(items, cfg.window)):
-            shuffled = _generator(cfg.seed, "window", lane, unit, window).permutation(len(held))
-            waiting = deque(held[i] for i in shuffled[done:].tolist())
-            held.clear()  # at most one window is in memory
-            while waiting:
-                item, raw = waiting.popleft(), raw + 1
+        while (waiting := _Window(islice(items, cfg.window), cfg.window_bytes)).held:
+            shuffled = _generator(cfg.seed, "window", lane, unit, window).permutation(len(waiting.held))
+            for i in shuffled[done:].tolist():
+                item, raw = waiting.take(i), raw + 1
                 try:
                     key, sample = _use(source, item, cfg.limits, transform)
+                except KeptBack:
+                    held += 1
+                    continue
                 except (ValueError, OSError) as error:
                     skipped.append((item.key, _line(error)))
                     continue
                 good += 1
-                after = {"unit": unit, "raw": raw, "base": base, "good": good}
+                after = dict(zip(counters, (unit, raw, base, good, held), strict=True))
                 position = {f"lane.{lane}.{name}": value for name, value in after.items()} | {"stream": order}
                 yield Item((good - 1) * cfg.lanes + lane, key, sample, position, skipped)
                 skipped = []
@@ -220,12 +285,28 @@ class _Lanes(IterableDataset):
 def _checked(lanes: _Lanes, workers: int, skips: SkipLog) -> Iterator[Item]:
     # The loader takes one item per worker in turn, which is the order of the lanes. With its own generator it
     # does not draw from the global one.
-    loader = DataLoader(lanes, batch_size=None, num_workers=workers, generator=torch.Generator())
+    options = {"num_workers": workers, "generator": torch.Generator(), "worker_init_fn": _leave_signals}
+    loader = DataLoader(lanes, batch_size=None, **options)
     for item in loader if workers else lanes:
         if isinstance(item, ValueError):
             raise item
-        skips.add(item.skipped)
+        skips.add(item.skipped, delivered=1)
         yield item
+
+
+def _leave_signals(worker: int) -> None:
+    """A worker leaves it to its process to end after signals that the whole group gets."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def skipped_so_far(position: Position) -> tuple[int, int]:
+    """How many samples could not be used up to a position, and how many have been read."""
+    raw, good, held = (
+        sum(count for key, count in position.items() if key.endswith(name))
+        for name in (".raw", ".good", ".held")
+    )
+    return raw - good - held, raw
 
 
 def _use(source: Source, raw: Raw, limits: InputConfig, transform: Transform | None) -> tuple[str, Any]:
@@ -249,7 +330,7 @@ def _require_something(source: Source, limits: InputConfig, transform: Transform
 
 def _order_id(source: Source, cfg: StreamConfig) -> int:
     """Identifies the order; 48 bits."""
-    settings = json.dumps([source.fingerprint(), cfg.seed, cfg.lanes, cfg.window])
+    settings = json.dumps([source.names(), cfg.seed, cfg.lanes, cfg.window])
     return int.from_bytes(hashlib.sha256(settings.encode()).digest()[:6])
 
 

@@ -7,18 +7,20 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from models.weights.files import parse_json
-from moma.data.shards import READ, Raw, ReadConfig, read_shard
+from models.weights.files import Hashes, parse_json, user_cache
+from moma.data.shards import READ, Raw, ReadConfig, read_shard, retried
 from moma.inputs.preprocess import INPUT, InputConfig, on_white, open_image, open_mask, same_aspect
 from moma.methods.prompts import check_prompt
 
 METADATA = "metadata.jsonl"
+PATHS = ("image", "mask", "reference_image", "reference_mask")  # its fields that name files
 FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's others are rare in data sets, and some start programs
 # A pixel of a mask is subject above this; between 0 and it lie soft edges and JPEG noise.
 HALF = 127
@@ -57,8 +59,14 @@ class Source(Protocol):
     def files(self, raw: Raw) -> Files:
         """The sample's encoded files; ValueError or OSError if it is incomplete or cannot be read."""
 
+    def names(self) -> str:
+        """Identifies which samples there should be, independent of the folder's path; looks at no content."""
+
+    def digests(self, shard: int, size: int) -> list[str]:
+        """Identify the content of a shard: of each `size` samples in turn, or of all of it at once."""
+
     def fingerprint(self) -> str:
-        """Identifies the data, independent of the folder's path."""
+        """Identifies the data with its content, independent of the folder's path."""
 
 
 class FolderSource:
@@ -71,7 +79,7 @@ class FolderSource:
     shards = (METADATA,)
 
     def __init__(self, folder: Path, cfg: ReadConfig = READ) -> None:
-        self.folder, self.cfg = folder, cfg
+        self.folder, self.cfg, self.hashes = folder, cfg, _hashes(folder)
         with (folder / METADATA).open("rb") as file:
             if not any(map(bytes.strip, file)):
                 raise ValueError(
@@ -90,28 +98,50 @@ class FolderSource:
 
     def files(self, raw: Raw) -> Files:
         texts = _texts(raw.fields["json"])
-        paths = [texts.get(name) for name in ("image", "mask", "reference_image", "reference_mask")]
+        paths = [texts.get(name) for name in PATHS]
         contents = [None if path is None else self._content(path) for path in paths]
         key = texts.get("key", raw.key)
         if not isinstance(key, str) or not key:
             raise ValueError(f"its key is {key!r}: expected a text")
         return Files(key, texts, _pairs(contents))
 
-    def fingerprint(self) -> str:
+    def names(self) -> str:
         with (self.folder / METADATA).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _content(self, name: Any) -> bytes:
+    def digests(self, shard: int, size: int) -> list[str]:
+        lines, files = [], []
+        for raw in self.read(shard):
+            lines.append((raw.fields.get("json", b"").decode(errors="replace"), start := len(files)))
+            with suppress(ValueError):
+                texts = _texts(raw.fields.get("json", b""))
+                files += [self._path(texts[name]) for name in PATHS if texts.get(name) is not None]
+            lines[-1] = (*lines[-1], len(files) - start)
+        hashes = self.hashes.of(files)
+        found = [(line, hashes[start : start + count]) for line, start, count in lines]
+        return [_digest(found[i : i + size]) for i in range(0, len(found), size)]
+
+    def fingerprint(self) -> str:
+        return _digest(self.digests(0, 1))
+
+    def _path(self, name: Any) -> Path:
         # Links may lead outside: the owner of the folder may keep its images elsewhere.
         first = os.path.normpath(name).split(os.sep)[0] if isinstance(name, str) else ".."
-        if first in ("", ".."):  # "": an absolute path
+        if first in ("", "..") or "\0" in name:  # "": an absolute path
             raise ValueError(f"the path {name!r} leaves the folder: expected one inside it")
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"its file {name!r} is missing")
-        if (size := path.stat().st_size) > self.cfg.file_bytes:
-            raise ValueError(f"{name!r} has {size:,} bytes: expected at most {self.cfg.file_bytes:,}")
-        return path.read_bytes()
+        return self.folder / name
+
+    def _content(self, name: Any) -> bytes:
+        path = self._path(name)
+
+        def read() -> bytes:
+            if not path.is_file():
+                raise FileNotFoundError(f"its file {name!r} is missing")
+            if (size := path.stat().st_size) > self.cfg.file_bytes:
+                raise ValueError(f"{name!r} has {size:,} bytes: expected at most {self.cfg.file_bytes:,}")
+            return path.read_bytes()
+
+        return retried(read, self.cfg)
 
 
 class ShardSource:
@@ -121,6 +151,7 @@ class ShardSource:
         self.paths, self.cfg = sorted(set(paths)), cfg
         top = os.path.commonpath([path.absolute().parent for path in self.paths])
         self.shards = [path.absolute().relative_to(top).as_posix() for path in self.paths]
+        self.hashes = _hashes(Path(top))
 
     def read(self, shard: int) -> Iterator[Raw]:
         for raw in read_shard(self.paths[shard], self.cfg):
@@ -133,9 +164,24 @@ class ShardSource:
         images = _pairs([raw.fields.get(name) for name in ("image", "mask", "ref", "refmask")])
         return Files(raw.key, _texts(raw.fields["json"]), images)
 
+    def names(self) -> str:
+        return _digest(self.shards)
+
+    def digests(self, shard: int, size: int) -> list[str]:
+        return [_digest([self.shards[shard], *self.hashes.of([self.paths[shard]])])]
+
     def fingerprint(self) -> str:
-        sizes = [(name, path.stat().st_size) for name, path in zip(self.shards, self.paths, strict=True)]
-        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return _digest([self.shards, self.hashes.of(self.paths)])
+
+
+def _hashes(folder: Path) -> Hashes:
+    """Hashes of the files of a data set, which this user's cache remembers."""
+    cache, name = user_cache(), hashlib.sha256(str(folder.absolute()).encode("utf-8", "surrogateescape"))
+    return Hashes(None if cache is None else cache / "hashes" / f"{name.hexdigest()[:16]}.json")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def open_source(place: str | Path | Sequence[str | Path]) -> Source:
@@ -233,13 +279,40 @@ class SkipLog:
     """Counts every skipped sample and reports each key once."""
 
     report: Callable[[str], None] = warnings.warn
+    limit: float = 1.0  # largest share of the samples; beyond it the data is refused
+    slack: int = 10  # skipped samples that are too few to tell a share from
     total: int = 0
+    delivered: int = 0
     reasons: dict[str, str] = field(default_factory=dict)  # key -> why
 
-    def add(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """(key, reason) of each sample."""
+    def add(self, skipped: Iterable[tuple[str, str]], delivered: int = 0) -> None:
+        """Count samples; ValueError beyond the limit.
+
+        Args:
+            skipped: (key, reason) of each that cannot be used.
+            delivered: how many others there are.
+        """
+        self.delivered += delivered
         for key, reason in skipped:
             self.total += 1
             if key not in self.reasons:
                 self.reasons[key] = reason
                 self.report(f"training data: {key!r} is skipped: {reason}")
+        if self.total > self.slack + self.limit * (self.total + self.delivered):
+            example = next(iter(self.reasons.items()))
+            raise too_many(self.total, self.total + self.delivered, example, self.limit)
+
+
+def too_many(skipped: int, of: int, example: tuple[str, str], limit: float) -> ValueError:
+    """The error for data of which too little can be used.
+
+    Args:
+        skipped: samples that cannot be used.
+        of: all samples.
+        example: key and reason of one.
+        limit: largest share.
+    """
+    return ValueError(
+        f"training data: {skipped:,} of {of:,} samples cannot be used, e.g. {example[0]!r}: {example[1]};"
+        f" more than max_skipped {limit:g}: mend them, or allow more with --set max_skipped=SHARE"
+    )
