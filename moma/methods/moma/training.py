@@ -4,6 +4,7 @@ Letters: B samples, Z latent channels, h w latents, S side of the images, s side
 N patches, C width of the MLLM, T text tokens, E embedding.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -220,6 +221,7 @@ class AdapterTraining(DenoisingTraining):
         MoMA.check(weights, method)
         if config.init == "base" and method.context_init == "ip_adapter":
             weights.config("ip_adapter")
+            check_embeddings(weights, "ip_adapter")
         side = weights.image_size // weights.config("vae").factor
         if config.reference_shift >= side // 2:
             raise ValueError(
@@ -347,11 +349,20 @@ def start_adapter(weights: Any, keep: tuple[str, ...], token: bool, seed: int) -
 
 
 def check_embeddings(weights: Any, name: str) -> None:
-    """ValueError if a network's image embeddings are not those of LLaVA's tower. It may be absent."""
+    """ValueError if a network's image embeddings cannot be those of LLaVA's tower. It may be absent.
+
+    An IP-Adapter that was trained on another image encoder gets a warning: its projector reads another space.
+    """
     width = weights.config("vision").width
     if name in weights.configs and (embed := weights.configs[name].embed_dim) != width:
         raise ValueError(
             f"{weights.folder}: the {name}'s embeddings are {embed} wide, the image tower's {width}"
+        )
+    if name == "ip_adapter" and (encoder := weights.method_config("ip-adapter").encoder) != "vision":
+        warnings.warn(
+            f"{weights.folder}: its IP-Adapter reads the embeddings of {encoder!r}, this training makes those"
+            " of LLaVA's image tower: as wide, but another space, which its projector has to learn anew",
+            stacklevel=2,
         )
 
 
