@@ -144,7 +144,7 @@ def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
         "method": METHODS[name].method.Config,
     }
     known = {part: {field.name for field in fields(kind)} for part, kind in kinds.items()}
-    known["method"] -= set(training.fixed)
+    known["method"] -= {*training.fixed, "geometry"}  # the data's, for training
     given: dict[str, dict[str, Any]] = {part: {} for part in kinds}
     every = sorted(set().union(*known.values()))
     options = [(name, value) for name, value in vars(args).items() if name in every and value is not None]
@@ -192,7 +192,8 @@ def _find_start(args: argparse.Namespace, identity: dict[str, Any], train: Train
         print(f"from the beginning{': no checkpoint yet' if args.resume else ''}")
         return None
     print(f"continuing from {found.folder}")
-    if check_same(found, identity, train.steps, args.change) & set(ORDER):
+    check_same(found, identity, train.steps, args.change)
+    if set(args.change) & set(ORDER):
         print("the data is read from its beginning")
         return replace(found, position={})
     return found

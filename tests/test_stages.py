@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import moma
@@ -16,7 +18,9 @@ from models.clip_image import clip_image
 from models.lora import LoRALinear
 from moma import DEFAULT, Job, Runtime, SampleConfig
 from moma.data.triplets import load, open_source
+from moma.inputs.preprocess import make_reference
 from moma.methods.ip_adapter import IPAdapterTraining
+from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.config import MethodConfig
 from moma.methods.moma.training import AdapterTraining, DecoderTraining, move
 from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
@@ -24,7 +28,7 @@ from moma.sampling.interface import Batch
 from moma.training import denoising, features
 from moma.training.common import pack, unpack
 from moma.training.config import Choices, DenoisingConfig, FeatureConfig, TrainConfig
-from moma.training.denoising import DenoisingTask
+from moma.training.denoising import DenoisingTask, draw
 from moma.training.features import FeatureTask
 from moma.training.task import Task
 from moma.weights.bundle import Bundle
@@ -34,8 +38,9 @@ from tests.training_data import SIDE, write_bundle, write_data
 CPU = torch.device("cpu")
 ONE = FeatureConfig(workers=0, lanes=2, validation_samples=2, validation_batch=2)
 TWO = DenoisingConfig(
-    cache_batch=4, cache_workers=1, validation_samples=2, grid_samples=2, grid_steps=2, drop_context=0.0
-)
+    cache_batch=4, cache_workers=1, validation_samples=2, grid_samples=2, grid_steps=2,
+    drop_context=0.0, drop_text=0.0, drop_both=0.0,
+)  # fmt: skip
 # The subject part acts from the beginning, as after some training.
 MOVED = replace(DEFAULT, lambda_init=0.7)
 
@@ -57,25 +62,32 @@ def split(options: object, fields: dict) -> tuple:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Callable[..., FeatureTask]:
-    def build(method: MethodConfig = DEFAULT, bundle: str = "bundle", **fields: object) -> FeatureTask:
+    def build(
+        method: MethodConfig = DEFAULT, bundle: str = "bundle", data: Path = folder / "data", **fields: object
+    ) -> FeatureTask:
         options, own = split(ONE, fields)
         config = DecoderTraining.Config(**{"lora_rank": 4, "lora_alpha": 4.0, **own})
         runtime = Runtime.choose(Bundle.open(folder / bundle), "cpu", "fp32")
         choices = Choices(DecoderTraining, TrainConfig(), options, config, method)
-        return features.build(choices, runtime, folder / "data")
+        return features.build(choices, runtime, data)
 
     return build
 
 
 def denoising_task(
-    kind: type, folder: Path, method: object, bundle: str = "bundle", **fields: object
+    kind: type,
+    folder: Path,
+    method: object,
+    bundle: str = "bundle",
+    data: Path | None = None,
+    **fields: object,
 ) -> DenoisingTask:
     opened = Bundle.open(folder / bundle)
     name = f"cache-{kind.embedding}-{method.reference_background}-{getattr(method, 'template', '')}-{bundle}"
     options, own = split(replace(TWO, cache=str(folder / name)), fields)
     runtime = Runtime.choose(opened, "cpu", "fp32", pack=False)
     choices = Choices(kind, TrainConfig(), options, kind.Config(**own), method)
-    return denoising.build(choices, runtime, folder / "data")
+    return denoising.build(choices, runtime, data or folder / "data")
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +238,85 @@ def test_losses_fall(one: Callable[..., FeatureTask], two: Callable[..., Denoisi
     assert losses[-1] < 0.8 * losses[0]
 
 
+# --- what images are seen -----------------------------------------------------------------------------
+
+
+def test_cover_shows_the_subject_without_repeated_edges() -> None:
+    """The largest square of the image, from its middle, moved no further than the subject's box asks."""
+    cover = replace(DEFAULT, geometry="cover")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8))
+    places = ((45, 55, 20), (85, 97, 37), (2, 30, 2), (0, 100, 20), (30, 96, 33), (0, 80, 10))
+    for turned in (False, True):
+        for low, high, start in places:
+            mask = Image.new("L", (100, 60))
+            mask.paste(255, (low, 10, high, 40))
+            box = (start, 0, start + 60, 60)
+            pair = [x.transpose(Image.Transpose.TRANSPOSE) if turned else x for x in (image, mask)]
+            found = make_reference(*pair, SIDE, cover)
+            area = (0, start, 60, start + 60) if turned else box
+            expected = [x.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=area) for x in pair]
+            assert found.photo.tobytes() == expected[0].tobytes(), (low, high)
+            subject = torch.from_numpy(np.asarray(expected[1]) > 127.5)
+            assert torch.equal(found.mask[0, 0].bool(), subject)
+    square, round_mask = image.crop((0, 0, 60, 60)), Image.new("L", (60, 60))
+    round_mask.paste(255, (0, 20, 20, 60))
+    pad = make_reference(square, round_mask, SIDE, DEFAULT)
+    assert make_reference(square, round_mask, SIDE, cover).photo.tobytes() == pad.photo.tobytes()
+
+
+def test_geometry_of_the_data(
+    one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask], folder: Path, tmp_path: Path
+) -> None:
+    """ "cover" unless another one is set, whatever the method draws with; the export keeps the method's."""
+    wide = write_data(tmp_path / "wide", 4)
+    for path in wide.glob("*.png"):
+        image = Image.open(path)
+        image.resize((2 * SIDE, SIDE)).save(path)
+    raw = load(open_source(wide), next(open_source(wide).read(0)))
+    for geometry in ("cover", "pad"):
+        own = {} if geometry == "cover" else {"geometry": geometry}
+        task = two(data=wide, cache=str(tmp_path / geometry), validation_samples=1, **own)
+        square = make_reference(raw.image, raw.mask, SIDE, replace(DEFAULT, geometry=geometry))
+        base = task.model.trainable.base
+        same(task.data.batch(torch.tensor([0]))["mean"], base.vae.encode(square.image)[0])
+        (batch,) = one(data=wide, validation_samples=1, **own).validation()
+        same(batch["full"][0], clip_image(square.photo, batch["full"].shape[-1]))
+        assert task.model.export().method == {} and task.model.trainable.method.geometry == "pad"
+
+
+def test_mirrored_images(
+    one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask], tmp_path: Path
+) -> None:
+    """Stage 1 mirrors about half of the samples, reference and target alike, by their numbers; stage 2 sees
+    both forms, and neither of those that are kept back. Validation mirrors nothing."""
+    plain, task = one(), one(flip=True)
+    before, after = first(plain), first(task)
+    changed = [not torch.equal(a, b) for a, b in zip(before["full"], after["full"], strict=True)]
+    assert 0 < sum(changed) < len(changed)
+    for name in ("white", "full"):
+        for i, mirrored in enumerate(changed):
+            assert torch.equal(after[name][i], before[name][i].flip(-1) if mirrored else before[name][i])
+    for a, b in zip(plain.validation(), task.validation(), strict=True):
+        assert torch.equal(a["full"], b["full"])
+    part, _ = next(task.batches(4, 1, 2, {}))
+    assert torch.equal(part["full"], after["full"][1::2])
+
+    plain, task = two(), two(flip=True, cache=str(tmp_path / "mirrored"))
+    means = [{tuple(m.flatten().tolist()) for m in first(t, n)["mean"]} for t, n in ((plain, 8), (task, 16))]
+    assert means[0] < means[1] and len(means[1]) == 16
+    for a, b in zip(plain.validation(), task.validation(), strict=True):
+        assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["noise"], b["noise"])
+    assert task.sample_grid().size == plain.sample_grid().size
+
+
+def test_another_number_of_samples_is_no_continuation(two: Callable[..., DenoisingTask]) -> None:
+    """The order would be another one."""
+    task = two()
+    _, position = next(task.batches(2, 0, 1, {}))
+    with pytest.raises(ValueError, match=r"8 usable .* 9 .*--change data"):
+        next(task.batches(2, 0, 1, position | {"items": 9}))
+
+
 # --- the loss is a function of the sample -------------------------------------------------------------
 
 
@@ -279,7 +370,7 @@ def test_an_epoch_has_every_sample_but_those_kept_back(
 
 def test_validation_is_fixed(one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask]) -> None:
     """The same batches on every call and for every seed, nothing dropped."""
-    for task in (one(), two(drop_context=0.9)):
+    for task in (one(), two(drop_context=0.5, drop_text=0.4)):
         (a,), (b,) = (
             task.validation(),
             replace(task, **({"seed": 9} if "drop" in first(task) else {})).validation(),
@@ -371,9 +462,8 @@ def test_start_of_stage_2(two: Callable[..., DenoisingTask]) -> None:
         model = task.model
         x0 = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * model.scaling
         alpha = model.alphas[batch["t"]][:, None, None, None]
-        eps = model.unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * batch["noise"], batch["t"], batch["text"])[
-            0
-        ]
+        text = model.unpacked(batch)["text"]
+        eps = model.unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * batch["noise"], batch["t"], text)[0]
         return (eps - batch["noise"]).square().mean(dim=(1, 2, 3))
 
     task = two()
@@ -402,11 +492,36 @@ def test_dropped_context(two: Callable[..., DenoisingTask]) -> None:
     assert torch.equal(task.model(batch), task.model(zeroed))
     assert torch.equal(task.model(batch)[~drop], task.model(kept)[~drop])
     assert not torch.isclose(task.model(batch)[drop], task.model(kept)[drop]).any()
-    for name in ("text", "ref_mean"):
-        other = task.model(batch | {name: -batch[name]})
-        assert not torch.isclose(task.model(batch)[drop], other[drop]).any(), name
+    for changed in ({"text_ids": batch["label_ids"]}, {"ref_mean": -batch["ref_mean"]}):
+        other = task.model(batch | changed)
+        assert not torch.isclose(task.model(batch)[drop], other[drop]).any(), changed.keys()
     for draws in (first(two(drop_context=0.0)), batch):  # the other draws are the same
         assert torch.equal(draws["noise"], batch["noise"]) and torch.equal(draws["t"], batch["t"])
+
+
+@torch.no_grad()
+def test_dropped_text(two: Callable[..., DenoisingTask]) -> None:
+    """Without the embedding, the text, or both as in the sampler's unconditional row; the label stays."""
+    shares = {"drop_context": 0.2, "drop_text": 0.3, "drop_both": 0.1}
+    task, whole = two(MOVED, **shares), two(MOVED)
+    numbers = torch.arange(4000)
+    found = draw(numbers, 0, (1, 1, 1), task.model.options, task.model.trainable)
+    image, text = found["drop"], found["drop_text"]
+    for chosen, share in zip((image & ~text, text & ~image, image & text), shares.values(), strict=True):
+        assert abs(chosen.float().mean() - share) < 0.03
+    plain = draw(numbers, 0, (1, 1, 1), whole.model.options, task.model.trainable)
+    assert torch.equal(plain["t"], found["t"]) and not plain["drop"].any() and not plain["drop_text"].any()
+
+    batch = first(whole)
+    both = batch | {name: torch.ones_like(batch[name]) for name in ("drop", "drop_text")}
+    empty = whole.model.trainable.base.tokenizers[0].ids([""]).expand_as(batch["text_ids"])
+    by_hand = batch | {"text_ids": empty, "embedding": torch.zeros_like(batch["embedding"])}
+    assert torch.equal(whole.model(both), whole.model(by_hand))
+    assert not torch.isclose(whole.model(both), whole.model(batch)).any()
+    seen = whole.model.unpacked(both)
+    assert torch.equal(seen["label"], whole.model.unpacked(batch)["label"])
+    cond = whole.model.trainable.base.encode_text([""]).states
+    same(seen["text"], cond.expand_as(seen["text"]))
 
 
 @torch.no_grad()
@@ -610,6 +725,24 @@ def test_stage_2_refuses(two: Callable[..., DenoisingTask], fields: dict, messag
     with pytest.raises(ValueError, match=message) as error:
         two(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_an_ip_adapter_of_another_space_is_told(folder: Path) -> None:
+    """In MoMA's preset "paper" and where its own training goes on; not one trained on LLaVA's tower."""
+    tower, sizes = Bundle.open(folder / "bundle").config("vision"), AdapterConfig()
+    plain = Bundle.open(folder / "bundle")
+    own = {"ip-adapter": dict(IPAdapterTraining.fixed)}
+    method = replace(DEFAULT, context_init="ip_adapter")
+    for methods, told in (({}, True), (own, False)):
+        configs = {**plain.configs, "ip_adapter": replace(sizes, embed_dim=tower.width)}
+        bundle = replace(plain, configs=configs, methods=methods)
+        for kind, config, choice in (
+            (AdapterTraining, AdapterTraining.Config(), method),
+            (IPAdapterTraining, IPAdapterTraining.Config(init="ip_adapter"), None),
+        ):
+            with warnings.catch_warnings(record=True, action="always") as found:
+                kind.check(bundle, config, choice)
+            assert [("ip_vision" in str(one.message)) for one in found] == [True] * told
 
 
 def test_stage_2_needs_the_ip_adapter_that_it_starts_from(two: Callable[..., DenoisingTask]) -> None:

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw
 
 import train
 from models.weights.loading import read_checkpoint
+from moma.training.config import DataConfig
 from moma.training.log import read_log
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import build_tiny_bundle
@@ -80,7 +82,7 @@ def test_run_resume_export(place, trained, tmp_path, capsys):
         (["--set", "colour=red"], "--set colour"),
         (["--set", "stage.seed=1"], "--set stage.seed"),
         (["--set", "seed"], "--set"),
-        (["--set", "seed=one"], "seed is 'one'"),
+        (["--set", "seed=one"], "seed 'one'"),
         (["--steps", "0"], "steps 0"),
         (["--dtype", "fp16"], "'fp16'"),
         (["--device", "tpu"], "device 'tpu'"),
@@ -132,6 +134,35 @@ def test_settings_change_by_name(place, trained, tmp_path, capsys):
     assert train_decoder(place, out, *more, "--change", "train.lr") == 0
     assert [line["lr"] for line in read_log(out / "log.jsonl") if "loss" in line][-1] == 0.5
     assert train_decoder(place, out, *more, "--steps", 4) == 0  # from now on it is the run's
+
+
+@pytest.mark.parametrize("training", ["moma:stage1", "moma:stage2"])
+def test_a_small_set_is_refused_before_anything_is_computed(place, tmp_path, capsys, no_weights, training):
+    where = ["--bundle", place / "tiny", "--data", place / "data", "--out", tmp_path / "out"]
+    where += ["--cache", tmp_path / "cache"] if training == "moma:stage2" else []
+    more = ["--device", "cpu", "--set", "validation_samples=4"]
+    assert train.run([training, *map(str, where), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "4 samples" in error and "--set validation_samples=N" in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_validation_fits_the_set(place):
+    for count, kept in ((2, 1), (4, 1), (30, 3), (640, 64), (700, 64)):
+        source = SimpleNamespace(shards=[""], read=lambda shard, count=count: iter(range(count)))
+        assert DataConfig().kept(source, "data") == kept
+
+
+def test_data_that_changed_is_no_continuation(place, trained, tmp_path, capsys):
+    """Images exchanged in place; --change takes them, from the beginning of the data."""
+    data, out = shutil.copytree(place / "data", tmp_path / "data"), shutil.copytree(trained, tmp_path / "run")
+    where = ["moma:stage1", "--bundle", place / "tiny", "--data", data, "--out", out, *QUICK]
+    again = [*map(str, where), "--train", "new", "--resume", "--steps", "3"]
+    for a, b in (("0.png", "1.png"), ("1.png", "0.png")):
+        (data / a).write_bytes((place / "data" / b).read_bytes())
+    assert train.run(again) == 2
+    assert "--change data" in capsys.readouterr().err
+    assert train.run([*again, "--change", "data"]) == 0
 
 
 def test_ambiguous_field(place, capsys):

@@ -48,6 +48,9 @@ class InputConfig:
 INPUT = InputConfig()
 
 
+Geometry = Literal["pad", "crop", "squash", "cover"]
+
+
 @dataclass(frozen=True)
 class ReferenceConfig:
     """How a square reference is made of an image and its mask; a method's config inherits these fields."""
@@ -61,8 +64,9 @@ class ReferenceConfig:
     # A mask without any subject: "error", or (release) attend to every background key alike.
     empty_mask: Literal["error", "mean"] = "error"
     # How an image that is not square becomes square: "pad" repeats the edge, "crop" takes the square around
-    # the subject, "squash" (release) ignores the aspect ratio.
-    geometry: Literal["pad", "crop", "squash"] = "pad"
+    # the subject, "cover" the largest one within the image with the subject in it, "squash" (release) ignores
+    # the aspect ratio.
+    geometry: Geometry = "pad"
 
 
 REFERENCE = ReferenceConfig()
@@ -260,7 +264,10 @@ def make_reference(
     else:
         if mask.size != image.size:
             mask = mask.resize(image.size, Image.Resampling.BILINEAR)
-        square = _whole(image.size) if cfg.geometry == "pad" else _around(mask, threshold, limits)
+        if cfg.geometry == "pad":
+            square = _whole(image.size)
+        else:
+            square = (_around if cfg.geometry == "crop" else _within)(mask, threshold, limits)
         photo, soft = _cut(image, square, size, "edge"), _cut(mask, square, size, "constant")
     subject = np.asarray(soft) > threshold  # (S, S)
     if not subject.any() and cfg.empty_mask == "error":
@@ -299,6 +306,21 @@ def _around(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square
     (x0, x1), (y0, y1) = (np.quantile(x, edges).tolist() for x in (columns, rows))
     side = (max(x1 - x0, y1 - y0) + 1) * (1 + 2 * limits.crop_margin)
     return _Square((x0 + x1 + 1 - side) / 2, (y0 + y1 + 1 - side) / 2, side)
+
+
+def _within(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
+    """The largest square within the image, moved from its middle until the subject's box is inside.
+
+    Where the box is larger, the middle of the box is shown.
+    """
+    side = min(mask.size)
+    corner = []
+    for places, length in zip(np.nonzero(np.asarray(mask) > threshold)[::-1], mask.size, strict=True):
+        low, high = (places.min(), places.max() + 1) if len(places) else (0, length)
+        start = (length - side) / 2
+        start = min(max(start, high - side), low) if high - low <= side else (low + high - side) / 2
+        corner.append(float(min(max(start, 0), length - side)))
+    return _Square(*corner, side)
 
 
 def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "constant"]) -> Image.Image:

@@ -188,6 +188,7 @@ class MiniConfig:
     stage2_options: tuple[str, ...] = (
         "--steps", "1200", "--lr", "8e-3", "--ema", "0.99", "--set", "weight_decay=0",
         "--set", "schedule=cosine", "--set", "warmup=20", "--set", "snr_gamma=0.01",
+        "--set", "drop_text=0", "--set", "drop_both=0",
     )  # fmt: skip
     # MoMA's adapter, and variants to compare in the report: name -> training of train.py and its options.
     stage2: dict[str, tuple[str, ...]] = field(

@@ -1,51 +1,54 @@
 """What the frozen networks make of a data set, computed once: a training then never holds an MLLM.
 
     cache.json                           what it was made of (`identity`) and, when complete, what it holds
-    samples-<shard>-<part>.safetensors   embeddings, latents, masks and names of some samples
-    texts-<part>.safetensors             text states of the distinct texts, sorted
+    samples-<shard>-<part>.safetensors   embeddings, latents, masks, token ids and names of some samples
 
-Every file appears when it is complete, so that an interrupted build continues, and several ranks share one.
+Every file appears when it is complete, so that an interrupted build continues. Each knows its own hash and
+that of the data it was made of: what is damaged, or whose data has changed or come back, is made again.
 
 Letters: B samples, P images, Z latent channels, h w latents, S side of an image, s side of the image tower's,
 T text tokens, E embedding.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.weights.files import parse_json, read_object
+from models.weights.files import parse_json, read_object, read_text
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import write_text
-from moma.data.triplets import Source, load
+from moma.data.shards import Raw
+from moma.data.triplets import SkipLog, Source, load, too_many
 from moma.inputs.preprocess import ReferenceConfig
 from moma.methods.prompts import sd_prompt
 from moma.sampling.interface import DenoisingTraining, Runtime
 from moma.training.common import Prepare, Sample, to_pixels
-from moma.weights.bundle import Bundle
+from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 
-MANIFEST, VERSION = "cache.json", 1
-NETWORKS = ("vae", "text")  # that every cache depends on
+MANIFEST, VERSION = "cache.json", 2
+NETWORKS = ("vae",)  # that every cache depends on
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """How a cache is made and read."""
 
-    part: int = 1024  # samples per file: what a crash costs at most, and a rank's unit of work
+    part: int = 1024  # samples per file at most: what a crash costs, and a unit of work within a shard
     batch: int = 16  # samples per call of a network
     workers: int = 4  # threads that decode images; PIL releases Python's lock
+    ahead: int = 4  # batches that are decoded while the networks compute
+    ahead_bytes: int = 2**28  # of encoded samples that wait for it
     memory: int = 8_000_000_000  # bytes per rank; a larger cache stays mapped on the disk
+    max_skipped: float = 1.0  # largest share of samples that cannot be used
 
 
 class Encoder:
@@ -60,10 +63,7 @@ class Encoder:
             method: the method's config.
         """
         self.device, self.dtype = runtime.device, runtime.dtype
-        self.vae, self.text = (
-            runtime.weights.build(name, self.device, self.dtype).eval().requires_grad_(False)
-            for name in NETWORKS
-        )
+        self.vae = runtime.weights.build("vae", self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = runtime.weights.clip_tokenizer()
         self.embedder = kind.load_embedder(runtime, method) if kind.embedding else None
 
@@ -79,9 +79,9 @@ class Encoder:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
         return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device), self.dtype))
 
-    def states(self, texts: Sequence[str]) -> Tensor:
-        """Text states (B, T, context_dim)."""
-        return self.text(self.tokenizer.ids(texts).to(self.device))[0]
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """Token ids int32 (B, T)."""
+        return self.tokenizer.ids(texts).int()
 
 
 # --- what a cache belongs to --------------------------------------------------------------------------
@@ -90,27 +90,30 @@ class Encoder:
 def identity(
     kind: type[DenoisingTraining],
     bundle: Bundle,
-    fingerprint: str,
+    names: str,
     method: ReferenceConfig,
     dtype: torch.dtype,
     cfg: CacheConfig,
+    flip: bool = False,
 ) -> dict[str, Any]:
-    """All that the tensors of a cache depend on; JSON.
+    """All that the tensors of a cache depend on besides the content of the data; JSON.
 
     Args:
         kind: of training.
         bundle: with the frozen networks.
-        fingerprint: of the data.
+        names: of the samples (`Source.names`); their content is compared file by file.
         method: the method's config.
         dtype: of the networks.
         cfg: how the cache is made.
+        flip: whether it holds mirrored images, too.
 
     Raises:
         ValueError: for a bundle that lacks a network.
     """
     return {
         "version": VERSION,
-        "data": fingerprint,
+        "data": names,
+        "tokenizer": [sha256(bundle.tokenizer(file).read_bytes()).hexdigest() for file in CLIP_TOKENIZER],
         **{name: _weights(bundle, name) for name in (*NETWORKS, *kind.embedding_networks)},
         **kind.embedding_identity(bundle, method),
         **{field.name: getattr(method, field.name) for field in fields(ReferenceConfig)},
@@ -118,6 +121,7 @@ def identity(
         "embedding": kind.embedding,
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
+        "mirrored": flip,
     }
 
 
@@ -146,6 +150,27 @@ def _short(values: Mapping[str, Any], name: str) -> str:
 # --- building -----------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """What a file says of itself."""
+
+    samples: list[tuple[str, str, str]]  # key, label, caption
+    skipped: list[tuple[str, str]]  # key, reason
+    read: int  # samples of the data, used and skipped
+    cache: str  # hash of the cache's identity
+    data: str  # hash of the data (`Source.digests`)
+    last: bool  # of its shard
+    rest: bool  # the shard has more samples, which cannot be read
+    again: bool  # a fault may pass: it is to be made again
+
+
+class _End(NamedTuple):
+    """All samples of a file have been read."""
+
+    stem: str
+    data: str
+    last: bool
+
+
 def build_cache(
     folder: Path,
     expected: Mapping[str, Any],
@@ -157,7 +182,7 @@ def build_cache(
     world: int = 1,
     wait: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Complete the cache in `folder`; does nothing if it is complete.
+    """Complete the cache in `folder`; what is there and whole stays. Says how many samples cannot be used.
 
     Args:
         folder: of the cache.
@@ -171,102 +196,243 @@ def build_cache(
         wait: returns when all of them have called it.
 
     Raises:
-        ValueError: for a cache of something else, or data without a usable sample.
+        ValueError: for a cache of something else, or data of which too little can be used.
     """
     manifest = _check_identity(folder, expected)
-    if manifest is not None and "samples" in manifest:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
+    if rank == 0 and manifest is None:
         _write_manifest(folder, {"identity": dict(expected)})
-    networks = encoder()
-    with ThreadPoolExecutor(max(1, cfg.workers)) as pool, tqdm(unit=" samples", disable=rank > 0) as bar:
-        todo = partial(_try, source, prepare)
-        for i, (stem, raws) in enumerate(_parts(source, cfg.part)):
-            if i % world == rank and not (folder / f"{stem}.safetensors").is_file():
-                _write_part(folder, stem, networks, list(pool.map(todo, raws)), cfg)
-            bar.update(len(raws))
+    building = _Building(folder, source, prepare, cfg, rank, world, _sha256(expected))
+    missing = list(building.missing())
+    wait()  # no rank replaces what another one looks at
+    if missing:
+        building.make(missing, encoder())
     wait()
-    names = {path.name: _names(path) for path in sorted(folder.glob("samples-*.safetensors"))}
-    texts = sorted({text for name in names.values() for sample in name["samples"] for text in _texts(sample)})
-    for i, part in enumerate(_chunks(texts, cfg.part)):
-        if i % world == rank and not (folder / f"texts-{i:05}.safetensors").is_file():
-            states = torch.cat([networks.states(some) for some in _chunks(part, cfg.batch)])  # (n, T, C)
-            save_tensors(folder, f"texts-{i:05}", {"states": states})
-    wait()
-    counts = {name: len(content["samples"]) for name, content in names.items()}
-    skipped = dict(pair for content in names.values() for pair in content["skipped"])
-    example = next(iter(skipped.items()), "it is empty")
-    if not sum(counts.values()):
-        raise ValueError(f"cache {folder}: no sample of the data can be used, e.g. {example}")
-    if rank == 0:
-        if skipped:
-            tqdm.write(f"{folder}: {len(skipped)} samples left out, e.g. {example}")
-        _write_manifest(folder, {"identity": dict(expected), "samples": counts, "skipped": skipped})
+    _finish(folder, expected, len(source.shards), cfg, rank)
     wait()
 
 
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """`size` items at a time, the last time fewer."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
+@dataclass(frozen=True)
+class _Building:
+    """One rank's share of a cache: whole shards, or parts of one where there are fewer shards than ranks."""
+
+    folder: Path
+    source: Source
+    prepare: Prepare
+    cfg: CacheConfig
+    rank: int
+    world: int
+    mark: str  # of the cache
+
+    def missing(self) -> Iterator[tuple[int, list[str], set[int]]]:
+        """Shards to read, with the hashes of their data and their parts that need not be made."""
+        shards = len(self.source.shards)
+        for shard in range(self.rank % shards, shards, self.world):
+            digests, whole, last = self.source.digests(shard, self.cfg.part), set(), False
+            there = _files_of(self.folder, shard)
+            for part, path in enumerate(there):
+                found = _read_part(path, whole=self._own(shard, part))
+                if found is None or (found.cache, found.data) != (self.mark, _of(digests, part)):
+                    tqdm.write(f"{path}: is made again, as it is damaged or its data has changed")
+                elif not found.again:
+                    whole.add(part)
+                    last = found.last
+            if not (last and len(whole) == len(there)):
+                others = {part for part in range(len(there)) if not self._own(shard, part)}
+                yield shard, digests, whole | others
+
+    def _own(self, shard: int, part: int) -> bool:
+        """Whether a part of this rank's shards is its own."""
+        sharing = range(shard, self.world, len(self.source.shards)) or (self.rank,)
+        return sharing[part % len(sharing)] == self.rank
+
+    def make(self, missing: Sequence[tuple[int, list[str], set[int]]], networks: Encoder) -> None:
+        """Read shards and write what is missing."""
+        skips, rows = SkipLog(lambda text: None, self.cfg.max_skipped), _Rows(networks, self.cfg.batch)
+        bar = tqdm(unit=" samples", disable=self.rank > 0)
+        with ThreadPoolExecutor(self.cfg.workers) as pool, bar:
+            for found in self._ahead(self._read(missing), pool):
+                if isinstance(found, _End):
+                    rows.save(self.folder, found, self.mark)
+                    rows = _Rows(networks, self.cfg.batch)
+                    continue
+                bar.update()
+                skips.add(found.skipped, delivered=len(found.samples))
+                rows.add(found)
+
+    def _read(self, missing: Iterable[tuple[int, list[str], set[int]]]) -> Iterator[Raw | _End]:
+        """The samples of this rank's missing files, each time with an end."""
+        for shard, digests, whole in missing:
+            raws, part = self.source.read(shard), 0
+            raw = next(raws, None)
+            while raw is not None or part == 0:
+                wanted = part not in whole and self._own(shard, part)
+                for _ in range(self.cfg.part):
+                    if raw is not None:
+                        if wanted:
+                            yield raw
+                        raw = next(raws, None)
+                if wanted:
+                    yield _End(_stem(shard, part), _of(digests, part), last=raw is None)
+                part += 1
+            for path in _files_of(self.folder, shard)[part:]:
+                path.unlink(missing_ok=True)
+
+    def _ahead(self, events: Iterable[Raw | _End], pool: ThreadPoolExecutor) -> Iterator["_Tried | _End"]:
+        """The same, decoded, some samples ahead of what is taken."""
+        waiting: deque[tuple[int, Any]] = deque()
+        size = 0
+        for event in events:
+            raw = isinstance(event, Raw)
+            waiting.append((event.nbytes, pool.submit(self._try, event)) if raw else (0, event))
+            size += waiting[-1][0]
+            while len(waiting) > self.cfg.ahead * self.cfg.batch or size > self.cfg.ahead_bytes:
+                nbytes, item = waiting.popleft()
+                size -= nbytes
+                yield item.result() if isinstance(item, Future) else item
+        yield from (item.result() if isinstance(item, Future) else item for _, item in waiting)
+
+    def _try(self, raw: Raw) -> "_Tried":
+        """The samples that are made of one, or its key and why it cannot be used."""
+        try:
+            return _Tried(self.prepare(load(self.source, raw)), [], False, False)
+        except (ValueError, OSError) as error:
+            lasting = isinstance(error, FileNotFoundError)  # its return is seen in the hash of the data
+            again = raw.again or (isinstance(error, OSError) and not lasting)
+            return _Tried([], [(raw.key, str(error))], raw.rest, again)
 
 
-def _parts(source: Source, size: int) -> Iterator[tuple[str, Sequence[Any]]]:
-    """The data in pieces of up to `size` undecoded samples, each with the name of its file."""
-    for shard in range(len(source.shards)):
-        for i, raws in enumerate(_chunks(source.read(shard), size)):
-            yield f"samples-{shard:05}-{i:05}", raws
+class _Tried(NamedTuple):
+    samples: list[Sample]
+    skipped: list[tuple[str, str]]
+    rest: bool
+    again: bool
 
 
-def _try(source: Source, prepare: Prepare, raw: Any) -> Sample | tuple[str, str]:
-    """The sample, or its key and why it cannot be used."""
-    try:
-        return prepare(load(source, raw))
-    except (ValueError, OSError) as error:
-        return raw.key, str(error)
+class _Rows:
+    """The content of a file while it is made. Images are stored once: a sample's target and reference are
+    rows of the same tables."""
 
+    def __init__(self, networks: Encoder, batch: int) -> None:
+        self.networks, self.batch = networks, batch
+        self.waiting: list[Sample] = []
+        self.tried: list[_Tried] = []
+        self.tables: dict[str, list[Tensor]] = {}
+        self.places: list[tuple[int, int]] = []  # of target and reference
 
-@torch.no_grad()
-def _write_part(folder: Path, stem: str, networks: Encoder, found: Sequence[Any], cfg: CacheConfig) -> None:
-    """One file. Images are stored once: a sample's target and reference are rows of the same table."""
-    samples = [sample for sample in found if isinstance(sample, Sample)]
-    skipped = [pair for pair in found if not isinstance(pair, Sample)]
-    rows: dict[str, list[Any]] = {name: [] for name in ("embedding", "mean", "std", "mask")}
-    target, reference, count = [], [], 0
-    for some in _chunks(samples, cfg.batch):
-        rows["embedding"].append(networks.embed(some))  # (B, E)
+    def add(self, found: _Tried) -> None:
+        self.tried.append(found._replace(samples=[(s.key, s.label, s.caption) for s in found.samples]))
+        self.waiting += found.samples
+        while len(self.waiting) >= self.batch:
+            self._encode(self.waiting[: self.batch])
+            del self.waiting[: self.batch]
+
+    @torch.no_grad()
+    def _encode(self, samples: Sequence[Sample]) -> None:
         images = []
-        for sample in some:
+        count = sum(map(len, self.tables.get("mask", [])))
+        for sample in samples:
             own = torch.equal(sample.image, sample.reference) and torch.equal(sample.m_gen, sample.m_ref)
+            self.places.append((count + len(images), count + len(images) + (not own)))
             images += [(sample.image, sample.m_gen)] + [(sample.reference, sample.m_ref)] * (not own)
-            target.append(count)
-            reference.append(count + (not own))
-            count += 2 - own
-        mean, std = networks.latents([image for image, _ in images])  # 2 x (P, Z, h, w)
-        rows["mean"].append(mean)
-        rows["std"].append(std)
-        rows["mask"].append(torch.stack([mask for _, mask in images]))  # (P, S * S / 8)
-    names = {"samples": [(s.key, s.label, s.caption) for s in samples], "skipped": skipped}
-    text = json.dumps(names, ensure_ascii=False).encode()
-    tensors = {name: torch.cat(parts) for name, parts in rows.items() if parts}
-    tensors |= {"target": torch.tensor(target), "reference": torch.tensor(reference)} if samples else {}
-    save_tensors(folder, stem, tensors | {"names": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        mean, std = self.networks.latents([image for image, _ in images])  # 2 x (P, Z, h, w)
+        rows = {
+            "embedding": self.networks.embed(samples),  # (B, E)
+            "mean": mean,
+            "std": std,
+            "mask": torch.stack([mask for _, mask in images]),  # (P, S * S / 8)
+            "text": self.networks.ids([sd_prompt(s.label, s.caption) for s in samples]),  # (B, T)
+            "label": self.networks.ids([s.label for s in samples]),  # (B, T)
+        }
+        for name, values in rows.items():
+            self.tables.setdefault(name, []).append(values.cpu())
+
+    def save(self, folder: Path, end: _End, mark: str) -> None:
+        """Write the file. mark: of the cache."""
+        if self.waiting:
+            self._encode(self.waiting)
+        samples, skipped = ([one for tried in self.tried for one in tried[i]] for i in range(2))
+        rest, again = (any(tried[i] for tried in self.tried) for i in (2, 3))
+        about = Part(samples, skipped, len(self.tried), mark, end.data, end.last, rest, again)
+        text = json.dumps(about._asdict(), ensure_ascii=False).encode("utf-8", "surrogateescape")
+        tensors = {name: torch.cat(parts) for name, parts in self.tables.items()}
+        tensors |= {"places": torch.tensor(self.places).reshape(-1, 2)}
+        tensors |= {"names": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        save_tensors(folder, end.stem, tensors | {"digest": _digest(tensors)})
+
+
+def _finish(folder: Path, expected: Mapping[str, Any], shards: int, cfg: CacheConfig, rank: int) -> None:
+    """Write what the cache holds, and say what it lacks; ValueError if it is too much."""
+    counts, skipped, read, cut = {}, [], [0] * shards, set()
+    for shard in range(shards):
+        for path in _files_of(folder, shard):
+            part = _read_part(path)
+            counts[path.name] = len(part.samples)
+            skipped += part.skipped
+            read[shard] += part.read
+            cut |= {shard} if part.rest else set()
+    # Nobody knows how many samples a shard has lost at its end: about as many as it has fewer than others.
+    gone = len(skipped) + sum(max(read) - read[shard] for shard in cut)
+    total = sum(read) - len(skipped) + gone
+    example = next(iter(skipped), ("", "it is empty"))
+    if not sum(counts.values()):
+        raise ValueError(f"cache {folder}: no sample of the data can be used, e.g. {tuple(example)}")
+    if gone > cfg.max_skipped * total:
+        raise too_many(gone, total, example, cfg.max_skipped)
+    if rank == 0:
+        if gone:
+            share = f"{gone:,} of {total:,} samples ({gone / total:.1%}) cannot be used"
+            tqdm.write(f"{folder}: {share}, e.g. {example[0]!r}: {example[1]}")
+        _write_manifest(folder, {"identity": dict(expected), "samples": counts, "skipped": skipped})
+
+
+def _stem(shard: int, part: int) -> str:
+    return f"samples-{shard:05}-{part:05}"
+
+
+def _files_of(folder: Path, shard: int) -> list[Path]:
+    """The files that a shard may have, present or not, up to the last that is present."""
+    found = folder.glob(f"{_stem(shard, 0)[:-5]}*.safetensors")
+    count = max((int(path.stem.split("-")[2]) + 1 for path in found), default=0)
+    return [folder / f"{_stem(shard, part)}.safetensors" for part in range(count)]
+
+
+def _of(digests: Sequence[str], part: int) -> str:
+    """The hash of a part's data; a shard may have one for all parts."""
+    return digests[min(part, len(digests) - 1)] if digests else ""
+
+
+def _sha256(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """sha256 of names, shapes and values, uint8 (32,)."""
+    digest = sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _read_part(path: Path, whole: bool = False) -> Part | None:
+    """What a file says of itself; None for none, and for a damaged one (whole: in any of its values)."""
+    try:
+        stored = read_checkpoint(path)
+        tensors = {name: tensor.read() for name, tensor in stored.items() if whole or name == "names"}
+        if whole and not torch.equal(tensors.pop("digest"), _digest(tensors)):
+            return None
+        return Part(**parse_json(tensors["names"].numpy().tobytes(), str(path)))
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
 
 
 def _write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
-    write_text(folder / MANIFEST, json.dumps(data, indent=1, ensure_ascii=False))
-
-
-def _names(path: Path) -> dict[str, Any]:
-    return parse_json(read_checkpoint(path)["names"].read().numpy().tobytes(), str(path))
-
-
-def _texts(sample: Sequence[str]) -> tuple[str, str]:
-    """What the text encoder reads of a sample (key, label, caption): the prompt, and the label alone."""
-    _, label, caption = sample
-    return sd_prompt(label, caption), label
+    """Write the list, if it is new: a complete cache may lie where nothing can be written."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    path = folder / MANIFEST
+    if not path.is_file() or read_text(path) != text:
+        write_text(path, text)
 
 
 # --- reading ------------------------------------------------------------------------------------------
@@ -302,27 +468,16 @@ class Cache:
             raise ValueError(f"cache {folder}: incomplete, build it first")
         files = [folder / name for name, count in manifest["samples"].items() if count]
         contents = [read_checkpoint(path) for path in files]
-        texts = [read_checkpoint(path) for path in sorted(folder.glob("texts-*.safetensors"))]
-        size = sum(tensor.nbytes for content in (*contents, *texts) for tensor in content.values())
-        whole = size <= cfg.memory
-
-        def table(name: str, among: Sequence[Mapping[str, Any]] = contents) -> _Table:
-            return _Table([content[name].read() for content in among], whole)
-
-        self.skipped: dict[str, str] = manifest["skipped"]
-        self.names = [tuple(sample) for path in files for sample in _names(path)["samples"]]
-        self.tables = {name: table(name) for name in ("embedding", "mean", "std", "mask")}
-        self.tables["states"] = table("states", texts)
+        size = sum(tensor.nbytes for content in contents for tensor in content.values())
+        self.skipped: dict[str, str] = dict(manifest["skipped"])  # key -> reason
+        self.names = [tuple(sample) for path in files for sample in _read_part(path).samples]
+        self.tables = {
+            name: _Table([content[name].read() for content in contents], size <= cfg.memory)
+            for name in ("embedding", "mean", "std", "mask", "text", "label")
+        }
         starts = torch.tensor([0, *(content["mean"].shape[0] for content in contents)]).cumsum(0)
-        self.target, self.reference = (
-            torch.cat([c[name].read() + start for c, start in zip(contents, starts, strict=False)])
-            for name in ("target", "reference")
-        )  # 2 x (len(self),), rows of the images' tables
-        order = sorted({text for sample in self.names for text in _texts(sample)})
-        number = {text: i for i, text in enumerate(order)}
-        self.text, self.label = (
-            torch.tensor([number[_texts(sample)[i]] for sample in self.names]) for i in range(2)
-        )  # 2 x (len(self),), rows of the states' table
+        places = [c["places"].read() + start for c, start in zip(contents, starts, strict=False)]
+        self.target, self.reference = torch.cat(places).unbind(1)  # 2 x (len(self),), rows of images' tables
 
     def __len__(self) -> int:
         return len(self.names)
@@ -335,7 +490,8 @@ class Cache:
 
         Returns:
             embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
-            m_gen, m_ref (B, S * S / 8), packed; text, label (B, T, context_dim).
+            m_gen, m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, T), of the prompt and of the
+            label alone.
         """
         target, reference, tables = self.target[index], self.reference[index], self.tables
         return {
@@ -346,6 +502,6 @@ class Cache:
             "ref_mean": tables["mean"].rows(reference),
             "ref_std": tables["std"].rows(reference),
             "m_ref": tables["mask"].rows(reference),
-            "text": tables["states"].rows(self.text[index]),
-            "label": tables["states"].rows(self.label[index]),
+            "text_ids": tables["text"].rows(index).long(),
+            "label_ids": tables["label"].rows(index).long(),
         }

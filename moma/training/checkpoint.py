@@ -173,9 +173,7 @@ def by_validation(saved: Sequence[Saved]) -> list[Saved]:
     return sorted(validated, key=lambda one: one.validation) + rest
 
 
-def check_same(
-    saved: Saved, identity: Mapping[str, Any], steps: int, change: Collection[str] = ()
-) -> set[str]:
+def check_same(saved: Saved, identity: Mapping[str, Any], steps: int, change: Collection[str] = ()) -> None:
     """ValueError, naming the differences, if a run cannot continue from a checkpoint.
 
     Args:
@@ -183,15 +181,11 @@ def check_same(
         identity: of the run.
         steps: of the run in all.
         change: names of what may differ, such as "train.lr".
-
-    Returns:
-        The names of what differs.
     """
     then, now = _flat(saved.identity), _flat(json.loads(json.dumps(identity)))
     if unknown := sorted(set(change) - {*then, *now}):
         raise ValueError(f"--change {unknown[0]}: expected one of {', '.join(sorted({*then, *now}))}")
-    different = {name for name in {**then, **now} if then.get(name) != now.get(name)}
-    refused = different.difference(change)
+    refused = {name for name in {**then, **now} if then.get(name) != now.get(name)}.difference(change)
     if listed := differences(*({n: tree.get(n) for n in sorted(refused)} for tree in (then, now))):
         raise ValueError(
             f"{saved.folder}: of another run: {listed}; undo that, go on with it by --change"
@@ -199,7 +193,6 @@ def check_same(
         )
     if saved.step > steps:
         raise ValueError(f"{saved.folder}: has already {saved.step} steps, asked for {steps}")
-    return different
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from models.clip_image import clip_image
@@ -42,13 +43,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Triplet -> Sample; ValueError for a mask without subject or background."""
+    """Triplet -> samples; ValueError for a mask without subject or background."""
 
     image_size: int  # S
     tower_size: int | None  # s; None = no image tower sees it
     method: ReferenceConfig
+    flip: bool = False  # a mirrored one, too
 
-    def __call__(self, triplet: Triplet) -> Sample:
+    def __call__(self, triplet: Triplet) -> list[Sample]:
+        return [self._sample(one) for one in ([triplet, mirrored(triplet)] if self.flip else [triplet])]
+
+    def _sample(self, triplet: Triplet) -> Sample:
         target, reference = squares(triplet, self.image_size, self.method)
         seen = reference.white if self.method.reference_background == "white" else reference.photo
         return Sample(
@@ -61,6 +66,13 @@ class Prepare:
             m_ref=pack(reference.mask),
             white=None if self.tower_size is None else clip_image(reference.white, self.tower_size),
         )
+
+
+def mirrored(triplet: Triplet) -> Triplet:
+    """Left and right exchanged; the texts stay."""
+    image, mask = ImageOps.mirror(triplet.image), ImageOps.mirror(triplet.mask)
+    reference = triplet.reference and tuple(map(ImageOps.mirror, triplet.reference))
+    return replace(triplet, key=f"{triplet.key} (mirrored)", image=image, mask=mask, reference=reference)
 
 
 def squares(triplet: Triplet, size: int, method: ReferenceConfig) -> tuple[Reference, Reference]:

@@ -2,8 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from moma.data.triplets import Source
+from moma.inputs.preprocess import Geometry
 from moma.sampling.config import check_types
 from moma.sampling.interface import Training
 
@@ -11,9 +15,11 @@ from moma.sampling.interface import Training
 # split. The samples of a step, which three of them decide together, are compared as one number.
 FREE = (
     "steps", "batch_size", "accumulate", "compile", "save_every", "keep_last", "validate_every",
-    "sample_every", "log_every", "cache", "cache_batch", "cache_workers", "workers",
+    "sample_every", "log_every", "cache", "cache_batch", "cache_workers", "workers", "max_skipped",
     "gradient_checkpointing", "grid_samples", "grid_steps",
 )  # fmt: skip
+MANY = 64  # samples of a validation
+TENTH = 10  # a validation takes at most one sample of so many
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,60 @@ class DataConfig:
     """Options of both kinds of training."""
 
     validation: str | None = None  # held-out data; None = the training data's first samples
-    validation_samples: int = 64  # enough to tell runs apart, since their random numbers are fixed
+    # None: 64, enough to tell runs apart, since their random numbers are fixed, or a tenth of a smaller set.
+    validation_samples: int | None = None
     validation_batch: int = 8
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: slower, less memory
+    # How an image becomes square: "cover" keeps its whole short side and the subject, without an edge that is
+    # repeated; the others as `ReferenceConfig.geometry`, which drawing goes by.
+    geometry: Geometry = "cover"
+    flip: bool = False  # show mirrored images as well; captions may say left and right
+    max_skipped: float = 0.05  # largest share of samples that cannot be used
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""
         check_types(self)
         check_from(1, self, "validation_batch")
-        check_from(0, self, "validation_samples")
+        if self.validation_samples is not None:
+            check_from(0, self, "validation_samples")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped {self.max_skipped}: expected 0 to 1")
+
+    @property
+    def wanted(self) -> int:
+        """Samples of a validation, where there are as many."""
+        return MANY if self.validation_samples is None else self.validation_samples
+
+    def kept(self, source: Source, place: str | Path) -> int:
+        """How many of the data's first samples validation keeps back; ValueError if none is left.
+
+        Args:
+            source: the data, of which no more is read than it takes to tell.
+            place: of the data, for the message.
+        """
+        if self.validation is not None:
+            return 0
+        enough = TENTH * MANY if self.validation_samples is None else self.validation_samples + 1
+        raws = (raw for shard in range(len(source.shards)) for raw in source.read(shard))
+        count = sum(1 for _ in islice(raws, enough))
+        few = max(count // TENTH, int(count > 1))
+        kept = min(MANY, few) if self.validation_samples is None else self.validation_samples
+        self.check_kept(kept, count, place)
+        return kept
+
+    def check_kept(self, kept: int, samples: int, place: str | Path) -> None:
+        """ValueError if no sample is left to train on.
+
+        Args:
+            kept: samples that validation keeps back.
+            samples: all that can be used.
+            place: of the data, for the message.
+        """
+        if kept >= samples:
+            raise ValueError(
+                f"training data {str(place)!r}: has {samples} samples, of which validation keeps back {kept}:"
+                " keep back fewer with --set validation_samples=N, or give --validation"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What must not differ for a checkpoint to continue."""
@@ -93,9 +144,11 @@ class DataConfig:
 class DenoisingConfig(DataConfig):
     """Options of trainings by Eq. 1 (`moma.training.denoising`)."""
 
-    # Share of samples whose embedding is zero, for the unconditional row of guidance. The paper gives none;
-    # 0.05 is IP-Adapter's. The text stays: the frozen UNet knows the empty text already.
+    # Shares of samples without their image embedding (zero in its place), without their text, and without
+    # both, which is the unconditional row of guidance. The paper gives none; 5% each is IP-Adapter's.
     drop_context: float = 0.05
+    drop_text: float = 0.05
+    drop_both: float = 0.05
     # Weight of the error inside the subject's mask against 1 outside, before each sample's weights are scaled
     # to a mean of 1; 1 = Eq. 1.
     subject_weight: float = 1.0
@@ -115,8 +168,10 @@ class DenoisingConfig(DataConfig):
         check_from(1, self, "cache_batch", "cache_workers", "grid_steps")
         check_from(0, self, "grid_samples")
         check_positive(self, "subject_weight", "snr_gamma")
-        if not 0 <= self.drop_context < 1:
-            raise ValueError(f"drop_context {self.drop_context}: expected 0 or more, below 1")
+        check_from(0, self, "drop_context", "drop_text", "drop_both")
+        dropped = (self.drop_context, self.drop_text, self.drop_both)
+        if max(dropped) == 1 or math.fsum(dropped) > 1:
+            raise ValueError(f"drop_context, drop_text, drop_both: {dropped}, expected at most 1 together")
 
 
 @dataclass(frozen=True)
@@ -124,7 +179,7 @@ class FeatureConfig(DataConfig):
     """Options of trainings with a loss of their own (`moma.training.features`)."""
 
     workers: int = 4  # processes per rank that decode images; 0 = the training's own
-    lanes: int = 32  # of the data's order: a multiple of ranks * workers (moma.data.stream.StreamConfig)
+    lanes: int = 32  # of the data's order: best a multiple of ranks * workers (`StreamConfig`)
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""

@@ -49,6 +49,8 @@ class Denoising(nn.Module):
         self.scaling, self.image_size = trainable.base.vae.cfg.scaling, trainable.base.image_size
         self.register_buffer("alphas", alphas_cumprod(trainable.base.schedule), persistent=False)
         self.register_buffer("weights", timestep_weights(self.alphas, options.snr_gamma), persistent=False)
+        empty = [tokenizer.ids([""]) for tokenizer in trainable.base.tokenizers[:1]]  # (1, T)
+        self.register_buffer("empty", torch.cat(empty) if empty else None, persistent=False)
 
     def export(self) -> Export:
         return self.trainable.export()
@@ -73,11 +75,16 @@ class Denoising(nn.Module):
         return loss * self.weights[t]  # (B,)
 
     def unpacked(self, batch: Batch) -> Batch:
-        """The batch as trainings get it: masks (B, 1, S, S), the dropped embeddings zeroed."""
-        masks = {name: unpack(batch[name], self.image_size) for name in ("m_gen", "m_ref")}
+        """The batch as trainings get it: masks (B, 1, S, S), text states, what is dropped zeroed or empty."""
+        made = {name: unpack(batch[name], self.image_size) for name in ("m_gen", "m_ref")}
         if "embedding" in batch:
-            masks["embedding"] = batch["embedding"].masked_fill(batch["drop"][:, None], 0)  # (B, E)
-        return batch | masks
+            made["embedding"] = batch["embedding"].masked_fill(batch["drop"][:, None], 0)  # (B, E)
+        if "text_ids" in batch:
+            text = torch.where(batch["drop_text"][:, None], self.empty, batch["text_ids"])  # (B, T)
+            with torch.no_grad(), torch.autocast(text.device.type, enabled=False):  # as drawing computes them
+                states = self.trainable.base.text_encoders[0](torch.cat([text, batch["label_ids"]]))[0]
+            made["text"], made["label"] = states.chunk(2)  # (B, T, context_dim) each
+        return batch | made
 
 
 def timestep_weights(alphas: Tensor, gamma: float | None) -> Tensor:
@@ -87,21 +94,25 @@ def timestep_weights(alphas: Tensor, gamma: float | None) -> Tensor:
     return weights / weights.mean()
 
 
-def draw(numbers: Tensor, seed: int, shape: torch.Size, drop: float, trainable: DenoisingTraining) -> Batch:
+def draw(
+    numbers: Tensor, seed: int, shape: torch.Size, options: DenoisingConfig, trainable: DenoisingTraining
+) -> Batch:
     """Every random number of some samples, each from its own generator.
 
     Args:
         numbers: of the samples, (B,).
         seed: the run's.
         shape: of latents, (Z, h, w).
-        drop: share of samples whose embedding is zeroed.
+        options: with the shares of samples that lack embedding or text.
         trainable: the training, which adds its own.
 
     Returns:
-        The numbers; t (B,) uniform over the schedule; drop (B,) bool; `NOISES`, float32 (B, Z, h, w) each;
-        what `trainable.draw` gives.
+        The numbers; t (B,) uniform over the schedule; drop and drop_text (B,) bool; `NOISES`, float32
+        (B, Z, h, w) each; what `trainable.draw` gives.
     """
     rows = []
+    shares = torch.tensor([options.drop_context, options.drop_both, options.drop_text])
+    image, both, text = shares.double().cumsum(0)
     for number in numbers.tolist():
         generator = generator_for(seed, number)
         noises = torch.randn(len(NOISES), *shape, generator=generator)  # (4, Z, h, w)
@@ -109,7 +120,8 @@ def draw(numbers: Tensor, seed: int, shape: torch.Size, drop: float, trainable: 
             dict(zip(NOISES, noises, strict=True))
             | {
                 "t": torch.randint(trainable.base.schedule.train_steps, (), generator=generator),
-                "drop": torch.rand((), generator=generator) < drop,
+                "drop": (chosen := torch.rand((), generator=generator)) < both,
+                "drop_text": (image <= chosen) & (chosen < text),
             }
             | trainable.draw(generator)
         )
@@ -122,8 +134,9 @@ class DenoisingTask:
 
     model: Denoising
     data: Cache
-    held_out: Cache | None  # None: the first samples of `data` are not trained on
+    held_out: Cache | None  # None: the first `kept` samples of `data` are not trained on
     seed: int
+    kept: int = 0
 
     @property
     def shards(self) -> Sequence[nn.Module]:
@@ -136,33 +149,42 @@ class DenoisingTask:
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
     ) -> Iterator[tuple[Batch, Position]]:
-        kept = self.model.options.validation_samples if self.held_out is None else 0
-        items = len(self.data) - kept
+        items = len(self.data) - self.kept
+        if start.get("items", items) != items:
+            raise ValueError(
+                f"the data has {items} usable samples to train on, and had {start['items']} before: bring it"
+                " back to what it was, or go on with --change data"
+            )
         for index, numbers, position in numbered(items, batch_size, rank, world, start, self.seed):
-            yield self._batch(self.data, index + kept, numbers, self.seed), position
+            batch = self._batch(self.data, index + self.kept, numbers, self.seed)
+            yield batch, position | {"items": items}
 
     def validation(self) -> list[Batch]:
-        options = self.model.options
-        return list(self._validation(options.validation_samples, options.validation_batch))
+        count = (self.kept if self.held_out is None else len(self.held_out)) // self._views
+        if self.held_out is not None:
+            count = min(count, self.model.options.wanted)
+        return list(self._validation(count, self.model.options.validation_batch))
+
+    @property
+    def _views(self) -> int:
+        """Rows of one sample, of which the first is not mirrored."""
+        return 1 + self.model.options.flip
 
     def _validation(self, count: int, size: int) -> Iterator[Batch]:
         """The first `count` held-out samples, the same in every run, nothing dropped."""
-        data = self.held_out or self.data
-        for start in range(0, min(count, len(data)), size):
-            index = torch.arange(start, min(start + size, count, len(data)))
-            batch = self._batch(data, index, index, VALIDATION_SEED)
-            yield batch | {"drop": torch.zeros_like(batch["drop"])}
+        for numbers in torch.arange(count).split(size):
+            batch = self._batch(self.held_out or self.data, numbers * self._views, numbers, VALIDATION_SEED)
+            yield batch | {name: torch.zeros_like(batch[name]) for name in ("drop", "drop_text")}
 
     def _batch(self, data: Cache, index: Tensor, numbers: Tensor, seed: int) -> Batch:
         samples, model = data.batch(index), self.model
-        drop = model.options.drop_context
-        return samples | draw(numbers, seed, samples["mean"].shape[1:], drop, model.trainable)
+        return samples | draw(numbers, seed, samples["mean"].shape[1:], model.options, model.trainable)
 
     @torch.no_grad()
     def sample_grid(self) -> Image.Image | None:
         """Rows of reference, target, and what the method draws of the reference for the target's text."""
         trainable, options = self.model.trainable, self.model.options
-        names = (self.held_out or self.data).names[: options.grid_samples]
+        names = (self.held_out or self.data).names[:: self._views][: options.grid_samples]
         if not names:
             return None
         base = trainable.base
@@ -201,19 +223,17 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> DenoisingTask
     kind, options, seed, method = choices.training, choices.data, choices.train.seed, choices.method
     bundle = runtime.weights
     kind.check(bundle, choices.stage, method)
-    held_out = None
+    source, held_out = open_source(data), None
+    kept = options.kept(source, data)  # before the cache takes its hours
     if options.validation is not None:
         place, folder = open_source(options.validation), f"{options.cache}-validation"
         held_out = _cached(choices, runtime, place, folder)
-    cache = _cached(choices, runtime, open_source(data), options.cache)
-    if held_out is None and len(cache) <= options.validation_samples:
-        raise ValueError(
-            f"training data {str(data)!r}: of {len(cache)} samples, validation_samples keeps back "
-            f"{options.validation_samples}: lower it, or give validation data"
-        )
+    cache = _cached(choices, runtime, source, options.cache)
+    views = 1 + options.flip
+    options.check_kept(kept, len(cache) // views, data)
     if options.gradient_checkpointing:
         runtime = replace(runtime, weights=with_checkpointing(bundle))
-    return DenoisingTask(model_of(choices, runtime), cache, held_out, seed)
+    return DenoisingTask(model_of(choices, runtime), cache, held_out, seed, kept * views)
 
 
 def model_of(choices: Choices, runtime: Runtime) -> Denoising:
@@ -227,14 +247,18 @@ def model_of(choices: Choices, runtime: Runtime) -> Denoising:
 def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> Cache:
     """The cache of some data, completed by all ranks together if need be."""
     kind, _, options, _, method = choices
-    bundle, caching = runtime.weights, CacheConfig(batch=options.cache_batch, workers=options.cache_workers)
-    expected = identity(kind, bundle, source.fingerprint(), method, runtime.dtype, caching)
+    bundle, method = runtime.weights, replace(method, geometry=options.geometry)
+    caching = CacheConfig(
+        batch=options.cache_batch, workers=options.cache_workers, max_skipped=options.max_skipped
+    )
+    expected = identity(kind, bundle, source.names(), method, runtime.dtype, caching, options.flip)
+    tower = bundle.config("vision").image_size if kind.embedding else None
     several = dist.is_initialized()
     build_cache(
         Path(folder),
         expected,
         source,
-        Prepare(bundle.image_size, bundle.config("vision").image_size if kind.embedding else None, method),
+        Prepare(bundle.image_size, tower, method, options.flip),
         encoder=lambda: Encoder(kind, runtime, method),
         cfg=caching,
         rank=dist.get_rank() if several else 0,

@@ -6,6 +6,7 @@ Letters: B samples.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moma.data.stream import Item, Position, StreamConfig, once, stream
+from moma.data.stream import Item, KeptBack, Position, StreamConfig, once, skipped_so_far, stream
 from moma.data.stream import batches as group
 from moma.data.triplets import SkipLog, Source, Triplet, open_source
 from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.interface import Batch, FeatureTraining, Runtime
 from moma.training.common import decayed_names, squares, train_only, with_checkpointing, write_export
 from moma.training.config import Choices
-
-HELD_OUT = "kept back for validation"
+from moma.training.order import generator_for
 
 
 @dataclass(frozen=True)
 class Read:
-    """Triplet -> what the training reads of it, in the data's workers; ValueError for samples kept back."""
+    """Triplet -> what the training reads of it, in the data's workers; KeptBack for those of validation."""
 
     reader: Callable[..., dict[str, Any]]  # of `FeatureTraining.reader`
     image_size: int  # pixels
@@ -35,7 +35,7 @@ class Read:
 
     def __call__(self, triplet: Triplet) -> dict[str, Any]:
         if triplet.key in self.kept:
-            raise ValueError(HELD_OUT)
+            raise KeptBack("kept back for validation")
         pair = squares(triplet, self.image_size, self.method)
         return self.reader(*pair, triplet.label, triplet.caption)
 
@@ -49,6 +49,19 @@ def collate(items: Sequence[Item]) -> Batch:
     return batch
 
 
+def mirrored_at_random(batch: Batch, seed: int) -> Batch:
+    """The batch with the images (B, C, h, w) of every second sample or so mirrored, all of a sample together.
+
+    Args:
+        batch: of `collate`.
+        seed: of the run.
+    """
+    coins = [torch.randint(2, (), generator=generator_for(seed, n)) for n in batch["number"].tolist()]
+    chosen = torch.stack(coins).bool()[:, None, None, None]  # (B, 1, 1, 1)
+    images = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 4}
+    return batch | {name: torch.where(chosen, x.flip(-1), x) for name, x in images.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureTask:
     """A training as the loop sees it (`moma.training.task.Task`)."""
@@ -59,6 +72,8 @@ class FeatureTask:
     held_out: Sequence[Batch]
     order: StreamConfig
     workers: int
+    max_skipped: float
+    flip: bool
 
     @property
     def shards(self) -> Sequence[Any]:
@@ -71,12 +86,14 @@ class FeatureTask:
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
     ) -> Iterator[tuple[Batch, Position]]:
-        skips = SkipLog(
-            report=lambda text: None if text.endswith(HELD_OUT) else warnings.warn(text, stacklevel=2)
-        )
+        lost, read = skipped_so_far(start)
+        if lost and rank == 0:
+            print(f"training data: {lost:,} of {read:,} samples so far ({lost / read:.1%}) could not be used")
+        skips = SkipLog(partial(warnings.warn, stacklevel=2), self.max_skipped)
         items = stream(self.source, self.order, rank, world, self.workers, start, self.read, skips)
         for some, position in group(items, batch_size, start):
-            yield collate(some), position
+            batch = collate(some)
+            yield mirrored_at_random(batch, self.order.seed) if self.flip else batch, position
 
     def validation(self) -> list[Batch]:
         return list(self.held_out)
@@ -103,9 +120,11 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> FeatureTask:
     bundle = runtime.weights
     kind.check(bundle, choices.stage, method)
     source = open_source(data)
-    read = Read(kind.reader(bundle, choices.stage, method), bundle.image_size, method)
+    shape = replace(method, geometry=options.geometry)
+    read = Read(kind.reader(bundle, choices.stage, method), bundle.image_size, shape)
+    kept = options.kept(source, data)
     validation = source if options.validation is None else open_source(options.validation)
-    held = list(islice(once(validation, transform=read), options.validation_samples))
+    held = list(islice(once(validation, transform=read), options.wanted if options.validation else kept))
     if options.validation is None:
         read = replace(read, kept=frozenset(item.key for item in held))
     if options.gradient_checkpointing:
@@ -113,7 +132,8 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> FeatureTask:
     model = model_of(choices, runtime)
     size = options.validation_batch
     groups = [collate(held[i : i + size]) for i in range(0, len(held), size)]
-    return FeatureTask(model, source, read, groups, StreamConfig(seed, options.lanes), options.workers)
+    order, given = StreamConfig(seed, options.lanes), (options.workers, options.max_skipped, options.flip)
+    return FeatureTask(model, source, read, groups, order, *given)
 
 
 def model_of(choices: Choices, runtime: Runtime) -> FeatureTraining:
