@@ -117,9 +117,10 @@ def test_animation_gives_its_first_frame(tmp_path):
     assert open_image(path).convert("RGB").getpixel((3, 3)) == RED
 
 
-def test_an_animation_that_begins_empty_is_named(tmp_path):
-    frames = [Image.new("RGB", (64, 64), "white"), scene(64, 64)]
-    path = tmp_path / "x.gif"
+@pytest.mark.parametrize("empty", [("RGB", (64, 64), "white"), ("RGBA", (64, 64), (9, 9, 9, 0))])
+def test_an_animation_that_begins_empty_is_named(tmp_path, empty):
+    frames = [Image.new(*empty), scene(64, 64)]
+    path = tmp_path / "x.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="2 frames"):
         find_mask(open_image(path))
@@ -282,6 +283,33 @@ def test_subject_may_touch_a_little_of_the_border():
     image.paste(RED, (80, 100, 110, 160))  # feet on the lower edge, 4% of the border
     found = find_mask(image)
     assert found.mask.getpixel((95, 159)) == 255 and found.mask.getpixel((5, 159)) == 0
+
+
+def unclear(what: str) -> Image.Image:
+    """A red disc on grey, where something else stands out as well."""
+    image = Image.new("RGB", (200, 160), (200, 200, 200))
+    draw = ImageDraw.Draw(image)
+    if what == "a shadow":
+        draw.ellipse((40, 100, 190, 150), fill=(165, 165, 165))
+    if what == "folds":
+        for x in range(10, 200, 12):
+            draw.line((x, 0, x - 8, 120), fill=(235, 235, 235), width=3)
+    if what == "a hand":
+        draw.polygon(((90, 120), (110, 120), (120, 159), (80, 159)), fill=(180, 120, 90))
+        draw.ellipse((85, 70, 115, 130), fill=RED)
+    elif what == "little contrast":
+        draw.ellipse((50, 30, 149, 129), fill=(230, 215, 215))
+    else:
+        draw.ellipse((60, 30, 129, 99), fill=RED)
+    return image
+
+
+@pytest.mark.parametrize("what", ["a shadow", "folds", "a hand", "little contrast"])
+def test_an_unclear_outline_asks_for_a_mask(what):
+    """A wrong subject would be worse than none."""
+    with pytest.raises(ValueError, match="--mask"):
+        find_mask(unclear(what))
+    assert find_mask(unclear("nothing")).source == "border"
 
 
 def test_large_images_give_a_mask_of_bounded_size_and_the_same_shape():

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.weights.files import check_file
-from moma.inputs.pixels import HALF, PIXELS, PixelConfig, eight_bits, in_srgb, mask_of, real_alpha
+from moma.inputs.pixels import BYTE, HALF, PIXELS, PixelConfig, eight_bits, in_srgb, mask_of, real_alpha
 from moma.inputs.regions import components, frame
 
 # PIL's names of what is opened: its readers of these run in this process, and no file needs another.
@@ -37,6 +37,12 @@ class InputConfig:
     aspect_tolerance: float = 0.02  # relative; rounding of a mask scaled with its photo
     border_tolerance: int = 24  # 0..255, any channel: JPEG noise and soft vignettes of a studio background
     border_share: float = 0.9  # of the border's pixels; a subject may touch the rest
+    # What stands out by this much must be nearly the same; else shadows or folds count as subject.
+    outline_tolerance: int = 48
+    outline_same: float = 0.88  # IoU of the two
+    outline_cut: float = (
+        0.5  # length along the border, of the square root of the area: a hand that reaches in
+    )
     border_side: int = 1024  # pixels; larger images are scaled down to find their background, for speed
     crop_stray: float = 0.002  # share of subject pixels ignored beyond each side of its box: specks
     crop_margin: float = 0.1  # of the subject's longer side, left free on each side by geometry "crop"
@@ -363,24 +369,36 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
 
     No side is longer than `border_side`, unless the other would fall below `min_side`.
     """
-    image = on_white(image)
+    frames, image = image.info.get(FRAMES, 1), on_white(image)
     aspect = max(image.size) / min(image.size)
     side = max(limits.border_side, int(min(limits.min_side * aspect, limits.border_side * math.sqrt(aspect))))
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).astype(np.int16)  # (H, W, 3)
     edge = frame(pixels.shape[:2])
-    colour = np.median(pixels[edge], axis=0)  # (3,)
-    alike = np.abs(pixels - colour).max(axis=2) <= limits.border_tolerance  # (H, W)
-    if alike[edge].mean() < limits.border_share:
+    away = np.abs(pixels - np.median(pixels[edge], axis=0)).max(axis=2)  # (H, W) from the background's colour
+    if (away <= limits.border_tolerance)[edge].mean() < limits.border_share:
         raise ValueError(
             "where is the subject? The image has neither transparency nor a plain background: give a mask"
             " (--mask FILE, white = subject), cut out the subject, or add SAM to the weights"
             " (convert_weights.py)"
         )
-    if alike.all():
-        if (frames := image.info.get(FRAMES, 1)) > 1:
+    if away.max() <= limits.border_tolerance:
+        if frames > 1:
             raise ValueError(f"the first of the image's {frames} frames is empty: save the one that you mean")
         raise ValueError("the image is one plain colour, without a subject: use another image")
-    labels, _ = components(alike)  # (H, W)
-    background = np.isin(labels, labels[edge & alike])  # (H, W)
-    return Image.fromarray(np.where(background, 0, 255).astype(np.uint8))
+    levels = limits.border_tolerance, limits.outline_tolerance
+    inside, clear = (_enclosed(away > level, edge) for level in levels)
+    cut = (inside & edge).sum() / math.sqrt(inside.sum())
+    if (inside & clear).sum() < limits.outline_same * (inside | clear).sum() or cut > limits.outline_cut:
+        raise ValueError(
+            "where is the subject? The background is plain, but shadows or folds blur the subject's outline,"
+            " or something reaches in from the border: give a mask (--mask FILE, white = subject), or cut it"
+            " out"
+        )
+    return Image.fromarray(inside.astype(np.uint8) * np.uint8(BYTE))
+
+
+def _enclosed(stands_out: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """What stands out and what it encloses, bool (H, W): all but the rest that is joined to the edge."""
+    labels, _ = components(~stands_out)  # (H, W)
+    return ~np.isin(labels, np.unique(labels[edge & ~stands_out]))
