@@ -152,6 +152,8 @@ def _check(
         check_writable("--cache", args.cache)
     if note := NOTES.get(bundle.networks["unet"]["source"]):
         print(f"note: {note}; README.md says how to get the full model")
+    if image and (known := bundle.familiar) and not known.knows(image):
+        print(f"note: {request.reference} is not of the kind these weights know: no image will resemble it")
     return texts
 
 
@@ -189,7 +191,8 @@ def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: 
         found = FoundMask(segment(image), "sam")
     else:
         may_ask = request.pick is not None and "sam" in bundle.networks
-        found = find_mask(image, request.mask, segment=segment if may_ask else None)
+        plain_first = bundle.familiar is not None
+        found = find_mask(image, request.mask, segment=segment if may_ask else None, plain_first=plain_first)
     _free_accelerator(runtime.device)
     reference = make_reference(image, found.mask, bundle.image_size, request.config)
     if found.source == "sam" and segmented is None:

@@ -422,11 +422,14 @@ def _open_photos(args: argparse.Namespace, ways: Sequence[Way]) -> list[Photo]:
         if len(given[option]) != len(files):
             expected = f"expected {len(files)}, one for each image"
             raise ValueError(f"--{option}: {len(given[option])} given, {expected}")
-    photos, later = [], (lambda _: None) if "sam" in ways[0].runtime.weights.networks else None
+    bundle = ways[0].runtime.weights
+    photos, later = [], (lambda _: None) if "sam" in bundle.networks else None
     for path, mask, word in zip(files, given["mask"], given["subject"], strict=True):
         image = open_image(path)
         word = subject_of_file(path) if word is None else " ".join(word.split())
-        found = find_mask(image, mask, segment=later)
+        if bundle.familiar and not bundle.familiar.knows(image):
+            print(f"note: {path} is not of the kind {bundle.folder} knows: no image will resemble it")
+        found = find_mask(image, mask, segment=later, plain_first=bundle.familiar is not None)
         if found.mask and (doubt := found.doubt()):
             print(f"note: {path}: {doubt}", file=sys.stderr)
         photos.append(Photo(image, found.mask, word, path.stem))

@@ -145,7 +145,8 @@ def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -
     found = Masks(masks)
     if runtime is not None:
         digests = " ".join(runtime.weights.networks["sam"]["sha256"].values())
-        found = Masks(masks, segment_by(runtime.weights, runtime.device), digests)
+        plain_first = runtime.weights.familiar is not None
+        found = Masks(masks, segment_by(runtime.weights, runtime.device), digests, plain_first)
     return find_references(photos, found, options.out / MASKS, check)
 
 

@@ -49,6 +49,7 @@ class Masks:
     folder: Path | None = None
     segment: Callable[[Image.Image], Image.Image] | None = None  # image -> mask, mode L, 255 = subject
     weights: str = ""  # identifies those of `segment`
+    plain_first: bool = False
 
     def given(self, photo: Path) -> Path | None:
         """The mask file of a photo, if there is one."""
@@ -65,7 +66,7 @@ class Masks:
         given, stamp = self.given(photo), sha256(photo.read_bytes() + self.weights.encode()).hexdigest()
         if given is None and self.segment is not None and read_stamp(target) == stamp:
             return "sam"
-        found = find_mask(open_image(photo), given, segment=self.segment)
+        found = find_mask(open_image(photo), given, segment=self.segment, plain_first=self.plain_first)
         save_png(target, found.mask, stamp=stamp if found.source == "sam" else None)
         return found.source
 

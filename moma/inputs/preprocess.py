@@ -40,9 +40,7 @@ class InputConfig:
     # What stands out by this much must be nearly the same; else shadows or folds count as subject.
     outline_tolerance: int = 48
     outline_same: float = 0.88  # IoU of the two
-    outline_cut: float = (
-        0.5  # length along the border, of the square root of the area: a hand that reaches in
-    )
+    outline_cut: float = 0.5  # of its own size may lie along the border; more is a hand that reaches in
     border_side: int = 1024  # pixels; larger images are scaled down to find their background, for speed
     crop_stray: float = 0.002  # share of subject pixels ignored beyond each side of its box: specks
     crop_margin: float = 0.1  # of the subject's longer side, left free on each side by geometry "crop"
@@ -204,6 +202,7 @@ def find_mask(
     mask_path: str | Path | None = None,
     limits: InputConfig = INPUT,
     segment: Callable[[Image.Image], Image.Image] | None = None,
+    plain_first: bool = False,
 ) -> FoundMask:
     """The subject's mask: from a file, else the image's transparency, else `segment`, else what stands out
     from a plain background.
@@ -217,6 +216,7 @@ def find_mask(
         mask_path: white or opaque = subject.
         limits: of the mask file, and what counts as a plain background.
         segment: gives a mask or raises ValueError, such as `moma.inputs.segment.Segmenter.subject_mask`.
+        plain_first: a plain background comes before `segment`, which knows one kind of images only.
     Raises:
         ValueError: none of these gives a mask.
     """
@@ -226,6 +226,9 @@ def find_mask(
         return FoundMask(alpha, "alpha")
     if segment is None:
         return FoundMask(_border_mask(image, limits), "border")
+    if plain_first:
+        with suppress(ValueError):
+            return FoundMask(_border_mask(image, limits), "border")
     try:
         return FoundMask(segment(image), "sam")
     except ValueError as error:

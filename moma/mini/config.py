@@ -125,6 +125,17 @@ class CaptionerConfig:
     train: TrainConfig = _train(steps=1400, batch_size=32, lr=1e-3, weight_decay=0.05)
 
 
+@dataclass(frozen=True)
+class FamiliarTraining:
+    """What images of the world are like (`moma.inputs.familiar`)."""
+
+    renders: int = 500
+    large: int = 60  # renders at another size
+    large_side: int = 512  # pixels
+    enlarged: int = 256  # pixels of a render that is enlarged
+    quality: int = 85  # of JPEG files
+
+
 def gates() -> dict[str, dict[str, float]]:
     """Least values that a stage must reach on held-out images; later stages cannot repair a miss."""
     return {
@@ -162,6 +173,7 @@ class MiniConfig:
     segmenting: SegmentTrainingConfig = field(default_factory=SegmentTrainingConfig)
     text_to_image: TextToImageConfig = field(default_factory=TextToImageConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    familiar: FamiliarTraining = field(default_factory=FamiliarTraining)
     gates: dict[str, dict[str, float]] = field(default_factory=gates)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(steps=25, guidance=5.0, batch_size=32))
     dtype: torch.dtype = torch.float16  # of the bundle: finer steps than bf16 in 2 bytes

@@ -41,6 +41,7 @@ from moma.methods.prompts import sd_prompt
 from moma.methods.text import TextConditioning
 from moma.mini import SOURCE
 from moma.mini.config import MiniConfig
+from moma.mini.familiar import fit_familiar
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
     CaptionTask,
@@ -474,8 +475,10 @@ def _run_script(name: str, options: Sequence[str]) -> None:
 
 
 def add_scorers(work: Workspace, target: Path) -> None:
-    """Write the scorers of `python -m moma.evaluate --world` beside the finished bundle."""
+    """Write, beside the finished bundle, the scorers of `python -m moma.evaluate --world` and what the world
+    looks like."""
     write_scorers(target, work.weights("judges", "probes"), work.weights("clip", "heads"))
+    fit_familiar(work.cfg.world, work.cfg.familiar).save(target)
 
 
 def _decibels(error: Tensor) -> Tensor:

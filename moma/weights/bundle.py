@@ -44,6 +44,7 @@ from models.weights.loading import (
 )
 from models.weights.quant import build_llava
 from models.weights.stream import StreamedLlava
+from moma.inputs.familiar import Familiar
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
 
@@ -257,6 +258,11 @@ class Bundle:
     def llama_tokenizer(self) -> LlamaTokenizer:
         """LLaVA's."""
         return LlamaTokenizer(self.tokenizer(*LLAMA_TOKENIZER))
+
+    @property
+    def familiar(self) -> Familiar | None:
+        """Which images these weights know, if they know one kind only; ValueError for a damaged file."""
+        return Familiar.read(self.folder)
 
     @property
     def hashes(self) -> dict[str, str]:
