@@ -69,7 +69,10 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> Encoding:
         """`length` ids of a text of any length, and the place of each token in the text."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:  # half of a surrogate pair
+            raise ValueError(f"{text!r:.100}: not a text in UTF-8") from None
         room = self.length - 2  # between BEGIN and END
         ids, spans = found.ids[:room], found.offsets[:room]
         padding = self.length - 1 - len(ids)

@@ -142,9 +142,8 @@ class Record:
             if repr(found) != repr((FORMAT, VERSION)):
                 raise ValueError(f"format {found!r:.100}, expected {(FORMAT, VERSION)}")
             data["batch"] = tuple((prompt, seed) for prompt, seed in data["batch"])
-            sample = {"grid": "leading", **data["sample"]}  # of images from before there was a choice
-            sample.pop("max_side", None)  # the limit is this program's
-            data["sample"] = SampleConfig(**sample)
+            sample = SampleConfig(**{"grid": "leading", **data["sample"]})  # before there was a choice
+            data["sample"] = replace(sample, max_side=SampleConfig.max_side)  # the limit is this program's
             if repr(seed := data.pop("subject_seed", 0)) != "0":
                 raise ValueError(f"subject_seed {seed!r:.100}: only 0 can be drawn again")
             data.setdefault("method_name", "moma")
