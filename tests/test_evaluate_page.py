@@ -152,6 +152,23 @@ def test_json_and_csv_hold_every_score(folder):
     assert {path.name for path in folder.iterdir()} == WRITTEN | {"x.png"}  # no temporary files
 
 
+def test_no_cell_of_the_csv_is_a_formula(folder):
+    """Texts are escaped; numbers stay numbers, negative ones too."""
+    texts = ["=1+1", "@SUM(1)", "+1", "-1", "\t=1", "|x", "＝1", "plain - text"]
+    scores = [replace(SCORES[0], method=text, subject=text, values={"=c": -0.5, DINO: 1.0}) for text in texts]
+    write_outputs(folder, scores, {}, {})
+    head, *rows = csv.reader(io.StringIO((folder / "scores.csv").read_text(encoding="utf-8")))
+    assert "'=c" in head and [row[0] for row in rows] == [f"'{text}" for text in texts[:-1]] + texts[-1:]
+    assert {row[head.index("'=c")] for row in rows} == {"-0.5"}
+
+
+def test_names_that_are_not_utf8_are_escaped(folder):
+    Image.new("RGB", (40, 40)).save(folder / "caf\udce9.png")
+    write_outputs(folder, [replace(SCORES[0], file="caf\udce9.png")], {}, {"data": "\udce9"})
+    assert json.loads((folder / "scores.json").read_text(encoding="utf-8"))["facts"]["data"] == "\udce9"
+    assert 'src="caf%E9.png"' in (folder / "index.html").read_text(encoding="utf-8")
+
+
 # --- tables beside papers ----------------------------------------------------------------------------
 
 

@@ -360,4 +360,4 @@ def _draw_batch(
             path = run.folder / task.file
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, result.image, stamp=run.stamps[task])
-    resume.path.unlink()
+    resume.path.unlink(missing_ok=True)  # another run may share the folder

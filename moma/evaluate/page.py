@@ -140,7 +140,7 @@ def write_page(
         photos: subject -> its photos.
         cfg: what the page shows.
     """
-    link = partial(_embedded, folder, cfg) if cfg.embed else quote
+    link = partial(_embedded, folder, cfg) if cfg.embed else partial(quote, errors="surrogateescape")
     groups = _groups(results, cfg)
     sections = []
     for number, (subject, prompts) in enumerate(groups.items()):

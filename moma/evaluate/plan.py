@@ -32,7 +32,7 @@ from moma.evaluate.scorers import check_scorers
 from moma.evaluate.world import WorldEvaluation, check_world_scorers, write_world
 from moma.inputs.preprocess import MaskSource, make_reference, open_image
 from moma.inputs.segment import segment_by
-from moma.methods.prompts import SD_TEMPLATE
+from moma.methods.prompts import SD_TEMPLATE, plain_text
 from moma.sampling.device import dtype_name
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
@@ -68,6 +68,8 @@ def prepare(options: Options, runtime: Runtime) -> Plan:
     scorers = Bundle.open(options.scorers)
     (check_scorers if options.dataset else check_world_scorers)(scorers)
     subjects, masks = _open_subjects(options)
+    for subject in subjects:
+        plain_text(subject.name)
     tasks = tasks_of(subjects, options.protocol.per_prompt)
     images = {name: find_images(folder, tasks) for name, folder in options.images.items()}
     runs = [

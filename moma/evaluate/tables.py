@@ -34,6 +34,7 @@ KINDS = {"context": "New contexts", "texture": "New textures"}  # kind of prompt
 WHOLE = "dreambooth"  # the images that published averages cover, of both kinds
 TITLES = KINDS | {WHOLE: "DreamBooth's 25 prompts"}
 FIELDS = ("method", "subject", "label", "kind", "prompt", "number", "file")  # of the CSV, before the columns
+FORMULA = tuple("=+-@|%＝＋－＠")  # what spreadsheets compute or run, also in full width
 NONE = "—"  # a missing value in a table
 INTERVAL = """Means over images, with 95% intervals by bootstrap over subjects in brackets where there are
 several. Real images: the photos of each subject compared with each other; every subject counts alike."""
@@ -165,13 +166,17 @@ def _numbers(found: Estimate) -> dict[str, float | int | None]:
 
 
 def scores_csv(results: Results) -> str:
-    """A line per image; missing values stay empty."""
+    """A line per image; missing values stay empty. An apostrophe keeps texts from being read as formulas."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow([*FIELDS, *results.columns])
+    rows = [[*FIELDS, *results.columns]]
     for score in results.scores:
         values = (score.values.get(column, "") for column in results.columns)
-        lines.writerow([*(getattr(score, name) for name in FIELDS), *values])
+        rows.append([*(getattr(score, name) for name in FIELDS), *values])
+    lines.writerows(
+        [f"'{cell}" if isinstance(cell, str) and cell.lstrip().startswith(FORMULA) else cell for cell in row]
+        for row in rows
+    )
     return text.getvalue()
 
 
