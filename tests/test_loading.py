@@ -4,8 +4,10 @@ memory."""
 import argparse
 import collections
 import hashlib
+import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import textwrap
@@ -23,6 +25,7 @@ from models.weights.files import append_text, atomic_write, read_json
 from models.weights.loading import (
     ShardConfig,
     check_safetensors,
+    finite,
     in_memory,
     load_into,
     pick_weights,
@@ -262,7 +265,7 @@ def test_other_byte_order_and_other_tensors_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "b.bin")
     for odd in (torch.eye(2).to_sparse(), torch.ones(2, device="meta")):
         torch.save({"w": odd}, tmp_path / "c.bin")
-        with pytest.raises(ValueError, match="sparse"):
+        with pytest.raises(ValueError, match=r"c\.bin: w"):
             read_checkpoint(tmp_path / "c.bin")
 
 
@@ -299,9 +302,14 @@ def test_a_file_cut_after_opening(tmp_path: Path) -> None:
     [
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
         ("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
-        ("a.bin", b"<!DOCTYPE html><html>not found</html>", r"a\.bin: neither"),
-        ("a.bin", b"", r"a\.bin: neither"),
-        ("a.safetensors", b"", "damaged or truncated"),
+        ("a.bin", b"\xef\xbb\xbf \r\n<!DOCTYPE html><html>not found</html>", "HTML"),
+        ("a.safetensors", b"<html>", "HTML"),
+        ("a.safetensors", b"\x1f\x8b\x08" + b"\0" * 9, "archive"),
+        ("a.bin", b"GGUF\x03", "GGUF"),
+        ("a.bin", b"hello", r"a\.bin: neither"),
+        ("a.bin", b"", "empty"),
+        ("a.safetensors", b"\0" * 1000, "zeros"),
+        ("a.safetensors", b'{"error": "gated"}', "weight_map"),
         ("a.safetensors", b"\xff" * 100, "damaged or truncated"),
     ],
 )
@@ -318,6 +326,86 @@ def test_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.bin")
     with pytest.raises(ValueError, match="no such file"):
         read_checkpoint(tmp_path / "b.bin")
+
+
+def dicts(leaf: object) -> dict:
+    """Four names of one dict, fourteen deep: 2 KB that name 4^14 values."""
+    node = leaf
+    for _ in range(14):
+        node = {str(i): node for i in range(4)}
+    return node
+
+
+class Allocates:
+    def __reduce__(self):
+        return bytearray, (2**40,)
+
+
+BOMBS = {
+    "references": dicts({}),
+    "references to a tensor": dicts(torch.zeros(1)),
+    "strides of 0": {"w": torch.zeros(1).expand(10**12)},
+    "bytearray": {"w": torch.zeros(1), "x": Allocates()},
+    "sparse": {"w": torch.eye(2).to_sparse()},
+    "line break": {"w\nx": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("case", BOMBS)
+def test_small_files_with_large_costs(case: str, zipped: bool, tmp_path: Path) -> None:
+    torch.save(BOMBS[case], tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"a\.ckpt: ") as error:
+        read_checkpoint(tmp_path / "a.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_compressed_entry_is_not_unpacked(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("a/data.pkl", b"x")
+        with archive.open(packed_entry("a/byteorder"), "w", force_zip64=True) as file:
+            for _ in range(512):
+                file.write(bytes(2**20))
+    with pytest.raises(ValueError, match="compressed"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def packed_entry(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.compress_type = zipfile.ZIP_BZIP2
+    return info
+
+
+def test_an_index_that_names_itself(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": path.name}}))
+    with pytest.raises(ValueError, match=r"m\.safetensors\.index\.json"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["m.ckpt", "m.sft", "M.SAFETENSORS", "6ce0161689b3853acaa03779ec93eafe75a02f4c"]
+)
+def test_content_decides_what_a_file_is(name: str, tmp_path: Path) -> None:
+    save_file({key: t.detach().clone().contiguous() for key, t in tensors().items()}, tmp_path / name)
+    assert_same(read_checkpoint(tmp_path / name), tensors())
+    torch.save(tensors(), tmp_path / "pickle.safetensors")
+    assert_same(read_checkpoint(tmp_path / "pickle.safetensors"), tensors())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_values_that_are_not_finite_name_file_and_tensor(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    values = {"a.weight": torch.ones(3), "b.weight": torch.tensor([1.0, value])}
+    save_file({name: t.to(dtype) for name, t in values.items()}, tmp_path / "x.safetensors")
+    read = {name: finite(t) for name, t in read_checkpoint(tmp_path / "x.safetensors").items()}
+    assert read["a.weight"].read().float().sum() == 3
+    with pytest.raises(ValueError, match=r"x\.safetensors: b\.weight"):
+        read["b.weight"].read()
 
 
 # --- writing ------------------------------------------------------------------------------------

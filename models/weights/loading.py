@@ -40,12 +40,41 @@ _SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+_DTYPE_NAMES = {
+    dtype: name
+    for name, dtype in _SAFETENSORS_DTYPES.items()
+    if dtype.itemsize > 1 or not dtype.is_floating_point
+}  # of what is written: networks do not compute in float8
 _HEADER_ALIGNMENT = 64  # bytes; aligned data can be used where it is mapped
+_MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more hint at a cycle
+_MAX_ENTRIES = 2**18  # of all dicts, each counted wherever it is named; real checkpoints have 2**14
 _NAMES_IN_ERROR = 6  # keys listed per kind of problem, so that a message stays one line
-_LFS_POINTER = b"version https://git-lfs"
+# What a file may be instead of weights -> its first bytes, in lower case.
+_FOREIGN = {
+    "a git-lfs pointer instead of the weights; run `git lfs pull` there": (b"version https://git-lfs",),
+    "a web page (HTML) instead of the weights; fetch the file itself": (
+        b"<!doctype html",
+        b"<html",
+        b"<?xml",
+    ),
+    "an archive; unpack it and give what is in it": (
+        b"\x1f\x8b",
+        b"7z\xbc\xaf",
+        b"rar!",
+        b"bzh",
+        b"\xfd7zxz",
+    ),
+    "weights of llama.cpp (GGUF), which are rounded; give the original ones": (b"gguf",),
+    "weights of Keras or TensorFlow (HDF5); give those of PyTorch": (b"\x89hdf",),
+    "an image": (b"\x89png", b"\xff\xd8\xff"),
+}
+# A call that the restricted unpickler allows, although its argument alone decides how much memory it takes.
+_ALLOCATES = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
+_PICKLE_BYTES = 2**26  # of an old file that are searched for it: its pickles come before its values
 # What training checkpoints hold beside tensors; `_Skipped` stands in for it, so that nothing is imported.
 METADATA = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|typing|pathlib|argparse|copyreg)\..*"
@@ -62,6 +91,7 @@ class LazyTensor:
     file: Path
     read: Callable[[], Tensor]
     castable: bool = True  # False: the format fixes the dtype (of codes and scales, for example)
+    name: str = ""  # in the file
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +107,23 @@ class LazyTensor:
 def in_memory(tensor: Tensor, file: Path) -> LazyTensor:
     """A LazyTensor whose values are in memory."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, file, lambda: tensor)
+
+
+def finite(tensor: LazyTensor) -> LazyTensor:
+    """The tensor, which when it is read raises ValueError for values that are NaN or infinite."""
+
+    def read() -> Tensor:
+        values = tensor.read()
+        known = values.half() if values.dtype.itemsize == 1 else values  # float8 has no isfinite
+        if values.is_floating_point() and not known.isfinite().all():
+            count = int((~known.isfinite()).sum())
+            raise ValueError(
+                f"{tensor.file}: {tensor.name} holds {count} values that are NaN or infinite, so that it can "
+                "only draw noise; fetch the file again or take another"
+            )
+        return values
+
+    return replace(tensor, read=read)
 
 
 def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
@@ -97,24 +144,56 @@ def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
 def read_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
     """Tensors of a checkpoint by name; nested dicts are flattened with dots, other values left out.
 
-    path: .safetensors, a torch pickle, or the `*.index.json` of a sharded checkpoint. ValueError (one line)
-    for a missing, damaged, unknown or unsafe file.
+    path: safetensors, a torch pickle, or the index of a sharded checkpoint, under any name. ValueError (one
+    line) for a missing, damaged, unknown or unsafe file.
     """
     path = Path(path)
-    check_file(path)
-    if path.suffix == ".json":
+    if weight_format(path) == "index":
         return _read_index(path)
+    return _read_file(path)
+
+
+def weight_format(path: Path) -> str | None:
+    """What the first bytes of a file say: safetensors, zip, legacy (torch's old format) or index (JSON).
+
+    None: nothing. ValueError if there is no file, or one that is known to be something else.
+    """
+    check_file(path)
     with open(path, "rb") as stream:
-        head = stream.read(len(_LFS_POINTER))
-    if head == _LFS_POINTER:
-        raise ValueError(f"{path}: a git-lfs pointer instead of the weights; run `git lfs pull` there")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if head.startswith(b"PK"):
-        return _read_zip(path)
-    if head.startswith(b"\x80"):
-        return _read_legacy(path)
-    raise ValueError(f"{path}: neither safetensors nor a torch checkpoint")
+        head = stream.read(64)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+        return "safetensors"
+    formats = {b"PK": "zip", b"\x80": "legacy", b"{": "index", b"[": "index"}
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, kind in formats.items():
+        if (head if kind in ("zip", "legacy") else text).startswith(start):
+            return kind
+    for what, starts in _FOREIGN.items():
+        if text.lower().startswith(starts):
+            raise ValueError(f"{path}: {what}")
+    if not head.strip(b"\0"):
+        raise ValueError(f"{path}: {'zeros' if head else 'empty'}; fetch it again")
+    # a damaged header is told by those who read it
+    return "safetensors" if path.suffix.lower() == ".safetensors" else None
+
+
+def _read_file(path: Path) -> dict[str, LazyTensor]:
+    """Any checkpoint in one file."""
+    readers = {"safetensors": _read_safetensors, "zip": _read_zip, "legacy": _read_legacy}
+    if not (reader := readers.get(weight_format(path) or "")):
+        raise ValueError(f"{path}: neither safetensors nor a torch checkpoint")
+    tensors = reader(path)
+    if odd := [name for name in tensors if not name.isprintable()]:
+        raise ValueError(f"{path}: a tensor is called {odd[0]!r}, not a checkpoint")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside the tensors; {} for other files."""
+    if weight_format(path) != "safetensors":
+        return {}
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def pick_weights(names: Collection[str], stems: Sequence[str]) -> str | None:
@@ -139,8 +218,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         files: dict[str, str] = dict(read_object(index)["weight_map"])
         outside = [file for file in files.values() if Path(file).name != file]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: no weight_map from tensor names to files in it") from error
+    except (KeyError, TypeError, ValueError) as error:
+        why = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ValueError(f"{index}: no weight_map from tensor names to files in it{why}") from error
     if outside:
         raise ValueError(f"{index}: names the shard {outside[0]!r}, which is not a plain file name")
     return files
@@ -157,7 +237,7 @@ def _read_index(path: Path) -> dict[str, LazyTensor]:
     for file in shard_files(path):
         if not file.is_file():
             raise ValueError(f"{file}: shard listed in {path.name} is missing")
-        content[file.name] = read_checkpoint(file)
+        content[file.name] = _read_file(file)
     if lost := [name for name, file in files.items() if name not in content[file]]:
         raise ValueError(f"{path}: {some_names(lost)} missing from the shards")
     return {name: content[file][name] for name, file in files.items()}
@@ -184,7 +264,7 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     def lazy(name: str, shape: Sequence[int], dtype: str) -> LazyTensor:
         if dtype not in _SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype}, expected a float or integer type")
-        return LazyTensor(tuple(shape), _SAFETENSORS_DTYPES[dtype], path, lambda: read(name))
+        return LazyTensor(tuple(shape), _SAFETENSORS_DTYPES[dtype], path, lambda: read(name), name=name)
 
     def read(name: str) -> Tensor:
         with _open_safetensors(path) as file:  # opened anew, so that only this tensor stays mapped
@@ -217,6 +297,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Replace torch's many errors, which advise to load unsafely, by a ValueError of one line."""
     try:
         yield
+    except MemoryError as error:
+        raise ValueError(f"{path}: needs more memory than there is") from error
     except Exception as error:
         raise ValueError(f"{path}: damaged, truncated or unsafe, not a readable torch checkpoint") from error
 
@@ -225,35 +307,38 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
     """torch.save since version 1.6. Reads only `data.pkl`: on "meta", torch notes where values lie."""
     with _readable(path), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-        orders = {archive.read(info) for info in infos if info.filename.endswith("/byteorder")}
-    if not any(info.filename.endswith("/data.pkl") for info in infos):
+        named = {end: [i for i in infos if i.filename.endswith(end)] for end in ("/data.pkl", "/byteorder")}
+        packed = any(info.compress_type != zipfile.ZIP_STORED for info in infos)
+        pickles, orders = ([b"" if packed else archive.read(i) for i in found] for found in named.values())
+    if not pickles:
         raise ValueError(f"{path}: a zip archive, but not one that torch.save wrote")
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+    if packed:
         raise ValueError(f"{path}: a compressed archive, but torch.save writes uncompressed ones")
-    if not orders <= {b"little"}:  # torch would crash on such a file under "meta"
+    if any(_ALLOCATES.search(data) for data in pickles):
+        raise ValueError(f"{path}: the pickle asks for bytearray, which weights do not need; refused")
+    if not set(orders) <= {b"little"}:  # torch would crash on such a file under "meta"
         raise ValueError(f"{path}: written on a big-endian machine, expected little-endian")
-    with _readable(path):
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with _readable(path), open(path, "rb") as stream:  # by its path, torch would go by the name
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     if refused := [name for name in wanted if not METADATA.fullmatch(name)]:
         raise ValueError(
             f"{path}: the pickle asks for {refused[0]}, which weights do not need; refused, none of it ran "
             "(a .safetensors version of the file is safe)"
         )
     skipped = [(_SkippedArray if name.startswith("numpy.") else _Skipped, name) for name in wanted]
-    with _readable(path), torch.serialization.safe_globals(skipped):
-        content = torch.load(path, map_location="meta", weights_only=True)
+    with _readable(path), torch.serialization.safe_globals(skipped), open(path, "rb") as stream:
+        content = torch.load(stream, map_location="meta", weights_only=True)
     entries = sorted((info.header_offset, info.file_size) for info in infos)
 
-    def lazy(tensor: Tensor) -> LazyTensor:
-        if tensor.layout != torch.strided or tensor.untyped_storage()._checkpoint_offset is None:
-            raise ValueError(f"{path}: holds a tensor that is sparse or has no values, expected dense ones")
+    def lazy(name: str, tensor: Tensor) -> LazyTensor:
         storage = tensor.untyped_storage()
-        start = storage._checkpoint_offset  # of its bytes in the file
+        if (start := storage._checkpoint_offset) is None:  # of its bytes in the file
+            raise ValueError(f"{path}: {name} has no values")
         _, room = entries[bisect(entries, (start,)) - 1]  # the entry whose header precedes them
         skip, shape, stride = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
         count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         if storage.nbytes() > room:  # torch has grown it to the size of the tensor
-            raise ValueError(f"{path}: damaged, a tensor is larger than its stored values")
+            raise ValueError(f"{path}: damaged, {name} is larger than its stored values")
 
         def read() -> Tensor:
             flat = torch.empty(count, dtype=tensor.dtype)
@@ -264,24 +349,35 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
                 raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
             return flat.as_strided(shape, stride)
 
-        return LazyTensor(shape, tensor.dtype, path, read)
+        return LazyTensor(shape, tensor.dtype, path, read, name=name)
 
-    return {name: lazy(tensor) for name, tensor in _flatten(path, content).items()}
+    return {name: lazy(name, tensor) for name, tensor in _flatten(path, content).items()}
 
 
 def _read_legacy(path: Path) -> dict[str, LazyTensor]:
     """torch.save before version 1.6: one stream, which must be read whole."""
-    with _readable(path):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: in_memory(tensor, path) for name, tensor in _flatten(path, content).items()}
+    with open(path, "rb") as stream:
+        if _ALLOCATES.search(stream.read(_PICKLE_BYTES)):
+            raise ValueError(f"{path}: the pickle asks for bytearray, which weights do not need; refused")
+        stream.seek(0)
+        with _readable(path):
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+    return {
+        name: replace(in_memory(tensor, path), name=name) for name, tensor in _flatten(path, content).items()
+    }
 
 
 def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     found: dict[str, Tensor] = {}
+    size, entries = path.stat().st_size, 0
 
     def walk(node: Any, name: str, depth: int) -> None:
+        nonlocal entries
+        entries += 1
+        if entries > _MAX_ENTRIES:
+            raise ValueError(f"{path}: more than {_MAX_ENTRIES:,} entries, not a checkpoint")
         if depth > _MAX_NESTING:
             raise ValueError(f"{path}: dicts nested deeper than {_MAX_NESTING}, not a checkpoint")
         if isinstance(node, dict):
@@ -290,6 +386,10 @@ def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
         elif isinstance(node, Tensor):
             if name in found:
                 raise ValueError(f"{path}: two tensors are called {name}")
+            if node.layout != torch.strided or node.is_quantized:
+                raise ValueError(f"{path}: {name} is sparse or quantised, expected plain dense tensors")
+            if node.nbytes > size:  # by strides of 0
+                raise ValueError(f"{path}: damaged, {name} is larger than its stored values")
             found[name] = node.detach()
 
     walk(content, "", 0)
@@ -376,9 +476,9 @@ def _write_shard(
 ) -> str:
     dtypes = {name: _target(tensor, dtype) for name, tensor in tensors.items()}
     if odd := [name for name, d in dtypes.items() if d not in _DTYPE_NAMES]:
-        raise ValueError(
-            f"{tensors[odd[0]].file}: {odd[0]} has dtype {dtypes[odd[0]]}, expected a float or integer type"
-        )
+        dtype_name = str(dtypes[odd[0]]).removeprefix("torch.")
+        cast = "; choose another with --dtype" if dtypes[odd[0]].is_floating_point else ""
+        raise ValueError(f"{tensors[odd[0]].file}: {odd[0]} is {dtype_name}, which is not written{cast}")
     # wide dtypes first, so that every tensor is aligned to its item size
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -411,7 +511,7 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
     values = tensor.read()
     assert tuple(values.shape) == tensor.shape and values.dtype == tensor.dtype
     cast = values.to(dtype)
-    narrower = dtype == torch.float16 and values.dtype != dtype
+    narrower = dtype == torch.float16 and values.dtype != dtype and values.itemsize > 1
     if narrower and not torch.equal(cast.isfinite(), values.isfinite()):
         raise ValueError(
             f"{tensor.file}: {name} reaches {values.abs().max():.3g}, beyond float16; use bf16 or fp32"
