@@ -34,6 +34,11 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
             raise ValueError(f"LLaVA projector {self.projector!r}: expected one of {', '.join(PROJECTORS)}")
+        states = self.vision.layers + 1
+        if not -states <= self.tower_layer < states:
+            raise ValueError(
+                f"LLaVA tower_layer {self.tower_layer}: expected one of the tower's {states} states"
+            )
 
 
 class Llava(nn.Module):

@@ -76,6 +76,8 @@ class UNetConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
             if len(getattr(self, name)) != len(self.channels):
                 raise ValueError(f"UNet {name} {getattr(self, name)}: expected {len(self.channels)} levels")
+        if any(width % heads for width, heads in zip(self.channels, self.heads, strict=True)):
+            raise ValueError(f"UNet channels {self.channels}: expected multiples of heads {self.heads}")
 
     @property
     def levels(self) -> int:

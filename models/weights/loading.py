@@ -51,6 +51,7 @@ _DTYPE_NAMES = {
 _HEADER_ALIGNMENT = 64  # bytes; aligned data can be used where it is mapped
 _MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more hint at a cycle
+_MAX_MISSING = 1000  # parameters that a network may have and its file lack, to be listed by name
 _MAX_ENTRIES = 2**18  # of all dicts, each counted wherever it is named; real checkpoints have 2**14
 _NAMES_IN_ERROR = 6  # keys listed per kind of problem, so that a message stays one line
 # What a file may be instead of weights -> its first bytes, in lower case.
@@ -522,6 +523,36 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
 # --- loading into a module -------------------------------------------------------------------------
 
 
+@contextmanager
+def sized_by(count: int | None) -> Iterator[None]:
+    """Build modules on the meta device, and stop where their sizes cannot be those of a file.
+
+    Args:
+        count: tensors in the file; None = the sizes are known to be good.
+
+    Raises:
+        ValueError: as soon as there are far more parameters, or if the sizes make no network.
+    """
+    made = 0
+
+    def limit(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if count is not None and made > _MAX_MISSING + 2 * count:
+            raise ValueError(
+                f"describes a network of more than {made - 1} tensors, but the file holds {count}"
+            )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(limit)
+    try:
+        with torch.device("meta"):
+            yield
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"sizes that make no network ({str(error).splitlines()[:1]})") from error
+    finally:
+        hook.remove()
+
+
 def load_into(
     build: Callable[[], nn.Module],
     files: Sequence[Path] | Mapping[str, Sequence[Path]],
@@ -542,12 +573,12 @@ def load_into(
 
     Raises: ValueError, before any weight is read, that lists the missing, unexpected and mis-shaped names.
     """
-    with torch.device("meta"):
-        module = build()
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     groups = files if isinstance(files, Mapping) else {"": files}
     sources = [(prefix, Path(path)) for prefix, paths in groups.items() for path in paths]
     stored = {prefix + key: t for prefix, path in sources for key, t in _read_safetensors(path).items()}
+    with sized_by(len(stored)):
+        module = build()
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     known = {name: t for name, t in stored.items() if name in wanted or not name.startswith(tuple(ignore))}
     if problems := state_dict_mismatch(wanted, known):
         where = ", ".join(str(path) for _, path in sources)

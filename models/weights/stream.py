@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from models.llama import Llama, LlamaConfig
 from models.llava import Llava, LlavaConfig
-from models.weights.loading import LazyTensor, does_not_fit, state_dict_mismatch
+from models.weights.loading import LazyTensor, does_not_fit, sized_by, state_dict_mismatch
 from models.weights.quant import quantise_as_configured
 
 PAGE = 4096  # bytes, the smallest page in use: touching one byte per page reads a mapped file
@@ -97,7 +97,7 @@ class StreamedLlava(Llava):
             device: where the network runs.
             dtype: of the floating-point parameters.
         """
-        with torch.device("meta"):
+        with sized_by(len(tensors)):
             super().__init__(cfg)
             quantise_as_configured(self.llama)
         wanted = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}

@@ -39,6 +39,7 @@ from models.weights.loading import (
     check_safetensors,
     load_into,
     read_checkpoint,
+    sized_by,
     stored_bytes,
     write_safetensors,
 )
@@ -47,10 +48,11 @@ from models.weights.stream import StreamedLlava
 from moma.inputs.familiar import Familiar
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
+from moma.sampling.config import check_types
 
 FORMAT, VERSION = "moma-bundle", 1
 MANIFEST = "config.json"
-ENTRY = ("files", "config", "sha256", "source")  # what the manifest says of each network
+ENTRY = {"files": list, "config": dict, "sha256": dict, "source": str}  # what the manifest says of networks
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")
 LLAMA_TOKENIZER = ("tokenizer.model",)
 
@@ -79,6 +81,9 @@ TOKENIZERS = {  # network -> the files it needs
 PARTS = {"llava": ("llama.", "projector.")}
 TOWER = "tower."  # where the llava module keeps the network "vision"
 LM_HEAD = "llama.lm_head."
+NEGATIVE = ("tower_layer", "logvar_range")  # fields of configs that may be below 0,
+ZERO = ("depth", "mid_depth", "end_id", "eos")  # or 0
+SHOWN = 100  # characters of a wrong value in a message
 
 
 def network_kinds() -> dict[str, tuple[type, Any]]:
@@ -99,6 +104,22 @@ def build_network(name: str, config: Any, unet: UNetConfig | None = None) -> nn.
 
 
 @cache
+def expected_tensors(
+    name: str, config: Any, unet: UNetConfig | None = None, count: int | None = None
+) -> dict[str, Tensor]:
+    """What the file of a network must hold, on the meta device.
+
+    Args:
+        name: in the bundle.
+        config: its dataclass.
+        unet: the sizes that methods' own networks follow.
+        count: tensors that there are, if the sizes come from elsewhere (`sized_by`).
+    """
+    with sized_by(count):
+        state = build_network(name, config, unet).state_dict()
+    return {key: value for key, value in state.items() if key.startswith(PARTS.get(name, ""))}
+
+
 def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the file of a network must hold; arguments as `build_network`.
 
@@ -107,9 +128,18 @@ def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> d
         config: its dataclass.
         unet: the sizes that methods' own networks follow.
     """
-    with torch.device("meta"):
-        state = build_network(name, config, unet).state_dict()
-    return {key: tuple(value.shape) for key, value in state.items() if key.startswith(PARTS.get(name, ""))}
+    return {key: tuple(value.shape) for key, value in expected_tensors(name, config, unet).items()}
+
+
+def check_config(config: Any) -> None:
+    """ValueError for a network's config with a value of another type or a size below 1."""
+    check_types(config)
+    for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
+        if is_dataclass(value):
+            check_config(value)
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if type(x) in (int, float)]
+        if name not in NEGATIVE and any(x < 0 or (x == 0 and name not in ZERO) for x in numbers):
+            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected more than 0")
 
 
 def config_from_json(kind: type, data: Any, where: str) -> Any:
@@ -136,9 +166,11 @@ def config_from_json(kind: type, data: Any, where: str) -> Any:
             value = config_from_json(kinds[0], value, f"{where}.{key}")
         values[key] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(**values)
-    except TypeError as error:
+        config = kind(**values)
+        check_config(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: not the fields of {kind.__name__} ({error})") from error
+    return config
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -174,8 +206,14 @@ class Bundle:
         for name, entry in networks.items():
             if name not in kinds:
                 raise ValueError(f"{path}: network {name!r}, expected one of {', '.join(kinds)}")
-            if not isinstance(entry, dict) or not all(entry.get(key) for key in ENTRY):
-                raise ValueError(f"{path}: network {name!r} lacks its files or its {', '.join(ENTRY[1:])}")
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(k), kind) for k, kind in ENTRY.items()
+            ):
+                raise ValueError(
+                    f"{path}: network {name!r} lacks its files or its {', '.join(list(ENTRY)[1:])}"
+                )
+            if not entry["files"] or not all(isinstance(file, str) for file in entry["files"]):
+                raise ValueError(f"{path}: {name} names no files")
             configs[name] = config_from_json(kinds[name][0], entry["config"], f"{path}: {name}")
             for file in entry["files"]:
                 if Path(file).name != file:
@@ -193,7 +231,7 @@ class Bundle:
         return bundle
 
     def _check(self, path: Path) -> None:
-        if not isinstance(self.image_size, int) or self.image_size <= 0:
+        if type(self.image_size) is not int or self.image_size <= 0:
             raise ValueError(f"{path}: image_size {self.image_size!r}, expected pixels")
         if not isinstance(self.method, dict):
             raise ValueError(f"{path}: method {self.method!r}, expected an object of overrides")
