@@ -33,8 +33,15 @@ from models.clip import CLIPConfig, CLIPVisionConfig
 from models.llava import LlavaConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
-from models.weights.files import read_bytes, read_object
-from models.weights.loading import LazyTensor, does_not_fit, some_names, state_dict_mismatch, stored_bytes
+from models.weights.files import SYSTEM, read_bytes, read_object
+from models.weights.loading import (
+    LazyTensor,
+    does_not_fit,
+    finite,
+    some_names,
+    state_dict_mismatch,
+    stored_bytes,
+)
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, QuantConfig, quantise
 from moma.app.files import Parser, exit_status
@@ -50,13 +57,16 @@ from moma.weights.bundle import (
     build_network,
     check_target,
     expected_shapes,
+    expected_tensors,
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
+from moma.weights.refusals import side
 from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_source
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
 LLM = ("llava", "vision")  # what --no-llm leaves out
+ADAPTERS = ("adapter", "ip_adapter")  # whose files hold more than is used
 
 Say = Callable[[str], Any]
 
@@ -72,6 +82,7 @@ def convert(
     overwrite: bool = False,
     defaults: DefaultConfigs | None = None,
     say: Say = print,
+    fetch: Callable[[], Sequence[Path]] | None = None,
 ) -> None:
     """Write a bundle from public checkpoints.
 
@@ -86,18 +97,53 @@ def convert(
         overwrite: replace a bundle at `out`.
         defaults: configs for networks that come without one.
         say: receives notes and the summary.
+        fetch: gives more sources; called once the folder is this run's.
 
     Raises: ValueError, with nothing written, for sources that cannot be used.
     """
     defaults = (defaults or DefaultConfigs()).with_base(base)
-    writer = BundleWriter(out, defaults.image_size, overwrite)
-    sources = [read_source(path, defaults, ema) for path in paths]
+    with BundleWriter(out, defaults.image_size, overwrite) as writer:
+        _fill(writer, [*(fetch() if fetch else []), *paths], base, dtype, ema, llm, llm_bits, defaults, say)
+    summarise(Bundle.open(out), say)
+
+
+def _fill(
+    writer: BundleWriter,
+    paths: Sequence[Path],
+    base: Bundle | None,
+    dtype: torch.dtype | None,
+    ema: bool,
+    llm: bool,
+    llm_bits: int | None,
+    defaults: DefaultConfigs,
+    say: Say,
+) -> None:
+    """Read, check and write; arguments as `convert`.
+
+    Args:
+        writer: of the bundle.
+        paths: sources.
+        base: see there.
+        dtype: see there.
+        ema: see there.
+        llm: see there.
+        llm_bits: see there.
+        defaults: with the base's configs.
+        say: receives notes.
+    """
+    for path in (path for path in paths if SYSTEM.fullmatch(path.name)):
+        say(f"note: {path}: of an operating system, not a source")
+    sources = [read_source(path, defaults, ema) for path in paths if not SYSTEM.fullmatch(path.name)]
     for source in sources:
         for note in source.notes:
             say(f"note: {source.name}: {note}")
 
     left_out = () if llm else LLM
     networks = _choose(sources, left_out, say)
+    adapters = "adapter" in networks or (base is not None and "adapter" in base.networks)
+    for source in sources:
+        if adapters and source.networks.get("llava", base) is networks.get("llava") and source.is_plain_llava:
+            say(f"note: llava: {source.name} does not say that it is MoMA's own, which the adapter needs")
     if llm_bits and "llava" not in networks:
         networks["llava"] = llava_of(base if llm else None)
     if not networks:
@@ -112,19 +158,21 @@ def convert(
     for source in sources:
         methods |= source.methods
     check_together(configs, methods)
+    check_latents(networks, kept, defaults)
     check_tokenizers(tokenizers, configs)
-    for name in ("adapter", "ip_adapter"):
+    networks = {name: check(name, network, configs.get("unet"), say) for name, network in networks.items()}
+    for name in ADAPTERS:
         if name in kept and "unet" in networks:
             check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
-    networks = {name: check(name, network, configs.get("unet"), say) for name, network in networks.items()}
+    # scorers are not rounded, as scores are compared with published ones
+    dtypes = {name: None if name in SCORERS else dtype for name in networks}
+    for name, network in networks.items():
+        check_kinds(name, network, configs.get("unet"), dtypes[name])
     if llm_bits:
         networks["llava"] = quantised(networks["llava"], llm_bits)
     _compare_towers(networks, sources, say)
-
-    # scorers are not rounded, as scores are compared with published ones
-    dtypes = {name: None if name in SCORERS else dtype for name in networks}
     sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
-    with writer, tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
         writer.check_space(sum(sizes.values()))
         for name in network_kinds():  # in one order, whatever that of the sources
             if network := networks.get(name):
@@ -138,7 +186,6 @@ def convert(
         writer.methods |= methods
         for source in sources:
             writer.method |= source.method
-    summarise(Bundle.open(out), say)
 
 
 def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
@@ -154,7 +201,7 @@ def _choose(sources: Sequence[Source], left_out: Sequence[str], say: Say) -> dic
     """Choose one network of each kind: the last of the dedicated sources, else of all sources."""
     chosen = {}
     for name in (name for name in network_kinds() if name not in left_out):
-        having = sorted((s for s in sources if name in s.networks), key=lambda s: s.dedicated_to(name))
+        having = sorted((s for s in sources if name in s.networks), key=lambda s: s.rank(name))
         for network in (source.networks[name] for source in having):
             if name in chosen:
                 say(f"note: {name}: {network.source} replaces that of {chosen[name].source}")
@@ -212,13 +259,13 @@ def _with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | 
     folder = llava.config.parent
     vision = tower.config if tower else kept
     if vision is None and tower:
-        positions, width = tower.tensors["embeddings.position_embedding.weight"].shape
+        positions, width = (side(tower.tensors, "embeddings.position_embedding.weight", i) for i in (0, 1))
         raise ValueError(
-            f"{folder}: the image tower inside ({width} wide, {isqrt(positions - 1)} patches per side) is no "
-            "known CLIP model; give its CLIP folder as a source too"
+            f"{folder}: the image tower inside ({width} wide, {isqrt(max(positions - 1, 0))} patches a side) "
+            "is no known CLIP model; give its CLIP folder as a source too"
         )
     if vision is None:
-        model = read_object(llava.config).get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
+        model = str(read_object(llava.config).get("mm_vision_tower", "openai/clip-vit-large-patch14-336"))
         raise ValueError(f"{folder}: without an image tower; give the CLIP folder of {model} as a source too")
     config = read_config(llava.config, llava_config, vision)
     has_head = any(name.startswith(LM_HEAD) for name in llava.tensors)
@@ -255,6 +302,30 @@ def check_together(configs: Mapping[str, Any], methods: Mapping[str, Mapping[str
         )
 
 
+def check_latents(networks: Mapping[str, Network], kept: Mapping[str, Any], defaults: DefaultConfigs) -> None:
+    """ValueError for a VAE whose latents are not what the UNet was trained on.
+
+    Args:
+        networks: of the sources, by name.
+        kept: configs of the base's networks that stay.
+        defaults: have the scaling of Stable Diffusion 1.5, or of the base.
+    """
+    unet, vae = (networks[name].config if name in networks else kept.get(name) for name in ("unet", "vae"))
+    if not unet or not vae:
+        return
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise ValueError(
+            f"vae: its latents have {vae.latent_channels} channels, but the UNet takes {unet.in_channels} "
+            f"and gives {unet.out_channels}"
+        )
+    together = "unet" in networks and "vae" in networks and networks["unet"].source == networks["vae"].source
+    if "vae" in networks and not together and vae.scaling != defaults.vae.scaling:
+        raise ValueError(
+            f"{networks['vae'].source}: a VAE whose latents are scaled by {vae.scaling}, expected "
+            f"{defaults.vae.scaling} as the UNet; that of another model, such as SDXL"
+        )
+
+
 def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> None:
     """ValueError unless the files can be read and the networks have all their tokens."""
     for name in TOKENIZERS:
@@ -275,7 +346,7 @@ def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> N
 
 
 def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Network:
-    """Check names and shapes; drop unexpected tensors with a note.
+    """Check names and shapes; of an adapter's file, drop unexpected tensors with a note.
 
     Args:
         name: in the bundle.
@@ -283,15 +354,41 @@ def check(name: str, network: Network, unet: UNetConfig | None, say: Say) -> Net
         unet: sizes that adapters follow.
         say: receives the note.
 
-    Raises: ValueError for missing or mis-shaped tensors.
+    Raises: ValueError for missing, unexpected or mis-shaped tensors: a network with more computes more.
     """
-    wanted = expected_shapes(name, network.config, unet)
+    try:
+        expected = expected_tensors(name, network.config, unet, len(network.tensors))
+    except ValueError as error:
+        raise ValueError(f"{network.source}: {name}: {error}") from error
+    wanted = {key: tuple(value.shape) for key, value in expected.items()}
     problems = state_dict_mismatch(wanted, network.tensors)
-    if set(problems) - {"unexpected"}:
+    if set(problems) - ({"unexpected"} if name in ADAPTERS else set()):
         raise ValueError(does_not_fit(network.source, name, problems))
     if problems:
         say(f"note: {network.source}: {name}: unused: {some_names(problems['unexpected'])}")
-    return replace(network, tensors={key: network.tensors[key] for key in wanted})
+    return replace(network, tensors={key: finite(network.tensors[key]) for key in wanted})
+
+
+def check_kinds(name: str, network: Network, unet: UNetConfig | None, dtype: torch.dtype | None) -> None:
+    """ValueError for integers where the network has numbers, or float8 that nothing is to be made of.
+
+    Args:
+        name: in the bundle.
+        network: checked by `check`.
+        unet: sizes that adapters follow.
+        dtype: that it is converted to; None = as it is.
+    """
+    for key, like in expected_tensors(name, network.config, unet, len(network.tensors)).items():
+        tensor = network.tensors[key]
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if like.is_floating_point() != tensor.dtype.is_floating_point:
+            wanted = "a float type" if like.is_floating_point() else str(like.dtype).removeprefix("torch.")
+            raise ValueError(f"{tensor.file}: {tensor.name or key} is {kind}, expected {wanted}")
+        if tensor.dtype.itemsize == 1 and like.is_floating_point() and dtype is None:
+            raise ValueError(
+                f"{tensor.file}: {tensor.name or key} is {kind}, in which nothing is computed; add --dtype "
+                "bf16 or another (a scorer needs a file in 16 or 32 bits)"
+            )
 
 
 def quantised(llava: Network, bits: int) -> Network:

@@ -33,8 +33,9 @@ from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.weights import keymaps
 from models.weights.keymaps import Row, Table
-from models.weights.loading import LazyTensor, ShardConfig, write_safetensors
+from models.weights.loading import LazyTensor, ShardConfig, in_memory, write_safetensors
 from moma.methods.moma.adapter import AdapterConfig
+from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
 from moma.weights.bundle import Bundle, expected_shapes
 from moma.weights.sources import DefaultConfigs
 from moma.weights.tiny import build_tokenizers
@@ -362,7 +363,10 @@ def ldm_tensors(
         for name, tensor in average.items():
             result[f"model_ema.diffusion_model{name.replace('.', '')}"] = tensor
         result |= drawn({"model_ema.decay": (), "model_ema.num_updates": ()}, torch.float32)
-    result |= drawn({"betas": (1000,), "alphas_cumprod": (1000,)}, torch.float32)
+    alphas = alphas_cumprod(ScheduleConfig())
+    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    for name, values in (("betas", betas), ("alphas_cumprod", alphas)):
+        result[name] = in_memory(values.to(dtype), Path("drawn"))
     if vae:
         named = outward(
             keymaps.ldm_vae(len(scale.vae.channels)), network("vae", scale.vae, scale, dtype, salt)

@@ -478,6 +478,86 @@ def test_a_description_that_mentions_v_prediction_is_no_refusal(
     converted([source], tmp_path / "b", complete)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("dtype", ["keep", "fp16", "bf16"])
+def test_float8_needs_a_dtype(complete: Bundle, tmp_path: Path, suffix: str, dtype: str) -> None:
+    """Without scales the values are those that count."""
+    tensors = {
+        name: t.read().to(torch.float8_e4m3fn) if name.startswith(UNET) else t.read().contiguous()
+        for name, t in ldm_tensors(TINY, torch.float16).items()
+    }
+    path = tmp_path / f"a.{suffix}"
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    if dtype == "keep":
+        with pytest.raises(ValueError, match=r"float8_e4m3fn.*--dtype"):
+            converted([path], tmp_path / "b", complete)
+        return
+    bundle, _ = converted([path], tmp_path / "b", complete, dtype=CHOICES[dtype])
+    wanted = tensors[f"{UNET}out.2.weight"].to(CHOICES[dtype])
+    assert torch.equal(bundle.state("unet")["conv_out.weight"], wanted)
+
+
+def test_folders_as_people_have_them(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    """A model's folder of the hub's cache, an unpacked archive, system files, weights under another name."""
+    hub = tmp_path / "models--o--vae"
+    snapshot = hub / "snapshots" / "abc"
+    for folder in ("other", "abc"):
+        (hub / "snapshots" / folder).mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs/main").write_text("abc\n")
+    (hub / "blobs").mkdir()
+    for i, path in enumerate(sorted((public / "vae").iterdir())):
+        shutil.copy(path, hub / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(hub / "blobs" / str(i))
+    unpacked = tmp_path / "zip"
+    shutil.copytree(public / "vae", unpacked / "vae")
+    (unpacked / "__MACOSX/vae").mkdir(parents=True)
+    (unpacked / ".DS_Store").write_bytes(b"\0")
+    for path in sorted((unpacked / "vae").iterdir()):
+        (unpacked / "vae" / f"._{path.name}").write_bytes(b"\0\x05\x16\x07")
+    (unpacked / "vae/diffusion_pytorch_model.safetensors").rename(unpacked / "vae/mine.bin")
+    for number, sources in enumerate([[hub], [unpacked], [unpacked / "vae", unpacked / "__MACOSX"]]):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        (out / ".DS_Store").touch()
+        bundle, _ = converted(sources, out, complete)
+        assert bundle.hashes["vae.safetensors"] == complete.hashes["vae.safetensors"]
+
+
+def test_a_folder_with_two_snapshots_and_no_ref(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "models--o--vae/snapshots" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="2 snapshots"):
+        converted([tmp_path / "models--o--vae"], tmp_path / "out")
+
+
+@pytest.mark.slow  # converts large parts again
+@pytest.mark.parametrize("order", [("MoMA_llava_7b", "llava-1.5"), ("llava-1.5", "MoMA_llava_7b")])
+def test_a_plain_llava_does_not_replace_momas(public: Path, tmp_path: Path, order: tuple[str, str]) -> None:
+    for name, dtype in (("MoMA_llava_7b", torch.float16), ("llava-1.5", torch.float32)):
+        make_llava(tmp_path / name, TINY, public / "tokenizers", dtype=dtype)
+    bundle, said = converted([*(tmp_path / name for name in order), public / "clip"], tmp_path / "b")
+    assert bundle.networks["llava"]["source"].startswith("MoMA_llava_7b") and "llava-1.5" in said
+
+
+def test_an_export_stays_in_its_folder(tmp_path: Path, complete: Bundle) -> None:
+    shutil.copy(complete.folder / "vae.safetensors", tmp_path / "x.safetensors")
+    entry = {"config": complete.networks["vae"]["config"], "files": ["../x.safetensors"]}
+    data = {"format": "moma-export", "method": {}, "networks": {"vae": entry}}
+    write_json(tmp_path / "e/export.json", data)
+    with pytest.raises(ValueError, match=r"\.\./x"):
+        converted([tmp_path / "e"], tmp_path / "b", complete)
+    for damage in (
+        {"networks": []},
+        {"networks": {"other": entry}},
+        {"method": 3},
+        {"networks": {"vae": {}}},
+    ):
+        write_json(tmp_path / "e/export.json", data | damage)
+        with pytest.raises(ValueError, match=r"export\.json"):
+            converted([tmp_path / "e"], tmp_path / "b", complete)
+
+
 # --- Segment Anything ---------------------------------------------------------------------------------
 
 
@@ -618,8 +698,116 @@ def llava_for_another_tower(tmp_path: Path, public: Path) -> Path:
     return tmp_path / "l"
 
 
+def says(**metadata: str) -> Callable[[Path, Path], Path]:
+    """A single file with such a header; in names, __ stands for a dot."""
+
+    def make(tmp_path: Path, public: Path) -> Path:
+        tensors = {name: t.read().contiguous() for name, t in ldm_tensors(TINY, torch.float16).items()}
+        named = {name.replace("__", "."): text for name, text in metadata.items()}
+        save_file(tensors, tmp_path / "a.safetensors", metadata=named)
+        return tmp_path / "a.safetensors"
+
+    return make
+
+
+def cast(names: str, dtype: torch.dtype) -> Callable[[Path, Path], Path]:
+    """A single file with the tensors whose names begin so in another dtype."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: t.to(dtype) for name, t in tensors.items() if name.startswith(names)}
+
+    return lambda tmp_path, public: ldm_file(tmp_path, change)
+
+
+def vae_with(**changes: object) -> Callable[[Path, Path], Path]:
+    def make(tmp_path: Path, public: Path) -> Path:
+        shutil.copytree(public / "vae", tmp_path / "v")
+        path = tmp_path / "v/config.json"
+        write_json(path, json.loads(path.read_text()) | changes)
+        return tmp_path / "v"
+
+    return make
+
+
 W = torch.ones(2, 2)
+UNET = "model.diffusion_model."
+NEGATIVE_ROOTS = torch.linspace(0.0001, 0.02, 1000)  # the linear schedule of DDPM
 REFUSALS = {
+    "header: v": (says(modelspec__prediction_type="v"), "prediction_type 'v'"),
+    "header: kohya v2": (says(ss_v2="True"), "v2 'True'"),
+    "header: zero terminal snr": (says(ss_zero_terminal_snr="True"), "zero_terminal_snr"),
+    "header: sdxl": (says(modelspec__architecture="stable-diffusion-xl-v1-base"), "xl-v1"),
+    "header: lora": (says(modelspec__architecture="stable-diffusion-v1/lora"), "v1/lora"),
+    "header: base": (says(ss_base_model_version="sdxl_base_v1-0"), "sdxl_base"),
+    "yaml: schedule": (sidecar("a.yaml", "params:\n  linear_start: 0.0015\n"), "linear_start '0.0015'"),
+    "yaml: latents": (sidecar("a.yaml", "  scale_factor: 0.13025\n"), "scale_factor '0.13025'"),
+    "civitai: distilled": (sidecar("a.civitai.info", '{"baseModel": "SD 1.5 LCM"}'), "LCM"),
+    "marker: zero terminal snr": (with_tensors(ztsnr=W), "ztsnr"),
+    "marker: edm": (with_tensors(edm_vpred__sigma_max=W), "edm_vpred.sigma_max"),
+    "betas": (with_tensors(betas=NEGATIVE_ROOTS), "betas"),
+    "alphas": (with_tensors(alphas_cumprod=(1 - NEGATIVE_ROOTS).cumprod(0)), "alphas_cumprod"),
+    "schedule of another length": (with_tensors(betas=torch.ones(4000)), "betas"),
+    "latents": (with_tensors(scale_factor=torch.tensor(0.13025)), "scale_factor"),
+    "distilled": (with_tensors(**{f"{UNET}time_embed.cond_proj.weight": W}), "time_embed.cond_proj"),
+    "more layers": (
+        with_tensors(**{f"{UNET}middle_block.1.transformer_blocks.9.norm1.weight": W}),
+        r"transformer_blocks\.9",
+    ),
+    "more of the text encoder": (
+        with_tensors(**{"cond_stage_model.transformer.text_model.encoder.layers.40.mlp.fc1.weight": W}),
+        r"layers\.40",
+    ),
+    "whole numbers": (cast(f"{UNET}out.", torch.int8), "out.0.* is int8"),
+    "bytes": (cast("first_stage_model.", torch.uint8), "is uint8"),
+    "float8 with scales": (
+        lambda tmp_path, public: ldm_file(
+            tmp_path, lambda t: t.update({f"{UNET}out.2.scale_weight": torch.ones(1)})
+        ),
+        "scale_weight",
+    ),
+    "not a number": (
+        lambda tmp_path, public: ldm_file(
+            tmp_path, lambda t: t[f"{UNET}out.2.bias"].__setitem__(1, float("nan"))
+        ),
+        r"a\.safetensors: model\.diffusion_model\.out\.2\.bias",
+    ),
+    "loha": (only(lora_unet_x__hada_w1_a=W), "LoRA"),
+    "lokr": (only(x__lokr_w1=W), "LoRA"),
+    "low rank under other names": (
+        only(block__q__down=torch.ones(2, 9), block__q__up=torch.ones(8, 2)),
+        "LoRA",
+    ),
+    "vae of sdxl": (vae_with(scaling_factor=0.13025), "0.13025"),
+    "vae of sd3": (vae_with(shift_factor=0.0609), "shift_factor 0.0609"),
+    "vae of 16 channels": (vae_with(latent_channels=16), "16"),
+    "vae with means": (vae_with(latents_mean=[0.0] * 4), "latents_mean"),
+    "distilled folder": (sd_folder("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim 256"),
+    "extended folder": (sd_folder("unet/config.json", attention_type="gated"), "attention_type 'gated'"),
+    "lcm folder": (sd_folder("scheduler/scheduler_config.json", _class_name="LCMScheduler"), "LCMScheduler"),
+    "betas folder": (sd_folder("scheduler/scheduler_config.json", beta_schedule="linear"), "'linear'"),
+    "snr folder": (
+        sd_folder("scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
+        "rescale_betas_zero_snr",
+    ),
+    "text of one dimension": (
+        with_tensors(**{f"{UNET}input_blocks.0.0.weight": torch.ones(4)}),
+        "input_blocks|conv_in",
+    ),
+    "vae of one dimension": (
+        with_tensors(**{"first_stage_model.encoder.mid.attn_1.q.weight": torch.ones(4)}),
+        "to_q|attn_1",
+    ),
+    "sam of no dimension": (only(image_encoder__pos_embed=torch.tensor(1.0)), "0 wide"),
+    "unet of one dimension": (only(conv_in__weight=W[0], down_blocks__0__x__weight=W), "down_blocks"),
+    "ip-adapter of one dimension": (
+        only(image_proj__proj__weight=W[0], ip_adapter__1__to_k_ip__weight=W[0]),
+        "projector",
+    ),
+    "deep config": (folder_with(config__json="[" * 100_000), r"config\.json"),
+    "large sizes": (sd_folder("unet/config.json", layers_per_block=10**9), "resnets 1000000000"),
+    "many layers": (sd_folder("unet/config.json", transformer_layers_per_block=200), "tensors"),
+    "huge sizes": (sd_folder("unet/config.json", block_out_channels=[2**60] * 4), "unet"),
+    "no sizes": (sd_folder("unet/config.json", attention_head_dim=0), r"unet.config\.json"),
     "inpainting": (with_channels(9), "9 input channels"),
     "instruct-pix2pix": (with_channels(8), "8 input channels"),
     "sd2 text": (with_tensors(cond_stage_model__model__ln_final__weight=W), "Stable Diffusion 2"),
@@ -855,9 +1043,22 @@ def test_killed_in_the_middle(public: Path, tmp_path: Path) -> None:
         arguments, cwd=root, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert killed.returncode == -9 and not out.exists()
-    assert (tmp_path / ".b.part" / "unet.safetensors").is_file(), "it was killed while writing"
+    assert list(tmp_path.glob(".b.*.part/unet.safetensors")), "it was killed while writing"
     convert([public / "sd15"], out, say=lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_second_writer_is_refused_at_once(public: Path, tmp_path: Path) -> None:
+    """Before it fetches anything. Links under the names of temporary files lead nowhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".b.part").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="no networks"), BundleWriter(tmp_path / "b", 64):
+        with pytest.raises(ValueError, match="b: another process"):
+            convert([], tmp_path / "b", say=lambda _: None, fetch=lambda: pytest.fail("too late"))
+        convert([public / "vae"], tmp_path / "c", say=lambda _: None)
+    convert([public / "vae"], tmp_path / "b", say=lambda _: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.part", "b", "c", "elsewhere"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_source_that_breaks_while_it_is_read(

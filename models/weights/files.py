@@ -19,6 +19,8 @@ MEMORY_BYTES = 2**30  # of remembered hashes, some 150 of them for each file
 HASHERS = 8  # threads that hash files
 UNSETTLED = 2 * 10**9  # nanoseconds in which a file may change again and keep its time of change
 PART = re.compile(r"\.[0-9a-f]{16}\.part")  # temporary names
+# What operating systems put into folders and archives.
+SYSTEM = re.compile(r"\._.*|\.DS_Store|__MACOSX|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
 # --- reading -----------------------------------------------------------------------------------------
 
@@ -90,6 +92,11 @@ def parse_json(text: str | bytes, name: str) -> Any:
     if level:
         raise ValueError(f"{name}: nested deeper than {DEPTH}")
     return data
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, without what operating systems put there."""
+    return sorted(path for path in folder.iterdir() if not SYSTEM.fullmatch(path.name))
 
 
 # --- what files hold -----------------------------------------------------------------------------------

@@ -547,8 +547,8 @@ def sized_by(count: int | None) -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"sizes that make no network ({str(error).splitlines()[:1]})") from error
+    except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        raise ValueError(f"sizes that make no network ({' '.join(str(error).split())})") from error
     finally:
         hook.remove()
 

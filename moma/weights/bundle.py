@@ -13,10 +13,14 @@ codes and scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle
 Network sam (masks without a click) may stand beside any others or alone.
 """
 
+import errno
+import glob
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +37,7 @@ from models.sam import SAM, SAMConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
-from models.weights.files import read_object
+from models.weights.files import read_object, visible
 from models.weights.loading import (
     LazyTensor,
     check_safetensors,
@@ -49,6 +53,11 @@ from moma.inputs.familiar import Familiar
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
 from moma.sampling.config import check_types
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT, VERSION = "moma-bundle", 1
 MANIFEST = "config.json"
@@ -83,6 +92,8 @@ TOWER = "tower."  # where the llava module keeps the network "vision"
 LM_HEAD = "llama.lm_head."
 NEGATIVE = ("tower_layer", "logvar_range")  # fields of configs that may be below 0,
 ZERO = ("depth", "mid_depth", "end_id", "eos")  # or 0
+COUNTS = ("layers", "decoder_layers", "depth", "mid_depth", "resnets")  # fields that count modules
+MOST, LARGEST = 256, 2**31  # of them, and of other sizes
 SHOWN = 100  # characters of a wrong value in a message
 
 
@@ -132,14 +143,16 @@ def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> d
 
 
 def check_config(config: Any) -> None:
-    """ValueError for a network's config with a value of another type or a size below 1."""
+    """ValueError for a network's config with a value of another type, or a size that no network has."""
     check_types(config)
     for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
         if is_dataclass(value):
             check_config(value)
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if type(x) in (int, float)]
-        if name not in NEGATIVE and any(x < 0 or (x == 0 and name not in ZERO) for x in numbers):
-            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected more than 0")
+        low = any(x < 0 or (x == 0 and name not in ZERO) for x in numbers)
+        high = MOST if name in COUNTS else LARGEST
+        if (low and name not in NEGATIVE) or not all(abs(x) <= high for x in numbers) or len(numbers) > MOST:
+            raise ValueError(f"{name} {value!s:.{SHOWN}}: expected more than 0 and at most {high}")
 
 
 def config_from_json(kind: type, data: Any, where: str) -> Any:
@@ -370,23 +383,51 @@ def check_target(target: Path, overwrite: bool) -> None:
     """ValueError if a bundle may not be written to `target`."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file, expected a folder to write to")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and visible(target):
         if not overwrite:
             raise ValueError(f"{target}: not empty; choose another folder or add --overwrite")
         if not (target / MANIFEST).is_file():
             raise ValueError(f"{target}: holds no bundle; --overwrite replaces bundles only")
 
 
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """While it lasts, ValueError for other processes that would write the same bundle.
+
+    The claim is a lock on a file beside the target, which the system drops when the process ends.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.exists() and os.path.samestat(os.fstat(handle), path.stat())  # else just removed
+        except OSError as error:
+            mine = error.errno not in (errno.EAGAIN, errno.EACCES)  # a disk without locks
+        if not mine:
+            raise ValueError(f"{target}: another process is writing it; wait, or choose another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
 class BundleWriter:
     """Context manager that fills a hidden folder beside the target and renames it when all went well.
 
-    An interrupted run leaves at most `.<name>.part`, which the next run to the same target removes.
+    An interrupted run leaves at most `.<name>.<random>.part`, which the next run to the same target removes.
+    A second writer is refused while the first one is at work.
     """
 
     def __init__(self, target: str | Path, image_size: int, overwrite: bool = False) -> None:
         """ValueError if target has content and overwrite is not set, or if that content is no bundle."""
         self.target = Path(target).resolve()  # of a link, what it points to is replaced
-        self.part = self.target.with_name(f".{self.target.name}.part")
+        self.overwrite, self.claim = overwrite, ExitStack()
         self.image_size = image_size
         self.method: dict[str, Any] = {}
         self.methods: dict[str, dict[str, Any]] = {}
@@ -394,9 +435,24 @@ class BundleWriter:
         check_target(self.target, overwrite)
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self.part, ignore_errors=True)
-        (self.part / "tokenizers").mkdir(parents=True)
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.claim.enter_context(claimed(self.target))
+        try:
+            check_target(self.target, self.overwrite)
+            for left in self.target.parent.glob(f".{glob.escape(self.target.name)}.*.part"):
+                shutil.rmtree(left, ignore_errors=True)  # of a killed run; links are not followed
+            self.part = self._beside()
+            (self.part / "tokenizers").mkdir()
+        except BaseException:
+            self.claim.close()
+            raise
         return self
+
+    def _beside(self) -> Path:
+        """A new hidden folder beside the target, under a name that was free."""
+        path = self.target.with_name(f".{self.target.name}.{secrets.token_hex(8)}.part")
+        path.mkdir()
+        return path
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -406,6 +462,7 @@ class BundleWriter:
                 self._finish()
         finally:
             shutil.rmtree(self.part, ignore_errors=True)
+            self.claim.close()
 
     def _finish(self) -> None:
         manifest = {
@@ -418,9 +475,8 @@ class BundleWriter:
         }
         (self.part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         Bundle.open(self.part)
-        old = self.target.with_name(f".{self.target.name}.old")
+        old = self._beside()
         if self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
             os.replace(self.target, old)
         os.replace(self.part, self.target)
         shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,8 @@ It reads only headers, and refuses what cannot be used with the reason.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,27 @@ from models.sam_config import SAMConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from models.weights import keymaps
-from models.weights.files import read_object
+from models.weights.files import read_object, read_text, visible
 from models.weights.keymaps import Table
-from models.weights.loading import LazyTensor, joined, pick_weights, read_checkpoint, some_names
+from models.weights.loading import (
+    LazyTensor,
+    joined,
+    pick_weights,
+    read_checkpoint,
+    some_names,
+    weight_format,
+)
 from models.weights.public_configs import (
+    architectures,
+    check_scheduler,
+    check_vit,
     clip_text_config,
     clip_vision_config,
     llava_config,
     sam_config,
     unet_config,
     vae_config,
+    value,
 )
 from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import (
@@ -38,19 +50,26 @@ from moma.weights.bundle import (
     LLAMA_TOKENIZER,
     TOWER,
     Bundle,
+    check_config,
     config_from_json,
     expected_shapes,
     network_kinds,
 )
 from moma.weights.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
+from moma.weights.refusals import (
+    refuse_claims,
+    refuse_codes,
+    refuse_ip_adapter,
+    refuse_ldm,
+    refuse_lora,
+    refuse_unet,
+    side,
+)
 
 Tensors = Mapping[str, LazyTensor]
 
 EXPORT, EXPORT_FORMAT = "export.json", "moma-export"  # manifest of a training's result
 
-SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # width of the text states
-VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
-VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
 SAM_POSITIONS = "image_encoder.pos_embed"
 SAM_FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 SAM_HQ = ("mask_decoder.hf_", "mask_decoder.compress_vit_feat", "mask_decoder.embedding_")
@@ -60,8 +79,9 @@ TRAINING_STATE = re.compile(
     r"(betas|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|scale_factor|loss\.|callbacks"
     r"|model_ema\.|first_stage_model\.(loss\.|model_ema\.)).*"
 )
-# Prediction type in a file beside a checkpoint (.yaml of LDM, .json of user interfaces).
-V_PREDICTION = re.compile(r"""(parameterization|prediction_type)["']?\s*[:=]\s*["']?v(_prediction)?\b""")
+# Dicts that hold a network: the first two in any training's file, the others where they hold all there is.
+UNWRAPPED = (keymaps.LDM_UNET_PREFIX, "model.sam_mask_decoder.")
+WRAPPERS = ("state_dict.", "module.", "model.", "model_state_dict.", "params.", "net.", "network.")
 
 
 def _named(kind: str, presets: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +135,7 @@ class Source:
     method: dict[str, Any] = field(default_factory=dict)  # MethodConfig fields that the weights need
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same of other methods, by name
     notes: list[str] = field(default_factory=list)
+    is_plain_llava: bool = False  # a public LLaVA that does not say that it is MoMA's
 
     def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
         self.networks[network] = Network(config, tensors, self.name + where)
@@ -127,11 +148,21 @@ class Source:
         result = keymaps.convert(table, tensors)
         if result.unknown:
             self.notes.append(f"unused: {some_names(result.unknown)}")
-        return {name: tensors[key].map(change) for name, (key, change) in result.names.items()}
+        named = {}
+        for name, (key, change) in result.names.items():
+            try:
+                named[name] = tensors[key].map(change)
+            except (LookupError, RuntimeError):
+                where = tensors[key]
+                raise ValueError(f"{where.file}: {key} has the shape {list(where.shape)}") from None
+        return named
 
-    def dedicated_to(self, network: str) -> bool:
-        """Whether the source holds nothing else, or is a LLaVA, which may hold its tower too."""
-        return len(self.networks) == 1 or network == "llava"
+    def rank(self, network: str) -> tuple[bool, bool]:
+        """Among sources of a network, the higher one wins: MoMA's LLaVA, and what holds nothing else.
+
+        A LLaVA may hold its tower too.
+        """
+        return network == "llava" and not self.is_plain_llava, len(self.networks) == 1 or network == "llava"
 
 
 def read_source(path: Path, defaults: DefaultConfigs, ema: bool = False) -> Source:
@@ -144,6 +175,7 @@ def read_source(path: Path, defaults: DefaultConfigs, ema: bool = False) -> Sour
 
     Raises: ValueError for what cannot be used.
     """
+    path = _inside(path)
     source = Source(_name(path))
     if path.is_dir():
         _read_folder(source, path, defaults)
@@ -162,6 +194,26 @@ def _name(path: Path) -> str:
     return path.parents[1].name.removeprefix("models--") if path.parent.name == "snapshots" else path.name
 
 
+def _inside(path: Path) -> Path:
+    """The folder that holds the model, of a hub's cache (models--X--Y) or of an unpacked archive."""
+    if not path.is_dir():
+        return path
+    if (path / "snapshots").is_dir():
+        ref = path / "refs" / "main"
+        snapshots = visible(path / "snapshots")
+        if ref.is_file() and (snapshot := path / "snapshots" / read_text(ref).strip()) in snapshots:
+            return snapshot
+        if len(snapshots) != 1:
+            raise ValueError(
+                f"{path}: {len(snapshots)} snapshots; give one of them, of the folder snapshots/"
+            )
+        return snapshots[0]
+    match visible(path):
+        case [only] if only.is_dir() and only.name != "unet":
+            return _inside(only)
+    return path
+
+
 def below(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
     """The tensors whose names start with the prefix, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -171,10 +223,23 @@ def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
     """parse(JSON of the file, *more), with the file in the message of a ValueError."""
     data = read_object(path)
     try:
-        return parse(data, *more)
+        config = parse(data, *more)
+        check_config(config)
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}") from error
+    except (ArithmeticError, LookupError) as error:
+        raise ValueError(f"{path}: a size is 0 or missing ({error})") from error
     except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
+
+
+@contextmanager
+def _named_after(path: Path) -> Iterator[None]:
+    """ValueErrors begin with the path."""
+    try:
+        yield
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -182,7 +247,7 @@ def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
 
 
 def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
-    if not any(path.iterdir()):
+    if not visible(path):
         raise ValueError(f"{path}: empty folder")
     if (path / EXPORT).is_file():
         _read_export(source, path)
@@ -194,35 +259,63 @@ def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
     elif not (path / MOMA_FILE).is_file():
         raise ValueError(f"{path}: neither unet/ nor config.json in it; give the model's own folder or file")
     if (path / MOMA_FILE).is_file():
-        _read_adapter(source, path / MOMA_FILE, "adapter", read_checkpoint(path / MOMA_FILE), defaults)
+        _read_adapter(source, path / MOMA_FILE, "adapter", _read_weights(path / MOMA_FILE), defaults)
 
 
 def _read_export(source: Source, path: Path) -> None:
     """A training's export: networks in our names, their configs, and the method fields they need."""
-    data = read_object(path / EXPORT)
+    data, kinds = read_object(path / EXPORT), network_kinds()
     if data.get("format") != EXPORT_FORMAT:
         raise ValueError(f"{path / EXPORT}: not an export of this version")
-    source.method, source.methods = data["method"], data.get("methods", {})
-    for name, entry in data["networks"].items():
-        config = config_from_json(network_kinds()[name][0], entry["config"], f"{path / EXPORT}: {name}")
-        tensors = {key: t for file in entry["files"] for key, t in read_checkpoint(path / file).items()}
+    try:
+        source.method, source.methods = dict(data["method"]), dict(data.get("methods", {}))
+        entries = {
+            name: (kinds[name][0], e["config"], list(e["files"])) for name, e in data["networks"].items()
+        }
+        outside = [file for *_, files in entries.values() for file in files if Path(file).name != file]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / EXPORT}: damaged or of another version ({error})") from None
+    if outside:
+        raise ValueError(f"{path / EXPORT}: names the file {outside[0]!r}, which is not a plain file name")
+    for name, (kind, values, files) in entries.items():
+        config = config_from_json(kind, values, f"{path / EXPORT}: {name}")
+        tensors = {key: t for file in files for key, t in read_checkpoint(path / file).items()}
         source.add(name, config, tensors)
 
 
+def _read_weights(path: Path) -> dict[str, LazyTensor]:
+    tensors = read_checkpoint(path)
+    refuse_codes(path, tensors)
+    return tensors
+
+
 def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:
-    name = pick_weights({path.name for path in folder.iterdir()}, stems)
+    """Weights of a model's folder; under another name if they are in its only file that holds any."""
+    names = [path.name for path in visible(folder) if path.is_file()]
+    name = pick_weights(names, stems)
+    if name is None and len(found := [n for n in names if _holds_weights(folder / n)]) == 1:
+        name = found[0]
     if name is None:
         raise ValueError(f"{folder}: no weights there, expected {stems[0]}.safetensors or .bin")
-    return read_checkpoint(folder / name)
+    tensors = _read_weights(folder / name)
+    if stems == DIFFUSERS_STEMS:
+        refuse_claims(folder / name, tensors, VAEConfig().scaling)
+    return tensors
+
+
+def _holds_weights(path: Path) -> bool:
+    try:
+        return weight_format(path) in ("safetensors", "zip", "legacy")
+    except ValueError:
+        return False
 
 
 def _read_diffusers(source: Source, path: Path) -> None:
     """A Stable Diffusion folder; single files beside its parts are ignored."""
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        kind = read_object(scheduler).get("prediction_type", "epsilon")
-        if kind != "epsilon":
-            raise ValueError(f"{scheduler}: the model predicts {kind!r}, expected 'epsilon' as SD1.5")
+        with _named_after(scheduler):
+            check_scheduler(read_object(scheduler))
     _read_unet(source, path / "unet")
     for part, read in (("vae", _read_vae), ("text_encoder", _read_text)):
         if (path / part).is_dir():
@@ -235,7 +328,8 @@ def _read_diffusers(source: Source, path: Path) -> None:
 def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
     """A folder of one model, recognised by its config.json (in old files by the fields)."""
     config = read_object(path / "config.json")
-    kind, layout = config.get("model_type", ""), config.get("_class_name", "")
+    with _named_after(path / "config.json"):
+        kind, layout = (value(config, key, str, "") for key in ("model_type", "_class_name"))
     if config.get("format") == "moma-bundle":
         raise ValueError(f"{path}: already a bundle; give it as --base-bundle")
     if layout == "AutoencoderKL" or (not layout and "latent_channels" in config):
@@ -264,8 +358,9 @@ def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
 def _read_unet(source: Source, path: Path) -> None:
     public = read_object(path / "config.json")
     width = public.get("cross_attention_dim", 0)
-    _refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
-    source.add("unet", read_config(path / "config.json", unet_config), _weights_of(path, DIFFUSERS_STEMS))
+    refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
+    tensors = _weights_of(path, DIFFUSERS_STEMS)
+    source.add("unet", read_config(path / "config.json", unet_config), tensors)
 
 
 def _read_vae(source: Source, path: Path) -> None:
@@ -298,7 +393,7 @@ def _read_clip(source: Source, path: Path, public: Mapping[str, Any], defaults: 
     vision = read_config(path / "config.json", clip_vision_config)
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
     name = next((name for name, config in defaults.clips.items() if config.vision == vision), None)
-    if name and public["model_type"] == "clip" and any(key.startswith("text_model.") for key in tensors):
+    if name and public.get("model_type") == "clip" and any(key.startswith("text_model.") for key in tensors):
         config = CLIPConfig(read_config(path / "config.json", clip_text_config), vision)
         source.add(name, config, source.rename(keymaps.CLIP_WHOLE, tensors))
     else:
@@ -311,7 +406,7 @@ def _add_vision(
     """Add LLaVA's tower or, for a CLIPVisionModelWithProjection, IP-Adapter's encoder."""
     table = keymaps.CLIP_VISION if any("vision_model." in key for key in tensors) else keymaps.CLIP_BARE
     named = source.rename(table, tensors)
-    if "CLIPVisionModelWithProjection" in (public.get("architectures") or []):
+    if "CLIPVisionModelWithProjection" in architectures(public):
         source.add("ip_vision", config, named)
     else:  # LLaVA reads hidden states
         named.pop("visual_projection.weight", None)
@@ -325,7 +420,9 @@ def _read_vit(source: Source, path: Path, defaults: DefaultConfigs) -> None:
         raise ValueError(f"{path}: has {head[0]}, so it is a ViT classifier; expected DINO")
     new = any(key.startswith("layers.") for key in tensors)
     named = source.rename(keymaps.DINO_HF_NEW if new else keymaps.DINO_HF, tensors)
-    _add_dino(source, path, _fused(named), defaults)
+    config = _add_dino(source, path, _fused(named), defaults)
+    with _named_after(path / "config.json"):
+        check_vit(read_object(path / "config.json"), config.layers, config.heads)
 
 
 def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
@@ -338,7 +435,7 @@ def _fused(tensors: Tensors) -> dict[str, LazyTensor]:
     return result
 
 
-def _add_dino(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs) -> None:
+def _add_dino(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs) -> DINOConfig:
     """Add S/16 or B/16, recognised by shapes, as the files do not say."""
 
     def ends(config: DINOConfig) -> tuple[tuple[int, ...], ...]:
@@ -352,13 +449,16 @@ def _add_dino(source: Source, path: Path, tensors: Tensors, defaults: DefaultCon
             f"{path}: a ViT whose pos_embed and patch_embed are {shapes}, expected DINO's S/16 or B/16"
         )
     source.add(name, defaults.dinos[name], tensors)
+    return defaults.dinos[name]
 
 
 def _read_llava(source: Source, path: Path, public: Mapping[str, Any], defaults: DefaultConfigs) -> None:
     tensors = _weights_of(path, TRANSFORMERS_STEMS)
+    own = source.name + str(public.get("_name_or_path", ""))
+    source.is_plain_llava = "moma" not in own.lower() and not (path / MOMA_FILE).is_file()
     if "text_config" in public:
-        named = source.rename(_llava_hf_table(tensors, public), tensors)
         tower = read_config(path / "config.json", llava_config).vision
+        named = source.rename(_llava_hf_table(tensors, public), tensors)
         source.notes.append("llava-hf layout; its extra tokens <image> and <pad> are dropped")
     else:
         named = source.rename(keymaps.LLAVA_ORIGINAL, tensors)
@@ -375,7 +475,7 @@ def _read_llava(source: Source, path: Path, public: Mapping[str, Any], defaults:
 def _llava_hf_table(tensors: Tensors, public: Mapping[str, Any]) -> Table:
     new = any(key.startswith("model.language_model.") for key in tensors)
     embed = "model.language_model.embed_tokens.weight" if new else "language_model.model.embed_tokens.weight"
-    padded = tensors[embed].shape[0] if embed in tensors else 0
+    padded = side(tensors, embed, 0)
     return keymaps.llava_hf(new, min(padded, public.get("image_token_index", padded)), padded)
 
 
@@ -389,19 +489,20 @@ def guess_tower(tensors: Tensors, towers: Sequence[CLIPVisionConfig]) -> CLIPVis
 
 
 def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) -> None:
-    if path.suffix == ".json":
+    if weight_format(path) == "index":
         raise ValueError(f"{path}: only describes weights; give the folder it lies in")
-    tensors = read_checkpoint(path)
-    for wrapper in ("state_dict.", "module."):
-        tensors = below(wrapper, tensors) or tensors
+    tensors: Tensors = _read_weights(path)
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
+    refuse_lora(path, tensors)
+    while (wrapper := _wrapper(tensors)) is not None:
+        tensors = below(wrapper, tensors)
 
     def has(*starts: str) -> bool:
         return any(key.startswith(starts) for key in tensors)
 
-    if any("lora_" in key.lower() for key in tensors):
-        raise ValueError(f"{path}: a LoRA; merge it into a full checkpoint first")
+    if has("input_blocks."):  # a UNet alone, in the names of its original code
+        tensors = {keymaps.LDM_UNET_PREFIX + key: tensor for key, tensor in tensors.items()}
     if has("conditioner.embedders."):
         raise ValueError(f"{path}: SDXL, expected a Stable Diffusion 1.5 checkpoint")
     if has(keymaps.LDM_UNET_PREFIX):
@@ -409,15 +510,20 @@ def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) 
     elif has("self_cross_attentions.", "llm_mapping."):
         _read_adapter(source, path, "adapter", tensors, defaults)
     elif has("ip_adapter.", "adapter_modules."):
-        _refuse_ip_adapter(path, tensors)
+        refuse_ip_adapter(path, tensors)
         _read_adapter(source, path, "ip_adapter", tensors, defaults)
     elif has("image_encoder.", "mask_decoder.", "sam_mask_decoder.", "model.sam_mask_decoder."):
         _add_sam(source, _sam_config(path, tensors, defaults), keymaps.SAM_OFFICIAL, tensors)
     elif has("encoder.conv_in.", "first_stage_model.encoder."):
+        refuse_claims(path, tensors, defaults.vae.scaling)
+        source.notes.append(
+            f"a VAE without a config: its latents are taken to be scaled by {defaults.vae.scaling}, as in "
+            "Stable Diffusion 1; SDXL's VAE looks the same and would draw wrong colours"
+        )
         _add_vae(source, defaults.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
     elif has("down_blocks."):
-        first = tensors.get("conv_in.weight")
-        _refuse_unet(first.shape[1] if first else 0, 0, path)
+        refuse_claims(path, tensors, defaults.vae.scaling)
+        refuse_unet(side(tensors, "conv_in.weight", 1), 0, path)
         source.add("unet", defaults.unet, tensors)
     elif DINO_PATCHES in (backbone := _dino_backbone(tensors)):
         if "head.weight" in backbone:
@@ -429,6 +535,16 @@ def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) 
         )
 
 
+def _wrapper(tensors: Tensors) -> str | None:
+    """The name of the dict that all tensors are in, or a training's network among other things."""
+    for wrapper in WRAPPERS:
+        inside = [key for key in tensors if key.startswith(wrapper)]
+        plain = any(key.startswith(UNWRAPPED) for key in inside)
+        if inside and not plain and (wrapper in WRAPPERS[:2] or len(inside) == len(tensors)):
+            return wrapper
+    return None
+
+
 def _dino_backbone(tensors: Tensors) -> Tensors:
     """Backbone of a DINO training's teacher, without the head; a lone backbone stays."""
     for wrapper in ("teacher.", "module.", "backbone."):
@@ -438,7 +554,7 @@ def _dino_backbone(tensors: Tensors) -> Tensors:
 
 def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs, ema: bool) -> None:
     """Stable Diffusion 1.5 in one file; the VAE and the text encoder may be missing."""
-    _refuse_ldm(path, tensors)
+    refuse_ldm(path, tensors, defaults.vae.scaling)
     unet = below(keymaps.LDM_UNET_PREFIX, tensors)
     averages = keymaps.ldm_ema(tensors)
     if ema:
@@ -448,6 +564,10 @@ def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultCon
     elif averages:
         source.notes.append("also has averaged weights, which --ema takes instead")
     table = keymaps.ldm_unet([depth > 0 for depth in defaults.unet.depth], defaults.unet.resnets)
+    if unknown := keymaps.convert(table, unet).unknown:
+        raise ValueError(
+            f"{path}: an extended or distilled UNet (it has {some_names(unknown)}), expected SD1.5's"
+        )
     source.add("unet", defaults.unet, source.rename(table, unet))
 
     if vae := below(keymaps.LDM_VAE_PREFIX, tensors):
@@ -491,7 +611,7 @@ def _sam_config(path: Path, tensors: Tensors, defaults: DefaultConfigs) -> SAMCo
         raise ValueError(
             f"{path}: SAM 2, MobileSAM or the like (it has no {SAM_POSITIONS}), expected sam_vit_b, l or h"
         )
-    width = tensors[SAM_POSITIONS].shape[-1]
+    width = side(tensors, SAM_POSITIONS, -1)
     for config in defaults.sams:
         if config.width == width:
             return config
@@ -507,39 +627,3 @@ def exact_frequencies(tensors: Tensors) -> dict[str, LazyTensor]:
     """SAM's tensors with frequencies that keep their dtype, as half precision would move points."""
     kept = {key: replace(t, castable=False) for key, t in tensors.items() if key == SAM_FREQUENCIES}
     return {**tensors, **kept}
-
-
-# --- refusals ----------------------------------------------------------------------------------------
-
-
-def _refuse_unet(channels: int, context: int, where: Path) -> None:
-    """ValueError for Stable Diffusion variants whose names fit, or nearly fit, SD1.5's."""
-    if channels in VARIANTS:
-        raise ValueError(
-            f"{where}: {VARIANTS[channels]} ({channels} input channels), expected plain SD1.5 (4)"
-        )
-    if context in VERSIONS:
-        raise ValueError(f"{where}: {VERSIONS[context]} (text width {context}), expected SD1.5 (768)")
-
-
-def _refuse_ldm(path: Path, tensors: Tensors) -> None:
-    if any(key.startswith("cond_stage_model.model.") for key in tensors):
-        raise ValueError(f"{path}: Stable Diffusion 2 (an OpenCLIP text encoder), expected SD1.5")
-    first = tensors.get(f"{keymaps.LDM_UNET_PREFIX}input_blocks.0.0.weight")
-    channels = first.shape[1] if first is not None and len(first.shape) > 1 else 0
-    contexts = {t.shape[-1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight") and t.shape}
-    _refuse_unet(channels, max(contexts, default=0), path)
-    sidecars = [path.with_suffix(suffix) for suffix in (".yaml", ".json")]
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sidecars if file.is_file()]
-    if "v_pred" in tensors or any(V_PREDICTION.search(text) for text in texts):
-        raise ValueError(f"{path}: the model predicts 'v_prediction', expected 'epsilon' as SD1.5")
-
-
-def _refuse_ip_adapter(path: Path, tensors: Tensors) -> None:
-    keys = {re.sub(r"^[^.]*\.", "", key): tensor for key, tensor in tensors.items()}
-    if "latents" in keys:
-        raise ValueError(f"{path}: IP-Adapter Plus (a resampler), expected the plain ip-adapter_sd15")
-    if "proj.0.weight" in keys:
-        raise ValueError(f"{path}: IP-Adapter Full Face (an MLP), expected the plain ip-adapter_sd15")
-    if "1.to_k_ip.weight" in keys and keys["1.to_k_ip.weight"].shape[1] == SDXL_CONTEXT:
-        raise ValueError(f"{path}: IP-Adapter for SDXL (text width {SDXL_CONTEXT}), expected ip-adapter_sd15")
