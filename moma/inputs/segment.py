@@ -22,6 +22,7 @@ from models.sam_image import Placement, preprocess, to_image, to_input
 from moma.inputs.preprocess import on_white
 from moma.inputs.regions import frame, tidied
 from moma.sampling.device import choose_device
+from moma.sampling.finite import check_finite
 from moma.sampling.interface import Weights
 
 Point = tuple[float, float]  # x, y in pixels of the image
@@ -436,6 +437,7 @@ class Segmenter:
             labels = torch.tensor([[label for _, label in prompt] for prompt in chunk])  # (P, n)
             points = to_input(points, placement)[None].to(features.device)  # (1, P, n, 2)
             logits, ious = self.sam.decode(features, Prompts(points, labels[None].to(features.device)))
+            check_finite("SAM", logits, ious)
             logits, ious = (x[0, :, outputs].flatten(0, 1).float().cpu().numpy() for x in (logits, ious))
             found += candidates_of(logits, ious, placement, self.cfg)
         return found
