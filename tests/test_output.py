@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -66,7 +67,9 @@ def test_older_records():
     text = a_record().to_json()
     older = text.replace(', "guidance_interval": [200, 800]', "").replace('"method_name": "moma", ', "")
     older = older.replace(', "segmented": null', "").replace('"seed":', '"subject_seed": 0, "seed":')
-    sample = replace(a_record().sample, guidance_interval=SampleConfig().guidance_interval)
+    older = older.replace(', "grid": "even"', "")
+    interval = SampleConfig().guidance_interval
+    sample = replace(a_record().sample, guidance_interval=interval, grid="leading")
     assert Record.from_json(older) == replace(a_record(), sample=sample)
     with pytest.raises(ValueError, match="subject_seed 3"):
         Record.from_json(older.replace('"subject_seed": 0', '"subject_seed": 3'))
@@ -246,7 +249,13 @@ def test_images_are_compared(tmp_path):
 
 def test_files_that_are_no_images_are_refused(tmp_path):
     (tmp_path / "x.png").write_text("no image")
-    for name in ("x.png", "y.png"):
+    save_png(tmp_path / "z.png", IMAGE, a_record())
+    whole = (tmp_path / "z.png").read_bytes()  # a header of 60,000 x 60,000 pixels, with its sum
+    header = b"IHDR" + (60_000).to_bytes(4) * 2 + whole[24:29]
+    (tmp_path / "z.png").write_bytes(whole[:12] + header + crc32(header).to_bytes(4) + whole[33:])
+    assert read_stamp(tmp_path / "z.png") is None and "z.png" in compared(IMAGE, tmp_path / "z.png")
+    os.symlink(tmp_path / "gone", tmp_path / "l.png")
+    for name in ("x.png", "y.png", "z.png", "l.png"):
         with pytest.raises(ValueError, match=name):
             read_record(tmp_path / name)
 

@@ -110,4 +110,5 @@ def check_writable(option: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{option} {folder}: cannot write there ({error.strerror})") from None
+        why = f"a link to {os.readlink(folder)}" if folder.is_symlink() else error.strerror
+        raise ValueError(f"{option} {folder}: cannot write there ({why})") from None

@@ -78,6 +78,7 @@ class FeatureCache:
             stored = {name: tensor.read() for name, tensor in read_checkpoint(self.path(one)).items()}
             embedding = stored["embedding"].clone()  # the file does not stay mapped
             whole = torch.equal(stored["digest"], _digest(embedding)) and embedding.dtype == self.dtype
+            whole = whole and bool(embedding.isfinite().all())
         except (ValueError, KeyError, OSError):
             return None
         return embedding if whole else None
