@@ -191,8 +191,8 @@ def _find_start(args: argparse.Namespace, identity: dict[str, Any], train: Train
     if not found:
         print(f"from the beginning{': no checkpoint yet' if args.resume else ''}")
         return None
-    print(f"continuing from {found.folder}")
     check_same(found, identity, train.steps, args.change)
+    print(f"continuing from {found.folder}")
     if set(args.change) & set(ORDER):
         print("the data is read from its beginning")
         return replace(found, position={})
@@ -219,7 +219,7 @@ def export(args: argparse.Namespace) -> None:
     if saved is None:
         raise ValueError(f"{args.run}: no checkpoints of a training there")
     bundle = Bundle.open(args.bundle)
-    if listed := differences(saved.identity.get("weights", {}), bundle.hashes):
+    if listed := differences({"weights": saved.identity.get("weights")}, {"weights": bundle.hashes}):
         raise ValueError(f"--bundle {args.bundle}: not what {args.run} started from: {listed}")
     choices = _choices_then(saved)
     choices.training.check(bundle, choices.stage, choices.method)

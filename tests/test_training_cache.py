@@ -209,7 +209,8 @@ def test_damaged_files_are_made_again(
     if DAMAGES[damage] is None:
         path.unlink()
     else:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+        for damaged in (path, tmp_path / "a" / "cache.json"):
+            damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
     capsys.readouterr()
     calls = []
     make(tmp_path / "a", bundle, data, encoder=lambda: calls.append(1) or Dying(moma_encoder(bundle), 8))

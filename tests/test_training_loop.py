@@ -1,6 +1,7 @@
 """The training loop on a toy: resuming bit for bit, checkpoints whole or not there, log, curve."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -353,6 +354,21 @@ def test_damaged_state(tmp_path, text):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="step-00000001"):  # rather than to begin again silently
         checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "x"}, {"identity": []}, {"files": {"../a": 3}}, {"position": [1]}]
+)
+def test_state_of_another_type(tmp_path, whole_run, change):
+    """Though its hash is right: a stranger's."""
+    folder = shutil.copytree(checkpoints(whole_run)[-1].folder, tmp_path / "step-00000012")
+    state = json.loads((folder / "state.json").read_text()) | change
+    rest = {name: value for name, value in state.items() if name not in ("format", "version", "sha256")}
+    state["sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=next(iter(change))) as error:
+        read_state(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_keeps_the_last_and_the_best(tmp_path):

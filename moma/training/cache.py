@@ -49,6 +49,8 @@ class CacheConfig:
     ahead_bytes: int = 2**28  # of encoded samples that wait for it
     memory: int = 8_000_000_000  # bytes per rank; a larger cache stays mapped on the disk
     max_skipped: float = 1.0  # largest share of samples that cannot be used
+    early: int = 1000  # of them before a build ends early; smaller sets are read whole, to count all
+    listed: int = 1000  # of them that `cache.json` names
 
 
 class Encoder:
@@ -131,12 +133,12 @@ def _weights(bundle: Bundle, name: str) -> str:
 
 
 def _check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the cache in `folder`, None if there is none; ValueError if it is of something else."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    """The manifest of the cache in `folder`, None without a whole one; ValueError for something else's."""
+    try:
+        manifest = read_object(folder / MANIFEST)
+        found = dict(manifest["identity"])
+    except (ValueError, KeyError, TypeError):  # it can be written again: the files tell what they belong to
         return None
-    manifest = read_object(path)
-    found = manifest["identity"]
     if other := [name for name in expected | found if found.get(name) != expected.get(name)]:
         changes = ", ".join(f"{name} ({_short(found, name)}, now {_short(expected, name)})" for name in other)
         raise ValueError(f"cache {folder}: made with another {changes}; delete it, or give another folder")
@@ -248,7 +250,8 @@ class _Building:
 
     def make(self, missing: Sequence[tuple[int, list[str], set[int]]], networks: Encoder) -> None:
         """Read shards and write what is missing."""
-        skips, rows = SkipLog(lambda text: None, self.cfg.max_skipped), _Rows(networks, self.cfg.batch)
+        rows = _Rows(networks, self.cfg.batch)
+        skips = SkipLog(lambda text: None, self.cfg.max_skipped, slack=self.cfg.early)
         bar = tqdm(unit=" samples", disable=self.rank > 0)
         with ThreadPoolExecutor(self.cfg.workers) as pool, bar:
             for found in self._ahead(self._read(missing), pool):
@@ -383,7 +386,8 @@ def _finish(folder: Path, expected: Mapping[str, Any], shards: int, cfg: CacheCo
         if gone:
             share = f"{gone:,} of {total:,} samples ({gone / total:.1%}) cannot be used"
             tqdm.write(f"{folder}: {share}, e.g. {example[0]!r}: {example[1]}")
-        _write_manifest(folder, {"identity": dict(expected), "samples": counts, "skipped": skipped})
+        held = {"samples": counts, "skipped": skipped[: cfg.listed]}
+        _write_manifest(folder, {"identity": dict(expected), **held})
 
 
 def _stem(shard: int, part: int) -> str:

@@ -34,12 +34,13 @@ from models.weights.loading import (
     state_dict_mismatch,
 )
 from moma.app.files import write_text
-from moma.data.stream import Position
+from moma.sampling.config import check_types
 from moma.training.parallel import Ranks, whole
 
 FORMAT, VERSION = "moma-training", 2
 STATE = "state.json"
 DIFFERENCES = 4  # spelled out in an error
+HASH_LENGTH, HASH_SHOWN = 64, 12  # characters of a sha256, and of those in an error
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Saved:
 
     folder: Path
     step: int  # finished ones
-    position: Position
+    position: Mapping[str, int]  # in the data
     identity: Mapping[str, Any]  # what must not differ between a run and its continuation
     validation: float | None
     files: Mapping[str, str]  # name -> sha256
@@ -99,7 +100,7 @@ def read_state(folder: Path) -> Saved:
             raise ValueError("of another version")
         if state.pop("sha256") != _digest(state):
             raise ValueError(f"{STATE} has changed since it was written")
-        saved = Saved(folder, **state)
+        check_types(saved := Saved(folder, **state))
         if missing := [file for file in saved.files if not (folder / Path(file).name).is_file()]:
             raise ValueError(f"{missing[0]} is missing")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -199,9 +200,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name some differences between settings from JSON (then) and others (now); "" if they are the same."""
     then, now = _flat(then), _flat(json.loads(json.dumps(now)))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    listed = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:DIFFERENCES]]
+    listed = [f"{n} {_short(then.get(n))} then, {_short(now.get(n))} now" for n in names[:DIFFERENCES]]
     more = [f"and {len(names) - DIFFERENCES} more"] if len(names) > DIFFERENCES else []
     return "; ".join(listed + more)
+
+
+def _short(value: Any) -> str:
+    """A value for people; of a hash, its beginning."""
+    return repr(value[:HASH_SHOWN] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
