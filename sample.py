@@ -31,7 +31,7 @@ from moma.app.record import (
     save_new,
     short_path,
 )
-from moma.app.sheets import Cell, contact_sheet, mask_image, numbered
+from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
 from moma.inputs.preprocess import FoundMask, Reference, find_mask, make_reference, on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
@@ -306,7 +306,7 @@ def _record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, 
 
 
 def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
-    """Reference and mask above the images, a row per prompt; under `debug` their masks below them."""
+    """Reference and mask above the images of each prompt; with `debug`, their masks beside them."""
     rows = []
     if inputs:
         reference = inputs.reference
@@ -317,11 +317,13 @@ def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bo
                 Cell(mask_image(reference.mask), ("mask M_ref",)),
             ]
         ]
-    for prompt in dict.fromkeys(job.prompt for job, _ in drawn):
-        row = [(job, result) for job, result in drawn if job.prompt == prompt]
-        rows.append([Cell(result.image, (prompt, f"seed {job.seed}")) for job, result in row])
-        if debug and all(result.m_gen is not None for _, result in row):
-            rows.append([Cell(mask_image(r.m_gen, r.image.size), ("last M_gen",)) for _, r in row])
+    cells: dict[str, list[list[Cell]]] = {}
+    for job, result in drawn:
+        image = [Cell(result.image, (job.prompt, f"seed {job.seed}"))]
+        if debug and result.m_gen is not None:
+            image.append(Cell(mask_image(result.m_gen, result.image.size), ("last M_gen",)))
+        cells.setdefault(job.prompt, []).append(image)
+    rows += prompt_rows(list(cells.values()))
     return contact_sheet(rows)
 
 

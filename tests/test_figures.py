@@ -244,11 +244,6 @@ def test_masks_are_sams_where_there_is_one(tmp_path, monkeypatch):
 def test_prompts_take_the_subjects_word():
     assert figures.fill("a {subject} and a {subject}", "otter") == "an otter and an otter"
     assert figures.fill("sea {subject}, a red {subject}", "otter") == "sea otter, a red otter"
-    assert figures.wrapped("β = 1", 128, figures.FigureConfig()) == ("beta = 1",)
-    assert figures.wrapped("a cat on the beach at sunset", 128, figures.FigureConfig()) == (
-        "a cat on the beach at",
-        "sunset",
-    )
 
 
 def test_examples_are_drawn_where_nothing_is_given(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -9,9 +10,10 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from moma.app.chart import fit, wrap
 from moma.app.record import (
     CHUNK,
     InputFile,
@@ -25,7 +27,15 @@ from moma.app.record import (
     save_png,
     short_path,
 )
-from moma.app.sheets import Cell, NumberedConfig, SheetConfig, contact_sheet, mask_image, numbered
+from moma.app.sheets import (
+    Cell,
+    NumberedConfig,
+    SheetConfig,
+    contact_sheet,
+    mask_image,
+    numbered,
+    prompt_rows,
+)
 from moma.methods.moma.config import RELEASE
 from moma.sampling.config import SampleConfig
 from tests import recipe
@@ -280,15 +290,63 @@ def test_sheet_holds_every_image_whole():
     assert (pixels[45:65, 5:45] == cfg.background).all()
 
 
-def test_long_captions_stay_in_their_cell():
+def test_long_captions_are_wrapped_whole_in_their_cell():
     cfg = SheetConfig(cell=60, gap=10)
-    sheet = contact_sheet(
-        [[Cell(Image.new("RGB", (60, 60)), ("word " * 40,)), Cell(Image.new("RGB", (60, 60)))]], cfg
-    )
-    pixels = np.asarray(sheet)
-    below = pixels[70 : 70 + cfg.caption]
-    assert (below[:, 10:70] != cfg.background).any()
-    assert (below[:, 70:] == cfg.background).all()
+    white = Image.new("RGB", (60, 60), "white")
+    text = "a cat in a firefighter's uniform, hung-over-and-unhyphenatable-as-ever, on a beach"
+    sheet = contact_sheet([[Cell(white, (text, "seed 1")), Cell(white)], [Cell(white)]], cfg)
+    lines = [*wrap(text, ImageFont.load_default(cfg.font), 60, cfg.lines), "seed 1"]
+    assert "".join(lines[:-1]).replace(" ", "") == text.replace(" ", "")
+    assert sheet.height == 10 + 60 + 17 * len(lines) + 10 + 60 + 34 + 10
+    below = np.asarray(sheet)[70 : 70 + 17 * len(lines)]
+    assert all((below[17 * n :][:17, 10:70] != cfg.background).any() for n in range(len(lines)))
+    assert (below[:, 70:] == cfg.background).all() and (below[:, :10] == cfg.background).all()
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "word " * 10**5, "\n" * 10**6, "W" * 300])
+def test_texts_of_any_length_are_fitted_at_once(text):
+    font, start = ImageFont.load_default(13), time.perf_counter()
+    lines = wrap(text, font, 100, 5)
+    cut = fit(text.strip() or "x", font, 100)
+    assert time.perf_counter() - start < 1
+    assert len(lines) <= 5 and all(font.getlength(line) <= 100 for line in [*lines, cut])
+    assert lines[-1].endswith("…") == (len(text.split()) > 0)
+
+
+def test_fitted_texts_are_as_long_as_they_can_be():
+    font = ImageFont.load_default(13)
+    whole = "a cat on the beach"
+    assert fit(whole, font, font.getlength(whole)) == whole
+    cut = fit(whole, font, 60)
+    assert cut[:-1] == whole[: len(cut) - 1] and font.getlength(f"{whole[: len(cut)]}…") > 60
+    assert wrap(whole, font, 60, 9) == ["a cat on", "the beach"]
+
+
+def cells(number: int) -> list[list[Cell]]:
+    return [[Cell(IMAGE, (str(n),))] for n in range(number)]
+
+
+def test_rows_of_prompts_use_the_width():
+    pair = [Cell(IMAGE), Cell(IMAGE)]
+    of = {
+        (1, 1, 1, 1, 1): [4, 1],  # images of each prompt -> cells of each row
+        (1,): [1],
+        (3, 3): [3, 3],
+        (6, 2): [6, 2],
+        (10, 1): [8, 2, 1],
+    }
+    for counts, expected in of.items():
+        assert [len(row) for row in prompt_rows([cells(count) for count in counts])] == expected
+    assert [len(row) for row in prompt_rows([[pair], [pair], [pair]])] == [4, 2]
+    assert [len(row) for row in prompt_rows([[pair] * 5, [pair]])] == [8, 2, 2]
+    assert prompt_rows([]) == []
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1, 1)])
+def test_thin_images_stay_in_sheets(size):
+    image = Image.new("RGB", size, "red")
+    assert contact_sheet([[Cell(image)]], SheetConfig(cell=40)).size == (64, 98)
+    assert max(numbered(image, lambda size: [], NumberedConfig(side=640)).size) == 640
 
 
 def test_mask_image():

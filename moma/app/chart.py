@@ -1,6 +1,8 @@
 """Charts drawn with Pillow: lines for training and the benchmark, dots for the subjects of an evaluation."""
 
 import math
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,11 +117,44 @@ def fit(text: str, font: Any, width: float) -> str:
     Returns:
         The text, or its start with an ellipsis.
     """
-    if font.getlength(text) <= width:
+    start = text[: _most(width)]
+    if start == text and font.getlength(text) <= width:
         return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    count = bisect_right(range(1, len(start) + 1), width, key=lambda n: font.getlength(f"{text[:n]}…"))
+    return f"{text[:count]}…"
+
+
+def wrap(text: str, font: Any, width: float, lines: int) -> list[str]:
+    """Break a text into lines between words, and within those that are wider than a line.
+
+    Args:
+        text: of any length.
+        font: PIL's.
+        width: pixels.
+        lines: at most; the last one then ends with an ellipsis.
+    """
+    words = deque(text[: lines * _most(width)].split())
+    wrapped = [""]
+    while words:
+        word = words.popleft()
+        line = f"{wrapped[-1]} {word}".lstrip()
+        if font.getlength(line) <= width:
+            wrapped[-1] = line
+        elif wrapped[-1]:
+            wrapped.append("")
+            words.appendleft(word)
+        else:
+            count = max(1, bisect_right(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
+            wrapped[-1:] = [word[:count], ""]
+            words.appendleft(word[count:])
+        if len(wrapped) > lines:
+            return [*wrapped[: lines - 1], fit(f"{wrapped[lines - 1]} {' '.join(words)}", font, width)]
+    return wrapped
+
+
+def _most(width: float) -> int:
+    """No more characters can be seen in a line."""
+    return int(width) + 1
 
 
 # --- dots --------------------------------------------------------------------------------------------
@@ -173,7 +208,7 @@ def dots(rows: Sequence[str], panels: Sequence[Panel], caption: str, cfg: DotsCo
         cfg: layout.
     """
     font = ImageFont.load_default(cfg.font)
-    names = int(max((min(font.getlength(_plain(row)), cfg.names) for row in rows), default=0))
+    names = int(max((min(font.getlength(plain(row)), cfg.names) for row in rows), default=0))
     width = 2 * cfg.gap + names + len(panels) * (cfg.gap + cfg.panel)
     shown = {series.name: series for panel in panels for series in panel.series if series.values}
     legend = list(_legend(list(shown), font, width - 2 * cfg.gap, cfg))
@@ -184,17 +219,17 @@ def dots(rows: Sequence[str], panels: Sequence[Panel], caption: str, cfg: DotsCo
     for x, line, name in legend:
         y = cfg.gap + cfg.line * (line + 0.5)
         _mark(draw, x + cfg.mark, y, shown[name], cfg)
-        draw.text((x + 3 * cfg.mark, y), _plain(name), cfg.ink, font, anchor="lm")
+        draw.text((x + 3 * cfg.mark, y), plain(name), cfg.ink, font, anchor="lm")
     for n, row in enumerate(rows):
         y = top + n * cfg.row
         if n % 2 == 0:
             draw.rectangle([cfg.gap, y, width - cfg.gap, y + cfg.row - 1], cfg.band)
-        text = fit(_plain(row), font, names)
+        text = fit(plain(row), font, names)
         draw.text((cfg.gap + names, y + cfg.row / 2), text, cfg.ink, font, anchor="rm")
     for n, panel in enumerate(panels):
         left = cfg.gap + names + cfg.gap + n * (cfg.panel + cfg.gap)
         _panel(draw, font, rows, panel, (left, top), cfg)
-    draw.text((cfg.gap, bottom + 1.5 * cfg.line), _plain(caption), cfg.ink, font, anchor="lm")
+    draw.text((cfg.gap, bottom + 1.5 * cfg.line), plain(caption), cfg.ink, font, anchor="lm")
     return image
 
 
@@ -215,7 +250,7 @@ def _panel(
     def place(value: float) -> float:
         return left + cfg.line + inner * (value - axis[0]) / (axis[-1] - axis[0])
 
-    title = fit(_plain(panel.title), font, cfg.panel)
+    title = fit(plain(panel.title), font, cfg.panel)
     draw.text((left + cfg.panel / 2, top - cfg.line / 2), title, cfg.ink, font, anchor="mm")
     for value in axis:
         draw.line([(place(value), top), (place(value), bottom)], cfg.grid, 2)
@@ -233,7 +268,7 @@ def _legend(
     """(x, number of the line, name) of each entry."""
     x, line = float(cfg.gap), 0
     for name in names:
-        needed = 3 * cfg.mark + font.getlength(_plain(name))
+        needed = 3 * cfg.mark + font.getlength(plain(name))
         if x > cfg.gap and x + needed > cfg.gap + width:
             x, line = float(cfg.gap), line + 1
         yield x, line, name
@@ -255,6 +290,6 @@ def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, series: Series, cfg: Do
         draw.polygon([(x + dx, y + dy) for dx, dy in shape], inside, series.colour, width=3)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text as one line without Greek, which Pillow's own font lacks."""
     return " ".join(text.replace("β", "beta").split())

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from moma.app.chart import fit
+from moma.app.chart import plain, wrap
 from moma.inputs.regions import middle, outline
 
 
@@ -19,35 +19,73 @@ class SheetConfig:
 
     cell: int = 256  # side of the square that an image is fitted into
     gap: int = 12
-    caption: int = 34  # height of the two lines below an image
+    caption: int = 34  # height of two lines below an image; more lines make a row higher
     font: int = 13
+    lines: int = 24  # of a caption, at most: a prompt of the length that text encoders read has fewer
+    columns: tuple[int, int] = (4, 8)  # of `prompt_rows`, at least and at most
     background: tuple[int, int, int] = (248, 248, 246)
     ink: tuple[int, int, int] = (50, 50, 50)
 
 
 class Cell(NamedTuple):
-    """One image of a sheet, with up to two lines of caption."""
+    """One image of a sheet, with its caption in paragraphs."""
 
     image: Image.Image
     lines: tuple[str, ...] = ()
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None) -> Image.Image:
-    """Rows of images, each fitted into a square; captions that are too long end in an ellipsis."""
+    """Rows of images, each fitted into a square; captions are wrapped."""
     cfg = cfg or SheetConfig()
-    step_x, step_y = cfg.cell + cfg.gap, cfg.cell + cfg.caption + cfg.gap
-    size = (cfg.gap + step_x * max(map(len, rows)), cfg.gap + step_y * len(rows))
-    sheet, font = Image.new("RGB", size, cfg.background), ImageFont.load_default(cfg.font)
-    draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        for j, cell in enumerate(row):
-            x, y = cfg.gap + j * step_x, cfg.gap + i * step_y
-            image = ImageOps.contain(cell.image.convert("RGB"), (cfg.cell, cfg.cell))
+    font, line = ImageFont.load_default(cfg.font), cfg.caption // 2
+    texts = [
+        [
+            [part for text in cell.lines for part in wrap(plain(text), font, cfg.cell, cfg.lines)]
+            for cell in row
+        ]
+        for row in rows
+    ]
+    captions = [max(cfg.caption, *(line * len(text) for text in row)) for row in texts]
+    width = cfg.gap + (cfg.cell + cfg.gap) * max(map(len, rows))
+    height = cfg.gap + (cfg.cell + cfg.gap) * len(rows) + sum(captions)
+    sheet = Image.new("RGB", (width, height), cfg.background)
+    draw, y = ImageDraw.Draw(sheet), cfg.gap
+    for row, row_texts, caption in zip(rows, texts, captions, strict=True):
+        for j, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
+            x = cfg.gap + j * (cfg.cell + cfg.gap)
+            image = _fitted(cell.image, cfg.cell)
             sheet.paste(image, (x + (cfg.cell - image.width) // 2, y + (cfg.cell - image.height) // 2))
-            for n, line in enumerate(cell.lines):
-                place = (x, y + cfg.cell + 2 + n * cfg.caption // 2)
-                draw.text(place, fit(line, font, cfg.cell), cfg.ink, font)
+            for n, part in enumerate(text):
+                draw.text((x, y + cfg.cell + 2 + n * line), part, cfg.ink, font)
+        y += cfg.cell + caption + cfg.gap
     return sheet
+
+
+def prompt_rows(
+    prompts: Sequence[Sequence[Sequence[Cell]]], cfg: SheetConfig | None = None
+) -> list[list[Cell]]:
+    """Rows that use the width: the images of one prompt, or several prompts where each has one image.
+
+    Args:
+        prompts: of each prompt, of each image: its cells, which stay side by side.
+        cfg: how many columns.
+    """
+    least, most = (cfg or SheetConfig()).columns
+    if all(len(images) == 1 for images in prompts):
+        prompts = [[image for images in prompts for image in images]]
+        most = least
+    rows = []
+    for images in prompts:
+        step = max(1, most // max(map(len, images), default=1))
+        for start in range(0, len(images), step):
+            rows.append([cell for image in images[start : start + step] for cell in image])
+    return rows
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    """RGB, with its longer side of `side` pixels and at least one pixel in the other."""
+    size = tuple(max(1, round(x / max(image.size) * side)) for x in image.size)
+    return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -76,7 +114,7 @@ def numbered(
         cfg: layout.
     """
     cfg = cfg or NumberedConfig()
-    canvas = ImageOps.contain(image.convert("RGB"), (cfg.side, cfg.side))
+    canvas = _fitted(image, cfg.side)
     inside = [np.asarray(mask) > 127 for mask in draw_masks(canvas.size)]  # (H, W) each
     colours = [tuple(int(255 * v) for v in hsv_to_rgb(i * cfg.hue % 1, 1, 1)) for i in range(len(inside))]
     pixels = np.array(canvas)  # (H, W, 3)

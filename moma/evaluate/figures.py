@@ -10,7 +10,6 @@ Letters: N images of one photo, E embedding.
 import argparse
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -58,7 +57,6 @@ class FigureConfig:
     strengths: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # β of Fig. 8
     cell: int = 256  # pixels of an image on the sheet, at most
     blow_up: int = 2  # factor for images smaller than half a cell, such as MoMA-mini's
-    letter: int = 6  # pixels, mean width of a letter in captions
     sheet: SheetConfig = field(default_factory=lambda: SheetConfig(gap=6, caption=30, font=11))
 
 
@@ -205,37 +203,27 @@ def sheet(request: Request, columns: Sequence[Column], by_photo: bool) -> Image.
     side = min(cfg.cell, cfg.blow_up * max(sample.width, sample.height))
     reference = request.runtime.weights.method_config("moma")
 
-    def cell(image: Image.Image, text: str) -> Cell:
+    def cell(image: Image.Image, *lines: str) -> Cell:
         scale = max(1, side // max(image.size))
-        large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        return Cell(large, wrapped(text, side, cfg))
+        return Cell(
+            image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST), lines
+        )
 
-    def shown(photo: Photo, text: str) -> Cell:
-        return cell(make_reference(photo.image, photo.mask, side, reference).photo, text)
+    def shown(photo: Photo) -> Cell:
+        square = make_reference(photo.image, photo.mask, side, reference).photo
+        return cell(square, f"reference: {photo.word}")
 
     if by_photo:
         rows = []
         for photo, column in product(request.photos, columns):
             drawn = [cell(column.images[i], request.wanted[i].prompt) for i in request.rows_of(photo)]
-            rows.append([shown(photo, photo.word), *drawn])
+            rows.append([shown(photo), *drawn])
     else:
         rows = [
-            [shown(photo, prompt), *(cell(column.images[i], column.name) for column in columns)]
+            [shown(photo), *(cell(column.images[i], column.name, prompt) for column in columns)]
             for i, (photo, prompt) in enumerate(request.wanted)
         ]
     return contact_sheet(rows, replace(cfg.sheet, cell=side))
-
-
-def wrapped(text: str, side: int, cfg: FigureConfig) -> tuple[str, ...]:
-    """The one or two lines of a caption.
-
-    Args:
-        text: of any length; β is spelled out, because PIL's font lacks it.
-        side: pixels that a line may take.
-        cfg: width of a letter.
-    """
-    first, *rest = textwrap.wrap(text.replace("β", "beta"), side // cfg.letter)
-    return (first, " ".join(rest)) if rest else (first,)
 
 
 def score(request: Request, columns: Sequence[Column], scorers: Sequence[ImageScorer]) -> list[Score]:

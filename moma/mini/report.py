@@ -458,18 +458,20 @@ def _figure(path: Path, pairs: Sequence[Pair], columns: Mapping[str, Tensor], cf
     shown = draw_all([pair.shown for pair in pairs[: cfg.rows]], cfg.world)[0]
     side = cfg.scale * cfg.world.size
 
-    def cell(image: Tensor, text: str) -> Cell:
+    def cell(image: Tensor, *lines: str) -> Cell:
         picked = (
             mask_image(image[None]) if image.ndim == 2 else Image.fromarray(image.permute(1, 2, 0).numpy())
         )
-        caption = text.replace("β", "beta")  # PIL's font lacks it
-        return Cell(picked.resize((side, side), Image.Resampling.NEAREST), (caption,))
+        return Cell(picked.resize((side, side), Image.Resampling.NEAREST), lines)
 
     rows = [
-        [cell(shown[i], pair.prompt), *(cell(images[i], name) for name, images in columns.items())]
+        [
+            cell(shown[i], "reference"),
+            *(cell(images[i], name, pair.prompt) for name, images in columns.items()),
+        ]
         for i, pair in enumerate(pairs[: cfg.rows])
     ]
-    save_png(path, contact_sheet(rows, SheetConfig(cell=side, gap=6, caption=18, font=11)))
+    save_png(path, contact_sheet(rows, SheetConfig(cell=side, gap=6, caption=28, font=11)))
 
 
 def _figures(
