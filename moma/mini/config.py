@@ -28,7 +28,7 @@ def networks() -> dict[str, Any]:
     return {
         # f = 4 and 8 channels: f = 8, or SD's 4 channels, would lose faces of 30 pixels
         "vae": VAEConfig(channels=(32, 48, 64), latent_channels=8, resnets=1, norm_groups=8),
-        "text": CLIPTextConfig(width=128, layers=3, heads=4, mlp=512, act="gelu", positions=32),
+        "text": CLIPTextConfig(width=128, layers=3, heads=4, mlp=512, act="gelu", positions=40),
         "vision": vision,
         # attention at all three levels of the 16x16 latents: patterns need Eq. 3 at the finest
         "unet": UNetConfig(
@@ -76,6 +76,7 @@ class ClipConfig:
     projection: int = 96  # width of the joint space, which only this training uses
     initial_scale: float = 14.3  # of the logits, CLIP's own (1 / 0.07)
     cut_out: float = 0.4  # share of images with the subject alone on white, as the feature decoder sees it
+    paired: float = 0.2  # share of images of two subjects
     train: TrainConfig = _train(steps=1200, batch_size=96, lr=1e-3, weight_decay=0.05)
 
 
@@ -97,15 +98,22 @@ class SegmentTrainingConfig:
 class TextToImageConfig:
     """The base UNet."""
 
-    held_out: int = 512
+    held_out: int = 128
     drawn: int = 128  # images that the gate generates
     shown: int = 16  # of them, as a sheet to look at
     attention: str = "explicit"  # faster than SDPA in training on CPUs
-    snr_limit: float = 5.0  # min-SNR's gamma, its paper's value: the nearly clean steps do not dominate
-    rich: float = 0.45  # share of texts that also name colours and patterns
+    # P2's weights over t, (k + SNR)^-gamma: nearly equal losses at all t, since colours settle at high noise.
+    p2_k: float = 0.01
+    p2_gamma: float = 0.5
+    map_layers: tuple[int, ...] = (0, 1, 6, 7, 8, 9)  # of the map loss: those of M_gen
+    map_weight: float = 0.02  # of the map loss, near 1 at the start, beside the noise's, near 0.1
+    rich: float = 0.5  # share of texts that also name colours and patterns
     label_only: float = 0.08  # share of samples with the label as their text, as in the reference pass
     empty: float = 0.1  # share without text, for classifier-free guidance
-    train: TrainConfig = _train(steps=11000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.995)
+    # Steps of a wide image and two single ones per item.
+    train: TrainConfig = _train(
+        steps=18000, batch_size=12, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.999,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,8 @@ class MiniConfig:
     )
     images: int = 40_000  # training renders; each is seen a few times
     unseen_images: int = 1024  # renders of held-out identities, for the gates
+    pairs: int = 20_000  # training renders of two subjects
+    unseen_pairs: int = 256  # the same of held-out identities
     tokenizer_captions: int = 6000  # images whose captions the tokenizers learn
     clip_merges: int = 300
     llama_pieces: int = 420

@@ -24,9 +24,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.weights.files import atomic_write, read_object
 from models.weights.loading import load_into, read_checkpoint, save_tensors
@@ -47,12 +49,13 @@ from moma.mini.tasks import (
     CaptionTask,
     ClipTask,
     Images,
+    Pairs,
     PretrainingTask,
-    TextToImageTask,
     VAETask,
     to_clip,
     to_vae,
 )
+from moma.mini.text_to_image import Latents, TextToImageTask
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.pipeline import to_images
@@ -67,6 +70,7 @@ from moma.weights.tiny import learn_tokenizers, with_vocabularies
 from moma.world import classifiers
 from moma.world.classifiers import BYTE
 from moma.world.measures import iou
+from moma.world.pairs import PairWords, pair, pair_words, render_pairs
 from moma.world.words import Words, words_of_renders
 from moma.world.world import CLASSES, draw, render_many, spec, trained_elsewhere
 
@@ -82,6 +86,7 @@ class Workspace:
     folder: Path
     ranks: Ranks
     start: Bundle | None = None  # its networks are trained further; None: random weights
+    kept: tuple[str, ...] = ()  # stages that take the start's networks as they are
 
     # --- the stages' results ---
 
@@ -108,13 +113,21 @@ class Workspace:
         masks = torch.from_numpy(found["mask"])[:, None]  # (N, 1, S, S)
         return Images(images, masks, words_of_renders(found, self.cfg.world))
 
+    def pairs(self, split: str) -> Pairs:
+        """The renders of "train" or "val" with two subjects, with their captions."""
+        found = self.arrays(f"{split}_pairs")
+        images = torch.from_numpy(found["image"]).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, W)
+        world = self.cfg.world
+        words = [pair_words(pair(i, split, world), world) for i in range(len(images))]
+        return Pairs(images, torch.from_numpy(found["masks"]), words)
+
     @property
     def tokenizers(self) -> Path:
         return self.folder / "tokenizers"
 
-    @property
-    def latents(self) -> Path:
-        return self.folder / "latents.safetensors"
+    def latents(self, kind: str) -> Path:
+        """The file of the encoded "single" or "wide" training images."""
+        return self.folder / f"latents_{kind}.safetensors"
 
     def networks(self) -> dict[str, Any]:
         """Sizes of the networks, with the vocabularies and the VAE's scaling once they are known."""
@@ -134,7 +147,8 @@ class Workspace:
     def new(self, name: str) -> nn.Module:
         """A network to train: of the start, or with random weights from a seed of its own."""
         if self.start:
-            return self.start.build(name, "cpu", torch.float32, lm_head=name == "llava").requires_grad_()
+            found = self.start.build(name, "cpu", torch.float32, lm_head=name == "llava").requires_grad_()
+            return with_positions(found, self.cfg.networks[name].positions) if name == "text" else found
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seeds[name])
             return build_network(name, self.networks()[name], self.networks()["unet"])
@@ -169,6 +183,9 @@ class Workspace:
             ValueError: for a checkpoint of another training.
         """
         out, cfg = self.folder / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
+        if stage in self.kept:
+            self.ranks.once(lambda: task.export(out / EXPORT))
+            return
         identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
         saved = self.ranks.once(lambda: newest(out))
         if saved:
@@ -185,8 +202,12 @@ def tokenizers(work: Workspace) -> None:
     for split, number in (("train", work.cfg.images), ("val", work.cfg.unseen_images)):
         given = range(number), split, work.cfg.world, os.cpu_count() or 1
         work.keep(split, partial(render_many, *given))
+    for split, number in (("train", work.cfg.pairs), ("val", work.cfg.unseen_pairs)):
+        given = range(number), split, work.cfg.world, os.cpu_count() or 1
+        work.keep(f"{split}_pairs", partial(render_pairs, *given))
     words = work.images("train").words[: work.cfg.tokenizer_captions]
-    work.ranks.once(lambda: learn_vocabularies(work, words))
+    pairs = work.pairs("train").words[: work.cfg.tokenizer_captions]
+    work.ranks.once(lambda: learn_vocabularies(work, words, pairs))
 
 
 def vae(work: Workspace) -> None:
@@ -198,7 +219,7 @@ def vae(work: Workspace) -> None:
 def clip(work: Workspace) -> None:
     """Text and image encoder."""
     cfg, images, tokenizer = work.cfg.clip, work.images("train"), work.clip_tokenizer()
-    task = ClipTask(work.new("text"), work.new("vision"), images, tokenizer, cfg)
+    task = ClipTask(work.new("text"), work.new("vision"), images, work.pairs("train"), tokenizer, cfg)
     work.fit("clip", task, cfg.train)
 
 
@@ -220,15 +241,14 @@ def sam(work: Workspace) -> None:
 
 def unet(work: Workspace) -> None:
     """The text-to-image UNet."""
-    cfg, images = work.cfg.text_to_image, work.images("train")
+    cfg, images, pairs = work.cfg.text_to_image, work.images("train"), work.pairs("train")
     text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
-    work.ranks.once(lambda: _encode_latents(work, images.images))
-    found = read_checkpoint(work.latents)
-    latents = found["mean"].read(), found["std"].read()
+    single = _latents(work, "single", images.images, images.masks), images.words
+    wide = _latents(work, "wide", pairs.images, pairs.masks), pairs.words
     network = work.new("unet").to(memory_format=torch.channels_last)
     if work.start is None:
         nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
-    task = TextToImageTask(network, latents, images.words, text, tokenizer, cfg)
+    task = TextToImageTask(network, text, tokenizer, single, wide, cfg)
     work.fit("unet", task, cfg.train)
 
 
@@ -265,6 +285,9 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
 }
 
 
+KEEPABLE = ("vae", "sam", "unet", "captioner")  # stages whose networks a bundle holds whole
+
+
 # --- measures for the gates; rank 0 computes them on held-out images ---------------------------------
 
 
@@ -277,7 +300,8 @@ def _vae_numbers(work: Workspace) -> dict[str, float]:
     error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
     on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
     _write_json(work.folder / "scaling.json", {"scaling": 1 / mean.std().item()})
-    work.latents.unlink(missing_ok=True)  # they may come from another autoencoder
+    for kind in ("single", "wide"):  # they may come from another autoencoder
+        work.latents(kind).unlink(missing_ok=True)
     return {
         "psnr": _decibels(error.mean(dim=(1, 2, 3))).mean().item(),
         "subject_psnr": _decibels((error * on).sum() / (pixels.shape[1] * on.sum())).item(),
@@ -359,33 +383,38 @@ NUMBERS: dict[str, Callable[[Workspace], dict[str, float]]] = {
 # --- parts of the stages -----------------------------------------------------------------------------
 
 
-def learn_vocabularies(work: Workspace, words: Sequence[Words]) -> None:
+def learn_vocabularies(work: Workspace, words: Sequence[Words], pairs: Sequence[PairWords]) -> None:
     """Learn the vocabularies of the captions, or copy those of the start."""
     if work.start:
         work.tokenizers.mkdir(exist_ok=True)
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             shutil.copyfile(work.start.tokenizer(name), work.tokenizers / name)
         return
-    clip = sorted({t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)})
+    texts = {t for w in words for t in (sd_prompt(w.label, w.caption), w.rich, w.subject)}
+    clip = sorted(texts | {t.text for w in pairs for t in w[1:]})
     talks = (f"{question} {answer}" for question, answer in work.cfg.captioner.dialogues)
     forms = [talk.replace("<image>", "") for talk in talks]
     llama = sorted({form.format(**vars(w)) for form in forms for w in words})
     learn_tokenizers(work.tokenizers, clip, work.cfg.clip_merges, llama, work.cfg.llama_pieces)
 
 
-@torch.no_grad()
-def _encode_latents(work: Workspace, images: Tensor) -> None:
-    """Write the scaled mean and standard deviation of each image's posterior, bf16 (N, Z, h, w), once.
+def _latents(work: Workspace, kind: str, images: Tensor, masks: Tensor) -> Latents:
+    """Scaled posteriors of images (N, 3, S, W), computed once, and their masks (N, 1 or 2, S, W), smaller."""
+    path, factor = work.latents(kind), work.cfg.networks["vae"].factor
+    work.ranks.once(lambda: path.exists() or _encode(work, path, images))
+    found = read_checkpoint(path)
+    small = F.avg_pool2d(masks.float(), factor).round().byte()  # (N, 1 or 2, h, w)
+    return Latents(found["mean"].read(), found["std"].read(), small)
 
-    images: (N, 3, S, S) uint8.
-    """
-    if work.latents.exists():
-        return
+
+@torch.no_grad()
+def _encode(work: Workspace, path: Path, images: Tensor) -> None:
+    """Write the scaled mean and standard deviation of each image's posterior, bf16 (N, Z, h, w)."""
     network, scaling = work.trained("vae", "vae"), work.networks()["vae"].scaling
     parts = [network.encode(to_vae(part)) for part in images.split(work.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
-    save_tensors(work.folder, work.latents.stem, found)
+    save_tensors(path.parent, path.stem, found)
 
 
 @torch.no_grad()
@@ -481,6 +510,16 @@ def add_scorers(work: Workspace, target: Path) -> None:
     fit_familiar(work.cfg.world, work.cfg.familiar).save(target)
 
 
+def with_positions(text: CLIPText, positions: int) -> CLIPText:
+    """A text encoder for at least as long texts; new positions start as the last one."""
+    longer = CLIPText(replace(text.cfg, positions=positions))
+    state, name = text.state_dict(), "embeddings.position_embedding.weight"
+    more = positions - text.cfg.positions
+    state[name] = torch.cat([state[name], state[name][-1:].expand(more, -1)])  # (positions, C)
+    longer.load_state_dict(state)
+    return longer
+
+
 def _decibels(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
     return 10 * torch.log10(4 / error)
@@ -516,17 +555,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--start", type=Path, help="bundle whose networks are trained further (default: random weights)"
     )
+    parser.add_argument(
+        "--keep",
+        nargs="*",
+        default=(),
+        choices=KEEPABLE,
+        metavar="STAGE",
+        help="take these from --start as they are",
+    )
     parser.add_argument("--until", choices=tuple(STAGES), default="stage2", help="the last stage to run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.until == "stage2" and any(args.out.glob("*")):
         raise ValueError(f"--out {args.out}: not empty, expected a new folder")
+    if args.keep and not args.start:
+        raise ValueError(f"--keep {' '.join(args.keep)}: expected --start, the bundle to take them from")
     start = Bundle.open(args.start) if args.start else None
     if start:
         refuse_quantised(start)
     args.work.mkdir(parents=True, exist_ok=True)
     with start_ranks(args.device) as ranks:
-        work = Workspace(MiniConfig(), args.work, ranks, start)
+        work = Workspace(MiniConfig(), args.work, ranks, start, tuple(args.keep))
         recipe(work, args.until)
         if args.until == "stage2":
             export = args.work / "stage2" / "moma" / EXPORT

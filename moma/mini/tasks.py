@@ -10,19 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attention
 from models.clip import CLIPText, CLIPVision
 from models.clip_image import MEAN, STD
 from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
-from models.unet import Grid, UNet
 from models.vae import VAE
-from moma.methods.prompts import sd_prompt
-from moma.mini.config import CaptionerConfig, ClipConfig, TextToImageConfig, VAETrainingConfig
-from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.mini.config import CaptionerConfig, ClipConfig, VAETrainingConfig
 from moma.training.order import generator_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
+from moma.world.pairs import PairWords
 from moma.world.words import Words
 
 
@@ -38,16 +35,16 @@ class Images:
         return len(self.images)
 
 
-@dataclass(frozen=True)
-class PlainAttention:
-    """A hook that only selects the implementation of attention."""
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Renders of two subjects in memory."""
 
-    impl: str
+    images: Tensor  # (N, 3, S, W) uint8
+    masks: Tensor  # (N, 2, S, W) uint8, of the subjects in the order in which the captions name them
+    words: Sequence[PairWords]  # N
 
-    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        return attention(q, k, v, impl=self.impl), None
-
-    cross_attn = self_attn
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 class VAELoss(nn.Module):
@@ -61,8 +58,8 @@ class VAELoss(nn.Module):
         """Losses (B,) of pixels (B, 3, S, S) in [-1, 1], mask (B, 1, S, S) in 0..1, number (B,)."""
         pixels = batch["pixels"]
         mean, std = self.vae.encode(pixels)  # 2 x (B, Z, h, w)
-        generators = _generators(self.seed, batch["number"])
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])  # (B, Z, h, w)
+        own = generators(self.seed, batch["number"])
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in own])  # (B, Z, h, w)
         error = (self.vae.decode(mean + std * noise.to(mean)) - pixels).float()  # (B, 3, S, S)
         weight = 1 + (self.cfg.subject_weight - 1) * batch["mask"]  # (B, 1, S, S)
         fit = ((error.square() + self.cfg.absolute_weight * error.abs()) * weight).mean(dim=(1, 2, 3))  # (B,)
@@ -81,7 +78,7 @@ class VAETask(PretrainingTask):
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         whole = torch.cat([self.images.images[items], self.images.masks[items]], dim=1)  # (B, 4, S, S)
         side, crops = self.cfg.crop, []
-        for image, generator in zip(whole, _generators(self.seed, numbers), strict=True):
+        for image, generator in zip(whole, generators(self.seed, numbers), strict=True):
             y, x = torch.randint(whole.shape[-1] - side + 1, (2,), generator=generator).tolist()
             crops.append(image[:, y : y + side, x : x + side])
         pixels, mask = torch.stack(crops).split((3, 1), dim=1)  # (B, 3, crop, crop), (B, 1, crop, crop)
@@ -117,94 +114,39 @@ class ClipLoss(nn.Module):
 
 
 class ClipTask(PretrainingTask):
-    """Images, some of the subject alone on white, with captions that name colours and pattern."""
+    """Images, some of the subject alone on white, some of two subjects, with captions that name colours and
+    pattern."""
 
     def __init__(
         self,
         text: CLIPText,
         vision: CLIPVision,
         images: Images,
+        pairs: Pairs,
         tokenizer: ClipTokenizer,
         cfg: ClipConfig,
     ) -> None:
         super().__init__(len(images), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
         self.model = ClipLoss(text, vision, cfg.projection, cfg)
-        self.images, self.tokenizer, self.cfg = images, tokenizer, cfg
+        self.images, self.pairs, self.tokenizer, self.cfg = images, pairs, tokenizer, cfg
+        self.until = torch.tensor([cfg.cut_out, cfg.paired]).cumsum(0)  # (2,) bounds of the kinds
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, texts = [], []
-        for item, generator in zip(items.tolist(), _generators(self.seed, numbers), strict=True):
-            cut_out = bool(torch.rand((), generator=generator) < self.cfg.cut_out)
-            words = self.images.words[item]
-            pixels.append(_image(self.images, item, cut_out))
-            texts.append(words.subject if cut_out else words.rich)
+        for item, generator in zip(items.tolist(), generators(self.seed, numbers), strict=True):
+            kind = int(torch.bucketize(torch.rand((), generator=generator), self.until, right=True))
+            words, image = self.images.words[item], _image(self.images, item, cut_out=kind == 0)
+            text = words.subject if kind == 0 else words.rich
+            if kind == 1:
+                pair = item % len(self.pairs)
+                image, text = squeezed(self.pairs.images[pair]), self.pairs.words[pair].rich.text
+            pixels.append(image)
+            texts.append(text)
         return {"pixels": to_clip(torch.stack(pixels)), "ids": self.tokenizer.ids(texts), "number": numbers}
 
     def networks(self) -> dict[str, nn.Module]:
         heads = nn.ModuleDict({"text_head": self.model.text_head, "vision_head": self.model.vision_head})
         return {"text": self.model.text, "vision": self.model.vision, "heads": heads}
-
-
-class NoiseLoss(nn.Module):
-    """Squared error of the predicted noise with min-SNR weights over t (arXiv 2303.09556)."""
-
-    def __init__(self, unet: UNet, text: CLIPText, cfg: TextToImageConfig) -> None:
-        super().__init__()
-        self.unet, self.text, self.cfg = unet, text.requires_grad_(False), cfg
-        self.register_buffer("alphas", alphas_cumprod(ScheduleConfig()), persistent=False)  # (1000,)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Losses (B,) of mean and std (B, Z, h, w), scaled, ids (B, T), number (B,)."""
-        generators = _generators(self.cfg.train.seed, batch["number"])
-        shape = batch["mean"].shape[1:]
-        t = torch.stack([torch.randint(len(self.alphas), (), generator=g) for g in generators])  # (B,)
-        noise = torch.stack([torch.randn((2, *shape), generator=g) for g in generators])  # (B, 2, Z, h, w)
-        t, noise = (drawn.to(self.alphas.device) for drawn in (t, noise))
-        x0 = batch["mean"].float() + batch["std"].float() * noise[:, 0]
-        alpha = self.alphas[t][:, None, None, None]  # (B, 1, 1, 1)
-        x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            states = self.text(batch["ids"])[0]  # (B, T, C)
-        eps, _ = self.unet(x, t, states, PlainAttention(self.cfg.attention))
-        snr = self.alphas[t] / (1 - self.alphas[t])  # (B,)
-        weight = (self.cfg.snr_limit / snr).clamp(max=1)  # (B,)
-        return weight * (eps.float() - noise[:, 1]).square().mean(dim=(1, 2, 3))
-
-
-class TextToImageTask(PretrainingTask):
-    """Latents with texts of several kinds.
-
-    As in captions of public images, some texts name colours and pattern, so that context tokens and K', V'
-    can later steer these. Some are the label alone, the text of the reference pass, and some are empty.
-    """
-
-    def __init__(
-        self,
-        unet: UNet,
-        latents: tuple[Tensor, Tensor],
-        words: Sequence[Words],
-        text: CLIPText,
-        tokenizer: ClipTokenizer,
-        cfg: TextToImageConfig,
-    ) -> None:
-        super().__init__(len(words), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
-        self.mean, self.std = latents  # each (N, Z, h, w), scaled
-        kinds = [[sd_prompt(w.label, w.caption), sd_prompt(w.label, w.rich), w.label, ""] for w in words]
-        index = {text: i for i, text in enumerate(sorted({text for row in kinds for text in row}))}
-        self.ids = tokenizer.ids(list(index))  # (texts, T)
-        self.texts = torch.tensor([[index[text] for text in row] for row in kinds])  # (N, 4)
-        rest = 1 - cfg.rich - cfg.label_only - cfg.empty
-        self.until = torch.tensor([rest, cfg.rich, cfg.label_only]).cumsum(0)  # (3,) bounds of the kinds
-        self.model, self.cfg = NoiseLoss(unet, text, cfg), cfg
-
-    def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        draws = [torch.rand((), generator=g) for g in _generators(self.seed, -numbers)]
-        kind = torch.bucketize(torch.stack(draws), self.until, right=True)  # (B,) 0..3
-        ids = self.ids[self.texts[items, kind]]  # (B, T)
-        return {"mean": self.mean[items], "std": self.std[items], "ids": ids, "number": numbers}
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"unet": self.model.unet}
 
 
 class CaptionLoss(nn.Module):
@@ -235,7 +177,7 @@ class CaptionTask(PretrainingTask):
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, rows, counts = [], [], []
-        for item, generator in zip(items.tolist(), _generators(self.seed, numbers), strict=True):
+        for item, generator in zip(items.tolist(), generators(self.seed, numbers), strict=True):
             kind = int(torch.randint(3, (), generator=generator))
             words = self.images.words[item]
             pixels.append(_image(self.images, item, cut_out=kind > 0))
@@ -261,12 +203,17 @@ def to_clip(images: Tensor) -> Tensor:
     return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
+def squeezed(image: Tensor) -> Tensor:
+    """A wide image (3, S, W) as (3, S, S), both uint8: the tower has one input size."""
+    return F.interpolate(image[None].float(), (image.shape[1],) * 2, mode="area")[0].round().byte()
+
+
 def _image(images: Images, item: int, cut_out: bool) -> Tensor:
     """One image (3, S, S) uint8, whole or the subject alone on white."""
     image = images.images[item]
     return torch.where(images.masks[item] > 127, image, 255) if cut_out else image
 
 
-def _generators(seed: int, numbers: Tensor) -> list[torch.Generator]:
+def generators(seed: int, numbers: Tensor) -> list[torch.Generator]:
     """A generator for each sample number (B,)."""
     return [generator_for(seed, number) for number in numbers.tolist()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moma.world.scenes import PLACES
-from moma.world.world import DEFAULT, Spec, WorldConfig, identity, specs_of
+from moma.world.world import DEFAULT, Spec, WorldConfig, identity, specs_of, with_article
 
 # Colour names in rich captions, sRGB 0..255, as coarse as in captions of public images.
 COLOURS = {
@@ -36,6 +36,18 @@ def colour_name(rgb: np.ndarray) -> str:
     return names[int(np.square(table - 255 * np.asarray(rgb, np.float64)).sum(axis=1).argmin())]
 
 
+def pattern_of(what: Spec, cfg: WorldConfig = DEFAULT) -> str:
+    """The word for a subject's own pattern, such as "striped"; empty where it is plain."""
+    return PATTERNS[identity(what.label, what.number, cfg).pattern].strip()
+
+
+def look_of(what: Spec, cfg: WorldConfig = DEFAULT) -> str:
+    """A subject's material, or its own colours and pattern: "red and blue striped"."""
+    who = identity(what.label, what.number, cfg)
+    own = f"{colour_name(who.main)} and {colour_name(who.second)} {pattern_of(what, cfg)}".strip()
+    return what.material or own
+
+
 def words_of(what: Spec, caption: str = "", cfg: WorldConfig = DEFAULT) -> Words:
     """The captions of one render.
 
@@ -44,10 +56,7 @@ def words_of(what: Spec, caption: str = "", cfg: WorldConfig = DEFAULT) -> Words
         caption: the world's caption of it.
         cfg: the world.
     """
-    who = identity(what.label, what.number, cfg)
-    own = f"{colour_name(who.main)} and {colour_name(who.second)} {PATTERNS[who.pattern]}".strip()
-    look = what.material or own
-    subject = f"{'an' if look[0] in 'aeiou' else 'a'} {look} {what.label}"
+    subject = with_article(f"{look_of(what, cfg)} {what.label}")
     return Words(what.label, caption, f"{subject} {PLACES[what.scene].phrase}", subject)
 
 

@@ -1,9 +1,10 @@
 """The drawn image world: subjects with an identity, in a scene, sometimes made of another material.
 
 A `Spec` determines its image and (split, index) determines the spec, so nothing is stored. To draw the same
-identity in another scene, use `dataclasses.replace(spec, scene=..., pose_seed=...)`.
+identity in another scene, use `dataclasses.replace(spec, scene=..., pose_seed=...)`. Wide images with two
+subjects: `moma.world.pairs`.
 
-Letters: S image side, N images.
+Letters: S image side, W image width (S unless two subjects share the image), N images.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class WorldConfig:
     lowest_foot: float = 0.94
     stray: float = 0.09  # largest distance of a subject from the middle
     margin: float = 0.02  # free space at the sides
+    pair_width: float = 1.5  # width of an image of two subjects; its height is 1
+    pair_smallest: float = 0.5  # subject height in it
+    pair_largest: float = 0.66
+    pair_reach: float = 0.05  # how far each subject may cross the middle
+    same_class_share: float = 0.3  # of pairs
     lean: float = 3.0  # largest tilt of a whole subject, in degrees
     line: float = 1.15  # outline width in pixels of a 64-pixel image: bold enough for a coarse autoencoder
     relief: float = 0.5  # strength of the soft light from above left
@@ -152,6 +158,15 @@ def held_out(label: str, scene: str, material: str | None, cfg: WorldConfig = DE
     return (label, scene, material) in _unseen(cfg.unseen_share)
 
 
+def identities_of(split: str, cfg: WorldConfig = DEFAULT) -> range:
+    """The numbers of each class's identities in a split. ValueError for an unknown split."""
+    _known("split", split, SPLITS)
+    if split == "train":
+        return range(cfg.identities)
+    first = cfg.identities + (split == "test") * cfg.unseen_identities
+    return range(first, first + cfg.unseen_identities)
+
+
 def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
     """The spec of an image of a split.
 
@@ -166,13 +181,10 @@ def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
     Raises:
         ValueError: for an unknown split or a negative index.
     """
-    _known("split", split, SPLITS)
     if index < 0:
         raise ValueError(f"index {index}: expected 0 or more")
-    rng = stream("spec", SPLITS.index(split), index)
-    first = 0 if split == "train" else cfg.identities + (split == "test") * cfg.unseen_identities
-    count = cfg.identities if split == "train" else cfg.unseen_identities
-    label, number = CLASSES[rng.integers(len(CLASSES))], first + int(rng.integers(count))
+    rng, numbers = stream("spec", SPLITS.index(split), index), identities_of(split, cfg)
+    label, number = CLASSES[rng.integers(len(CLASSES))], numbers[rng.integers(len(numbers))]
     while True:
         scene = SCENES[rng.integers(len(SCENES))]
         material = MATERIALS[rng.integers(len(MATERIALS))] if rng.random() < cfg.material_share else None
@@ -211,9 +223,13 @@ def neighbour(what: Spec, step: int, cfg: WorldConfig = DEFAULT) -> Spec:
     return replace(what, number=what.number - index + (index + step) % cfg.unseen_identities)
 
 
-def _phrase(label: str, material: str | None) -> str:
-    words = f"{material} {label}" if material else label
+def with_article(words: str) -> str:
+    """ "an icy cat" of "icy cat"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _phrase(label: str, material: str | None) -> str:
+    return with_article(f"{material} {label}" if material else label)
 
 
 def prompt(label: str, scene: str, material: str | None = None) -> str:
@@ -233,27 +249,47 @@ _WORDINGS = ("{what} {where}",) * 3 + (
 def caption(what: Spec) -> str:
     """Names class, scene and material, never the identity; the scene seed selects the wording."""
     _check(what.label, what.scene, what.material)
-    wording = _WORDINGS[stream("caption", what.scene_seed).integers(len(_WORDINGS))]
-    return wording.format(what=_phrase(what.label, what.material), where=PLACES[what.scene].phrase)
+    return worded(_phrase(what.label, what.material), what.scene, what.scene_seed)
+
+
+def worded(subjects: str, scene: str, scene_seed: int) -> str:
+    """A caption of what an image shows in a scene; the seed selects the wording."""
+    wording = _WORDINGS[stream("caption", scene_seed).integers(len(_WORDINGS))]
+    return wording.format(what=subjects, where=PLACES[scene].phrase)
 
 
 # ---- drawing it ----
 
 
-def _place(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, Pose]:
+@dataclass(frozen=True)
+class Slot:
+    """Where in an image a subject may stand, and its size. Lengths are shares of the image's height."""
+
+    width: float  # of the image
+    left: float  # of the free space
+    right: float
+    smallest: float
+    largest: float
+
+
+def whole_image(cfg: WorldConfig) -> Slot:
+    """The slot of a single subject."""
+    return Slot(1.0, 0.0, 1.0, cfg.smallest, cfg.largest)
+
+
+def _place(what: Spec, slot: Slot, cfg: WorldConfig) -> tuple[np.ndarray, Pose]:
     """The matrix (2, 3) from subject units to pixels of the large drawing, and the pose."""
     rng = stream("pose", what.pose_seed)
     x0, x1, y0 = EXTENTS[what.label]
     side = cfg.size * cfg.oversample
-    size = rng.uniform(cfg.smallest, cfg.largest)
+    size = rng.uniform(slot.smallest, slot.largest)
     flip = -1 if rng.random() < 0.5 else 1
     unit = size / max(100 - y0, cfg.wide * (x1 - x0))
     foot = rng.uniform(cfg.highest_foot, cfg.lowest_foot)
-    room = max(
-        0.5 - cfg.margin - unit * (x1 - x0) / 2, 0.0
-    )  # largest distance of the subject's middle from 0.5
+    # largest distance of the subject's middle from the slot's
+    room = max((slot.right - slot.left) / 2 - cfg.margin - unit * (x1 - x0) / 2, 0.0)
     shift = float(np.clip(rng.uniform(-cfg.stray, cfg.stray), -room, room))
-    middle = 0.5 + shift - flip * unit * (x0 + x1) / 2
+    middle = (slot.left + slot.right) / 2 + shift - flip * unit * (x0 + x1) / 2
     turn = np.radians(cfg.lean * rng.uniform(-1, 1))
     c, s = unit * np.cos(turn), unit * np.sin(turn)
     linear = np.array([[flip * c, -s], [flip * s, c]])
@@ -262,13 +298,28 @@ def _place(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, Pose]:
     return side * np.concatenate([linear, offset[:, None]], 1), Pose(float(tilt), float(swing))
 
 
-def _subject(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour times coverage (S, S, 3) and coverage (S, S), 0..1; slope towards the light (S, S), -1..1."""
+class Layer(NamedTuple):
+    """A subject as it is laid over a scene."""
+
+    light: np.ndarray  # (S, W, 3) colour times coverage, lit, 0..1
+    cover: np.ndarray  # (S, W) share of each pixel that the subject covers
+    opaque: float  # share of the scene that it hides where it covers a pixel
+
+
+def subject_layer(what: Spec, slot: Slot, cfg: WorldConfig) -> Layer:
+    """A spec's subject alone.
+
+    Args:
+        what: the subject; its scene gives the light.
+        slot: where it stands.
+        cfg: the world.
+    """
+    _check(what.label, what.scene, what.material)
     who = identity(what.label, what.number, cfg)
-    matrix, pose = _place(what, cfg)
+    matrix, pose = _place(what, slot, cfg)
     side, times = cfg.size * cfg.oversample, cfg.oversample
-    line = cfg.line * side / 64
-    tones, levels = Image.new("L", (side, side)), Image.new("L", (side, side))
+    line, shape = cfg.line * side / 64, (round(slot.width * side), side)
+    tones, levels = Image.new("L", shape), Image.new("L", shape)
     DRAWERS[what.label](Pen(tones, matrix, line, LINE), who, pose)
     if what.material:
         draw_figure(Pen(levels, matrix, line, PATTERN), what.material, who.pattern_seed)
@@ -288,62 +339,75 @@ def _subject(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.n
     step = max(cfg.size // 64, 1)
     padded = np.pad(high, step)
     slope = padded[2 * step :, 2 * step :] - padded[: -2 * step, : -2 * step]
-    return colour, cover, slope
-
-
-def _scenery(what: Spec, cfg: WorldConfig) -> np.ndarray:
-    """The scene without subject and shadow, (S, S, 3) floats 0..1."""
-    rng = stream("scene", what.scene_seed)
-    weather = 1 + rng.uniform(-cfg.weather, cfg.weather, 3)
-    brush = Brush(cfg.size * cfg.oversample)
-    PLACES[what.scene].paint(brush, rng)
-    image = brush.image
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    flat = np.asarray(image.reduce(cfg.oversample), np.float32) / 255
-    return (flat * weather.astype(np.float32)).clip(0, 1)
-
-
-def _shadow(cover: np.ndarray, cfg: WorldConfig) -> np.ndarray:
-    """Light that the ground keeps around the subject's foot, (S, S, 1) floats 0..1."""
-    rows = np.flatnonzero(cover.max(1) > 0.5)
-    foot, height = rows[-1], rows[-1] - rows[0] + 1
-    columns = np.flatnonzero(cover[foot - height // 5 : foot + 1].max(0) > 0.5)
-    half = (columns[-1] - columns[0] + 1) / 2
-    grid = np.arange(cfg.size, dtype=np.float32)
-    x = (grid - (columns[0] + half)) / (1.3 * half)
-    y = (grid - foot) / (0.06 * cfg.size)
-    dark = np.exp(-((x[None] ** 2 + y[:, None] ** 2) ** 1.5))
-    return (1 - cfg.shadow * dark)[..., None]
-
-
-def _bytes(image: np.ndarray) -> np.ndarray:
-    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
-
-
-def _compose(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image, the scene with the shadow alone (S, S, 3 each), and coverage (S, S): floats 0..1."""
-    _check(what.label, what.scene, what.material)
-    colour, cover, slope = _subject(what, cfg)
-    empty = _scenery(what, cfg) * _shadow(cover, cfg)
     surface = SURFACES[what.material] if what.material else None
     gloss, opaque = (surface.gloss, surface.cover) if surface else (1.0, 1.0)
     light = (cfg.relief * gloss * slope)[..., None]
     shade, shine = 1 + light.clip(-0.5, 0), light.clip(0, 0.5)
     place = np.float32(PLACES[what.scene].light)
-    lit = (colour * shade * (1 - shine) + shine * cover[..., None]) * place
-    return empty * (1 - opaque * cover[..., None]) + opaque * lit, empty, cover
+    return Layer((colour * shade * (1 - shine) + shine * cover[..., None]) * place, cover, opaque)
+
+
+def scenery(what: Spec, width: float, cfg: WorldConfig) -> np.ndarray:
+    """The scene without subject and shadow, (S, W, 3) floats 0..1; a wide one is cut from a larger square.
+
+    Args:
+        what: its scene and scene seed are drawn.
+        width: of the image, in heights, at least 1.
+        cfg: the world.
+    """
+    rng = stream("scene", what.scene_seed)
+    weather = 1 + rng.uniform(-cfg.weather, cfg.weather, 3)
+    side, tall = round(width * cfg.size) * cfg.oversample, cfg.size * cfg.oversample
+    brush = Brush(side)
+    PLACES[what.scene].paint(brush, rng)
+    image = brush.image
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    top = round((1 + cfg.lowest_foot) / 2 * (side - tall))  # keeps the ground at the subjects' feet
+    image = image.crop((0, top, side, top + tall))
+    flat = np.asarray(image.reduce(cfg.oversample), np.float32) / 255
+    return (flat * weather.astype(np.float32)).clip(0, 1)
+
+
+def shadow(cover: np.ndarray, cfg: WorldConfig) -> np.ndarray:
+    """Light that the ground keeps around the foot of a subject with coverage (S, W): (S, W, 1) in 0..1."""
+    rows = np.flatnonzero(cover.max(1) > 0.5)
+    foot, height = rows[-1], rows[-1] - rows[0] + 1
+    columns = np.flatnonzero(cover[foot - height // 5 : foot + 1].max(0) > 0.5)
+    half = (columns[-1] - columns[0] + 1) / 2
+    down, across = (np.arange(n, dtype=np.float32) for n in cover.shape)
+    x = (across - (columns[0] + half)) / (1.3 * half)
+    y = (down - foot) / (0.06 * cfg.size)
+    dark = np.exp(-((x[None] ** 2 + y[:, None] ** 2) ** 1.5))
+    return (1 - cfg.shadow * dark)[..., None]
+
+
+def laid_over(scene: np.ndarray, layer: Layer) -> np.ndarray:
+    """A scene (S, W, 3) with a subject in front of it."""
+    return scene * (1 - layer.opaque * layer.cover[..., None]) + layer.opaque * layer.light
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Floats 0..1, clipped, as bytes."""
+    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
+
+
+def _compose(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The image, the scene with the shadow alone (S, S, 3 each), and coverage (S, S): floats 0..1."""
+    layer = subject_layer(what, whole_image(cfg), cfg)
+    empty = scenery(what, 1.0, cfg) * shadow(layer.cover, cfg)
+    return laid_over(empty, layer), empty, layer.cover
 
 
 def backdrop(what: Spec, cfg: WorldConfig = DEFAULT) -> np.ndarray:
     """The image of a spec without its subject but with its shadow, (S, S, 3) uint8."""
-    return _bytes(_compose(what, cfg)[1])
+    return to_uint8(_compose(what, cfg)[1])
 
 
 def draw(what: Spec, cfg: WorldConfig = DEFAULT) -> Sample:
     """The image of a spec."""
     image, _, cover = _compose(what, cfg)
-    return Sample(_bytes(image), _bytes(cover), what.label, caption(what))
+    return Sample(to_uint8(image), to_uint8(cover), what.label, caption(what))
 
 
 def render(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Sample:

@@ -1,0 +1,189 @@
+"""Wide images of two subjects in one scene, and what their captions say of them.
+
+Letters: S image height, W image width, N images.
+"""
+
+import multiprocessing
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from moma.world.drawing import stream
+from moma.world.subjects import CLASSES, MATERIALS
+from moma.world.words import look_of, pattern_of
+from moma.world.world import (
+    DEFAULT,
+    IMAGES_PER_WORKER,
+    SCENES,
+    SPLITS,
+    Slot,
+    Spec,
+    WorldConfig,
+    draw_seeds,
+    held_out,
+    identities_of,
+    laid_over,
+    scenery,
+    shadow,
+    subject_layer,
+    to_uint8,
+    with_article,
+    worded,
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What an image of two subjects shows; it determines every pixel."""
+
+    left: Spec  # its scene seed draws the scene
+    right: Spec  # of the same scene
+
+    def __post_init__(self) -> None:
+        if self.left.scene != self.right.scene:
+            raise ValueError(f"a pair in {self.left.scene} and {self.right.scene}: expected one scene")
+
+    @property
+    def named(self) -> tuple[int, int]:
+        """The subjects, 0 left and 1 right, in the order in which captions name them."""
+        return (0, 1) if stream("named", self.left.scene_seed).random() < 0.5 else (1, 0)
+
+    @property
+    def subjects(self) -> tuple[Spec, Spec]:
+        return self.left, self.right
+
+
+class PairSample(NamedTuple):
+    """An image and what is known about it."""
+
+    image: np.ndarray  # (S, W, 3) uint8, RGB
+    masks: np.ndarray  # (2, S, W) uint8, share of each pixel where the left and the right subject are seen
+    caption: str
+
+
+class Told(NamedTuple):
+    """A caption of a pair."""
+
+    text: str
+    apart: bool  # whether its phrases describe the two subjects differently, beside their classes
+
+
+class PairWords(NamedTuple):
+    """A pair in words."""
+
+    labels: tuple[str, str]  # in the order of naming
+    caption: Told  # classes, scene and materials
+    patterned: Told  # with the patterns
+    rich: Told  # with colours and patterns
+
+
+def pair(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Pair:
+    """The pair of an image of a split.
+
+    As in `world.spec`, training uses training identities and combinations only.
+
+    Args:
+        index: from 0, without an upper limit.
+        split: one of SPLITS.
+        cfg: the world.
+
+    Raises:
+        ValueError: for an unknown split or a negative index.
+    """
+    numbers = identities_of(split, cfg)
+    if index < 0:
+        raise ValueError(f"index {index}: expected 0 or more")
+    rng = stream("pair", SPLITS.index(split), index)
+    labels = [CLASSES[i] for i in rng.permutation(len(CLASSES))[:2]]
+    if rng.random() < cfg.same_class_share:
+        labels = labels[:1] * 2
+    first, second = rng.choice(len(numbers), size=2, replace=False).tolist()
+    while True:
+        scene = SCENES[rng.integers(len(SCENES))]
+        looks = [
+            MATERIALS[rng.integers(len(MATERIALS))] if rng.random() < cfg.material_share else None
+            for _ in labels
+        ]
+        kept_out = (held_out(a, scene, look, cfg) for a, look in zip(labels, looks, strict=True))
+        if split != "train" or not any(kept_out):
+            break
+    rows = zip(labels, (numbers[first], numbers[second]), looks, strict=True)
+    left, right = (Spec(a, n, scene, look, *draw_seeds(rng)) for a, n, look in rows)
+    return Pair(left, right)
+
+
+# ---- words ----
+
+
+def pair_words(what: Pair, cfg: WorldConfig = DEFAULT) -> PairWords:
+    """The captions of a pair. The plain one names each subject's class and material ("two cats")."""
+    subjects = [what.subjects[i] for i in what.named]
+    plain = [s.material or "" for s in subjects]
+    patterned = [s.material or pattern_of(s, cfg) for s in subjects]
+    rich = [look_of(s, cfg) for s in subjects]
+
+    def told(looks: list[str]) -> Told:
+        text = worded(_both(subjects, looks), what.left.scene, what.left.scene_seed)
+        return Told(text, looks[0] != looks[1])
+
+    first, second = (s.label for s in subjects)
+    return PairWords((first, second), told(plain), told(patterned), told(rich))
+
+
+def _both(subjects: list[Spec], looks: list[str]) -> str:
+    """ "a striped cat and a dog", or "two wooden cats" where the words are the same."""
+    phrases = [f"{look} {s.label}".strip() for s, look in zip(subjects, looks, strict=True)]
+    if phrases[0] == phrases[1]:
+        return f"two {phrases[0]}s"
+    return " and ".join(map(with_article, phrases))
+
+
+# ---- drawing ----
+
+
+def _slots(cfg: WorldConfig) -> tuple[Slot, Slot]:
+    """Where the left and the right subject may stand."""
+    half, sizes = cfg.pair_width / 2, (cfg.pair_smallest, cfg.pair_largest)
+    left = Slot(cfg.pair_width, 0.0, half + cfg.pair_reach, *sizes)
+    return left, replace(left, left=half - cfg.pair_reach, right=cfg.pair_width)
+
+
+def draw_pair(what: Pair, cfg: WorldConfig = DEFAULT) -> PairSample:
+    """The image of a pair; the subject that stands lower is in front."""
+    layers = [subject_layer(s, slot, cfg) for s, slot in zip(what.subjects, _slots(cfg), strict=True)]
+    feet = [np.flatnonzero(layer.cover.max(1) > 0.5)[-1] for layer in layers]
+    back, front = np.argsort(feet, kind="stable").tolist()
+    scene = scenery(what.left, cfg.pair_width, cfg)
+    for layer in layers:
+        scene = scene * shadow(layer.cover, cfg)
+    image = laid_over(laid_over(scene, layers[back]), layers[front])
+    seen = [layer.cover for layer in layers]
+    seen[back] = seen[back] * (1 - seen[front])
+    return PairSample(to_uint8(image), to_uint8(np.stack(seen)), pair_words(what, cfg).caption.text)
+
+
+def render_pairs(
+    indices: Iterable[int], split: str = "train", cfg: WorldConfig = DEFAULT, workers: int = 0
+) -> dict[str, np.ndarray]:
+    """Images of pairs of a split, stacked.
+
+    Args:
+        indices: of the pairs.
+        split: one of SPLITS.
+        cfg: the world.
+        workers: processes that share the drawing; 0 draws in this one.
+
+    Returns:
+        image (N, S, W, 3) uint8 and masks (N, 2, S, W) uint8, in the order of naming.
+    """
+    pairs, paint = [pair(int(i), split, cfg) for i in indices], partial(draw_pair, cfg=cfg)
+    if workers := min(workers, len(pairs) // IMAGES_PER_WORKER):
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            samples = pool.map(paint, pairs, chunksize=IMAGES_PER_WORKER)
+    else:
+        samples = [paint(what) for what in pairs]
+    masks = [s.masks[list(what.named)] for what, s in zip(pairs, samples, strict=True)]
+    return {"image": np.stack([s.image for s in samples]), "masks": np.stack(masks)}
