@@ -18,7 +18,7 @@ from models.vae import VAEConfig
 from moma import load
 from moma.evaluate.world import mini_scorers
 from moma.methods.moma.adapter import AdapterConfig
-from moma.mini.config import MiniConfig
+from moma.mini.config import BaseNumbersConfig, MiniConfig
 from moma.mini.pretrain import STAGES, Workspace, add_scorers, recipe
 from moma.sampling.config import SampleConfig
 from moma.training.parallel import Ranks, start_ranks
@@ -37,7 +37,7 @@ def smallest() -> MiniConfig:
     llama = LlamaConfig(width=16, layers=1, heads=2, mlp=16, positions=256)
     networks = {
         "vae": VAEConfig(channels=(8, 8, 8), latent_channels=8, resnets=1, norm_groups=4),
-        "text": CLIPTextConfig(width=16, layers=1, heads=2, mlp=16, positions=32),
+        "text": CLIPTextConfig(width=16, layers=1, heads=2, mlp=16, positions=64),
         "vision": vision,
         "unet": UNetConfig(
             in_channels=8, out_channels=8, channels=(8, 8), depth=(1, 1), heads=(1, 1), context_dim=(16, 16),
@@ -53,14 +53,17 @@ def smallest() -> MiniConfig:
         return replace(part, held_out=2, train=replace(part.train, **few))
 
     options = ("--steps", "2", "--set", "validation_samples=2")
-    probes = replace(short(cfg.probes), pairs=8, group=1)
+    probes = replace(short(cfg.probes), pairs=8, wide=2, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
-        cfg, networks=networks, images=12, unseen_images=40, tokenizer_captions=12, triplets=6,
+        cfg, networks=networks, images=12, unseen_images=40, pairs=6, unseen_pairs=8, tokenizer_captions=12, triplets=6,
         stage_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         segmenting=replace(short(cfg.segmenting), asked=2),
-        text_to_image=replace(short(cfg.text_to_image), drawn=2),
+        text_to_image=replace(short(cfg.text_to_image), map_layers=(0, 1)),
+        base_numbers=BaseNumbersConfig(
+            images=2, pairs=2, same=2, noised=2, shown=4, columns=2, timesteps=(600,), map_timesteps=(300,)
+        ),
         sample=SampleConfig(steps=1, batch_size=2),
         stage2={name: cfg.stage2[name] for name in ("moma", "ip_adapter", "pairs")},
         method={"template": "paper"},
@@ -107,7 +110,7 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
 
 
 def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
-    cfg = replace(smallest(), gates={"vae": {"psnr": 99.0}})
+    cfg = replace(smallest(), gates={"vae": {"psnr": (99.0, 200.0)}})
     with pytest.raises(ValueError, match=r"psnr .* 99"):
         recipe(Workspace(cfg, tmp_path, ONE), "clip")
     assert not (tmp_path / "vae.json").exists() and not (tmp_path / "clip").exists()

@@ -40,9 +40,9 @@ from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
 from moma.methods.moma.training import refuse_quantised
 from moma.methods.prompts import sd_prompt
-from moma.methods.text import TextConditioning
 from moma.mini import SOURCE
-from moma.mini.config import MiniConfig
+from moma.mini.base_numbers import BaseModel, base_numbers, draw_texts
+from moma.mini.config import BaseNumbersConfig, MiniConfig
 from moma.mini.familiar import fit_familiar
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
@@ -57,9 +57,6 @@ from moma.mini.tasks import (
 )
 from moma.mini.text_to_image import Latents, TextToImageTask
 from moma.sampling.device import set_precision
-from moma.sampling.diffusion import ScheduleConfig, solver_steps
-from moma.sampling.pipeline import to_images
-from moma.sampling.sampler import denoise
 from moma.training.checkpoint import check_same, newest
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
@@ -72,7 +69,7 @@ from moma.world.classifiers import BYTE
 from moma.world.measures import iou
 from moma.world.pairs import PairWords, pair, pair_words, render_pairs
 from moma.world.words import Words, words_of_renders
-from moma.world.world import CLASSES, draw, render_many, spec, trained_elsewhere
+from moma.world.world import CLASSES, caption, draw, render_many, spec, trained_elsewhere
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]  # of the repository's scripts
@@ -165,6 +162,13 @@ class Workspace:
     def probes(self) -> classifiers.Probes:
         return classifiers.load_probes(self.weights("judges", "probes"), self.cfg.probes)
 
+    def base_model(self) -> BaseModel:
+        """The trained base and its judges."""
+        cfg, networks = self.cfg, (self.trained("unet", "unet"), self.trained("vae", "vae"))
+        text = self.trained("clip", "text"), self.clip_tokenizer()
+        layers = cfg.text_to_image.map_layers
+        return BaseModel(*networks, *text, self.probes(), cfg.world, cfg.sample, layers)
+
     def share_of(self, batch: int) -> int:
         """This rank's samples of a batch. ValueError if the ranks cannot share it equally."""
         if batch % self.ranks.world:
@@ -226,7 +230,9 @@ def clip(work: Workspace) -> None:
 def judges(work: Workspace) -> None:
     """The classifiers, trained on renders alone, for gates and report only."""
     cfg, world = work.cfg.probes, work.cfg.world
-    first = {name: values[: cfg.pairs] for name, values in work.arrays("train").items()}
+    wide = {name: values[: cfg.wide] for name, values in work.arrays("train_pairs").items()}
+    wide, single = classifiers.views_of_pairs(wide, "train", cfg.view, world), work.arrays("train")
+    first = {name: np.concatenate([single[name][: cfg.pairs], values]) for name, values in wide.items()}
     work.keep("second", lambda: classifiers.second_images(first, world))
     task = classifiers.probe_task(first, work.arrays("second"), world, cfg)
     work.fit("judges", task, cfg.train)
@@ -325,8 +331,12 @@ def _clip_numbers(work: Workspace) -> dict[str, float]:
 
 
 def _judges_numbers(work: Workspace) -> dict[str, float]:
-    """Accuracy of the classifiers on renders."""
-    return classifiers.accuracy(work.probes(), work.arrays("val"), work.cfg.world)
+    """Accuracy of the classifiers on renders of one subject and, as "pair ...", on views of two."""
+    probes, world = work.probes(), work.cfg.world
+    wide = classifiers.views_of_pairs(work.arrays("val_pairs"), "val", probes.cfg.view, world)
+    pairs = classifiers.accuracy(probes, wide, world)
+    single = classifiers.accuracy(probes, work.arrays("val"), world)
+    return single | {f"pair {name}": value for name, value in pairs.items()}
 
 
 @torch.no_grad()
@@ -346,15 +356,25 @@ def _sam_numbers(work: Workspace) -> dict[str, float]:
 
 
 def _unet_numbers(work: Workspace) -> dict[str, float]:
-    """Shares of generated images whose class and scene the classifiers recognise; also saves a sheet."""
-    cfg = work.cfg.text_to_image
-    asked = [spec(i, "val", work.cfg.world) for i in range(cfg.drawn)]
-    words = work.images("val").words[: cfg.drawn]
-    images = _draw_texts(work, [sd_prompt(w.label, w.caption) for w in words])
-    save_png(work.folder / "unet" / "drawn.png", contact_sheet([[Cell(x)] for x in images[: cfg.shown]]))
-    seen = classifiers.classify(work.probes(), classifiers.stacked(images)).truth
-    right = classifiers.compare(seen, classifiers.truth_of(asked))
-    return {name: right[name].double().mean().item() for name in ("class", "scene", "material")}
+    """What the base can do by itself; also saves a sheet of single and wide images."""
+    model, cfg = work.base_model(), work.cfg.base_numbers
+    rows = [_shown(model, cfg, row) for row in range(cfg.shown // cfg.columns)]
+    save_png(work.folder / "unet" / "drawn.png", contact_sheet(rows))
+    return base_numbers(model, cfg)
+
+
+def _shown(model: BaseModel, cfg: BaseNumbersConfig, row: int) -> list[Cell]:
+    """A row of the sheet: images of one subject and of two in turn, the texts of every second pair naming
+    colours."""
+    indices, world = range(row * cfg.columns, (row + 1) * cfg.columns), model.world
+    if row % 2 == 0:
+        specs = [spec(i, cfg.split, world) for i in indices]
+        texts = [sd_prompt(what.label, caption(what)) for what in specs]
+        return [Cell(image) for image in draw_texts(model, texts)]
+    words = [pair_words(pair(i, cfg.split, world), world) for i in indices]
+    told = [w.rich.text if row % 4 == 3 else w.caption.text for w in words]
+    texts = [sd_prompt(" and a ".join(w.labels), text) for w, text in zip(words, told, strict=True)]
+    return [Cell(image) for image in draw_texts(model, texts, world.pair_width)]
 
 
 @torch.no_grad()
@@ -415,27 +435,6 @@ def _encode(work: Workspace, path: Path, images: Tensor) -> None:
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
     save_tensors(path.parent, path.stem, found)
-
-
-@torch.no_grad()
-def _draw_texts(work: Workspace, prompts: Sequence[str]) -> list[Image.Image]:
-    """Images of the base UNet; image i starts from seed i."""
-    sample, dtype = work.cfg.sample, torch.bfloat16
-    unet, vae = work.trained("unet", "unet"), work.trained("vae", "vae")
-    text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
-    schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
-    shape = unet.cfg.in_channels, *(work.cfg.world.size // vae.cfg.factor,) * 2  # (Z, h, w)
-    images = []
-    for start in range(0, len(prompts), sample.batch_size):
-        part = prompts[start : start + sample.batch_size]
-        states = text(tokenizer.ids([*[""] * len(part), *part]))[0].to(dtype)  # (2B, T, C)
-        seeds = range(start, start + len(part))
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in seeds])
-        with torch.autocast("cpu", dtype):
-            cond = TextConditioning(unet.text_kv(states), None)
-            *_, last = denoise(unet, cond, schedule, noise, sample.guidance, sample.solver)
-            images += to_images(vae.decode(last.latents / vae.cfg.scaling))
-    return images
 
 
 def _write_bundle(work: Workspace) -> None:
@@ -598,9 +597,9 @@ def recipe(work: Workspace, until: str) -> None:
             numbers = work.ranks.once(partial(NUMBERS[name], work)) if name in NUMBERS else {}
             if work.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
-            for key, least in work.cfg.gates.get(name, {}).items():
-                if not numbers[key] >= least:
-                    found = f"{key} is {numbers[key]:.3f}, expected {least}"
+            for key, (least, most) in work.cfg.gates.get(name, {}).items():
+                if not least <= numbers[key] <= most:
+                    found = f"{key} is {numbers[key]:.3f}, expected {least} to {most}"
                     raise ValueError(f"{name}: {found}: train it longer")
             work.ranks.once(partial(_write_json, done, numbers))
         if name == until:

@@ -24,6 +24,7 @@ from moma.training.order import generator_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 from moma.world.measures import iou, retrieved
+from moma.world.pairs import pair, slots
 from moma.world.subjects import PATTERNS
 from moma.world.world import (
     CLASSES,
@@ -32,6 +33,7 @@ from moma.world.world import (
     SCENES,
     Spec,
     WorldConfig,
+    described,
     draw_many,
     elsewhere,
     identity,
@@ -62,7 +64,9 @@ class ProbeConfig:
     mask_weight: float = 4.0  # everything about the subject is read inside the mask
     blur: float = 1.0  # up to a 3x3 mean, since generated images pass through an autoencoder
     noise: float = 0.04  # largest standard deviation, of 0..1, for the same reason
+    view: float = 0.82  # side of the window in which a subject of a pair is read, of the image's height
     pairs: int = 12_000  # images with a second one of the same identity
+    wide: int = 3000  # wide images, of each of whose subjects a view has a second image as well
     group: int = 8  # pairs of one class that stay together: hard negatives for one another
     held_out: int = 256  # pairs of the validation loss
     train: TrainConfig = field(
@@ -117,6 +121,51 @@ def stacked(images: Sequence[Any]) -> Tensor:
     """Images (S, S, C), arrays or PIL's, as a tensor (N, C, S, S)."""
     arrays = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
+
+
+def views(images: Tensor, share: float, world: WorldConfig = DEFAULT) -> Tensor:
+    """Windows around the left and the right subject of wide images, as large as images of one subject.
+
+    Args:
+        images: uint8 (N, C, S, W).
+        share: side of a window, of S.
+        world: the world, whose pairs' places are known.
+
+    Returns:
+        uint8 (N, 2, C, S, S); beyond the image its edge is repeated.
+    """
+    height = images.shape[2]
+    side, pad = round(share * height), height // 4
+    wide = F.pad(images.float(), (pad, pad, 0, 0), mode="replicate")[:, :, height - side :]
+    found = []
+    for slot in slots(world):
+        left = pad + round(height * (slot.left + slot.right - share) / 2)
+        part = wide[..., left : left + side]  # (N, C, side, side)
+        found.append(F.interpolate(part, (height,) * 2, mode="bilinear", antialias=True))
+    return torch.stack(found, dim=1).round().byte()
+
+
+def views_of_pairs(
+    found: Mapping[str, np.ndarray], split: str, share: float, world: WorldConfig = DEFAULT
+) -> dict[str, np.ndarray]:
+    """Both subjects of `pairs.render_pairs`, as `world.render_many` gives single ones: 2N rows, two per pair.
+
+    Args:
+        found: its images and masks, from index 0.
+        split: of the pairs.
+        share: as in `views`.
+        world: the world.
+    """
+    pairs = [pair(i, split, world) for i in range(len(found["image"]))]
+    sides = torch.tensor([what.named.index(i) for what in pairs for i in (0, 1)]).view(-1, 2)  # (N, 2)
+    masks = torch.from_numpy(found["masks"]).gather(
+        1, sides[..., None, None].expand(-1, -1, *found["masks"].shape[2:])
+    )
+    images = views(stacked(found["image"]), share, world)  # (N, 2, 3, S, S)
+    own = views(masks, share, world).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (N, 2, S, S)
+    rows = described([s for what in pairs for s in what.subjects])
+    images = images.flatten(0, 1).permute(0, 2, 3, 1)  # (2N, S, S, 3)
+    return rows | {"image": images.numpy(), "mask": own.flatten(0, 1).numpy()}
 
 
 # --- network -----------------------------------------------------------------------------------------

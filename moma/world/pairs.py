@@ -115,12 +115,17 @@ def pair(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Pair:
     return Pair(left, right)
 
 
+def named_specs(pairs: Iterable[Pair]) -> list[Spec]:
+    """Two specs per pair, in the order of naming."""
+    return [what.subjects[i] for what in pairs for i in what.named]
+
+
 # ---- words ----
 
 
 def pair_words(what: Pair, cfg: WorldConfig = DEFAULT) -> PairWords:
     """The captions of a pair. The plain one names each subject's class and material ("two cats")."""
-    subjects = [what.subjects[i] for i in what.named]
+    subjects = named_specs([what])
     plain = [s.material or "" for s in subjects]
     patterned = [s.material or pattern_of(s, cfg) for s in subjects]
     rich = [look_of(s, cfg) for s in subjects]
@@ -144,7 +149,7 @@ def _both(subjects: list[Spec], looks: list[str]) -> str:
 # ---- drawing ----
 
 
-def _slots(cfg: WorldConfig) -> tuple[Slot, Slot]:
+def slots(cfg: WorldConfig) -> tuple[Slot, Slot]:
     """Where the left and the right subject may stand."""
     half, sizes = cfg.pair_width / 2, (cfg.pair_smallest, cfg.pair_largest)
     left = Slot(cfg.pair_width, 0.0, half + cfg.pair_reach, *sizes)
@@ -153,7 +158,7 @@ def _slots(cfg: WorldConfig) -> tuple[Slot, Slot]:
 
 def draw_pair(what: Pair, cfg: WorldConfig = DEFAULT) -> PairSample:
     """The image of a pair; the subject that stands lower is in front."""
-    layers = [subject_layer(s, slot, cfg) for s, slot in zip(what.subjects, _slots(cfg), strict=True)]
+    layers = [subject_layer(s, slot, cfg) for s, slot in zip(what.subjects, slots(cfg), strict=True)]
     feet = [np.flatnonzero(layer.cover.max(1) > 0.5)[-1] for layer in layers]
     back, front = np.argsort(feet, kind="stable").tolist()
     scene = scenery(what.left, cfg.pair_width, cfg)

@@ -450,15 +450,21 @@ def render_many(
     if not specs:
         raise ValueError("no indices given: expected at least one")
     samples = draw_many(specs, cfg, workers)
-    materials = [MATERIALS.index(what.material) if what.material else -1 for what in specs]
-    return {
+    return described(specs) | {
         "image": np.stack([sample.image for sample in samples]),
         "mask": np.stack([sample.mask for sample in samples]),
+        "caption": np.array([sample.caption for sample in samples]),
+    }
+
+
+def described(specs: Sequence[Spec]) -> dict[str, np.ndarray]:
+    """label, scene, material (-1: none), indices into CLASSES, SCENES, MATERIALS; number: (N,) int64 each."""
+    materials = [MATERIALS.index(what.material) if what.material else -1 for what in specs]
+    return {
         "label": np.array([CLASSES.index(what.label) for what in specs], np.int64),
         "scene": np.array([SCENES.index(what.scene) for what in specs], np.int64),
         "material": np.array(materials, np.int64),
         "number": np.array([what.number for what in specs], np.int64),
-        "caption": np.array([sample.caption for sample in samples]),
     }
 
 
