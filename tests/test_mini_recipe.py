@@ -56,8 +56,8 @@ def smallest() -> MiniConfig:
     probes = replace(short(cfg.probes), pairs=8, wide=2, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
-        cfg, networks=networks, images=12, unseen_images=40, pairs=6, unseen_pairs=8, tokenizer_captions=12, triplets=6,
-        stage_batch=2, gates={},
+        cfg, networks=networks, images=12, unseen_images=40, pairs=6, unseen_pairs=8, tokenizer_captions=12,
+        triplets=6, stage_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         segmenting=replace(short(cfg.segmenting), asked=2),
         text_to_image=replace(short(cfg.text_to_image), map_layers=(0, 1)),

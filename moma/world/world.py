@@ -183,7 +183,8 @@ def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
     """
     if index < 0:
         raise ValueError(f"index {index}: expected 0 or more")
-    rng, numbers = stream("spec", SPLITS.index(split), index), identities_of(split, cfg)
+    numbers = identities_of(split, cfg)
+    rng = stream("spec", SPLITS.index(split), index)
     label, number = CLASSES[rng.integers(len(CLASSES))], numbers[rng.integers(len(numbers))]
     while True:
         scene = SCENES[rng.integers(len(SCENES))]
