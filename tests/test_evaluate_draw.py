@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -301,11 +303,11 @@ def test_another_runs_images_are_refused(run: Run, unet: Counted) -> None:
         replace(run, config=replace(run.config, m_gen_threshold=0.3)), "method.m_gen_threshold 0.2 .* 0.3"
     )
     refused(replace(run, protocol=ProtocolConfig(texture_strength=0.5)), "texture_strength 0.4 .* 0.5")
-    hashes = {
-        name: {**entry, "sha256": {f: "0" for f in entry["sha256"]}}
-        for name, entry in run.runtime.weights.networks.items()
-    }
-    other = replace(run.runtime, weights=replace(run.runtime.weights, networks=hashes))
+    copy = Path(shutil.copytree(run.runtime.weights.folder, run.folder / "copy"))
+    with open(copy / "unet.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    other = replace(run.runtime, weights=replace(run.runtime.weights, folder=copy))
     refused(replace(run, runtime=other), "weights.unet.safetensors")
     shown = next(iter(run.references.values()))
     changed = {photo: replace(shown, digest="0") for photo in run.references}

@@ -1,5 +1,7 @@
 """Embeddings kept on the disk: found for the same inputs alone, whole or not at all."""
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +113,22 @@ def test_any_change_misses(folders: list[Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     unrelated = replace(DEFAULT, m_gen_threshold=0.3)  # the decoder does not know it
     assert cache_of(tmp_path, folders[0], unrelated).path(replace(one, white=white())) == paths[0]
+
+
+def test_an_altered_bundle_with_the_hashes_of_another(folders: list[Path], tmp_path: Path) -> None:
+    """What a bundle records of itself is not believed, nor the time that a file brings along."""
+    copy = Path(shutil.copytree(folders[0], tmp_path / "copy"))
+    path = copy / "adapter.safetensors"
+    honest = cache_of(tmp_path, copy).path(INPUTS[0])
+    assert honest == cache_of(tmp_path, folders[0]).path(INPUTS[0])
+    old = path.stat().st_mtime_ns - 10**10
+    os.utime(path, ns=(old, old))
+    assert cache_of(tmp_path, copy).path(INPUTS[0]) == honest
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(old, old))
+    assert cache_of(tmp_path, copy).path(INPUTS[0]) != honest
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other", "folder"])

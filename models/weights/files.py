@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 TEXT_BYTES = 2**25  # of a text or JSON file: the largest public ones, vocabularies, take 2**22
 DEPTH = 64  # of nested lists and objects in JSON; public files have 8
@@ -103,7 +103,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 class Hashes:
-    """Hashes of files, remembered with size and time of change, so that a file is read once.
+    """Hashes of files, remembered with size and times of change, so that a file is read once.
 
     What lies beside a file is not believed: only what this has computed itself.
     """
@@ -114,6 +114,12 @@ class Hashes:
         if memory is not None and memory.is_file():
             with suppress(ValueError):
                 self.known = read_object(memory, MEMORY_BYTES)
+
+    @classmethod
+    def below(cls, folder: Path) -> Self:
+        """For the files in a folder, remembered in this user's cache."""
+        cache, name = user_cache(), hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()
+        return cls(None if cache is None else cache / "hashes" / f"{name[:16]}.json")
 
     def of(self, paths: Sequence[Path]) -> list[str]:
         """sha256 of each file, "" where there is none; OSError if one cannot be read."""
@@ -131,13 +137,14 @@ class Hashes:
         if not path.is_file():
             return ""
         stat, name = path.stat(), str(path.absolute())
+        now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # a copy may bring its own time of change
         known = self.known.get(name)
-        if isinstance(known, list) and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known[2]
+        if isinstance(known, list) and known[:-1] == now:
+            return known[-1]
         with naming(path), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if time.time_ns() - stat.st_mtime_ns > UNSETTLED:
-            self.known[name] = [stat.st_size, stat.st_mtime_ns, digest]
+            self.known[name] = [*now, digest]
         return digest
 
 

@@ -333,7 +333,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
-    """sha256, as recorded at conversion, of the files that a method draws with.
+    """sha256 of the files that a method draws with.
 
     Args:
         bundle: the weights.
@@ -341,9 +341,4 @@ def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
         config: of the method.
     """
     names = find_method(method).method.networks(config, encoders=True)
-    return {
-        path.name: bundle.hashes[path.name]
-        for name in names
-        if name in bundle.networks
-        for path in bundle.files(name)
-    }
+    return bundle.hashes_of(*(name for name in names if name in bundle.networks))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from models.weights.files import Hashes, parse_json, user_cache
+from models.weights.files import Hashes, parse_json
 from moma.data.shards import READ, Raw, ReadConfig, read_shard, retried
 from moma.inputs.preprocess import INPUT, InputConfig, on_white, open_image, open_mask, same_aspect
 from moma.methods.prompts import check_prompt
@@ -79,7 +79,7 @@ class FolderSource:
     shards = (METADATA,)
 
     def __init__(self, folder: Path, cfg: ReadConfig = READ) -> None:
-        self.folder, self.cfg, self.hashes = folder, cfg, _hashes(folder)
+        self.folder, self.cfg, self.hashes = folder, cfg, Hashes.below(folder)
         with (folder / METADATA).open("rb") as file:
             if not any(map(bytes.strip, file)):
                 raise ValueError(
@@ -151,7 +151,7 @@ class ShardSource:
         self.paths, self.cfg = sorted(set(paths)), cfg
         top = os.path.commonpath([path.absolute().parent for path in self.paths])
         self.shards = [path.absolute().relative_to(top).as_posix() for path in self.paths]
-        self.hashes = _hashes(Path(top))
+        self.hashes = Hashes.below(Path(top))
 
     def read(self, shard: int) -> Iterator[Raw]:
         for raw in read_shard(self.paths[shard], self.cfg):
@@ -172,12 +172,6 @@ class ShardSource:
 
     def fingerprint(self) -> str:
         return _digest([self.shards, self.hashes.of(self.paths)])
-
-
-def _hashes(folder: Path) -> Hashes:
-    """Hashes of the files of a data set, which this user's cache remembers."""
-    cache, name = user_cache(), hashlib.sha256(str(folder.absolute()).encode("utf-8", "surrogateescape"))
-    return Hashes(None if cache is None else cache / "hashes" / f"{name.hexdigest()[:16]}.json")
 
 
 def _digest(value: Any) -> str:

@@ -146,7 +146,7 @@ def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -
     runtime = next((run.runtime for run in runs if "sam" in run.runtime.weights.networks), None)
     found = Masks(masks)
     if runtime is not None:
-        digests = " ".join(runtime.weights.networks["sam"]["sha256"].values())
+        digests = " ".join(runtime.weights.hashes_of("sam").values())
         plain_first = runtime.weights.familiar is not None
         found = Masks(masks, segment_by(runtime.weights, runtime.device), digests, plain_first)
     return find_references(photos, found, options.out / MASKS, check)

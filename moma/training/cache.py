@@ -129,7 +129,7 @@ def identity(
 
 def _weights(bundle: Bundle, name: str) -> str:
     bundle.config(name)
-    return sha256(json.dumps(bundle.networks[name]["sha256"], sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(bundle.hashes_of(name), sort_keys=True).encode()).hexdigest()
 
 
 def _check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:

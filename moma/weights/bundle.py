@@ -37,7 +37,7 @@ from models.sam import SAM, SAMConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
-from models.weights.files import read_object, visible
+from models.weights.files import Hashes, read_object, visible
 from models.weights.loading import (
     LazyTensor,
     check_safetensors,
@@ -317,8 +317,14 @@ class Bundle:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """sha256 of every weight file, as recorded when it was written."""
-        return {file: value for entry in self.networks.values() for file, value in entry["sha256"].items()}
+        """sha256 of every weight file."""
+        return self.hashes_of(*self.networks)
+
+    def hashes_of(self, *names: str) -> dict[str, str]:
+        """sha256 of the files of some networks, by content; config.json may record those of other files."""
+        files = [path for name in names for path in self.files(name)]
+        found = zip(files, Hashes.below(self.folder).of(files), strict=True)
+        return {path.name: digest for path, digest in found}
 
     def build(
         self,

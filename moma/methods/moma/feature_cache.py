@@ -46,7 +46,7 @@ class FeatureCache:
         weights, device = runtime.weights, runtime.device
         identity = {
             "version": VERSION,
-            "weights": {name: weights.networks[name]["sha256"] for name in NETWORKS},
+            "weights": {name: weights.hashes_of(name) for name in NETWORKS},
             "configs": {name: weights.networks[name]["config"] for name in NETWORKS},
             "tokenizer": sha256(weights.tokenizer("tokenizer.model").read_bytes()).hexdigest(),
             "pillow": PIL.__version__,  # resizes the image for the tower
