@@ -73,7 +73,7 @@ class Setting:
 def settings(steps: int) -> dict[str, Setting]:
     """Name -> setting, starting with the baseline of that many steps of DDIM."""
     fewer, fewest = round(steps * FEWER), round(steps * FEWEST)
-    dpm = {"solver": "dpm", "steps": fewer}
+    dpm, old = {"solver": "dpm", "steps": fewer}, {"grid": "leading"}
     some = {f"guidance at {at}": {"guidance_interval": interval} for at, interval in INTERVALS.items()}
     return {
         f"DDIM, {steps} steps: the baseline": Setting(),
@@ -81,6 +81,8 @@ def settings(steps: int) -> dict[str, Setting]:
         f"DPM-Solver++, {fewer} steps": Setting(dpm),
         f"DDIM, {fewer} steps": Setting({"steps": fewer}),
         f"DPM-Solver++, {fewest} steps": Setting(dpm | {"steps": fewest}),
+        f"DPM-Solver++, {fewer} steps, the release's grid": Setting(dpm | old),
+        f"DPM-Solver++, {fewest} steps, the release's grid": Setting(dpm | old | {"steps": fewest}),
         **{f"subject term at t < {t}": Setting(method={"subject_below_t": t}) for t in SUBJECT_BELOW},
         **{name: Setting(change) for name, change in some.items()},
         **{f"DPM-Solver++, {fewer} steps, {name}": Setting(dpm | change) for name, change in some.items()},
