@@ -250,6 +250,7 @@ def test_real_images_alone(place: Path, tmp_path: Path) -> None:
         (["--scorers", str(MINI)], "dino_s16"),
         (["--subjects", "0"], "0 subjects"),
         (["--per-prompt", "0"], "0 images per prompt"),
+        (["--per-prompt", "1000000000"], "1000000000 images per prompt"),
         (["--steps", "1000"], "1000"),
         (["--size", "33"], "33"),
         (["--batch-size", "0"], "batch size 0"),

@@ -15,7 +15,9 @@ from models.weights.files import atomic_write
 # What a terminal obeys or reorders instead of showing it: control characters but tab and line feed, other
 # line ends, and marks that turn the direction of text.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory", re.IGNORECASE)  # torch's, on GPUs and CPUs
+OUT_OF_MEMORY = re.compile(  # torch's words, on GPUs and CPUs
+    "out of memory|allocate memory|not enough memory|invalid buffer size", re.IGNORECASE
+)
 
 
 class Shown:

@@ -75,6 +75,7 @@ ADDED = tuple(f"a {{}} made of {material}" for material in MATERIALS)  # not Dre
 
 OFFICIAL, OWN = "prompts_and_classes.txt", "subjects.json"  # files in the dataset's folder
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+MOST = 1000  # images per prompt
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class ProtocolConfig:
     added: bool = True  # add the ten texture prompts that are not DreamBooth's
 
     def __post_init__(self) -> None:
-        if self.per_prompt < 1:
-            raise ValueError(f"{self.per_prompt} images per prompt: expected 1 or more")
+        if not 1 <= self.per_prompt <= MOST:
+            raise ValueError(f"{self.per_prompt} images per prompt: expected 1 to {MOST}")
         if self.reference not in get_args(References):
             raise ValueError(f"reference {self.reference!r}: expected {' or '.join(get_args(References))}")
 
