@@ -738,9 +738,9 @@ def test_failed_write_leaves_no_half_sample(tmp_path, monkeypatch):
     shards.add("a", JPEGS[0], "jpg", MASK_PNG, "cat", "cat")
 
     def full(*args: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=tmp_path.name):
         patch.setattr(tarfile.TarFile, "addfile", full)
         shards.add("b", JPEGS[0], "jpg", MASK_PNG, "cat", "cat")
     assert shards.done_keys() == frozenset() and not contents(tmp_path)

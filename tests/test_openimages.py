@@ -370,6 +370,7 @@ def test_rows_listed_twice(world):
         (OBJECTS, [SEGMENTATION, "a.png,a,/m/01yrx,b,x,1,0,1,1,"], "x, 1, 0, 1: "),
         (OBJECTS, [SEGMENTATION, "../a.png,a,/m/01yrx,b,0,1,0,1,1,"], "plain names"),
         (OBJECTS, [SEGMENTATION], "none of 0 objects"),
+        (OBJECTS, [SEGMENTATION, "x" * 200_000], f"{OBJECTS}: "),  # more than csv takes for a field
     ],
 )  # fmt: skip
 def test_bad_tables_stop_it_before_anything_is_written(world, capsys, name, lines, message):

@@ -545,8 +545,9 @@ def test_log_is_cut_back(tmp_path):
     path = tmp_path / "log.jsonl"
     for step in (1, 2, 3):
         write_log(path, {"step": step, "loss": step / 2})
-    with open(path, "a") as stream:
-        stream.write('{"step": 4, "lo')  # killed here
+    with open(path, "ab") as stream:
+        stream.write(b'{"step": 3, \xff\x00\n[1]\n{"loss": 1}\n')  # damaged
+        stream.write(b'{"step": 4, "lo')  # killed here
     assert [line["step"] for line in read_log(path)] == [1, 2, 3]
     cut_log(path, 2)
     write_log(path, {"step": 3, "loss": 0.25})

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from models.weights.files import naming
+
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -263,13 +265,14 @@ class ShardWriter:
         if reference is not None:
             files |= {f"ref.{_suffix(reference[0])}": reference[0], "refmask.png": reference[1]}
         try:
-            if self._archive is None:
-                self._file = self._part.open("xb")  # not through a link
-                self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (stays open)
-            for name, content in files.items():
-                info = tarfile.TarInfo(f"{key}.{name}")  # time and owner stay 0: same data, same bytes
-                info.size = len(content)
-                self._archive.addfile(info, io.BytesIO(content))
+            with naming(self.folder):
+                if self._archive is None:
+                    self._file = self._part.open("xb")  # not through a link
+                    self._archive = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115 (stays open)
+                for name, content in files.items():
+                    info = tarfile.TarInfo(f"{key}.{name}")  # time and owner stay 0: same data, same bytes
+                    info.size = len(content)
+                    self._archive.addfile(info, io.BytesIO(content))
         except BaseException:  # the shard may hold half a sample
             self.discard()
             raise
@@ -282,10 +285,11 @@ class ShardWriter:
         """Complete the open shard, if any."""
         if self._archive is None:
             return
-        self._archive.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())  # content before name, in case of a power cut
-        self._file.close()
+        with naming(self.folder):
+            self._archive.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())  # content before name, in case of a power cut
+            self._file.close()
         os.replace(self._part, self.folder / f"{self._number:05d}.tar")
         self._archive, self._open_keys, self._number = None, [], self._number + 1
 

@@ -91,8 +91,7 @@ def find_tables(places: Sequence[Path]) -> dict[str, list[Path]]:
         if not place.exists():
             raise ValueError(f"{place}: no such file or folder")
         for path in sorted(place.glob("*.csv")) if place.is_dir() else [place]:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file), [])
+            header = next(_lines(path), [])
             classes = header in CLASS_HEADERS or (len(header) == 2 and header[0].startswith("/"))
             fits = [kind for kind, columns in TABLES.items() if set(columns) <= set(header)]
             named = next((kind for kind in TABLES if kind in path.name), "segmentation")
@@ -109,17 +108,24 @@ def find_tables(places: Sequence[Path]) -> dict[str, list[Path]]:
 
 def _read_table(path: Path, kind: str) -> Iterator[list[str]]:
     """The columns in `TABLES` of every line; ValueError if a line is too short."""
+    lines, places, first = _lines(path), [0, 1], 1
+    if kind != "class-descriptions":
+        header, first = next(lines), 2
+        places = [header.index(column) for column in TABLES[kind]]
+    for number, line in enumerate(tqdm(lines, desc=path.name, unit="row", leave=False, delay=1), first):
+        if line and len(line) <= max(places):
+            raise ValueError(f"{path}:{number}: a line of {len(line)} columns, too few")
+        if line and line not in CLASS_HEADERS:
+            yield [line[place] for place in places]
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    """The lines of a CSV file; ValueError, with its name, for what is none."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        places = [0, 1]
-        if kind != "class-descriptions":
-            header = next(reader)
-            places = [header.index(column) for column in TABLES[kind]]
-        for line in tqdm(reader, desc=path.name, unit="row", leave=False, delay=1):
-            if line and len(line) <= max(places):
-                raise ValueError(f"{path}:{reader.line_num}: a line of {len(line)} columns, too few")
-            if line and line not in CLASS_HEADERS:
-                yield [line[place] for place in places]
+        try:
+            yield from csv.reader(file)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
 
 
 def select_rows(

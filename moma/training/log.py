@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from models.weights.files import append_text, parse_json, read_text
+from models.weights.files import append_text, parse_json, read_bytes
 from moma.app.chart import Colour, Line, Points, chart
 from moma.app.files import write_text
 
@@ -17,9 +18,13 @@ LOG_BYTES = 2**30  # of a log: a line of 100 bytes each step
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without one that a killed process left incomplete; [] if there is no log."""
-    *lines, _ = read_text(path, LOG_BYTES).split("\n") if path.is_file() else [""]
-    return [parse_json(line, str(path)) for line in lines]
+    """The lines of a log, without those that are damaged or incomplete; [] if there is no log."""
+    *lines, _ = read_bytes(path, LOG_BYTES).decode(errors="replace").split("\n") if path.is_file() else [""]
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(parse_json(line, str(path)))
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def cut_log(path: Path, step: int) -> None:
