@@ -234,11 +234,12 @@ class _Building:
             there = _files_of(self.folder, shard)
             for part, path in enumerate(there):
                 found = _read_part(path, whole=self._own(shard, part))
-                if found is None or (found.cache, found.data) != (self.mark, _of(digests, part)):
-                    tqdm.write(f"{path}: is made again, as it is damaged or its data has changed")
-                elif not found.again:
+                same = found and (found.cache, found.data) == (self.mark, _of(digests, part))
+                if same and not found.again:
                     whole.add(part)
                     last = found.last
+                elif not same and path.exists():
+                    tqdm.write(f"{path}: is made again, as it is damaged or its data has changed")
             if not (last and len(whole) == len(there)):
                 others = {part for part in range(len(there)) if not self._own(shard, part)}
                 yield shard, digests, whole | others
