@@ -15,18 +15,19 @@ from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
+from models.weights.loading import read_checkpoint
 from moma import load
 from moma.evaluate.world import mini_scorers
 from moma.methods.moma.adapter import AdapterConfig
 from moma.mini.config import BaseNumbersConfig, MiniConfig
-from moma.mini.pretrain import STAGES, Workspace, add_scorers, recipe
+from moma.mini.pretrain import STAGES, Workspace, add_scorers, main, recipe, with_positions
 from moma.sampling.config import SampleConfig
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
 from moma.world.words import colour_name, words_of
 from moma.world.world import Spec, render
 from tests.fake_sam import SMALL
-from tests.helpers import ROOT
+from tests.helpers import MINI, ROOT
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -114,6 +115,29 @@ def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"psnr .* 99"):
         recipe(Workspace(cfg, tmp_path, ONE), "clip")
     assert not (tmp_path / "vae.json").exists() and not (tmp_path / "clip").exists()
+
+
+def test_a_kept_stage_takes_the_networks_of_the_start_as_they_are(tmp_path: Path) -> None:
+    start = Bundle.open(MINI)
+    few = {name: getattr(smallest(), name) for name in ("images", "unseen_images", "pairs", "unseen_pairs")}
+    cfg = replace(MiniConfig(), **few, tokenizer_captions=6)
+    recipe(Workspace(cfg, tmp_path, ONE, start, ("vae",)), "vae")
+    kept = read_checkpoint(tmp_path / "vae" / "export" / "vae.safetensors")
+    for name, tensor in start.build("vae", "cpu", torch.float32).state_dict().items():
+        assert torch.equal(kept[name].read(), tensor)
+
+
+def test_a_longer_text_encoder_reads_short_texts_alike() -> None:
+    text = Bundle.open(MINI).build("text", "cpu", torch.float32)
+    longer, ids = with_positions(text, 40), torch.arange(10)[None]
+    assert longer.cfg.positions == 40 and torch.equal(longer(ids)[0], text(ids)[0])
+    assert longer(torch.arange(40)[None])[0].isfinite().all()
+
+
+def test_networks_to_keep_need_a_bundle_to_take_them_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--start"):
+        main(["--work", str(tmp_path / "new"), "--keep", "vae"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_rich_captions_name_colours_and_the_worlds_do_not() -> None:
