@@ -91,7 +91,7 @@ PARTS = {"llava": ("llama.", "projector.")}
 TOWER = "tower."  # where the llava module keeps the network "vision"
 LM_HEAD = "llama.lm_head."
 NEGATIVE = ("tower_layer", "logvar_range")  # fields of configs that may be below 0,
-ZERO = ("depth", "mid_depth", "end_id", "eos")  # or 0
+ZERO = ("depth", "mid_depth", "end_id", "eos")  # or 0, as those that are 0 by default
 COUNTS = ("layers", "decoder_layers", "depth", "mid_depth", "resnets")  # fields that count modules
 MOST, LARGEST = 256, 2**31  # of them, and of other sizes
 SHOWN = 100  # characters of a wrong value in a message
@@ -145,11 +145,11 @@ def expected_shapes(name: str, config: Any, unet: UNetConfig | None = None) -> d
 def check_config(config: Any) -> None:
     """ValueError for a network's config with a value of another type, or a size that no network has."""
     check_types(config)
-    for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
+    for name, value, usual in ((f.name, getattr(config, f.name), f.default) for f in fields(config)):
         if is_dataclass(value):
             check_config(value)
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if type(x) in (int, float)]
-        low = any(x < 0 or (x == 0 and name not in ZERO) for x in numbers)
+        low = any(x < 0 or (x == 0 and name not in ZERO and usual != 0) for x in numbers)
         high = MOST if name in COUNTS else LARGEST
         if (low and name not in NEGATIVE) or not all(abs(x) <= high for x in numbers) or len(numbers) > MOST:
             raise ValueError(f"{name} {value!s:.{SHOWN}}: expected more than 0 and at most {high}")
