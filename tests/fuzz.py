@@ -34,6 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 import sample
 from moma.app.record import CHUNK
 from moma.weights.tiny import build_tiny_bundle
+from tests import fuzz_images
 
 SECONDS = 2.0  # of CPU time that a case may take
 STOPPED = 130  # a command's exit status when it was stopped before its work
@@ -240,7 +241,17 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
         yield Case(name, partial(checked, *args), wrong)
 
 
-KINDS: dict[str, Kind] = {"settings": settings, "commands": commands}
+def of_images(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]]) -> Kind:
+    """Cases of `tests.fuzz_images`."""
+    return lambda rng, folder: (Case(*case) for case in kind(rng, folder))
+
+
+KINDS: dict[str, Kind] = {
+    "settings": settings,
+    "commands": commands,
+    "images": of_images(fuzz_images.images),
+    "masks": of_images(fuzz_images.masks),
+}
 
 
 # --- what is run -------------------------------------------------------------------------------------

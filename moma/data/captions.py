@@ -8,7 +8,7 @@ where a word may be an attribute or a thing.
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -124,7 +124,8 @@ def training_caption(caption: str, label: str, cfg: CaptionConfig = CAPTIONS) ->
     label = " ".join(label.split())
     if not (label and caption.strip()) or IMAGE_TEXT in caption:
         raise ValueError(f"label {label!r}, caption {caption!r}: expected texts without {IMAGE_TEXT}")
-    tokens = _tokens(PHRASES.sub("", MARKS.sub(" ", caption)), label)
+    spaced = " ".join(MARKS.sub(" ", caption).split())  # PHRASES would search long gaps again and again
+    tokens = _tokens(PHRASES.sub("", spaced), label, 2 * cfg.max_words)
     if len(tokens) > cfg.max_words:
         del tokens[cfg.max_words :]
         _pop_hanging(tokens)
@@ -170,10 +171,10 @@ class _Token:
         return self.fixed or (self.text[0].isalnum() and self.low not in words.AFTER_NOUN)
 
 
-def _tokens(caption: str, label: str) -> list[_Token]:
-    """The caption's tokens; those of the label and of fixed names are marked as fixed."""
+def _tokens(caption: str, label: str, most: int) -> list[_Token]:
+    """The caption's first tokens; those of the label and of fixed names are marked as fixed."""
     tokens, end = [], 0
-    for match in TOKEN.finditer(caption):
+    for match in islice(TOKEN.finditer(caption), most):
         tokens.append(_Token(match[0], glued=bool(tokens) and match.start() == end))
         end = match.end()
     names = [name for name in words.FIXED_NAMES if name in caption.lower()]
