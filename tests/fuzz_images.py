@@ -88,7 +88,9 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def plain_file(rng: random.Random, pixels: np.ndarray, subject: np.ndarray) -> tuple[str, bytes, bool]:
     kind, mode = rng.choice(FORMATS), rng.choice(("RGB", "L", "P"))
     mode = "RGB" if mode == "P" and kind not in ("PNG", "GIF", "TIFF", "BMP") else mode
-    return f"{kind} {mode}", encoded(Image.fromarray(pixels).convert(mode), kind), False
+    image = Image.fromarray(pixels)
+    image = image.quantize(64) if mode == "P" else image.convert(mode)
+    return f"{kind} {mode}", encoded(image, kind), False
 
 
 def deep_file(rng: random.Random, pixels: np.ndarray, subject: np.ndarray) -> tuple[str, bytes, bool]:

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -606,6 +608,14 @@ def test_training_captions(caption, label, expected):
 def test_long_captions_are_cut_at_words():
     caption = training_caption("a cat and " * 40, "dog", CaptionConfig(max_words=5))
     assert caption == "a dog, a cat and a cat"
+
+
+@pytest.mark.parametrize("part", [" ", "red ", "cat ", ",", "a-", "x", "in the shape of "])
+def test_endless_captions_are_cut_at_once(part):
+    start = time.process_time()
+    with suppress(ValueError):  # one endless word
+        assert "cat" in training_caption(f"a cat{part * (10**5 // len(part))}on a mat", "cat")
+    assert time.process_time() - start < 1
 
 
 def test_combinations_leave_nothing_dangling():

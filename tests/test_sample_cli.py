@@ -496,6 +496,8 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --prompts {{}}/empty.txt": "empty.txt",
     f"{CAT_ALONE} --size 100": "100",
     f"{CAT_ALONE} --size 0": " 0",
+    f"{CAT_ALONE} --size 4": " 4",
+    f"{CAT_ALONE} --size 64x24": " 24",
     f"{CAT_ALONE} --size 8": " 8",
     f"{CAT_ALONE} --size 512x16": " 16",
     f"{CAT_ALONE} --num 10001": "40,004",
