@@ -46,7 +46,6 @@ NO_SUBJECTS = {
 LONGEST_WORD = 20  # letters of a subject in a file name; longer ones are codes
 PROMPT_BYTES = 2**20  # of a file of prompts
 MAX_IMAGES = 10_000  # of a run; their noise is drawn first
-MIN_SIDE = 32  # pixels; nothing can be recognised in less
 MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat images
 # Options whose values a replayed image provides.
 REPLAYED = (
