@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
 
     jobs = _make_jobs(request, pipe, inputs, features, texts)
-    records = [_record_of(i, request, inputs, pipe, runtime) for i in range(len(jobs))]
+    records = _records(request, inputs, pipe, runtime)
     drawn = []
     try:
         for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
@@ -282,15 +283,16 @@ def _make_jobs(
 # --- results -----------------------------------------------------------------------------------------
 
 
-def _record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> Record:
-    """The settings of the request's image number i."""
-    start, bundle = i - i % request.sample.batch_size, runtime.weights
-    return Record(
+def _records(request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> list[Record]:
+    """The settings of each of the request's images."""
+    bundle, size = runtime.weights, request.sample.batch_size
+    batches = [request.images[i : i + size] for i in range(0, len(request.images), size)]
+    first = Record(
         subject=request.subject,
-        prompt=request.images[i][0],
+        prompt=request.images[0][0],
         negative=request.negative,
-        seed=request.images[i][1],
-        batch=request.images[start : start + request.sample.batch_size],
+        seed=request.images[0][1],
+        batch=batches[0],
         sample=request.sample,
         method_name=request.method,
         method=request.config,
@@ -303,6 +305,7 @@ def _record_of(i: int, request: Request, inputs: Inputs | None, pipe: Pipeline, 
         versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
         segmented=inputs and inputs.segmented,
     )
+    return [replace(first, prompt=p, seed=seed, batch=batch) for batch in batches for p, seed in batch]
 
 
 def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
