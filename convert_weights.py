@@ -4,7 +4,7 @@
     python convert_weights.py community.safetensors --base-bundle weights/moma --out weights/new
     python convert_weights.py --download --out weights/moma
     python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
-    python convert_weights.py --base-bundle weights/moma --llm-bits 4 --out weights/moma4
+    python convert_weights.py --base-bundle weights/moma --llm-bits 8 --out weights/moma8
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
@@ -43,7 +43,7 @@ from models.weights.loading import (
     stored_bytes,
 )
 from models.weights.public_configs import llava_config
-from models.weights.quant import PRESETS, QuantConfig, quantise
+from models.weights.quant import PRESETS, UNSAFE, QuantConfig, quantise
 from moma.app.files import Parser, exit_status
 from moma.methods import find_method
 from moma.sampling.device import DTYPES
@@ -170,6 +170,8 @@ def _fill(
         check_kinds(name, network, configs.get("unet"), dtypes[name])
     if llm_bits:
         networks["llava"] = quantised(networks["llava"], llm_bits)
+    if llm_bits in UNSAFE:
+        say(f"note: {llm_bits} bits are unsafe: a real language model loses much of its prompt; use 8")
     _compare_towers(networks, sources, say)
     sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
@@ -474,7 +476,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch sam for masks"
         " (0.4 GB) or scorers for evaluation (2.4 GB); works without --download")  # fmt: skip
     add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
-        " half or a quarter of the size")  # fmt: skip
+        " 8 halve its size and are recommended; 4 are unsafe")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
     add("--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
         " (default: keep)")  # fmt: skip

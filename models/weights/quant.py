@@ -22,9 +22,10 @@ SCALE_DTYPE = torch.bfloat16
 CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}
 CHUNK = 2**20  # weights worked on at a time, so that intermediate results stay in a CPU's caches
 
-# One scale per output is enough for 256 levels. 16 levels need groups: a scale for 128 codes is 1/8 bit per
-# weight.
-PRESETS = {8: QuantConfig(8), 4: QuantConfig(4, group=128)}
+# One scale per output is enough for 256 levels. 16 levels need small groups; a scale for 32 codes is half a
+# bit per weight.
+PRESETS = {8: QuantConfig(8), 4: QuantConfig(4, group=32)}
+UNSAFE = (4,)  # bits that lose too much of a real language model (tests/real.py measures it)
 
 
 def group_size(cfg: QuantConfig, inputs: int) -> int:

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
-from models.weights.quant import PRESETS, quantise, use_quantised_layers
+from models.weights.quant import PRESETS, QuantConfig, quantise, use_quantised_layers
 from moma.app.files import exit_status
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import AdapterConfig, Mapping
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
-from moma.mini.report import Pair, ReportConfig, make_pairs
+from moma.mini.report import ReportConfig, make_pairs
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
@@ -43,16 +43,69 @@ class RoundingConfig:
     llama: LlamaConfig = LlamaConfig(lm_head=False)  # noqa: RUF009 (frozen)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How near vectors are to the ones wanted. Those of all prompts share a large part, which says little."""
+
+    cosine: float  # mean over N
+    removed: float  # the same after each side's mean over N is removed
+    least: float  # of these
+    found: int  # vectors whose nearest wanted one, by the latter cosine, is their own
+    count: int  # N
+
+    def __str__(self) -> str:
+        return (
+            f"cosine {self.cosine:.5f}, mean removed {self.removed:.4f} (least {self.least:.4f}), "
+            f"{self.found} of {self.count} nearest to their own"
+        )
+
+
+def agreement(wanted: Tensor, found: Tensor) -> Agreement:
+    """Compare vectors (N, C) with the ones wanted."""
+    a, b = (F.normalize(x - x.mean(dim=0), dim=1) for x in (wanted, found))  # (N, C)
+    each, nearest = (a * b).sum(dim=1), (b @ a.T).argmax(dim=1)  # (N,)
+    return Agreement(
+        F.cosine_similarity(wanted, found).mean().item(),
+        each.mean().item(),
+        each.min().item(),
+        int((nearest == torch.arange(len(nearest))).sum()),
+        len(nearest),
+    )
+
+
+def rounded(state: dict[str, Tensor], quant: QuantConfig) -> dict[str, Tensor]:
+    """The state of LLaMA or of one of its blocks, with the blocks' matrices as codes and scales."""
+    small = dict(state)
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        layer = name.removesuffix(".weight")
+        small[f"{layer}.codes"], small[f"{layer}.scale"] = quantise(small.pop(name), quant)
+    return small
+
+
+def share(state: dict[str, Tensor], small: dict[str, Tensor]) -> float:
+    """Bytes of the rounded matrices over those in 16 bits."""
+    plain = sum(2 * state[name].numel() for name in state if name not in small)
+    return sum(value.nbytes for name, value in small.items() if name not in state) / plain
+
+
 # --- bundles -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
-    """Embeddings of a bundle for MoMA-mini's world, (N, E) float32."""
+def embeddings(folder: Path, dtype: str, cfg: RoundingConfig) -> Tensor:
+    """Embeddings of a bundle for MoMA-mini's world.
+
+    Args:
+        folder: of the bundle.
+        dtype: of the computation, a name.
+        cfg: number of pairs.
+
+    Returns: (N, E) float32.
+    """
     runtime, inputs = Runtime.choose(Bundle.open(folder), "cpu", dtype), []
     config = runtime.weights.method_config("moma")
     decoder = FeatureDecoder.load(runtime, config, None, ("adapter",))
-    for pair in pairs:
+    for pair in make_pairs(cfg.pairs, [None], ReportConfig()):
         image, mask = map(Image.fromarray, draw(pair.shown, ReportConfig().world)[:2])
         white = make_reference(image, mask, runtime.weights.image_size, config).white
         inputs.append(MLLMInput(white, pair.shown.label, pair.prompt))
@@ -61,17 +114,11 @@ def _embeddings(folder: Path, dtype: str, pairs: Sequence[Pair]) -> Tensor:
 
 def compare(folders: Sequence[Path], cfg: RoundingConfig) -> Iterator[str]:
     """Lines of text that compare each bundle with the first one in bf16."""
-    pairs = make_pairs(cfg.pairs, [None], ReportConfig())
-    wanted = _embeddings(folders[0], "bf16", pairs)
-    yield f"{cfg.pairs} pairs of subject and prompt, cosine to {folders[0]} in bf16"
-    yield _line("another pair's embedding", F.cosine_similarity(wanted, wanted.roll(1, dims=0)))
+    wanted = embeddings(folders[0], "bf16", cfg)
+    yield f"{cfg.pairs} pairs of subject and prompt, against {folders[0]} in bf16"
+    yield f"another pair's embedding: {agreement(wanted, wanted.roll(1, dims=0))}"
     for folder, dtype in [(folders[0], "fp32"), *((folder, "bf16") for folder in folders[1:])]:
-        found = _embeddings(folder, dtype, pairs)
-        yield _line(f"{folder} in {dtype}", F.cosine_similarity(wanted, found))
-
-
-def _line(name: str, cosines: Tensor) -> str:
-    return f"{name}: mean {cosines.mean():.5f}, least {cosines.min():.5f}"
+        yield f"{folder} in {dtype}: {agreement(wanted, embeddings(folder, dtype, cfg))}"
 
 
 # --- full size ---------------------------------------------------------------------------------------
@@ -112,11 +159,7 @@ def _in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
     with torch.device("meta"):
         other = LlamaBlock(cfg)
         use_quantised_layers(other, PRESETS[bits])
-    state = block.state_dict()
-    for name in [name for name in state if "_proj." in name]:
-        layer = name.removesuffix(".weight")
-        state[f"{layer}.codes"], state[f"{layer}.scale"] = quantise(state.pop(name), PRESETS[bits])
-    other.load_state_dict(state, assign=True)
+    other.load_state_dict(rounded(block.state_dict(), PRESETS[bits]), assign=True)
     return other
 
 
