@@ -30,11 +30,17 @@ from unittest import mock
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 import sample
+from convert_weights import convert
+from models.weights.loading import read_checkpoint
 from moma.app.record import CHUNK
-from moma.weights.tiny import build_tiny_bundle
+from moma.weights.bundle import Bundle
+from moma.weights.tiny import build_tiny_bundle, build_tokenizers
 from tests import fuzz_images
+from tests import make_checkpoints as checkpoints
+from tests.make_checkpoints import TINY, TINY_DEFAULTS
 
 SECONDS = 2.0  # of CPU time that a case may take
 STOPPED = 130  # a command's exit status when it was stopped before its work
@@ -104,6 +110,7 @@ def replaced(value: Any, path: Sequence[Any], new: Any) -> Any:
 
 
 DELETED = object()
+LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 
 
 def senseless(old: Any, new: Any) -> bool:
@@ -241,6 +248,171 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
         yield Case(name, partial(checked, *args), wrong)
 
 
+# Keys of public configs that every reader needs, in files of which each is read whole.
+READ = (
+    "block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels", "act_fn",
+    "latent_channels", "cross_attention_dim", "attention_head_dim", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "intermediate_size", "layer_norm_eps", "rms_norm_eps", "vocab_size", "hidden_act",
+    "_class_name", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
+)  # fmt: skip
+WHOLE = ("sd15/unet/config.json", "vae/config.json", "llava/config.json", "ip_vision/config.json")
+
+
+def sources(folder: Path) -> dict[str, Path]:
+    """A tiny checkpoint of each kind, and a bundle called "base"."""
+    tokenizers = folder / "tokenizers"
+    build_tokenizers(tokenizers)
+    made = {
+        "sd15": checkpoints.make_sd15(folder / "sd15", TINY, tokenizers),
+        "vae": checkpoints.make_vae(folder / "vae", TINY),
+        "clip": checkpoints.make_clip(folder / "clip", TINY),
+        "llava": checkpoints.make_llava(folder / "llava", TINY, tokenizers),
+        "moma": checkpoints.make_moma(folder / "a.th", TINY),
+    }
+    convert(list(made.values()), folder / "base", defaults=TINY_DEFAULTS, say=lambda _: None)
+    return made | {
+        "base": folder / "base",
+        "ldm": checkpoints.make_ldm(folder / "m.safetensors", TINY),
+        "ckpt": checkpoints.make_ldm(folder / "m.ckpt", TINY),
+        "ip_vision": checkpoints.make_ip_vision(folder / "ip_vision", TINY),
+        "ip_adapter": checkpoints.make_ip_adapter(folder / "ip.bin", TINY),
+        "sam": checkpoints.make_sam(folder / "sam.pth", TINY),
+        "sam_hf": checkpoints.make_sam_hf(folder / "sam_hf", TINY),
+        "dino": checkpoints.make_dino(folder / "dino.pth", TINY),
+        "dino_hf": checkpoints.make_dino_hf(folder / "dino_hf", TINY),
+        "llava_hf": checkpoints.make_llava_hf(folder / "llava_hf", TINY, tokenizers),
+    }
+
+
+def convert_one(source: Path, base: Path, out: Path) -> None:
+    """Convert a source beside a bundle, quietly; ValueError for a refusal."""
+    shutil.rmtree(out, ignore_errors=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        convert([source], out, Bundle.open(base), defaults=TINY_DEFAULTS, say=lambda _: None)
+
+
+def build_all(folder: Path) -> None:
+    """Open a bundle and build all of its networks."""
+    bundle = Bundle.open(folder)
+    for name in bundle.networks:
+        bundle.build(name)
+
+
+def configs(rng: random.Random, folder: Path) -> Iterator[Case]:
+    """Edited config.json files and indexes of public models and bundles."""
+    made = sources(folder)
+    names = ("sd15", "vae", "clip", "llava", "ip_vision", "sam_hf", "dino_hf", "llava_hf")
+    files = [path for name in names for path in sorted(made[name].rglob("*.json"))]
+    files = [path for path in files if path.name not in ("vocab.json", "model_index.json")]
+    files += [made["base"] / "config.json"] * len(files)
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    copied = Path(shutil.copytree(made["base"], folder / "copied"))
+    while True:
+        path = rng.choice(files)
+        data, bundle = json.loads(texts[path]), path.parent == made["base"]
+        place = rng.choice([one for one in nodes(data) if one])
+        old = reduce(lambda value, key: value[key], place, data)
+        if (way := rng.random()) < 0.8:
+            new = rng.choice(VALUES)
+            text = json.dumps(replaced(data, place, new))
+            known = bundle and place[:1] == ("networks",) and "sha256" not in place[:-1]
+            known |= path.relative_to(folder).as_posix() in WHOLE and place[-1] in READ
+            wrong = senseless(old, new) and known
+        elif way < 0.9:
+            new, text, wrong = "deleted", json.dumps(replaced(data, place, DELETED)), False
+        else:
+            cut, wrong = rng.randrange(len(texts[path])), False
+            new = rng.choice(["", "\0", "[" * 5000, "\ufeff", "}", "\u2028", '{"a":' * 3000])
+            text = texts[path][:cut] + new + texts[path][cut + rng.randrange(3) :]
+
+        def run(path: Path = path, text: str = text, bundle: bool = bundle) -> None:
+            file = copied / "config.json" if bundle else path
+            file.write_text(text, encoding="utf-8", errors="surrogatepass")
+            try:
+                if bundle:
+                    build_all(copied)
+                else:
+                    source = folder / path.relative_to(folder).parts[0]
+                    convert_one(source, made["base"], folder / "out")
+            finally:
+                file.write_text(texts[path], encoding="utf-8")
+
+        yield Case(f"{path.relative_to(folder)} {place} = {new!r:.60}", run, wrong)
+
+
+def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
+    """Damaged checkpoint files, and whole ones with tensors that no network has."""
+    made = sources(folder)
+    names = ("ldm", "ckpt", "moma", "ip_adapter", "sam", "dino")
+    contents = {name: {k: t.read().clone() for k, t in read_checkpoint(made[name]).items()} for name in names}
+    # In LDM files, what is beside the networks is ignored, and in adapters' files what has other names.
+    used = {}
+    for name, found in contents.items():
+        starts = LDM if name in ("ldm", "ckpt") else ("",)
+        named = (key for key in found if key.removeprefix("state_dict.").startswith(starts))
+        used[name] = [key for key in named if "position_ids" not in key]
+    while True:
+        name = rng.choice(names)
+        source = made[name]
+        file = folder / f"edited{source.suffix}"
+        if rng.random() < 0.5:
+            data = bytearray(source.read_bytes())
+            way = rng.choice(["flip", "cut", "zeros", "insert", "empty", "other"])
+            head = rng.choice([64, 4096, len(data)])  # damage near the start hits the header
+            at = rng.randrange(min(head, len(data)))
+            match way:
+                case "flip":
+                    data[at] ^= 1 << rng.randrange(8)
+                case "cut":
+                    del data[at:]
+                case "zeros":
+                    data[at : at + 512] = bytes(len(data[at : at + 512]))
+                case "insert":
+                    data[at:at] = rng.randbytes(rng.randrange(1, 99))
+                case "empty":
+                    data = bytearray()
+                case "other":
+                    data = bytearray(rng.choice([b"<html>", b"{}", b"PK\3\4", b"\x80\2", bytes(99), b"["]))
+
+            def run(file: Path = file, data: bytes = bytes(data)) -> None:
+                file.write_bytes(data)
+                convert_one(file, made["base"], folder / "out")
+
+            yield Case(f"{name} {way} at {at}", run, way in ("cut", "empty", "other"))
+            continue
+        tensors, key = dict(contents[name]), rng.choice(used[name])
+        values = tensors[key]
+        edits: dict[str, Callable[[], torch.Tensor]] = {
+            "flat": lambda values=values: values.reshape(-1)[: max(1, values.numel() - 1)],
+            "scalar": lambda values=values: values.reshape(-1)[:1].reshape(()),
+            "int8": lambda values=values: values.to(torch.int8),
+            "bytes": lambda values=values: values.to(torch.uint8),
+            "bool": lambda values=values: values > 0,
+            "nan": lambda values=values: values.clone().fill_(math.nan),
+            "inf": lambda values=values: values.clone().fill_(math.inf),
+            "wide": lambda values=values: torch.cat([values.reshape(-1), values.reshape(-1)]),
+            "float8": lambda values=values: values.float().to(torch.float8_e5m2),
+        }
+        way = rng.choice([*edits, "drop", "rename"])
+        if way in edits:
+            tensors[key] = edits[way]().contiguous()
+        else:
+            del tensors[key]
+        if way == "rename":
+            tensors[f"{key}x"] = values
+        # A number without a dimension is a vector of one, and a vector may lose nothing by losing its shape.
+        same = way in ("flat", "scalar") and values.numel() < 2
+
+        def run(file: Path = file, tensors: dict[str, torch.Tensor] = tensors) -> None:
+            if file.suffix == ".safetensors":
+                save_file(tensors, file)
+            else:
+                torch.save(tensors, file)
+            convert_one(file, made["base"], folder / "out")
+
+        yield Case(f"{name} {key} {way}", run, not same)
+
+
 def of_images(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]]) -> Kind:
     """Cases of `tests.fuzz_images`."""
     return lambda rng, folder: (Case(*case) for case in kind(rng, folder))
@@ -251,6 +423,8 @@ KINDS: dict[str, Kind] = {
     "commands": commands,
     "images": of_images(fuzz_images.images),
     "masks": of_images(fuzz_images.masks),
+    "configs": configs,
+    "weights": weights,
 }
 
 
