@@ -16,6 +16,7 @@ folder), otherwise the later source wins; a note says so. --base-bundle supplies
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -472,9 +473,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("sources", nargs="*", type=Path, metavar="SOURCE", help="file or folder")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new bundle")
     add("--base-bundle", type=Path, metavar="DIR", help="bundle that supplies what no source has")
-    add("--download", action="store_true", help="fetch the released weights first (~20 GB)")
-    add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch sam for masks"
-        " (0.4 GB) or scorers for evaluation (2.4 GB); works without --download")  # fmt: skip
+    add(
+        "--download",
+        action="store_true",
+        help="fetch the released weights and Segment Anything first (~21 GB)",
+    )
+    add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch scorers for"
+        " evaluation (2.4 GB), or without --download sam for masks (0.4 GB) alone")  # fmt: skip
     add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
         " 8 halve its size and are recommended; 4 are unsafe")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
@@ -487,7 +492,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="Stable Diffusion 1.5 model on the hub for --download (default: %(default)s)")  # fmt: skip
     add("--cache", type=Path, metavar="DIR", default=Path("weights/cache"),
         help="folder for downloads (default: %(default)s)")  # fmt: skip
+    add("--clean-cache", action="store_true", help="delete what was fetched once the bundle is complete")
+    add("--revision", action="append", type=pair, default=[], metavar="ID=COMMIT",
+        help="fetch this commit, branch or tag of a repository")  # fmt: skip
+    add("--mirror", action="append", type=pair, default=[], metavar="ID=OTHER",
+        help="fetch from another repository where the first does not answer")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """An option's 'ID=VALUE'."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected ID=VALUE")
+    return name, value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -496,16 +514,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    check_target(args.out, args.overwrite)  # before a long download
+    check_target(args.out, args.overwrite)
     if args.llm_bits and args.no_llm:
         raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")
     base = Bundle.open(args.base_bundle) if args.base_bundle else None
-    paths = list(args.sources)
-    if args.download or args.extras:
-        wanted = DownloadConfig(args.base_id, released=args.download, extras=tuple(args.extras))
-        paths = download(wanted, args.cache, llm=not args.no_llm) + paths
-    dtype, llm = CHOICES[args.dtype], not args.no_llm
-    convert(paths, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite)
+    dtype, llm, fetched = CHOICES[args.dtype], not args.no_llm, []
+    extras = ("sam",) * args.download + tuple(args.extras)
+    wanted = DownloadConfig(args.base_id, released=args.download, extras=extras)
+    if not extras and (args.revision or args.mirror or args.clean_cache):
+        raise ValueError("--revision, --mirror and --clean-cache are for what --download or --with fetches")
+    wanted = replace(wanted, revisions=dict(args.revision), mirrors=dict(args.mirror))
+
+    def fetch() -> list[Path]:
+        fetched.extend(download(wanted, args.cache, llm) if extras else [])
+        return fetched
+
+    convert(args.sources, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite, fetch=fetch)
+    for folder in fetched if args.clean_cache else ():
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

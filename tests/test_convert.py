@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from models.clip import VISION_PRESETS
 from models.sam import Prompts
 from models.weights.loading import LazyTensor, read_checkpoint
 from moma.weights.bundle import SAMPLING, Bundle, BundleWriter, expected_shapes
-from moma.weights.download import MOMA_FILE, DownloadConfig, by_hand, download
+from moma.weights.download import KNOWN, MOMA_FILE, DownloadConfig, by_hand, download
 from moma.weights.sources import DefaultConfigs, guess_tower
 from moma.weights.tiny import build_tokenizers
 from tests.compare import assert_close_to_std
@@ -1165,6 +1166,7 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)  # file -> break its next download after so many bytes
     refuse_after_cut: bool = False  # the server then also refuses to continue: the run must stop
     broken: set[str] = field(default_factory=set)  # files that are refused since they were cut
+    asked: list[str] = field(default_factory=list)  # paths of all requests
     ranges: list[tuple[str, str | None]] = field(default_factory=list)  # (file, Range header) of each GET
     url: str = ""
 
@@ -1181,6 +1183,7 @@ def handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, body: bool) -> None:
             path = self.path.split("?")[0]
+            hub.asked.append(path)
             if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path):
                 names = [f.removeprefix(f"{found[1]}/") for f in hub.files if f.startswith(f"{found[1]}/")]
                 self.json(
@@ -1355,6 +1358,49 @@ def test_download_of_scorers_alone_and_with_the_rest(hub: FakeHub, public: Path,
     folders = download(both, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
     bundle, _ = converted(folders, tmp_path / "both")
     assert set(bundle.networks) == {*SAMPLING, "dino_s16", "clip_b32", "clip_l14"}
+
+
+def test_a_pinned_revision_and_a_mirror(hub: FakeHub, tmp_path: Path) -> None:
+    pinned = DownloadConfig("o/gone", "o/vae", "o/llava", "o/clip", mirrors={"o/gone": "o/base"})
+    pinned = replace(pinned, revisions={"o/vae": "abc123"})
+    folders = download(pinned, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    assert [folder.name for folder in folders] == ["o--gone", "o--vae@abc123", "o--clip", "o--llava"]
+    assert "/api/models/o/vae/revision/abc123" in hub.asked
+    with pytest.raises(ValueError, match="o/other"):
+        download(replace(CONFIG, revisions={"o/other": "1"}), tmp_path / "cache", endpoint=hub.url)
+
+
+def test_a_file_that_is_not_the_known_one(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = ("o/llava", MOMA_FILE)
+    right = hashlib.sha256(hub.files["/".join(name)].read_bytes()).hexdigest()
+    monkeypatch.setitem(KNOWN, name, (right[:8], right[-3:]))
+    download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    (tmp_path / "cache/o--llava" / MOMA_FILE).write_bytes(b"other")
+    with pytest.raises(ValueError, match=rf"{MOMA_FILE}.*{right[:8]}"):
+        download(CONFIG, tmp_path / "cache", endpoint="http://127.0.0.1:9", say=lambda _: None)
+
+
+def test_no_room_for_the_download(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("moma.weights.download.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"0\.0 GB free"):
+        download(CONFIG, tmp_path / "cache", endpoint=hub.url, say=lambda _: None)
+    assert not hub.ranges
+
+
+def test_the_cache_is_deleted_once_the_bundle_is_complete(
+    hub: FakeHub, public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files |= {f"facebook/sam-vit-base/{p.name}": p for p in make_sam_hf(tmp_path / "sam", TINY).iterdir()}
+    monkeypatch.setattr("convert_weights.download", partial(download, endpoint=hub.url))
+    out, cache = tmp_path / "b", tmp_path / "cache"
+    arguments = ["--with", "sam", "--cache", str(cache), "--out", str(out)]
+    assert main([*arguments, "--clean-cache", "--revision", "nonsense"]) == 2
+    assert main(arguments) == 0 and list(cache.iterdir())
+    assert main([*arguments, "--overwrite", "--clean-cache"]) == 0 and not list(cache.iterdir())
+    assert main([str(public / "vae"), "--clean-cache", "--out", str(tmp_path / "c")]) == 2
 
 
 def test_download_of_sam(hub: FakeHub, tmp_path: Path) -> None:
