@@ -136,13 +136,15 @@ def _check(
     if request.pick and image:
         _check_sam("--point, --box and --object need", bundle)
         request.pick.check(image.size)
-    tokenizer, texts = bundle.clip_tokenizer(), {}
+    tokenizers, texts = bundle.clip_tokenizers(), {}
     for prompt in dict.fromkeys(prompt for prompt, _ in request.images):
-        texts[prompt] = method.read([tokenizer], request.config, request.words, prompt)
+        texts[prompt] = method.read(tokenizers, request.config, request.words, prompt)
         if texts[prompt].truncated:
-            print(f"note: only {tokenizer.length} tokens are read, so this prompt's end is lost: {prompt}")
-    if tokenizer.encode(request.negative).truncated:
-        print(f"note: only {tokenizer.length} tokens of the negative prompt are read, its end is lost")
+            length = tokenizers[0].length
+            print(f"note: only {length} tokens are read, so this prompt's end is lost: {prompt}")
+    if any(tokenizer.encode(request.negative).truncated for tokenizer in tokenizers):
+        length = tokenizers[0].length
+        print(f"note: only {length} tokens of the negative prompt are read, its end is lost")
     foreign = [part for text in (*texts, request.negative) for part in foreign_syntax(text)]
     if shown := ", ".join(list(dict.fromkeys(foreign))[:SHOWN]):
         print(f"note: syntax of other tools is read as plain text here, with its brackets and marks: {shown}")

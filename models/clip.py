@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
+from models.tokenizers import END
 
 # OpenAI's weights were trained with the approximation x·σ(1.702x), OpenCLIP's with the true GELU.
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -46,6 +47,7 @@ class CLIPTextConfig(_BlockConfig):
     vocab: int = 49408
     positions: int = 77  # longest text, BOS and EOS included
     end_id: int | None = None  # pool at its first occurrence; None = at the largest id (OpenAI's own rule)
+    pad: str = END  # the token that fills short texts; "!" in SDXL's second encoder
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ TEXT_PRESETS = {
     "sd15": CLIPTextConfig(),
     "l14": CLIPTextConfig(projection=768),
     "b32": CLIPTextConfig(width=512, heads=8, mlp=2048, projection=512),
+    # OpenCLIP ViT-bigG/14 laion2B-39B-b160k, SDXL's second text encoder
+    "bigg": CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, act="gelu", projection=1280, pad="!"),
 }
 VISION_PRESETS = {
     "l14": CLIPVisionConfig(image_size=224, projection=768),
@@ -86,6 +90,10 @@ VISION_PRESETS = {
     # OpenCLIP ViT-H/14 laion2B-s32B-b79K, the image encoder of IP-Adapter
     "h14": CLIPVisionConfig(
         width=1280, layers=32, heads=16, mlp=5120, act="gelu", image_size=224, projection=1024
+    ),
+    # OpenCLIP ViT-bigG/14 laion2B-39B-b160k, that of IP-Adapter for SDXL
+    "bigg": CLIPVisionConfig(
+        width=1664, layers=48, heads=16, mlp=8192, act="gelu", image_size=224, projection=1280
     ),
 }
 
@@ -205,16 +213,20 @@ class CLIPText(nn.Module):
         Returns: states after the final LayerNorm (B, T, C), and the state at the end token (B, C), or
         (B, P) if cfg.projection is set.
         """
+        return self.states(ids)[1:]
+
+    def states(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states before the last block, which SDXL reads, (B, T, C), and what `forward` returns."""
         if ids.shape[1] > self.cfg.positions:
             raise ValueError(f"text of {ids.shape[1]} tokens: expected at most {self.cfg.positions}")
-        x = self.encoder(self.embeddings(ids), self.cfg.layers)  # (B, T, C)
-        hidden = self.final_layer_norm(x)
+        before = self.encoder(self.embeddings(ids), self.cfg.layers - 1)  # (B, T, C)
+        hidden = self.final_layer_norm(self.encoder.layers[-1](before, self.encoder.causal))
         # argmax finds the first 1, or in the ids the end token, which is the last of OpenAI's vocabulary
         score = ids if self.cfg.end_id is None else (ids == self.cfg.end_id).int()  # (B, T)
         pooled = hidden[torch.arange(ids.shape[0], device=ids.device), score.argmax(dim=1)]  # (B, C)
         if self.cfg.projection is not None:
             pooled = self.text_projection(pooled)  # (B, P)
-        return hidden, pooled
+        return before, hidden, pooled
 
 
 class CLIPVision(nn.Module):

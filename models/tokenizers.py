@@ -24,7 +24,7 @@ Span = tuple[int, int]
 class Encoding:
     """A text as CLIP reads it."""
 
-    ids: tuple[int, ...]  # BEGIN, the text, END, then END again up to the fixed length
+    ids: tuple[int, ...]  # BEGIN, the text, END, then the padding up to the fixed length
     spans: tuple[Span | None, ...]  # per id: its characters text[start:end]; None for BEGIN, END and padding
     dropped: tuple[Span, ...]  # spans of the tokens that did not fit
 
@@ -36,16 +36,18 @@ class Encoding:
 class ClipTokenizer:
     """CLIP's tokenizer, equal to transformers' CLIPTokenizer: NFC, lower case, white space only separates.
 
-    END pads short texts, as in OpenAI's CLIP and Stable Diffusion 1.
+    END pads short texts, as in OpenAI's CLIP and Stable Diffusion 1, or another token, as in SDXL's second
+    tokenizer; wherever that one stands in a text, it is a token of its own.
     """
 
-    def __init__(self, vocab: str | Path, merges: str | Path, length: int = 77) -> None:
+    def __init__(self, vocab: str | Path, merges: str | Path, length: int = 77, pad: str = END) -> None:
         """Read the files; ValueError if one cannot be read or lacks BEGIN or END.
 
         Args:
             vocab: path of vocab.json.
             merges: path of merges.txt.
             length: ids per text, BEGIN and END included (the text encoder's `positions`).
+            pad: the token that fills short texts.
         """
         try:
             model = BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix="</w>")
@@ -60,12 +62,14 @@ class ClipTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-        for token in (BEGIN, END):
+        special = dict.fromkeys((BEGIN, END, pad))
+        for token in special:
             if self._tokenizer.token_to_id(token) is None:
                 raise ValueError(f"CLIP tokenizer {vocab}: no {token}; expected CLIP's vocab.json")
-        self._tokenizer.add_special_tokens([AddedToken(token, normalized=True) for token in (BEGIN, END)])
+        self._tokenizer.add_special_tokens([AddedToken(token, normalized=True) for token in special])
         self.begin_id: int = self._tokenizer.token_to_id(BEGIN)
         self.end_id: int = self._tokenizer.token_to_id(END)
+        self.pad_id: int = self._tokenizer.token_to_id(pad)
 
     def encode(self, text: str) -> Encoding:
         """`length` ids of a text of any length, and the place of each token in the text."""
@@ -75,10 +79,10 @@ class ClipTokenizer:
             raise ValueError(f"{text!r:.100}: not a text in UTF-8") from None
         room = self.length - 2  # between BEGIN and END
         ids, spans = found.ids[:room], found.offsets[:room]
-        padding = self.length - 1 - len(ids)
+        padding = room - len(ids)
         return Encoding(
-            ids=(self.begin_id, *ids, *[self.end_id] * padding),
-            spans=(None, *spans, *[None] * padding),
+            ids=(self.begin_id, *ids, self.end_id, *[self.pad_id] * padding),
+            spans=(None, *spans, None, *[None] * padding),
             dropped=tuple(found.offsets[room:]),
         )
 

@@ -40,6 +40,7 @@ class VAEConfig:
 
 
 SD15 = VAEConfig()
+SDXL = VAEConfig(scaling=0.13025)
 
 
 class Resnet(nn.Module):

@@ -35,6 +35,7 @@ from models.weights import keymaps
 from models.weights.keymaps import Row, Table
 from models.weights.loading import LazyTensor, ShardConfig, in_memory, write_safetensors
 from moma.methods.moma.adapter import AdapterConfig
+from moma.sampling.base import SIZES
 from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
 from moma.weights.bundle import Bundle, expected_shapes
 from moma.weights.sources import DefaultConfigs
@@ -191,13 +192,23 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 # --- public configs ----------------------------------------------------------------------------------------
 
 
-def unet_json(cfg: UNetConfig) -> dict[str, Any]:
+def unet_json(cfg: UNetConfig, pooled: int = 0) -> dict[str, Any]:
+    """diffusers' config; pooled: width of SDXL's pooled text."""
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.depth)]
+    sdxl = {}
+    if cfg.added_cond_dim:
+        sdxl = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (cfg.added_cond_dim - pooled) // SIZES,
+            "projection_class_embeddings_input_dim": cfg.added_cond_dim,
+            "transformer_layers_per_block": [max(depth, 1) for depth in cfg.depth],
+            "use_linear_projection": cfg.linear_projection,
+        }
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": cfg.heads[0],
+        "attention_head_dim": list(cfg.heads) if sdxl else cfg.heads[0],
         "block_out_channels": list(cfg.channels),
         "cross_attention_dim": cfg.context_dim[0],
         "down_block_types": down,
@@ -209,6 +220,7 @@ def unet_json(cfg: UNetConfig) -> dict[str, Any]:
         "layers_per_block": cfg.resnets,
         "norm_num_groups": cfg.norm_groups,
         "sample_size": 64,
+        **sdxl,
     }
 
 
@@ -224,6 +236,7 @@ def vae_json(cfg: VAEConfig) -> dict[str, Any]:
         "latent_channels": cfg.latent_channels,
         "layers_per_block": cfg.resnets,
         "norm_num_groups": cfg.norm_groups,
+        **({"scaling_factor": cfg.scaling} if cfg.scaling != VAEConfig().scaling else {}),
     }
 
 

@@ -340,5 +340,5 @@ def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
         method: a name of the registry.
         config: of the method.
     """
-    names = find_method(method).method.networks(config, encoders=True)
+    names = find_method(method).method.needed(bundle, config)
     return bundle.hashes_of(*(name for name in names if name in bundle.networks))

@@ -189,9 +189,9 @@ def check_drawable(
     for strength in strengths:
         replace(sample, strength=strength).check(bundle.config("vae").factor)
     solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
-    tokenizer = bundle.clip_tokenizer()
+    tokenizers = bundle.clip_tokenizers()
     for word, prompt in prompts:
-        method.read([tokenizer], config, (word,), prompt)
+        method.read(tokenizers, config, (word,), prompt)
 
 
 def check_settings(run: Run) -> None:

@@ -392,7 +392,7 @@ def _ways(args: argparse.Namespace, runtimes: Sequence[Runtime]) -> tuple[Way, .
     for name, entry in reversed(METHODS.items()):
         if entry.overrides:
             continue
-        networks = entry.method.networks(bundles[0].method_config(name), encoders=True)
+        networks = entry.method.needed(bundles[0], bundles[0].method_config(name))
         missing = [network for network in networks if network not in bundles[0].networks]
         if missing:
             print(f"note: {name} is left out: {bundles[0].folder} has no {missing[0]}")

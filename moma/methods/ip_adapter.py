@@ -207,8 +207,8 @@ class IPAdapterTraining(DenoisingTraining):
         return lambda white, words, prompts: vision(white)[1]  # (B, E)
 
     def inputs(self, batch: Batch) -> StepInputs:
-        context, text = self.adapter(batch["embedding"]), batch["text"]
-        return StepInputs(text, hook=ImageConditioning(text, None, context, scale=1.0))
+        context, text, added = self.adapter(batch["embedding"]), batch["text"], batch.get("added")
+        return StepInputs(text, added, ImageConditioning(text, added, context, scale=1.0))
 
     def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[ImageSubject]:
         embeddings = batch["embedding"].split(1)  # (1, E) each

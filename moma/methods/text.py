@@ -140,7 +140,8 @@ class TextToImage(Method):
             config: with the images' sizes.
         """
         texts = [one.prompt.encodings for one in prepared] + [one.negative for one in prepared]
-        states, pooled = self.base.encode_text(texts)  # (2B, T, C), (2B, P)
+        absent = [False] * len(prepared) + [not one.job.negative for one in prepared]
+        states, pooled = self.base.encode_text(texts, absent)  # (2B, T, C), (2B, P)
         added = self.base.added_conditioning(pooled, config.height, config.width)  # (2B, A)
         rows = [None if x is None else torch.cat(x.chunk(2)[::-1]) for x in (states, added)]
         return self.base.unet.text_kv(rows[0]), rows[1]

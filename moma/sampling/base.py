@@ -17,9 +17,10 @@ from models.vae import VAE
 from models.weights.packed import optimize_layout
 from moma.sampling.diffusion import ScheduleConfig
 from moma.sampling.finite import Autoencoder, check_finite
-from moma.sampling.interface import Runtime, TextStates
+from moma.sampling.interface import Runtime, TextStates, text_networks
 
 NETWORKS = ("unet", "vae", "text")  # of a bundle
+CLEAN = ScheduleConfig(end="clean")  # SDXL's: its sampler, Euler's, ends without noise
 SIZES = 6  # numbers in SDXL's size conditioning: height, width, top, left, target height, target width
 
 Encodings = tuple[Encoding, ...]  # a text as each of the tokenizers reads it
@@ -40,14 +41,16 @@ class Base:
     def load(cls, runtime: Runtime) -> Self:
         """The base of a bundle, in evaluation mode."""
         weights = runtime.weights
-        unet, vae, text = (
+        names = text_networks(weights.config("unet"))
+        unet, vae, *encoders = (
             weights.build(name, runtime.device, runtime.dtype).eval().requires_grad_(False)
-            for name in NETWORKS
+            for name in ("unet", "vae", *names)
         )
         # Not the VAE: with channels last torch's GroupNorm is less exact on images with flat parts.
         if runtime.pack:
             optimize_layout(unet, runtime.device, runtime.dtype)
-        return cls(unet, vae, (text,), (weights.clip_tokenizer(),), weights.image_size)
+        schedule = CLEAN if unet.cfg.added_cond_dim else ScheduleConfig()
+        return cls(unet, vae, tuple(encoders), weights.clip_tokenizers(), weights.image_size, schedule)
 
     @property
     def device(self) -> torch.device:
@@ -57,29 +60,47 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
-    def encode_text(self, texts: Sequence[str | Encodings]) -> TextStates:
+    def encode_text(
+        self, texts: Sequence[str | Encodings], absent: Sequence[bool] | None = None
+    ) -> TextStates:
+        """What the UNet reads of B texts.
+
+        Args:
+            texts: to read.
+            absent: which of them were not given, see `encode_ids`.
+        """
+        read = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
+        rows = [[token for encoding in encodings for token in encoding.ids] for encodings in read]
+        dropped = None if absent is None else torch.tensor(absent, device=self.device)  # (B,)
+        found = self.encode_ids(torch.tensor(rows, device=self.device), dropped)
+        check_finite("text encoder", *(x for x in found if x is not None))
+        return found
+
+    def encode_ids(self, ids: Tensor, absent: Tensor | None = None) -> TextStates:
         """What the UNet reads of B texts.
 
         One text encoder gives its last states (SD1.5). Two give their penultimate states side by side, and
-        the pooled state is the last one's (SDXL, arXiv 2307.01952).
+        the pooled state is the last one's; where there is no text, all of it is zero (SDXL, arXiv
+        2307.01952).
+
+        Args:
+            ids: of each tokenizer, side by side, (B, K*T).
+            absent: bool (B,), texts that were not given; their ids are those of "".
         """
-        read = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
-        ids = [
-            torch.tensor([encodings[i].ids for encodings in read], device=self.device)
-            for i in range(len(self.tokenizers))
-        ]  # of each text encoder (B, T)
-        if len(self.text_encoders) == 1:
-            states, pooled = self.text_encoders[0](ids[0])  # (B, T, C), (B, P)
+        outputs = [
+            encoder.states(own)  # (B, T, C_i) twice, (B, P_i)
+            for encoder, own in zip(
+                self.text_encoders, ids.chunk(len(self.text_encoders), dim=1), strict=True
+            )
+        ]
+        pooled = outputs[-1][2]  # (B, P)
+        if len(outputs) == 1:
+            states = outputs[0][1]  # (B, T, C)
         else:
-            states = torch.cat(
-                [
-                    encoder.encoder(encoder.embeddings(own), encoder.cfg.layers - 1)  # (B, T, C_i)
-                    for encoder, own in zip(self.text_encoders, ids, strict=True)
-                ],
-                dim=-1,
-            )  # (B, T, C)
-            pooled = self.text_encoders[-1](ids[-1])[1]  # (B, P)
-        check_finite("text encoder", states, pooled)
+            states = torch.cat([before for before, *_ in outputs], dim=-1)  # (B, T, C)
+            if absent is not None:
+                states = states.masked_fill(absent[:, None, None], 0)
+                pooled = pooled.masked_fill(absent[:, None], 0)
         return TextStates(states, pooled if self.unet.cfg.added_cond_dim else None)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.unet import AttentionHook, Grid, Text
+from models.unet import AttentionHook, Grid, Text, UNetConfig
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import choose_device, choose_dtype
 from moma.sampling.diffusion import SolverStep
@@ -24,6 +24,11 @@ from moma.sampling.memory import Toggle, check_toggle
 TextInput = Text
 # What a method carries from one step to the next, such as MoMA's M_gen; every tensor has a leading B.
 State = dict[str, Tensor]
+
+
+def text_networks(unet: UNetConfig) -> tuple[str, ...]:
+    """The text encoders that a UNet reads: one (SD1.5), or two (SDXL, with a pooled text)."""
+    return ("text", "text_2") if unet.added_cond_dim else ("text",)
 
 
 class Weights(Protocol):
@@ -200,8 +205,21 @@ class Method(ABC):
         Raises:
             ValueError: for a bundle that lacks a network, or a choice that it cannot follow.
         """
-        for name in cls.networks(config, encoders):
+        for name in cls.needed(weights, config, encoders):
             weights.config(name)
+
+    @classmethod
+    def needed(cls, weights: Any, config: Any, encoders: bool = True) -> tuple[str, ...]:
+        """`networks`, and the second text encoder where the UNet reads two.
+
+        Args:
+            weights: the bundle.
+            config: of the method.
+            encoders: as in `Runtime`.
+        """
+        names, unet = cls.networks(config, encoders), weights.configs.get("unet")
+        texts = text_networks(unet) if unet and "text" in names else ()
+        return (*names, *(name for name in texts if name not in names))
 
     @classmethod
     @abstractmethod
@@ -366,6 +384,7 @@ class DenoisingTraining(Training):
     The frozen networks read the data once, into a cache. A batch then has, on the device:
 
         text, label        text states (B, T, C) of the sample's prompt and of its word alone
+        added, label_added  the same texts' added conditioning (B, A), where the UNet has one
         embedding          (B, E) of the reference, zeroed in some samples; if the training asks for it
         m_gen              the target's mask, float32 (B, 1, S, S) in {0, 1}
         t                  timesteps (B,)

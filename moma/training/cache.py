@@ -7,7 +7,7 @@ Every file appears when it is complete, so that an interrupted build continues. 
 that of the data it was made of: what is damaged, or whose data has changed or come back, is made again.
 
 Letters: B samples, P images, Z latent channels, h w latents, S side of an image, s side of the image tower's,
-T text tokens, E embedding.
+T text tokens, K tokenizers, E embedding.
 """
 
 import json
@@ -30,7 +30,7 @@ from moma.data.shards import Raw
 from moma.data.triplets import SkipLog, Source, load, too_many
 from moma.inputs.preprocess import ReferenceConfig
 from moma.methods.prompts import sd_prompt
-from moma.sampling.interface import DenoisingTraining, Runtime
+from moma.sampling.interface import DenoisingTraining, Runtime, text_networks
 from moma.training.common import Prepare, Sample, to_pixels
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 
@@ -66,7 +66,7 @@ class Encoder:
         """
         self.device, self.dtype = runtime.device, runtime.dtype
         self.vae = runtime.weights.build("vae", self.device, self.dtype).eval().requires_grad_(False)
-        self.tokenizer = runtime.weights.clip_tokenizer()
+        self.tokenizers = runtime.weights.clip_tokenizers()
         self.embedder = kind.load_embedder(runtime, method) if kind.embedding else None
 
     def embed(self, samples: Sequence[Sample]) -> Tensor:
@@ -82,8 +82,8 @@ class Encoder:
         return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device), self.dtype))
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """Token ids int32 (B, T)."""
-        return self.tokenizer.ids(texts).int()
+        """Token ids of each of K tokenizers, side by side, int32 (B, K*T)."""
+        return torch.cat([tokenizer.ids(texts) for tokenizer in self.tokenizers], dim=1).int()
 
 
 # --- what a cache belongs to --------------------------------------------------------------------------
@@ -112,9 +112,11 @@ def identity(
     Raises:
         ValueError: for a bundle that lacks a network.
     """
+    pads = [bundle.config(name).pad for name in text_networks(bundle.config("unet"))]
     return {
         "version": VERSION,
         "data": names,
+        **({"padding": pads} if len(pads) > 1 else {}),
         "tokenizer": [sha256(bundle.tokenizer(file).read_bytes()).hexdigest() for file in CLIP_TOKENIZER],
         **{name: _weights(bundle, name) for name in (*NETWORKS, *kind.embedding_networks)},
         **kind.embedding_identity(bundle, method),
@@ -345,8 +347,8 @@ class _Rows:
             "mean": mean,
             "std": std,
             "mask": torch.stack([mask for _, mask in images]),  # (P, S * S / 8)
-            "text": self.networks.ids([sd_prompt(s.label, s.caption) for s in samples]),  # (B, T)
-            "label": self.networks.ids([s.label for s in samples]),  # (B, T)
+            "text": self.networks.ids([sd_prompt(s.label, s.caption) for s in samples]),  # (B, K*T)
+            "label": self.networks.ids([s.label for s in samples]),  # (B, K*T)
         }
         for name, values in rows.items():
             self.tables.setdefault(name, []).append(values.cpu())
@@ -495,7 +497,7 @@ class Cache:
 
         Returns:
             embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
-            m_gen, m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, T), of the prompt and of the
+            m_gen, m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, K*T), of the prompt and of the
             label alone.
         """
         target, reference, tables = self.target[index], self.reference[index], self.tables

@@ -49,8 +49,8 @@ class Denoising(nn.Module):
         self.scaling, self.image_size = trainable.base.vae.cfg.scaling, trainable.base.image_size
         self.register_buffer("alphas", alphas_cumprod(trainable.base.schedule), persistent=False)
         self.register_buffer("weights", timestep_weights(self.alphas, options.snr_gamma), persistent=False)
-        empty = [tokenizer.ids([""]) for tokenizer in trainable.base.tokenizers[:1]]  # (1, T)
-        self.register_buffer("empty", torch.cat(empty) if empty else None, persistent=False)
+        empty = [tokenizer.ids([""]) for tokenizer in trainable.base.tokenizers]  # (1, T) each
+        self.register_buffer("empty", torch.cat(empty, dim=1) if empty else None, persistent=False)
 
     def export(self) -> Export:
         return self.trainable.export()
@@ -80,10 +80,15 @@ class Denoising(nn.Module):
         if "embedding" in batch:
             made["embedding"] = batch["embedding"].masked_fill(batch["drop"][:, None], 0)  # (B, E)
         if "text_ids" in batch:
-            text = torch.where(batch["drop_text"][:, None], self.empty, batch["text_ids"])  # (B, T)
+            base, drop, label = self.trainable.base, batch["drop_text"], batch["label_ids"]
+            text = torch.where(drop[:, None], self.empty, batch["text_ids"])  # (B, K*T)
+            absent = torch.cat([drop, torch.zeros_like(drop)])  # (2B,)
             with torch.no_grad(), torch.autocast(text.device.type, enabled=False):  # as drawing computes them
-                states = self.trainable.base.text_encoders[0](torch.cat([text, batch["label_ids"]]))[0]
+                states, pooled = base.encode_ids(torch.cat([text, label]), absent)
+                added = base.added_conditioning(pooled, self.image_size, self.image_size)  # (2B, A)
             made["text"], made["label"] = states.chunk(2)  # (B, T, context_dim) each
+            if added is not None:
+                made["added"], made["label_added"] = added.chunk(2)  # (B, A) each
         return batch | made
 
 

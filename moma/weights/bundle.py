@@ -5,9 +5,10 @@
     <name>.safetensors, or <name>-00001-of-0000N.safetensors
     tokenizers/      vocab.json, merges.txt (CLIP), tokenizer.model (LLaMA)
 
-Networks: unet, vae, text, vision (LLaVA's image tower), llava (its language model and projector), adapter,
-for training ip_adapter (an adapter's projector and context) and ip_vision (the encoder it was made with),
-and for evaluation dino_s16, dino_b16, clip_b32 and clip_l14 (whole CLIPs), each with or without the others.
+Networks: unet, vae, text, text_2 (SDXL's second text encoder), vision (LLaVA's image tower), llava (its
+language model and projector), adapter, for training ip_adapter (an adapter's projector and context) and
+ip_vision (the encoder it was made with), and for evaluation dino_s16, dino_b16, clip_b32 and clip_l14 (whole
+CLIPs), each with or without the others.
 LLaVA's config says if its matrices are stored in 8 or 4 bits (models/weights/quant.py); then its file holds
 codes and scales in their place. `Bundle` reads, `BundleWriter` writes; a bundle appears whole or not at all.
 Network sam (masks without a click) may stand beside any others or alone.
@@ -53,6 +54,7 @@ from moma.inputs.familiar import Familiar
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
 from moma.sampling.config import check_types
+from moma.sampling.interface import text_networks
 
 try:
     import fcntl
@@ -69,6 +71,7 @@ PUBLIC: dict[str, tuple[type, Callable[..., nn.Module]]] = {  # network -> confi
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, VAE),
     "text": (CLIPTextConfig, CLIPText),
+    "text_2": (CLIPTextConfig, CLIPText),
     "vision": (CLIPVisionConfig, CLIPVision),
     "llava": (LlavaConfig, build_llava),
     "sam": (SAMConfig, SAM),
@@ -82,6 +85,7 @@ SAMPLING = ("unet", "vae", "text", "vision", "llava", "adapter")  # what drawing
 SCORERS = ("dino_s16", "dino_b16", "clip_b32", "clip_l14")  # what only judges images
 TOKENIZERS = {  # network -> the files it needs
     "text": CLIP_TOKENIZER,
+    "text_2": CLIP_TOKENIZER,
     "clip_b32": CLIP_TOKENIZER,
     "clip_l14": CLIP_TOKENIZER,
     "llava": LLAMA_TOKENIZER,
@@ -300,11 +304,15 @@ class Bundle:
         return path
 
     def clip_tokenizer(self, network: str = "text") -> ClipTokenizer:
-        """The text encoder's or a whole CLIP's, at its number of positions."""
+        """A text encoder's or a whole CLIP's, at its number of positions."""
         config = self.config(network)
         text = config.text if isinstance(config, CLIPConfig) else config
         vocab, merges = (self.tokenizer(file) for file in CLIP_TOKENIZER)
-        return ClipTokenizer(vocab, merges, text.positions)
+        return ClipTokenizer(vocab, merges, text.positions, text.pad)
+
+    def clip_tokenizers(self) -> tuple[ClipTokenizer, ...]:
+        """One for each text encoder of the base."""
+        return tuple(self.clip_tokenizer(name) for name in text_networks(self.config("unet")))
 
     def llama_tokenizer(self) -> LlamaTokenizer:
         """LLaVA's."""

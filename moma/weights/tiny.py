@@ -22,12 +22,14 @@ from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.tokenizers import BEGIN, CLIP_WORDS, END
 from models.unet import UNetConfig
+from models.vae import SDXL as VAE_SDXL
 from models.vae import VAEConfig
 from models.weights.files import read_object
 from models.weights.loading import in_memory
 from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import instruction
 from moma.methods.prompts import sd_prompt
+from moma.sampling.base import SIZES
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
 
 SOURCE = "pseudo-random weights, for tests and demonstrations: images are noise"
@@ -58,6 +60,25 @@ def _networks() -> dict[str, Any]:
         "llava": LlavaConfig(llama=llama, vision=vision),
         "adapter": AdapterConfig(mllm_dim=llama.width, embed_dim=32, learnable_token=True),
     }
+
+
+def tiny_sdxl() -> dict[str, Any]:
+    """Networks for `TinyConfig.networks` on a base like SDXL: two text encoders, pooled text and sizes."""
+    networks = _networks()
+    text, second = (
+        networks["text"],
+        CLIPTextConfig(width=48, layers=3, heads=4, mlp=64, act="gelu", projection=40, pad="!"),
+    )
+    unet = replace(
+        networks["unet"],
+        depth=(0, 1, 2),
+        mid_depth=2,
+        context_dim=(text.width + second.width,) * 3,
+        linear_projection=True,
+        added_cond_dim=second.projection + SIZES * 16,
+    )
+    vae = replace(networks["vae"], scaling=VAE_SDXL.scaling)
+    return networks | {"unet": unet, "vae": vae, "text_2": second}
 
 
 def tiny_scorers() -> dict[str, Any]:
@@ -111,14 +132,9 @@ def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, A
     llava = networks["llava"]
     clips = {name: config for name, config in networks.items() if isinstance(config, CLIPConfig)}
     scorers = {name: replace(config, text=replace(config.text, vocab=clip)) for name, config in clips.items()}
-    return (
-        networks
-        | scorers
-        | {
-            "text": replace(networks["text"], vocab=clip),
-            "llava": replace(llava, llama=replace(llava.llama, vocab=pieces.vocab_size())),
-        }
-    )
+    texts = {name: replace(networks[name], vocab=clip) for name in ("text", "text_2") if name in networks}
+    llama = replace(llava.llama, vocab=pieces.vocab_size())
+    return networks | scorers | texts | {"llava": replace(llava, llama=llama)}
 
 
 def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:

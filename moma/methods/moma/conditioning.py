@@ -56,7 +56,13 @@ class ReferenceHook:
 
 
 def reference_features(
-    unet: UNet, adapter: Adapter, latent: Tensor, label: Tensor, m_ref: Tensor, method: MethodConfig
+    unet: UNet,
+    adapter: Adapter,
+    latent: Tensor,
+    label: Tensor,
+    m_ref: Tensor,
+    method: MethodConfig,
+    added: Tensor | None = None,
 ) -> list[ReferenceLayer]:
     """K', V' and M_ref of every self-attention layer: one UNet call at t = 0 with the label as text.
 
@@ -70,6 +76,7 @@ def reference_features(
             `method.reference_text_cut` tokens are left out.
         m_ref: (B, 1, H, W) in {0, 1}, of any size.
         method: MoMA's config.
+        added: conditioning of the label, (B, A), where the UNet has one.
 
     Returns:
         L layers of B rows.
@@ -78,7 +85,7 @@ def reference_features(
     t = torch.zeros(len(latent), device=latent.device, dtype=torch.long)  # (B,)
     grids = dict.fromkeys(attention_grids(unet.cfg, (latent.shape[-2], latent.shape[-1])))
     key_masks = {grid: m_ref_of_layer(m_ref, grid, method.keep_one_key) for grid in grids}
-    return unet(latent, t, label, ReferenceHook(adapter, key_masks, method.attention))[1]
+    return unet(latent, t, label, ReferenceHook(adapter, key_masks, method.attention), added)[1]
 
 
 # --- denoising -----------------------------------------------------------------------------------------

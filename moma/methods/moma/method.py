@@ -88,7 +88,7 @@ class MoMA(TextToImage):
 
     @classmethod
     def load(cls, runtime: Runtime, config: MethodConfig) -> Self:
-        decoder, beside = None, (*NETWORKS, "adapter")
+        decoder, beside = None, cls.needed(runtime.weights, config, encoders=False)
         adapter = runtime.weights.build("adapter", runtime.device, runtime.dtype).eval().requires_grad_(False)
         if runtime.encoders:
             decoder = FeatureDecoder.load(runtime, config, adapter, beside)
@@ -181,9 +181,10 @@ class MoMA(TextToImage):
         moments = base.encode_image(image)  # 2 x (1, Z, S/f, S/f)
         noises = self._reference_noises(moments[0].shape, seed, posterior_noise, reference_noise)
         latent = reference_latent(*moments, noises, base.vae.cfg.scaling, base.schedule).to(base.dtype)
-        label = base.encode_text([word]).states  # (1, T, context_dim)
+        label, pooled = base.encode_text([word])  # (1, T, context_dim), (1, P)
+        added = base.added_conditioning(pooled, *image.shape[-2:])  # (1, A)
         m_ref = m_ref.to(base.device)
-        layers = reference_features(base.unet, self.adapter, latent, label, m_ref, self.config)
+        layers = reference_features(base.unet, self.adapter, latent, label, m_ref, self.config, added)
         check_finite("UNet (reference)", *(part for layer in layers for part in (layer.k, layer.v)))
         return layers
 

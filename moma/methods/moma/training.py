@@ -269,13 +269,14 @@ class AdapterTraining(DenoisingTraining):
             self.adapter,
             batch["embedding"],
             text,
-            None,
+            batch.get("added"),
             text.new_zeros(text.shape[:2]),  # (B, T); no label: M_gen is given, not made
             self._reference(batch),
             (batch["t"] < self.config.subject_below_t).float(),  # (B,) β is 1 where the subject term acts
             self.method,
         )
-        return StepInputs(text, hook=MoMAHook(cond, subject_on=True, m_gen=batch["m_gen"].to(text.dtype)))
+        hook = MoMAHook(cond, subject_on=True, m_gen=batch["m_gen"].to(text.dtype))
+        return StepInputs(text, cond.added, hook)
 
     def _reference(self, batch: Batch) -> list[ReferenceLayer]:
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
@@ -287,7 +288,8 @@ class AdapterTraining(DenoisingTraining):
             m_ref = move(m_ref, batch["shift"] * (m_ref.shape[-1] // mean.shape[-1]))  # (B, 1, S, S)
         unet, vae, label = self.base.unet, self.base.vae, batch["label"]  # (B, T, ·)
         latent = reference_latent(mean, std, noises, vae.cfg.scaling, self.base.schedule).to(label.dtype)
-        return reference_features(unet, self.adapter, latent, label, m_ref, self.method)
+        added = batch.get("label_added")
+        return reference_features(unet, self.adapter, latent, label, m_ref, self.method, added)
 
     def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[MoMASubject]:
         """The reference is shown where it is."""
