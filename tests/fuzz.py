@@ -253,7 +253,7 @@ READ = (
     "block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels", "act_fn",
     "latent_channels", "cross_attention_dim", "attention_head_dim", "hidden_size", "num_hidden_layers",
     "num_attention_heads", "intermediate_size", "layer_norm_eps", "rms_norm_eps", "vocab_size", "hidden_act",
-    "_class_name", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
+    "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
 )  # fmt: skip
 WHOLE = ("sd15/unet/config.json", "vae/config.json", "llava/config.json", "ip_vision/config.json")
 
@@ -350,7 +350,7 @@ def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
     for name, found in contents.items():
         starts = LDM if name in ("ldm", "ckpt") else ("",)
         named = (key for key in found if key.removeprefix("state_dict.").startswith(starts))
-        used[name] = [key for key in named if "position_ids" not in key]
+        used[name] = [key for key in named if "position_ids" not in key and "llm_mapping.proj" not in key]
     while True:
         name = rng.choice(names)
         source = made[name]

@@ -357,8 +357,8 @@ def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
 
 def _read_unet(source: Source, path: Path) -> None:
     public = read_object(path / "config.json")
-    width = public.get("cross_attention_dim", 0)
-    refuse_unet(public.get("in_channels", 0), width if isinstance(width, int) else 0, path)
+    sizes = (public.get(key, 0) for key in ("in_channels", "cross_attention_dim"))
+    refuse_unet(*(size if isinstance(size, int) else 0 for size in sizes), path)
     tensors = _weights_of(path, DIFFUSERS_STEMS)
     source.add("unet", read_config(path / "config.json", unet_config), tensors)
 
