@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +10,24 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a trained update of rank r, which starts at zero."""
+    """A linear layer with a trained update of rank r."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear, down: nn.Parameter, up: nn.Parameter, scaling: float = 1.0) -> None:
         """Freeze `base` and add the update.
+
+        Args:
+            base: the layer to adapt.
+            down: A (r, in).
+            up: B (out, r).
+            scaling: α/r.
+        """
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), scaling
+        self.down, self.up = down, up
+
+    @classmethod
+    def start(cls, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> Self:
+        """With a new update, float32.
 
         Args:
             base: the layer to adapt.
@@ -20,12 +35,10 @@ class LoRALinear(nn.Module):
             alpha: α, which scales the update by α/r.
             generator: draws A, on the CPU.
         """
-        super().__init__()
-        self.base, self.scaling = base.requires_grad_(False), alpha / rank
-        bound = 1 / math.sqrt(base.in_features)
+        bound, device = 1 / math.sqrt(base.in_features), base.weight.device
         down = (2 * torch.rand(rank, base.in_features, generator=generator) - 1) * bound
-        self.down = nn.Parameter(down.to(base.weight.device))  # A (r, in), float32
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # B (out, r)
+        up = torch.zeros(base.out_features, rank, device=device)
+        return cls(base, nn.Parameter(down.to(device)), nn.Parameter(up), alpha / rank)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scaling  # (..., out)
@@ -42,7 +55,7 @@ def add_lora(model: nn.Module, pattern: str, rank: int, alpha: float, seed: int)
     Args:
         model: network to adapt.
         pattern: regular expression for the whole name of a layer.
-        rank, alpha: see `LoRALinear`.
+        rank, alpha: see `LoRALinear.start`.
         seed: of the updates' initial values.
 
     Returns: name -> new layer.
@@ -52,7 +65,7 @@ def add_lora(model: nn.Module, pattern: str, rank: int, alpha: float, seed: int)
     for name, linear in linears:
         if re.fullmatch(pattern, name):
             parent, _, child = name.rpartition(".")
-            added[name] = LoRALinear(linear, rank, alpha, generator)
+            added[name] = LoRALinear.start(linear, rank, alpha, generator)
             setattr(model.get_submodule(parent), child, added[name])
     return added
 

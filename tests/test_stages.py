@@ -678,7 +678,7 @@ def without(bundle: Bundle, *names: str) -> Bundle:
 
 @torch.no_grad()
 def test_lora_merges(one: Callable[..., FeatureTask]) -> None:
-    layer = LoRALinear(nn.Linear(6, 5), rank=2, alpha=3.0, generator=torch.Generator().manual_seed(0))
+    layer = LoRALinear.start(nn.Linear(6, 5), rank=2, alpha=3.0, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 6)
     assert torch.equal(layer(x), layer.base(x))
     layer.up.normal_()
