@@ -397,7 +397,7 @@ SAM_TRANSFORMERS: Table = [
 # --- adapters --------------------------------------------------------------------------------------------
 
 
-def _processors(down: int, up: int, mid: int) -> Iterable[tuple[int, int]]:
+def processors(down: int, up: int, mid: int) -> Iterable[tuple[int, int]]:
     """(index in diffusers' list of attention layers, index in execution order).
 
     diffusers lists the layers as it registers them: down, up, mid; they run as down, mid, up.
@@ -421,7 +421,7 @@ def moma_th(down: int, up: int, mid: int) -> Table:
         mid: of its middle.
     """
     rows = [Row("projectors.*", "projector.*"), Row("llm_mapping.mapping.*", "mapping.*")]
-    for layer, ours in _processors(down, up, mid):
+    for layer, ours in processors(down, up, mid):
         for kind, number in (("subject", 2 * layer), ("context", 2 * layer + 1)):
             public = f"self_cross_attentions.{number}"
             rows.append(Row(f"{public}.to_k_ip.weight", f"{kind}.{ours}.to_k.weight"))
@@ -442,7 +442,7 @@ def ip_adapter(down: int, up: int, mid: int) -> Table:
     rows: list[Row] = []
     for head, body in (("image_proj", "ip_adapter"), ("image_proj_model", "adapter_modules")):
         rows.append(Row(f"{head}.*", "projector.*"))
-        for layer, ours in _processors(down, up, mid):
+        for layer, ours in processors(down, up, mid):
             public = f"{body}.{2 * layer + 1}"
             rows.append(Row(f"{public}.to_k_ip.weight", f"context.{ours}.to_k.weight"))
             rows.append(Row(f"{public}.to_v_ip.weight", f"context.{ours}.to_v.weight"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moma.methods.ip_adapter import IPAdapterMethod, IPAdapterTraining
+from moma.methods.mm_diff.method import MMDiff
 from moma.methods.moma.method import MoMA
 from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.methods.reference_attention import ReferenceAttention
@@ -28,6 +29,7 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "moma": Entry(MoMA, "MoMA", trainings={"stage1": DecoderTraining, "stage2": AdapterTraining}),
     "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter", trainings={"": IPAdapterTraining}),
+    "mm-diff": Entry(MMDiff, "MM-Diff"),
     "text": Entry(TextToImage, "text only"),
     "reference-attention": Entry(ReferenceAttention, "reference attention"),
     # The ablation of Table 3: how much of M_gen acts, the rest being 1.

@@ -183,10 +183,10 @@ def occurrences(subject: str, text: str) -> list[tuple[int, int]]:
     forms = sorted(_forms(last.lower()), key=len, reverse=True)
     words = [re.escape(word) for word in first] + ["(?:" + "|".join(map(re.escape, forms)) + ")"]
     spans = [match.span() for match in re.finditer(BETWEEN.join(words), text, re.IGNORECASE)]
-    return [span for span in spans if not any(_inside(text, place) for place in span)]
+    return [span for span in spans if not any(inside_word(text, place) for place in span)]
 
 
-def _inside(text: str, place: int) -> bool:
+def inside_word(text: str, place: int) -> bool:
     """Whether a place in a text lies within a word of a script with spaces."""
     around = text[max(place - 1, 0) : place + 1]
     letters = [c == "_" or unicodedata.category(c)[0] in "LMN" for c in around]

@@ -1,0 +1,354 @@
+"""MM-Diff (arXiv 2403.15059): each subject is merged into its word, and read beside the text as tokens.
+
+1. A picture's CLIP embedding is merged into the token embedding of the subject's word, ahead of every text
+   encoder.
+2. The subject's tokens, refined by the picture's patch tokens, are read by a second cross-attention, whose
+   K, V are the base's with LoRAs of their own: Z = Attn(Q, K, V) + λ·Attn(Q, K_i, V_i).
+3. LoRAs on the attention layers of the UNet and of the text encoders act in every step.
+
+Letters: B images, R rows of a UNet call, H heads, N queries, T text tokens, S subject tokens of an image,
+X width of the cross-attention, D channels per head, W width of a text encoder, P embedding of a picture.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from models.attention import attention
+from models.clip import CLIPText, CLIPVision, CLIPVisionConfig
+from models.unet import Grid, KeysValues
+from models.weights.packed import optimize_layout
+from moma.inputs.preprocess import Reference, on_white
+from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, frozen_context, merge
+from moma.methods.mm_diff.config import PRESETS, MMDiffConfig
+from moma.methods.mm_diff.pictures import Face, face_pixels, padded
+from moma.methods.mm_diff.prompts import MarkedPrompt, read_marked
+from moma.methods.text import Prepared, Subject, TextConditioning, TextToImage
+from moma.sampling.base import NETWORKS, Base, Encodings
+from moma.sampling.config import SampleConfig
+from moma.sampling.diffusion import SolverStep, timesteps
+from moma.sampling.finite import check_finite
+from moma.sampling.interface import Runtime, State, StepInputs, TextInput
+
+WORDS, PATCHES = "mm_diff_vision", "mm_diff_public"  # the trained image encoder, and the public one
+Text = tuple[TextInput, Tensor | None]  # text and added conditioning of R rows
+PATCH_LAYER = -2  # of the public one's hidden states
+
+
+def build_vision(cfg: CLIPVisionConfig, unet: Any) -> CLIPVision:
+    return CLIPVision(cfg)
+
+
+@dataclass(frozen=True, eq=False)
+class MMDiffSubject(Subject):
+    """A subject of one or more pictures; the first is the one that its word gets."""
+
+    embedding: Tensor  # (1, P)
+    tokens: Tensor  # (1, S, X)
+
+    def with_more(self, others: Sequence["MMDiffSubject"]) -> Self:
+        """The same subject with the tokens of more pictures of it."""
+        return replace(self, tokens=torch.cat([self.tokens, *(one.tokens for one in others)], dim=1))
+
+
+class MMDiff(TextToImage):
+    """The base model with MM-Diff; up to eight subjects."""
+
+    Config = MMDiffConfig
+    Presets: ClassVar[Mapping[str, Any]] = PRESETS
+    own_networks: ClassVar[Mapping[str, Any]] = {
+        "mm_diff": (MMDiffSizes, MMDiffAdapter),
+        WORDS: (CLIPVisionConfig, build_vision),
+        PATCHES: (CLIPVisionConfig, build_vision),
+    }
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: MMDiffAdapter,
+        frozen: Sequence[KeysValues],
+        vision: CLIPVision | None,
+        patches: CLIPVision | None,
+        config: MMDiffConfig,
+    ) -> None:
+        """A method on networks that have the LoRAs in them.
+
+        Args:
+            base: computes with the adapter's LoRAs (`merge` or `attach`).
+            adapter: of MM-Diff.
+            frozen: `frozen_context` of the base before its LoRAs were merged.
+            vision: the trained image encoder; None where subjects are made elsewhere.
+            patches: the public one, likewise.
+            config: of the method.
+        """
+        super().__init__(base, config)
+        self.adapter, self.frozen, self.vision, self.patches = adapter, frozen, vision, patches
+
+    @classmethod
+    def networks(cls, config: MMDiffConfig, encoders: bool) -> tuple[str, ...]:
+        return (*NETWORKS, "mm_diff", WORDS, config.patches)
+
+    @classmethod
+    def check(cls, weights: Any, config: MMDiffConfig, encoders: bool = True) -> None:
+        super().check(weights, config, encoders)
+        sizes, vision, public = (weights.config(name) for name in ("mm_diff", WORDS, config.patches))
+        found = vision.projection or vision.width, public.width
+        if found != (sizes.embed_dim, sizes.patch_dim):
+            raise ValueError(
+                f"{weights.folder}: mm_diff reads embeddings and patches of {sizes.embed_dim} and"
+                f" {sizes.patch_dim}, the image encoders give {found[0]} and {found[1]}"
+            )
+
+    @classmethod
+    def load(cls, runtime: Runtime, config: MMDiffConfig) -> Self:
+        weights, device = runtime.weights, runtime.device
+        base = Base.load(replace(runtime, pack=False))
+        adapter = weights.build("mm_diff", device, torch.float32).eval().requires_grad_(False)
+        frozen = [(k.clone(), v.clone()) for k, v in frozen_context(base.unet)]
+        merge(adapter, base.unet, base.text_encoders[: 1 if config.text_lora == "first" else None])
+        if runtime.pack:
+            optimize_layout(base.unet, device, runtime.dtype)
+        vision, patches = (
+            weights.build(name, device, runtime.dtype).eval().requires_grad_(False)
+            for name in (WORDS, config.patches)
+        )
+        return cls(base, adapter.to(runtime.dtype), frozen, vision, patches, config)
+
+    def with_config(self, config: MMDiffConfig) -> Self:
+        for name in ("text_lora", "patches"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ValueError(f"{name} {getattr(config, name)!r}: is decided when the weights are loaded")
+        return type(self)(self.base, self.adapter, self.frozen, self.vision, self.patches, config)
+
+    @classmethod
+    def read(
+        cls, tokenizers: Sequence[Any], config: MMDiffConfig, words: Sequence[str], prompt: str
+    ) -> MarkedPrompt:
+        cls.check_subjects(words)
+        return read_marked(tokenizers, words, prompt, config.absent_label)
+
+    @torch.no_grad()
+    def encode_reference(
+        self, reference: Reference, word: str, *, face: Face | None = None, **options: Any
+    ) -> MMDiffSubject:
+        """The embedding of a subject's picture and its tokens.
+
+        Args:
+            reference: of the subject.
+            word: what it is.
+            face: in the original image; weights for faces need one.
+            options: of `Method.encode_reference`.
+
+        Raises:
+            ValueError: without a face where one is needed.
+        """
+        base, config = self.base, self.config
+        sees = on_white(reference.original) if config.picture == "photo" else reference.white
+        pixels = padded(sees, self.vision.cfg.image_size)[None].to(base.device, base.dtype)  # (1, 3, S, S)
+        embedding = self.vision(pixels)[1]  # (1, P)
+        subject = embedding
+        if self.adapter.cfg.subject == "face":
+            if face is None:
+                raise ValueError(
+                    f"{word!r}: these weights of MM-Diff draw people, and need the face's embedding and"
+                    " landmarks"
+                )
+            crop = face_pixels(on_white(reference.original), face, self.patches.cfg.image_size)
+            pixels = crop[None].to(base.device, base.dtype)  # (1, 3, S, S)
+            subject = torch.nn.functional.normalize(face.embedding, dim=0)[None].to(pixels)  # (1, 512)
+        tokens = self.adapter.head(subject, self.patches.hidden(pixels, PATCH_LAYER))  # (1, S, X)
+        check_finite("image encoder", embedding, tokens)
+        return MMDiffSubject(word, reference, embedding, tokens)
+
+    def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "MMDiffConditioning":
+        start, subjects = self.config.start_merge_step, [one.job.subjects for one in prepared]
+        pure = self._text(prepared, config, merged=False) if start or not any(subjects) else None
+        if start >= config.steps or not any(subjects):
+            return MMDiffConditioning(*pure)
+        hook = self.hook(
+            [[one.tokens for one in row] for row in subjects],
+            [config.strength if one.job.strength is None else one.job.strength for one in prepared],
+        )
+        grid = timesteps(self.base.schedule, config.steps, config.solver, config.grid)
+        return MMDiffConditioning(*self._text(prepared, config, merged=True), pure, grid[start], hook)
+
+    def hook(self, subjects: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> "SubjectHook":
+        """The second cross-attention of B images.
+
+        Args:
+            subjects: tokens of each image's, (1, S, X) each.
+            strengths: of each image's.
+        """
+        like = next(tokens for row in subjects for tokens in row)
+        lengths = [sum(tokens.shape[1] for tokens in row) for row in subjects]
+        tokens = like.new_zeros(len(subjects), max(lengths), like.shape[2])  # (B, S, X)
+        for i, row in enumerate(subjects):
+            if row:
+                tokens[i, : lengths[i]] = torch.cat(list(row), dim=1)[0]
+        counts = torch.tensor(lengths, device=like.device)  # (B,)
+        keep = torch.arange(max(lengths), device=like.device) < counts[:, None]  # (B, S)
+        scale = torch.tensor(strengths, device=like.device) * self.config.fuse_scale * (counts > 0)  # (B,)
+        layers = self.adapter.keys_values(tokens, self.frozen)
+        return SubjectHook(layers, keep[:, None, None], scale[:, None, None, None].to(like.dtype))
+
+    def _text(self, prepared: Sequence[Prepared], config: SampleConfig, merged: bool) -> Text:
+        """Text K, V and added conditioning of both rows of guidance, R = 2B.
+
+        Args:
+            prepared: B jobs.
+            config: with the images' sizes.
+            merged: with the subjects' pictures in their words.
+        """
+        states, pooled = self.read_texts(prepared, merged)
+        added = self.base.added_conditioning(pooled, config.height, config.width)  # (R, A)
+        return self.base.unet.text_kv(states), added
+
+    def read_texts(self, prepared: Sequence[Prepared], merged: bool) -> tuple[Tensor, Tensor | None]:
+        """What the UNet reads of B jobs, negative texts first: (R, T, C), (R, P).
+
+        Args:
+            prepared: the jobs.
+            merged: with the subjects' pictures in their words.
+        """
+        read = [one.negative for one in prepared] + [one.prompt.encodings for one in prepared]
+        absent = [not one.job.negative for one in prepared] + [False] * len(prepared)
+        return encode_text(self.base, read, absent, self._fuse(prepared) if merged else None)
+
+    def _fuse(self, prepared: Sequence[Prepared]) -> Callable[[int, Tensor], Tensor]:
+        """What merges pictures into the words of both rows of guidance; see `merge_words`."""
+        found = [
+            (row, place, subject.embedding)
+            for i, one in enumerate(prepared)
+            for subject, place in zip(one.job.subjects, zip(*one.prompt.places, strict=True), strict=True)
+            for row in ((i,) if self.config.fuse_negative and one.job.negative else ()) + (i + len(prepared),)
+            if place[0] is not None
+        ]
+        if not found:
+            return lambda encoder, words: words
+        rows, places, embeddings = zip(*found, strict=True)
+        pictures = self.adapter.pictures(torch.cat(embeddings))  # of each text encoder (·, W)
+
+        def fuse(encoder: int, words: Tensor) -> Tensor:
+            columns = [place[encoder] for place in places]
+            where = tuple(torch.tensor(x, device=words.device) for x in (rows, columns))
+            return merge_words(self.adapter, encoder, words, where, pictures[encoder])
+
+        return fuse
+
+
+def merge_words(
+    adapter: MMDiffAdapter, encoder: int, words: Tensor, where: tuple[Tensor, Tensor], pictures: Tensor
+) -> Tensor:
+    """Token embeddings (R, T, W) with the pictures in the subjects' words.
+
+    Args:
+        adapter: has the network that merges.
+        encoder: number of the text encoder.
+        words: its token embeddings, (R, T, W).
+        where: rows and positions of the subjects, (S,) each.
+        pictures: theirs, (S, W).
+    """
+    merged = adapter.fuse[encoder](words[where], pictures)  # (S, W)
+    return words.index_put(where, merged.to(words.dtype))
+
+
+def encode_text(
+    base: Base,
+    read: Sequence[Encodings],
+    absent: Sequence[bool],
+    fuse: Callable[[int, Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `Base.encode_text`, with other token embeddings.
+
+    Args:
+        base: has the text encoders.
+        read: R texts.
+        absent: of two text encoders' texts, those that are not there: zeros take their place.
+        fuse: number of a text encoder and its token embeddings (R, T, W) -> those it reads; None = the same.
+
+    Returns:
+        (R, T, C) and (R, P) or None.
+    """
+    outputs = []
+    for i, encoder in enumerate(base.text_encoders):
+        ids = torch.tensor([encodings[i].ids for encodings in read], device=base.device)  # (R, T)
+        outputs.append(read_words(encoder, ids, None if fuse is None else lambda x, i=i: fuse(i, x)))
+    before, after, pooled = zip(*outputs, strict=True)
+    if len(outputs) == 1:
+        states = after[0]  # (R, T, C)
+    else:
+        gone = torch.tensor(absent, device=base.device)[:, None]  # (R, 1)
+        states = torch.cat(before, dim=-1).masked_fill(gone[..., None], 0)  # (R, T, C)
+        pooled = [x.masked_fill(gone, 0) for x in pooled]
+    check_finite("text encoder", states, pooled[-1])
+    return states, pooled[-1] if base.unet.cfg.added_cond_dim else None
+
+
+def read_words(
+    encoder: CLIPText, ids: Tensor, fuse: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before the last block and after all (R, T, W), and the pooled one (R, P).
+
+    Args:
+        encoder: of texts.
+        ids: (R, T).
+        fuse: token embeddings (R, T, W) -> those that it reads, before the positions are added.
+    """
+    table = encoder.embeddings
+    words = table.token_embedding(ids)  # (R, T, W)
+    x = (words if fuse is None else fuse(words)) + table.position_embedding.weight[: ids.shape[1]]
+    before = encoder.encoder(x, encoder.cfg.layers - 1)  # (R, T, W)
+    after = encoder.final_layer_norm(encoder.encoder.layers[-1](before, encoder.encoder.causal))
+    score = ids if encoder.cfg.end_id is None else (ids == encoder.cfg.end_id).int()  # (R, T)
+    pooled = after[torch.arange(len(ids), device=ids.device), score.argmax(dim=1)]  # (R, W)
+    return before, after, pooled if encoder.cfg.projection is None else encoder.text_projection(pooled)
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectHook:
+    """The second cross-attention, in the conditional rows; the others come first, as guidance has them."""
+
+    layers: list[KeysValues]  # K and V of the subjects' tokens, (B, H, S, D) each
+    keep: Tensor  # bool (B, 1, 1, S); images may have different numbers of tokens
+    scale: Tensor  # (B, 1, 1, 1): λ, 0 without subjects
+
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        return attention(q, k, v), None
+
+    def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        z, first = attention(q, k, v), len(q) - len(self.keep)  # (R, H, N, D)
+        added = attention(q[first:], *self.layers[layer], self.keep) * self.scale  # (B, H, N, D)
+        return torch.cat([z[:first], z[first:] + added.to(z.dtype)]), None
+
+    def prepare(self, grids: Sequence[Grid]) -> None:
+        pass
+
+    def key(self) -> Hashable:
+        return id(self)
+
+    def inputs(self) -> list[Tensor]:
+        return []
+
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class MMDiffConditioning(TextConditioning):
+    """The conditioning of a batch: plain text in the first steps, then the subjects."""
+
+    pure: Text | None = None  # text and added conditioning of the first steps
+    merged_from: int = -1  # timestep of the first step with subjects
+    hook: SubjectHook | None = None
+
+    def at(self, step: SolverStep, state: State) -> StepInputs:
+        if self.pure is not None and step.t > self.merged_from:
+            return StepInputs(*self.pure)
+        return StepInputs(self.text, self.added, self.hook)
+
+    def conditional(self) -> Self:
+        pure = self.pure and TextConditioning(*self.pure).conditional()
+        return replace(super().conditional(), pure=pure and (pure.text, pure.added))

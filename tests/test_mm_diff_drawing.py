@@ -1,0 +1,157 @@
+"""Drawing with MM-Diff on small bases of one and of two text encoders."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.tokenizers import ClipTokenizer
+from models.unet import UNet, UNetConfig
+from models.vae import VAE, VAEConfig
+from moma import Job, Pipeline, SampleConfig
+from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA, attach, frozen_context, merge
+from moma.methods.mm_diff.method import MMDiff
+from moma.methods.mm_diff.pictures import Face
+from moma.sampling.base import SIZES, Base
+from moma.weights.tiny import build_tokenizers, fill
+from tests.helpers import Rerun, image, latents, mask, same
+
+WIDTHS, POOLED, SIDE = (16, 32), 24, 64
+CONFIG = SampleConfig(steps=6, height=SIDE, width=SIDE, batch_size=4)
+VISION = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14, projection=24)
+
+
+def filled(network: nn.Module, seed: int = 0) -> Any:
+    fill(network, torch.Generator().manual_seed(seed))
+    return network.eval().requires_grad_(False)
+
+
+def networks(folder: Path, encoders: int, subject: str = "cls") -> tuple[Base, MMDiffAdapter]:
+    """A base, and an adapter whose LoRAs are not zero."""
+    build_tokenizers(folder)
+    tokenizer = ClipTokenizer(folder / "vocab.json", folder / "merges.txt")
+    vocab = len(json.loads((folder / "vocab.json").read_text()))
+    texts = [
+        CLIPTextConfig(width=w, layers=2, heads=4, mlp=32, vocab=vocab, projection=p)
+        for w, p in zip(WIDTHS, (None, POOLED), strict=True)
+    ][-encoders:]
+    width = sum(cfg.width for cfg in texts)
+    unet = UNetConfig(
+        channels=(32, 64, 64), depth=(1, 1, 0), heads=(4, 4, 4), context_dim=(width,) * 3, norm_groups=8,
+        added_cond_dim=POOLED + SIZES * 8 if encoders == 2 else None,
+    )  # fmt: skip
+    vae = VAEConfig(channels=(16, 16, 32, 32), resnets=1, norm_groups=8)
+    sizes = MMDiffSizes(
+        subject=subject, face_dim=16, embed_dim=24, patch_dim=32, text_dims=tuple(cfg.width for cfg in texts),
+        hidden=32, depth=2, heads=2, head_dim=8, rank=4, text_1=TextLoRA.of(texts[0], 4, mlp=True),
+        text_2=TextLoRA.of(texts[1], 4) if encoders == 2 else None,
+    )  # fmt: skip
+    own = tuple(filled(CLIPText(cfg), i) for i, cfg in enumerate(texts))
+    base = Base(filled(UNet(unet)), filled(VAE(vae)), own, (tokenizer,) * encoders, SIDE)
+    return base, filled(MMDiffAdapter(sizes, unet), 1)
+
+
+def pipeline(folder: Path, encoders: int, subject: str = "cls", **config: Any) -> Pipeline:
+    base, adapter = networks(folder, encoders, subject)
+    frozen = [(k.clone(), v.clone()) for k, v in frozen_context(base.unet)]
+    merge(adapter, base.unet, base.text_encoders[:1])
+    vision, patches = filled(CLIPVision(VISION), 2), filled(CLIPVision(VISION), 3)
+    return Pipeline(MMDiff(base, adapter, frozen, vision, patches, MMDiff.configure(**config)))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return pipeline(tmp_path_factory.mktemp("tokenizers"), request.param)
+
+
+@pytest.fixture(scope="module")
+def jobs(pipe: Pipeline) -> list[Job]:
+    """Images with none, one, two and three subjects, one of them of two pictures."""
+    cat, dog, vase = (
+        pipe.encode_subject(image(i), mask(20 + i), w) for i, w in enumerate(("cat", "dog", "vase"))
+    )
+    more = cat.with_more([pipe.encode_subject(image(7), mask(25), "cat")])
+    return [
+        Job((), "a house in the snow", 0),
+        Job(dog, "a dog", 1, negative="snow on a house"),
+        Job((more, dog), "a dog and a cat", 2, strength=0.7),
+        Job((cat, dog, vase), "a cat, a dog and a vase", 3),
+    ]
+
+
+@pytest.mark.parametrize(("start", "interval"), [(0, (0, 1000)), (2, (0, 1000)), (0, (300, 800))])
+def test_a_batch_is_its_singles(
+    pipe: Pipeline, jobs: list[Job], start: int, interval: tuple[int, int]
+) -> None:
+    pipe = pipe.with_config(replace(pipe.method.config, start_merge_step=start))
+    config = replace(CONFIG, guidance_interval=interval)
+    batch = latents(pipe, jobs, config)
+    for i, job in enumerate(jobs):
+        same(latents(pipe, [job], config), batch[i : i + 1], 1e-3 * float(batch.abs().max()))
+        if i:
+            alone = latents(pipe, [replace(job, subjects=())], config)
+            assert not torch.allclose(alone, batch[i : i + 1], atol=1e-2), "subjects have an effect"
+
+
+def test_what_changes_an_image(pipe: Pipeline, jobs: list[Job]) -> None:
+    """Each choice does, and a merge after the last step leaves the text alone."""
+    before = latents(pipe, jobs[1:3], CONFIG)
+    for field, value in (("fuse_scale", 0.3), ("start_merge_step", 3), ("fuse_negative", False)):
+        changed = pipe.with_config(replace(pipe.method.config, **{field: value}))
+        other = latents(changed, jobs[1:3], CONFIG)
+        differ = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(before, other, strict=True)]
+        assert differ == [True, field != "fuse_negative"], field  # the second image has no negative text
+    late = pipe.with_config(replace(pipe.method.config, start_merge_step=CONFIG.steps))
+    same(
+        latents(late, jobs[1:3], CONFIG), latents(pipe, [replace(j, subjects=()) for j in jobs[1:3]], CONFIG)
+    )
+    cat, dog = jobs[2].subjects
+    swapped = [replace(jobs[2], subjects=(dog, cat))]  # words, not their order, tell whose is whose
+    same(latents(pipe, swapped, CONFIG), before[1:], 1e-3)
+    first = [replace(jobs[2], subjects=(replace(cat, tokens=cat.tokens[:, :4]), dog))]
+    assert not torch.allclose(latents(pipe, first, CONFIG), before[1:], atol=1e-3), "all pictures are read"
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_graphs_change_nothing(pipe: Pipeline, jobs: list[Job], start: int) -> None:
+    pipe = pipe.with_config(replace(pipe.method.config, start_merge_step=start))
+    config, recorder = replace(CONFIG, steps=12), Rerun()
+    graphed = latents(replace(pipe, make_recorder=lambda: recorder), jobs, config)
+    same(graphed, latents(pipe, jobs, config), 1e-4)
+    assert recorder.recorded == (2 if start else 1)
+
+
+def test_merged_is_attached(tmp_path: Path, pipe: Pipeline, jobs: list[Job]) -> None:
+    """LoRAs in the weights and beside them, as in training, compute the same."""
+    base, adapter = networks(tmp_path, len(pipe.base.text_encoders))
+    attach(adapter, base.unet, base.text_encoders[:1])
+    method = MMDiff(base, adapter, frozen_context(base.unet), None, None, pipe.method.config)
+    same(latents(Pipeline(method), jobs, CONFIG), latents(pipe, jobs, CONFIG), 1e-3)
+
+
+def test_faces(tmp_path: Path) -> None:
+    """Weights for faces want one, of any length, and read where it is."""
+    pipe = pipeline(tmp_path, 2, "face")
+    with pytest.raises(ValueError, match="face"):
+        pipe.encode_subject(image(0), mask(30), "man")
+    landmarks = torch.tensor([[30.0, 30], [60, 30], [45, 50], [33, 65], [57, 65]])
+    embedding = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    one, longer, moved, other = (
+        pipe.encode_subject(image(0), mask(30), "man", face=Face(e, at)).tokens
+        for e, at in (
+            (embedding, landmarks), (3 * embedding, landmarks), (embedding, landmarks + 9),
+            (-embedding, landmarks),
+        )
+    )  # fmt: skip
+    same(one, longer, 1e-5)
+    assert not torch.allclose(one, moved, atol=1e-3) and not torch.allclose(one, other, atol=1e-3)
+
+
+def test_choices_of_loading_stay(pipe: Pipeline) -> None:
+    with pytest.raises(ValueError, match="text_lora"):
+        pipe.with_config(replace(pipe.method.config, text_lora="both"))
