@@ -7,6 +7,7 @@ Letters: B batch, T text tokens, N image patches, C width, P projection width, S
 H heads, D channels per head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ from models.tokenizers import END
 
 # OpenAI's weights were trained with the approximation x·σ(1.702x), OpenCLIP's with the true GELU.
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+Change = Callable[[Tensor], Tensor]  # token embeddings (B, T, C) -> others in their place
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,10 @@ class _TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab, cfg.width)
         self.position_embedding = nn.Embedding(cfg.positions, cfg.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, change: Change | None = None) -> Tensor:
         positions = self.position_embedding.weight[: ids.shape[1]]  # (T, C)
-        return self.token_embedding(ids) + positions  # (B, T) -> (B, T, C)
+        words = self.token_embedding(ids)  # (B, T) -> (B, T, C)
+        return (words if change is None else change(words)) + positions  # (B, T, C)
 
 
 class _VisionEmbeddings(nn.Module):
@@ -215,11 +219,14 @@ class CLIPText(nn.Module):
         """
         return self.states(ids)[1:]
 
-    def states(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The states before the last block, which SDXL reads, (B, T, C), and what `forward` returns."""
+    def states(self, ids: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The states before the last block, which SDXL reads, (B, T, C), and what `forward` returns.
+
+        ids: as there. change: gives the token embeddings that are read instead, before positions are added.
+        """
         if ids.shape[1] > self.cfg.positions:
             raise ValueError(f"text of {ids.shape[1]} tokens: expected at most {self.cfg.positions}")
-        before = self.encoder(self.embeddings(ids), self.cfg.layers - 1)  # (B, T, C)
+        before = self.encoder(self.embeddings(ids, change), self.cfg.layers - 1)  # (B, T, C)
         hidden = self.final_layer_norm(self.encoder.layers[-1](before, self.encoder.causal))
         # argmax finds the first 1, or in the ids the end token, which is the last of OpenAI's vocabulary
         score = ids if self.cfg.end_id is None else (ids == self.cfg.end_id).int()  # (B, T)

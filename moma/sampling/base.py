@@ -3,8 +3,9 @@
 Letters: B prompts, T text tokens, C text width, P pooled width, A added conditioning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
@@ -23,6 +24,7 @@ NETWORKS = ("unet", "vae", "text")  # of a bundle
 CLEAN = ScheduleConfig(end="clean")  # SDXL's: its sampler, Euler's, ends without noise
 SIZES = 6  # numbers in SDXL's size conditioning: height, width, top, left, target height, target width
 
+Change = Callable[[int, Tensor], Tensor]  # see `Base.encode_ids`
 Encodings = tuple[Encoding, ...]  # a text as each of the tokenizers reads it
 
 
@@ -61,22 +63,28 @@ class Base:
         return self.unet.conv_in.weight.dtype
 
     def encode_text(
-        self, texts: Sequence[str | Encodings], absent: Sequence[bool] | None = None
+        self,
+        texts: Sequence[str | Encodings],
+        absent: Sequence[bool] | None = None,
+        change: Change | None = None,
     ) -> TextStates:
         """What the UNet reads of B texts.
 
         Args:
             texts: to read.
             absent: which of them were not given, see `encode_ids`.
+            change: see there.
         """
         read = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
         rows = [[token for encoding in encodings for token in encoding.ids] for encodings in read]
         dropped = None if absent is None else torch.tensor(absent, device=self.device)  # (B,)
-        found = self.encode_ids(torch.tensor(rows, device=self.device), dropped)
+        found = self.encode_ids(torch.tensor(rows, device=self.device), dropped, change)
         check_finite("text encoder", *(x for x in found if x is not None))
         return found
 
-    def encode_ids(self, ids: Tensor, absent: Tensor | None = None) -> TextStates:
+    def encode_ids(
+        self, ids: Tensor, absent: Tensor | None = None, change: Change | None = None
+    ) -> TextStates:
         """What the UNet reads of B texts.
 
         One text encoder gives its last states (SD1.5). Two give their penultimate states side by side, and
@@ -86,12 +94,12 @@ class Base:
         Args:
             ids: of each tokenizer, side by side, (B, K*T).
             absent: bool (B,), texts that were not given; their ids are those of "".
+            change: number of a text encoder and its token embeddings (B, T, C_i) -> those it reads instead.
         """
+        parts = ids.chunk(len(self.text_encoders), dim=1)  # of each text encoder (B, T)
         outputs = [
-            encoder.states(own)  # (B, T, C_i) twice, (B, P_i)
-            for encoder, own in zip(
-                self.text_encoders, ids.chunk(len(self.text_encoders), dim=1), strict=True
-            )
+            encoder.states(own, change and partial(change, i))  # (B, T, C_i) twice, (B, P_i)
+            for i, (encoder, own) in enumerate(zip(self.text_encoders, parts, strict=True))
         ]
         pooled = outputs[-1][2]  # (B, P)
         if len(outputs) == 1:

@@ -10,7 +10,7 @@ Letters: B images, R rows of a UNet call, H heads, N queries, T text tokens, S s
 X width of the cross-attention, D channels per head, W width of a text encoder, P embedding of a picture.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.attention import attention
-from models.clip import CLIPText, CLIPVision, CLIPVisionConfig
+from models.clip import CLIPVision, CLIPVisionConfig
 from models.unet import Grid, KeysValues
 from models.weights.packed import optimize_layout
 from moma.inputs.preprocess import Reference, on_white
@@ -27,11 +27,11 @@ from moma.methods.mm_diff.config import PRESETS, MMDiffConfig
 from moma.methods.mm_diff.pictures import Face, face_pixels, padded
 from moma.methods.mm_diff.prompts import MarkedPrompt, read_marked
 from moma.methods.text import Prepared, Subject, TextConditioning, TextToImage
-from moma.sampling.base import NETWORKS, Base, Encodings
+from moma.sampling.base import NETWORKS, Base, Change
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import SolverStep, timesteps
 from moma.sampling.finite import check_finite
-from moma.sampling.interface import Runtime, State, StepInputs, TextInput
+from moma.sampling.interface import Runtime, State, StepInputs, TextInput, TextStates
 
 WORDS, PATCHES = "mm_diff_vision", "mm_diff_public"  # the trained image encoder, and the public one
 Text = tuple[TextInput, Tensor | None]  # text and added conditioning of R rows
@@ -206,7 +206,7 @@ class MMDiff(TextToImage):
         added = self.base.added_conditioning(pooled, config.height, config.width)  # (R, A)
         return self.base.unet.text_kv(states), added
 
-    def read_texts(self, prepared: Sequence[Prepared], merged: bool) -> tuple[Tensor, Tensor | None]:
+    def read_texts(self, prepared: Sequence[Prepared], merged: bool) -> TextStates:
         """What the UNet reads of B jobs, negative texts first: (R, T, C), (R, P).
 
         Args:
@@ -215,9 +215,9 @@ class MMDiff(TextToImage):
         """
         read = [one.negative for one in prepared] + [one.prompt.encodings for one in prepared]
         absent = [not one.job.negative for one in prepared] + [False] * len(prepared)
-        return encode_text(self.base, read, absent, self._fuse(prepared) if merged else None)
+        return self.base.encode_text(read, absent, self._fuse(prepared) if merged else None)
 
-    def _fuse(self, prepared: Sequence[Prepared]) -> Callable[[int, Tensor], Tensor]:
+    def _fuse(self, prepared: Sequence[Prepared]) -> Change:
         """What merges pictures into the words of both rows of guidance; see `merge_words`."""
         found = [
             (row, place, subject.embedding)
@@ -253,58 +253,6 @@ def merge_words(
     """
     merged = adapter.fuse[encoder](words[where], pictures)  # (S, W)
     return words.index_put(where, merged.to(words.dtype))
-
-
-def encode_text(
-    base: Base,
-    read: Sequence[Encodings],
-    absent: Sequence[bool],
-    fuse: Callable[[int, Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `Base.encode_text`, with other token embeddings.
-
-    Args:
-        base: has the text encoders.
-        read: R texts.
-        absent: of two text encoders' texts, those that are not there: zeros take their place.
-        fuse: number of a text encoder and its token embeddings (R, T, W) -> those it reads; None = the same.
-
-    Returns:
-        (R, T, C) and (R, P) or None.
-    """
-    outputs = []
-    for i, encoder in enumerate(base.text_encoders):
-        ids = torch.tensor([encodings[i].ids for encodings in read], device=base.device)  # (R, T)
-        outputs.append(read_words(encoder, ids, None if fuse is None else lambda x, i=i: fuse(i, x)))
-    before, after, pooled = zip(*outputs, strict=True)
-    if len(outputs) == 1:
-        states = after[0]  # (R, T, C)
-    else:
-        gone = torch.tensor(absent, device=base.device)[:, None]  # (R, 1)
-        states = torch.cat(before, dim=-1).masked_fill(gone[..., None], 0)  # (R, T, C)
-        pooled = [x.masked_fill(gone, 0) for x in pooled]
-    check_finite("text encoder", states, pooled[-1])
-    return states, pooled[-1] if base.unet.cfg.added_cond_dim else None
-
-
-def read_words(
-    encoder: CLIPText, ids: Tensor, fuse: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States before the last block and after all (R, T, W), and the pooled one (R, P).
-
-    Args:
-        encoder: of texts.
-        ids: (R, T).
-        fuse: token embeddings (R, T, W) -> those that it reads, before the positions are added.
-    """
-    table = encoder.embeddings
-    words = table.token_embedding(ids)  # (R, T, W)
-    x = (words if fuse is None else fuse(words)) + table.position_embedding.weight[: ids.shape[1]]
-    before = encoder.encoder(x, encoder.cfg.layers - 1)  # (R, T, W)
-    after = encoder.final_layer_norm(encoder.encoder.layers[-1](before, encoder.encoder.causal))
-    score = ids if encoder.cfg.end_id is None else (ids == encoder.cfg.end_id).int()  # (R, T)
-    pooled = after[torch.arange(len(ids), device=ids.device), score.argmax(dim=1)]  # (R, W)
-    return before, after, pooled if encoder.cfg.projection is None else encoder.text_projection(pooled)
 
 
 @dataclass(frozen=True, eq=False)
