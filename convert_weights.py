@@ -9,10 +9,10 @@
 
 The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
-attn_adapters_projectors.th, an IP-Adapter for SD1.5, Segment Anything (a file or a folder), the export folder
-of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Where two sources have the
-same network, a source of this network alone (a VAE folder) wins over a larger one (a Stable Diffusion
-folder), otherwise the later source wins; a note says so. --base-bundle supplies what no source has.
+attn_adapters_projectors.th, an IP-Adapter for SD1.5, Segment Anything (a file or a folder), MM-Diff's folder,
+the export folder of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Where two
+sources have the same network, a source of this network alone (a VAE folder) wins over a larger one (a Stable
+Diffusion folder), otherwise the later source wins; a note says so. --base-bundle supplies what no source has.
 """
 
 import argparse
@@ -62,6 +62,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
+from moma.weights.mm_diff import PUBLIC, WORDS, encoders
 from moma.weights.refusals import side
 from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_source
 
@@ -145,6 +146,8 @@ def _fill(
     for source in sources:
         if adapters and source.networks.get("llava", base) is networks.get("llava") and source.is_plain_llava:
             say(f"note: llava: {source.name} does not say that it is MoMA's own, which the adapter needs")
+    if WORDS in networks and networks[WORDS].config is None:
+        networks |= mm_diff_encoders(networks, base)
     if llm_bits and "llava" not in networks:
         networks["llava"] = llava_of(base if llm else None)
     if not networks:
@@ -189,6 +192,15 @@ def _fill(
         writer.methods |= methods
         for source in sources:
             writer.method |= source.method
+
+
+def mm_diff_encoders(networks: Mapping[str, Network], base: Bundle | None) -> dict[str, Network]:
+    """Both image encoders of the released MM-Diff, with those of a source's or the base's CLIP."""
+    clip = networks.get(PUBLIC)
+    if clip is None and base and PUBLIC in base.networks:
+        clip = Network(base.config(PUBLIC), base.tensors(PUBLIC), str(base.folder))
+    tensors = encoders(networks[WORDS].tensors, clip and (clip.config, clip.tensors))
+    return {name: Network(clip.config.vision, own, networks[WORDS].source) for name, own in tensors.items()}
 
 
 def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
@@ -287,7 +299,7 @@ def check_together(configs: Mapping[str, Any], methods: Mapping[str, Mapping[str
     adapter, ip_adapter = configs.get("adapter"), configs.get("ip_adapter")
     if (adapter or ip_adapter) and not unet:
         raise ValueError("an adapter needs the UNet it belongs to; add its source or --base-bundle")
-    if unet and text and set(unet.context_dim) != {text.width}:
+    if unet and text and not unet.added_cond_dim and set(unet.context_dim) != {text.width}:
         raise ValueError(
             f"unet: reads texts of width {unet.context_dim[0]}, the text encoder gives {text.width}"
         )

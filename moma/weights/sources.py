@@ -56,6 +56,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import DIFFUSERS_STEMS, MOMA_FILE, TRANSFORMERS_STEMS
+from moma.weights.mm_diff import WORDS, is_mm_diff, read_mm_diff
 from moma.weights.refusals import (
     refuse_claims,
     refuse_codes,
@@ -251,6 +252,11 @@ def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
         raise ValueError(f"{path}: empty folder")
     if (path / EXPORT).is_file():
         _read_export(source, path)
+        return
+    if is_mm_diff(path):
+        sizes, adapter, vision = read_mm_diff(path, defaults.unet)
+        source.add("mm_diff", sizes, adapter)
+        source.add(WORDS, None, vision)  # some of its tensors; a CLIP completes them
         return
     if (path / "unet").is_dir():
         _read_diffusers(source, path)
