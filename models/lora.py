@@ -41,7 +41,9 @@ class LoRALinear(nn.Module):
         return cls(base, nn.Parameter(down.to(device)), nn.Parameter(up), alpha / rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scaling  # (..., out)
+        y = self.base(x)  # (..., out)
+        update = F.linear(F.linear(x.to(self.down.dtype), self.down), self.up) * self.scaling  # (..., out)
+        return y + update.to(y.dtype)
 
     def merged(self) -> Tensor:
         """Weight of the single linear layer that computes the same, in the base's dtype."""

@@ -363,6 +363,9 @@ def test_bytes_of_a_sample(tmp_path: Path, data: Path) -> None:
         def latents(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
             return 2 * (torch.zeros(len(images), 4, 64, 64, dtype=torch.bfloat16),)
 
+        def text(self, sample: Any) -> str:
+            return sample.caption
+
         def ids(self, texts: Sequence[str]) -> torch.Tensor:
             return torch.zeros(len(texts), 77, dtype=torch.int32)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from moma.methods.ip_adapter import IPAdapterMethod, IPAdapterTraining
 from moma.methods.mm_diff.method import MMDiff
+from moma.methods.mm_diff.training import MMDiffTraining
 from moma.methods.moma.method import MoMA
 from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.methods.reference_attention import ReferenceAttention
@@ -29,7 +30,7 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "moma": Entry(MoMA, "MoMA", trainings={"stage1": DecoderTraining, "stage2": AdapterTraining}),
     "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter", trainings={"": IPAdapterTraining}),
-    "mm-diff": Entry(MMDiff, "MM-Diff"),
+    "mm-diff": Entry(MMDiff, "MM-Diff", trainings={"": MMDiffTraining}),
     "text": Entry(TextToImage, "text only"),
     "reference-attention": Entry(ReferenceAttention, "reference attention"),
     # The ablation of Table 3: how much of M_gen acts, the rest being 1.

@@ -384,6 +384,8 @@ class DenoisingTraining(Training):
     The frozen networks read the data once, into a cache. A batch then has, on the device:
 
         text, label        text states (B, T, C) of the sample's prompt and of its word alone
+        text_ids, label_ids  their tokens (B, K*T), by each of K tokenizers
+        drop, drop_text    bool (B,): samples without their subject, or without their text
         added, label_added  the same texts' added conditioning (B, A), where the UNet has one
         embedding          (B, E) of the reference, zeroed in some samples; if the training asks for it
         m_gen              the target's mask, float32 (B, 1, S, S) in {0, 1}
@@ -399,6 +401,7 @@ class DenoisingTraining(Training):
     # The image embedding that it needs, by a name that caches keep; None: it needs none.
     embedding: ClassVar[str | None] = None
     embedding_networks: ClassVar[Sequence[str]] = ()  # of the bundle, that make it
+    captions_alone: ClassVar[bool] = False  # its text is the caption; False: the label and the caption
 
     def __init__(self, base: Any, weights: Any, config: Any, method: Any, seed: int) -> None:
         """A subclass builds its networks here, on the CPU.
@@ -441,6 +444,15 @@ class DenoisingTraining(Training):
     @abstractmethod
     def inputs(self, batch: Batch) -> StepInputs:
         """What the UNet gets beside the noised latents, of B rows."""
+
+    def constraint(self, maps: Sequence[Any], batch: Batch) -> Tensor | float:
+        """What is added to each sample's loss, (B,).
+
+        Args:
+            maps: that the hook of `inputs` returned.
+            batch: B samples.
+        """
+        return 0.0
 
     @abstractmethod
     def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[Any]:

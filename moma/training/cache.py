@@ -68,6 +68,7 @@ class Encoder:
         self.vae = runtime.weights.build("vae", self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizers = runtime.weights.clip_tokenizers()
         self.embedder = kind.load_embedder(runtime, method) if kind.embedding else None
+        self.captions_alone = kind.captions_alone
 
     def embed(self, samples: Sequence[Sample]) -> Tensor:
         """Image embeddings (B, E); E = 0 where the training needs none."""
@@ -80,6 +81,10 @@ class Encoder:
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
         return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device), self.dtype))
+
+    def text(self, sample: Sample) -> str:
+        """What the text encoders read of a sample."""
+        return sample.caption if self.captions_alone else sd_prompt(sample.label, sample.caption)
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids of each of K tokenizers, side by side, int32 (B, K*T)."""
@@ -123,6 +128,7 @@ def identity(
         **{field.name: getattr(method, field.name) for field in fields(ReferenceConfig)},
         "image size": bundle.image_size,
         "embedding": kind.embedding,
+        **({"text": "captions"} if kind.captions_alone else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
         "mirrored": flip,
@@ -347,7 +353,7 @@ class _Rows:
             "mean": mean,
             "std": std,
             "mask": torch.stack([mask for _, mask in images]),  # (P, S * S / 8)
-            "text": self.networks.ids([sd_prompt(s.label, s.caption) for s in samples]),  # (B, K*T)
+            "text": self.networks.ids([self.networks.text(s) for s in samples]),  # (B, K*T)
             "label": self.networks.ids([s.label for s in samples]),  # (B, K*T)
         }
         for name, values in rows.items():

@@ -66,13 +66,13 @@ class Denoising(nn.Module):
 
         inputs = self.trainable.inputs(batch)
         x_t = x_t.to(batch["text"].dtype)
-        eps, _ = self.unet(x_t, t, inputs.text, inputs.hook, inputs.added)  # (B, Z, h, w)
+        eps, maps = self.unet(x_t, t, inputs.text, inputs.hook, inputs.added)  # (B, Z, h, w)
 
         error = (eps.float() - noise).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         inside = F.adaptive_avg_pool2d(batch["m_gen"], error.shape[-2:])  # (B, 1, h, w) in [0, 1]
         weight = 1 + (self.options.subject_weight - 1) * inside
         loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
-        return loss * self.weights[t]  # (B,)
+        return loss * self.weights[t] + self.trainable.constraint(maps, batch)  # (B,)
 
     def unpacked(self, batch: Batch) -> Batch:
         """The batch as trainings get it: masks (B, 1, S, S), text states, what is dropped zeroed or empty."""
@@ -86,6 +86,7 @@ class Denoising(nn.Module):
             with torch.no_grad(), torch.autocast(text.device.type, enabled=False):  # as drawing computes them
                 states, pooled = base.encode_ids(torch.cat([text, label]), absent)
                 added = base.added_conditioning(pooled, self.image_size, self.image_size)  # (2B, A)
+            made["text_ids"] = text
             made["text"], made["label"] = states.chunk(2)  # (B, T, context_dim) each
             if added is not None:
                 made["added"], made["label_added"] = added.chunk(2)  # (B, A) each

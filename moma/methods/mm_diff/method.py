@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.attention import attention
 from models.clip import CLIPVision, CLIPVisionConfig
+from models.clip_image import clip_image
 from models.unet import Grid, KeysValues
 from models.weights.packed import optimize_layout
 from moma.inputs.preprocess import Reference, on_white
@@ -146,8 +147,12 @@ class MMDiff(TextToImage):
             ValueError: without a face where one is needed.
         """
         base, config = self.base, self.config
-        sees = on_white(reference.original) if config.picture == "photo" else reference.white
-        pixels = padded(sees, self.vision.cfg.image_size)[None].to(base.device, base.dtype)  # (1, 3, S, S)
+        side = self.vision.cfg.image_size
+        if config.picture == "photo":
+            pixels = padded(on_white(reference.original), side)
+        else:
+            pixels = clip_image(reference.white, side)
+        pixels = pixels[None].to(base.device, base.dtype)  # (1, 3, side, side)
         embedding = self.vision(pixels)[1]  # (1, P)
         subject = embedding
         if self.adapter.cfg.subject == "face":
