@@ -122,7 +122,7 @@ def test_modules(case: str, sizes: MMDiffSizes, unet: UNetConfig, count: int, pa
         word = tensor(f"{case}/word_{i + 1}", count, width)
         assert_recorded(fuse(word, pictures[i]), recorded[f"fused_word_{i + 1}"], LAYER)
     face, seen = (
-        unit(f"{case}/face_embeds", 3, 512),
+        unit(f"{case}/face_embeds", count, 512),
         tensor(f"{case}/clip_face_embeds", count, patches, sizes.patch_dim),
     )
     head = own.head
