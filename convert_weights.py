@@ -8,8 +8,8 @@
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
 
 The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
-Civitai), a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf), MoMA's
-attn_adapters_projectors.th, an IP-Adapter for SD1.5, Segment Anything (a file or a folder), MM-Diff's folder,
+Civitai), SDXL likewise, a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf),
+MoMA's attn_adapters_projectors.th, an IP-Adapter, Segment Anything (a file or a folder), MM-Diff's folder,
 the export folder of a training; for evaluation DINO (a file or a folder) and CLIP B/32 and L/14. Where two
 sources have the same network, a source of this network alone (a VAE folder) wins over a larger one (a Stable
 Diffusion folder), otherwise the later source wins; a note says so. --base-bundle supplies what no source has.
@@ -34,7 +34,7 @@ from models.clip import CLIPConfig, CLIPVisionConfig
 from models.llava import LlavaConfig
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.unet import UNetConfig
-from models.weights.files import SYSTEM, read_bytes, read_object
+from models.weights.files import SYSTEM, read_object
 from models.weights.loading import (
     LazyTensor,
     does_not_fit,
@@ -47,7 +47,9 @@ from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, UNSAFE, QuantConfig, quantise
 from moma.app.files import Parser, exit_status
 from moma.methods import find_method
+from moma.sampling.base import SIZES
 from moma.sampling.device import DTYPES
+from moma.sampling.interface import text_networks
 from moma.weights.bundle import (
     LM_HEAD,
     SAMPLING,
@@ -64,7 +66,15 @@ from moma.weights.bundle import (
 from moma.weights.download import EXTRAS, DownloadConfig, download
 from moma.weights.mm_diff import PUBLIC, WORDS, encoders
 from moma.weights.refusals import side
-from moma.weights.sources import DefaultConfigs, Network, Source, Tensors, read_config, read_source
+from moma.weights.sources import (
+    DefaultConfigs,
+    Network,
+    Source,
+    Tensors,
+    content,
+    read_config,
+    read_source,
+)
 
 CHOICES = {"keep": None, **DTYPES}  # of --dtype
 LLM = ("llava", "vision")  # what --no-llm leaves out
@@ -157,6 +167,16 @@ def _fill(
     if "llava" in networks:
         networks["llava"] = _with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
 
+    unet = networks["unet"].config if "unet" in networks else kept.get("unet", defaults.unet)
+    defaults = defaults.of(bool(unet.added_cond_dim))
+    writer.image_size = defaults.image_size
+    for source in (source for source in sources if source.bare_vae):
+        if source.networks["vae"] is networks.get("vae"):
+            networks["vae"] = replace(networks["vae"], config=defaults.vae)
+            say(
+                f"note: {source.name}: a VAE without a config: its latents are taken to be scaled by "
+                f"{defaults.vae.scaling}, as the UNet's; that of another model would draw wrong colours"
+            )
     configs = kept | {name: network.config for name, network in networks.items()}
     methods = kept_methods(base, networks) if base else {}
     for source in sources:
@@ -259,14 +279,6 @@ def _choose_tokenizers(
     return chosen
 
 
-def content(path: Path) -> Any:
-    """Content of a tokenizer's file, independent of its formatting."""
-    if path.suffix == ".json":
-        return read_object(path)
-    lines = read_bytes(path).split(b"\n")
-    return [line.strip() for line in lines if line.strip() and not line.startswith(b"#version")]
-
-
 def _with_tower(llava: Network, tower: Network | None, kept: CLIPVisionConfig | None) -> Network:
     """Complete LLaVA's config by that of its tower, from a source or the base."""
     if isinstance(llava.config, LlavaConfig):  # complete, from a training
@@ -294,15 +306,22 @@ def check_together(configs: Mapping[str, Any], methods: Mapping[str, Mapping[str
         configs: of the networks, by name.
         methods: what the bundle says of methods, by name.
     """
-    unet, text, llava, vision = (configs.get(name) for name in ("unet", "text", "llava", "vision"))
+    unet, llava, vision = (configs.get(name) for name in ("unet", "llava", "vision"))
+    texts = [configs[name] for name in text_networks(unet) if name in configs] if unet else []
     encoder = configs.get(methods.get("ip-adapter", {}).get("encoder", "ip_vision"))
     adapter, ip_adapter = configs.get("adapter"), configs.get("ip_adapter")
     if (adapter or ip_adapter) and not unet:
         raise ValueError("an adapter needs the UNet it belongs to; add its source or --base-bundle")
-    if unet and text and not unet.added_cond_dim and set(unet.context_dim) != {text.width}:
-        raise ValueError(
-            f"unet: reads texts of width {unet.context_dim[0]}, the text encoder gives {text.width}"
-        )
+    if unet and len(texts) == len(text_networks(unet)):
+        widths = [text.width for text in texts]
+        if set(unet.context_dim) != {sum(widths)}:
+            given = " + ".join(map(str, widths))
+            raise ValueError(f"unet: reads texts of width {unet.context_dim[0]}, the encoders give {given}")
+        pooled, added = texts[-1].projection or texts[-1].width, unet.added_cond_dim
+        if added and (added <= pooled or (added - pooled) % (2 * SIZES)):
+            raise ValueError(f"unet: adds a conditioning of width {added}, the pooled text has {pooled}")
+        if len({text.positions for text in texts}) > 1:
+            raise ValueError(f"text_2: reads {texts[1].positions} tokens, text {texts[0].positions}")
     if llava and llava.vision != vision:
         raise ValueError(f"vision: {vision} is not the image tower that LLaVA was made with, {llava.vision}")
     if llava and adapter and adapter.mllm_dim != llava.llama.width:
@@ -333,11 +352,12 @@ def check_latents(networks: Mapping[str, Network], kept: Mapping[str, Any], defa
             f"vae: its latents have {vae.latent_channels} channels, but the UNet takes {unet.in_channels} "
             f"and gives {unet.out_channels}"
         )
+    expected = defaults.of(bool(unet.added_cond_dim)).vae.scaling
     together = "unet" in networks and "vae" in networks and networks["unet"].source == networks["vae"].source
-    if "vae" in networks and not together and vae.scaling != defaults.vae.scaling:
+    if "vae" in networks and not together and vae.scaling != expected:
         raise ValueError(
             f"{networks['vae'].source}: a VAE whose latents are scaled by {vae.scaling}, expected "
-            f"{defaults.vae.scaling} as the UNet; that of another model, such as SDXL"
+            f"{expected} as the UNet; that of another model"
         )
 
 
@@ -353,9 +373,9 @@ def check_tokenizers(files: Mapping[str, Path], configs: Mapping[str, Any]) -> N
             tokens = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
             known = config.llama.vocab
         else:
-            ClipTokenizer(path, *more)
-            tokens = len(read_object(path))
-            known = (config.text if isinstance(config, CLIPConfig) else config).vocab
+            text = config.text if isinstance(config, CLIPConfig) else config
+            ClipTokenizer(path, *more, text.positions, text.pad)
+            tokens, known = len(read_object(path)), text.vocab
         if tokens > known:
             raise ValueError(f"{path}: has {tokens} tokens, but the network it is for has {known}")
 
@@ -463,7 +483,8 @@ def summarise(bundle: Bundle, say: Say) -> None:
         millions = sum(map(prod, plain_shapes(bundle, name).values())) / 1e6
         size = sum(path.stat().st_size for path in bundle.files(name)) / 1e9
         say(f"{name:10} {millions:9.1f} M  {dtypes:16} {size:7.3f} GB  {entry['source']}")
-    if lacking := [name for name in SAMPLING if name not in bundle.networks]:
+    needed = dict.fromkeys((*SAMPLING, *text_networks(bundle.configs.get("unet", UNetConfig()))))
+    if lacking := [name for name in needed if name not in bundle.networks]:
         say(f"{bundle.folder}: converted; sampling also needs {', '.join(lacking)}")
     else:
         say(f"{bundle.folder}: ready")

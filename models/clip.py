@@ -94,10 +94,6 @@ VISION_PRESETS = {
     "h14": CLIPVisionConfig(
         width=1280, layers=32, heads=16, mlp=5120, act="gelu", image_size=224, projection=1024
     ),
-    # OpenCLIP ViT-bigG/14 laion2B-39B-b160k, that of IP-Adapter for SDXL
-    "bigg": CLIPVisionConfig(
-        width=1664, layers=48, heads=16, mlp=8192, act="gelu", image_size=224, projection=1280
-    ),
 }
 
 

@@ -30,10 +30,11 @@ from models.llama import LlamaConfig
 from models.llava import LlavaConfig
 from models.sam import DECODER_EPS, SAMConfig
 from models.unet import UNetConfig
+from models.vae import SDXL as VAE_SDXL
 from models.vae import VAEConfig
 from models.weights import keymaps
 from models.weights.keymaps import Row, Table
-from models.weights.loading import LazyTensor, ShardConfig, in_memory, write_safetensors
+from models.weights.loading import LazyTensor, ShardConfig, in_memory, joined, write_safetensors
 from moma.methods.moma.adapter import AdapterConfig
 from moma.sampling.base import SIZES
 from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
@@ -51,6 +52,7 @@ class Scale:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    text_2: CLIPTextConfig | None = None  # of SDXL
     tower: CLIPVisionConfig = field(default_factory=lambda: VISION_PRESETS["l14_336"])
     ip_vision: CLIPVisionConfig = field(default_factory=lambda: VISION_PRESETS["h14"])
     llama: LlamaConfig = field(default_factory=LlamaConfig)
@@ -107,6 +109,23 @@ TINY = Scale(
     first_shard=250_000,
 )
 SCALES = {"tiny": TINY, "full": FULL}
+SDXL_TINY = replace(
+    TINY,
+    unet=UNetConfig(
+        channels=(16, 32, 32),
+        depth=(0, 1, 2),
+        mid_depth=2,
+        heads=(2, 4, 4),
+        context_dim=(24 + 40,) * 3,
+        norm_groups=8,
+        linear_projection=True,
+        added_cond_dim=20 + SIZES * 8,
+    ),
+    vae=replace(TINY.vae, scaling=VAE_SDXL.scaling),
+    text_2=CLIPTextConfig(
+        width=40, layers=3, heads=2, mlp=48, act="gelu", vocab=1000, projection=20, pad="!"
+    ),
+)
 TINY_DEFAULTS = DefaultConfigs(
     unet=TINY.unet,
     vae=TINY.vae,
@@ -114,6 +133,7 @@ TINY_DEFAULTS = DefaultConfigs(
     dinos={"dino_s16": TINY.dino_s16, "dino_b16": TINY.dino_b16},
     clips={"clip_b32": TINY.clip_b32, "clip_l14": TINY.clip_l14},
     sams=(TINY.sam,),
+    sdxl={**{name: getattr(SDXL_TINY, name) for name in ("unet", "vae", "text", "text_2")}, "image_size": 96},
 )
 
 
@@ -251,7 +271,8 @@ def clip_json(cfg: CLIPTextConfig | CLIPVisionConfig) -> dict[str, Any]:
         "projection_dim": cfg.projection or cfg.width,
     }
     if isinstance(cfg, CLIPTextConfig):
-        more = {"model_type": "clip_text_model", "vocab_size": cfg.vocab, "architectures": ["CLIPTextModel"]}
+        kind = "CLIPTextModelWithProjection" if cfg.projection else "CLIPTextModel"
+        more = {"model_type": "clip_text_model", "vocab_size": cfg.vocab, "architectures": [kind]}
         return data | more | {"max_position_embeddings": cfg.positions, "bos_token_id": 0, "eos_token_id": 2}
     return data | {"model_type": "clip_vision_model", "image_size": cfg.image_size, "patch_size": cfg.patch}
 
@@ -344,31 +365,45 @@ def position_ids(prefix: str, count: int) -> dict[str, LazyTensor]:
 
 
 def make_sd15(folder: Path, scale: Scale, tokenizers: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Stable Diffusion 1.5 in diffusers folders."""
+    """Stable Diffusion 1.5 or XL in diffusers folders."""
     ending = ".fp16.safetensors" if dtype == torch.float16 else ".safetensors"
     unet, vae = network("unet", scale.unet, scale, dtype), network("vae", scale.vae, scale, dtype)
     text = outward([Row("text_model.*", "*")], network("text", scale.text, scale, dtype))
     text |= position_ids("text_model.", scale.text.positions)
+    second, pooled = [], 0
+    if scale.text_2:
+        named = outward(keymaps.CLIP_TEXT, network("text_2", scale.text_2, scale, dtype, "2"))
+        second, pooled = (
+            [("text_encoder_2", named, "model", clip_json(scale.text_2))],
+            scale.text_2.projection,
+        )
     for part, tensors, stem, config in (
-        ("unet", unet, "diffusion_pytorch_model", unet_json(scale.unet)),
+        *second,
+        ("unet", unet, "diffusion_pytorch_model", unet_json(scale.unet, pooled)),
         ("vae", vae, "diffusion_pytorch_model", vae_json(scale.vae)),
         ("text_encoder", text, "model", clip_json(scale.text)),
     ):
         write_json(folder / part / "config.json", config)
         save(folder / part / f"{stem}{ending}", tensors)
-    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "PNDMScheduler"})
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(tokenizers / name, folder / "tokenizer" / name)
+    kind = "StableDiffusionXLPipeline" if second else "StableDiffusionPipeline"
+    scheduler = {"_class_name": "EulerDiscreteScheduler" if second else "PNDMScheduler"}
+    write_json(folder / "model_index.json", {"_class_name": kind})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for part in ("tokenizer", "tokenizer_2")[: 1 + len(second)]:
+        (folder / part).mkdir(exist_ok=True)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(tokenizers / name, folder / part / name)
+    if second:
+        write_json(folder / "tokenizer_2" / "tokenizer_config.json", {"pad_token": scale.text_2.pad})
     return folder
 
 
 def ldm_tensors(
     scale: Scale, dtype: torch.dtype, ema: bool = False, salt: str = "", vae: bool = True, text: bool = True
 ) -> dict[str, LazyTensor]:
-    """What a single-file Stable Diffusion 1.5 holds, without the outer `state_dict`."""
-    table = keymaps.ldm_unet([depth > 0 for depth in scale.unet.depth], scale.unet.resnets)
+    """What a single-file Stable Diffusion 1.5 or XL holds, without the outer `state_dict`."""
+    sdxl = scale.text_2 is not None
+    table = keymaps.ldm_unet([depth > 0 for depth in scale.unet.depth], scale.unet.resnets, sdxl)
     unet = outward(table, network("unet", scale.unet, scale, dtype, salt))
     result = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
     if ema:
@@ -387,9 +422,24 @@ def ldm_tensors(
         result |= {f"first_stage_model.{name}": tensor for name, tensor in named.items()}
     if text:
         named = network("text", scale.text, scale, dtype, salt)
-        result |= {f"cond_stage_model.transformer.text_model.{name}": t for name, t in named.items()}
-        result |= position_ids("cond_stage_model.transformer.text_model.", scale.text.positions)
+        prefix = (
+            f"{keymaps.SDXL_TEXT_PREFIXES[0] if sdxl else keymaps.LDM_TEXT_PREFIX}transformer.text_model."
+        )
+        result |= {f"{prefix}{name}": t for name, t in named.items()}
+        result |= position_ids(prefix, scale.text.positions)
+    if text and sdxl:
+        named = open_clip(network("text_2", scale.text_2, scale, dtype, f"{salt}2"))
+        result |= {f"{keymaps.SDXL_TEXT_PREFIXES[1]}{name}": t for name, t in named.items()}
     return result
+
+
+def open_clip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """A text encoder in OpenCLIP's layout: q, k and v are one matrix."""
+    named = outward(keymaps.OPEN_CLIP_TEXT, tensors)
+    for key in [key for key in named if ".attn.q_proj." in key]:
+        parts = [named.pop(key.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        named[key.replace(".q_proj.", ".in_proj_")] = joined(parts)
+    return named | drawn({"logit_scale": ()}, torch.float32)
 
 
 def make_ldm(path: Path, scale: Scale, dtype: torch.dtype = torch.float16, **parts: Any) -> Path:

@@ -822,7 +822,7 @@ REFUSALS = {
         ),
         "Stable Diffusion 2",
     ),
-    "sdxl": (with_tensors(conditioner__embedders__0__weight=W), "SDXL"),
+    "sdxl's refiner": (with_tensors(conditioner__embedders__0__weight=W), "refiner"),
     "lora": (only(lora_unet_down__lora_down__weight=W), "LoRA"),
     "peft lora": (only(unet__to_k__lora_A__weight=W), "LoRA"),
     "v-prediction marker": (with_tensors(v_pred=W), "v_prediction"),
@@ -837,7 +837,7 @@ REFUSALS = {
     ),
     "inpainting folder": (sd_folder("unet/config.json", in_channels=9), "inpainting"),
     "sd2 folder": (sd_folder("unet/config.json", cross_attention_dim=1024), "Stable Diffusion 2"),
-    "sdxl folder": (sd_folder("unet/config.json", cross_attention_dim=2048), "SDXL"),
+    "other texts": (sd_folder("unet/config.json", cross_attention_dim=2048), "2048"),
     "ip-adapter plus": (only(image_proj__latents=W, ip_adapter__1__to_k_ip__weight=W), "IP-Adapter Plus"),
     "ip-adapter face": (
         only(image_proj__proj__0__weight=W, ip_adapter__1__to_k_ip__weight=W),
@@ -845,7 +845,7 @@ REFUSALS = {
     ),
     "ip-adapter sdxl": (
         only(image_proj__proj__weight=W, ip_adapter__1__to_k_ip__weight=torch.ones(2, 2048)),
-        "IP-Adapter for SDXL",
+        "projector",
     ),
     "tower of another model": (llava_for_another_tower, "mm_hidden_size 1280.*32"),
     "sam-hq": (only(image_encoder__pos_embed=W, mask_decoder__hf_token__weight=W), "SAM-HQ"),

@@ -51,6 +51,7 @@ def _to_vector(x: Tensor) -> Tensor:
 
 COPY = Transform(_same, _same)
 CONV = Transform(_to_matrix, _to_conv)  # a 1x1 convolution there, a linear layer here
+TRANSPOSED = Transform(Tensor.t, Tensor.t)
 MATRIX = Transform(_to_matrix, _same)  # linear on both sides, in some files shaped like a convolution
 VECTOR = Transform(_to_vector, _same)  # one number, in some files without a dimension
 
@@ -116,6 +117,7 @@ def _fill(text: str, parts: Sequence[str]) -> str:
 LDM_UNET_PREFIX = "model.diffusion_model."
 LDM_VAE_PREFIX = "first_stage_model."
 LDM_TEXT_PREFIX = "cond_stage_model."
+SDXL_TEXT_PREFIXES = ("conditioner.embedders.0.", "conditioner.embedders.1.model.")  # CLIP L, OpenCLIP bigG
 LDM_EMA_PREFIX = "model_ema."
 
 _UNET_RESNET = (  # LDM, diffusers
@@ -128,11 +130,13 @@ _UNET_RESNET = (  # LDM, diffusers
 )
 
 
-def ldm_unet(attention: Sequence[bool], resnets: int) -> Table:
-    """LDM UNet <-> diffusers' names.
+def ldm_unet(attention: Sequence[bool], resnets: int, added: bool = False) -> Table:
+    """LDM UNet <-> diffusers' names. LDM counts blocks across levels, samplers included.
 
-    attention: whether each level has attention, finest first. resnets: number per level on the way down (one
-    more on the way up). LDM counts blocks across levels, samplers included.
+    Args:
+        attention: whether each level has attention, finest first.
+        resnets: number per level on the way down (one more on the way up).
+        added: whether it has SDXL's added conditioning.
     """
     levels = len(attention)
     rows = [
@@ -142,6 +146,8 @@ def ldm_unet(attention: Sequence[bool], resnets: int) -> Table:
         Row("out.0.*", "conv_norm_out.*"),
         Row("out.2.*", "conv_out.*"),
     ]
+    if added:
+        rows += [Row(f"label_emb.0.{2 * i}.*", f"add_embedding.linear_{i + 1}.*") for i in range(2)]
 
     def resnet(public: str, ours: str) -> None:
         rows.extend(Row(f"{public}.{there}", f"{ours}.{here}") for there, here in _UNET_RESNET)
@@ -265,6 +271,20 @@ LDM_TEXT: Table = [
     Row("logit_scale", None),
     Row("transformer.text_model.*", "*"),
     Row("transformer.*", "*"),  # NAI and other early fine-tunes
+]
+
+# OpenCLIP's text encoder, as SDXL's single files have it, but for attn.{q,k,v}_proj, one attn.in_proj there
+OPEN_CLIP_TEXT: Table = [
+    Row("logit_scale", None),
+    Row("attn_mask", None),
+    Row("token_embedding.weight", "embeddings.token_embedding.weight"),
+    Row("positional_embedding", "embeddings.position_embedding.weight"),
+    Row("transformer.resblocks.{}.ln_{}.*", "encoder.layers.{}.layer_norm{}.*"),
+    Row("transformer.resblocks.{}.attn.*", "encoder.layers.{}.self_attn.*"),
+    Row("transformer.resblocks.{}.mlp.c_fc.*", "encoder.layers.{}.mlp.fc1.*"),
+    Row("transformer.resblocks.{}.mlp.c_proj.*", "encoder.layers.{}.mlp.fc2.*"),
+    Row("ln_final.*", "final_layer_norm.*"),
+    Row("text_projection", "text_projection.weight", TRANSPOSED),
 ]
 
 # --- DINO ------------------------------------------------------------------------------------------------

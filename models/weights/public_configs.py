@@ -122,11 +122,21 @@ def _expect(model: str, json: Json, **fixed: Any) -> None:
             raise ValueError(f"{model} config.json: {key} {json[key]!r:.{_SHOWN}}, expected {wanted!r}")
 
 
-def check_scheduler(json: Json) -> None:
-    """ValueError for a scheduler_config.json that is not Stable Diffusion 1.5's forward process."""
+def check_scheduler(json: Json, sdxl: bool = False) -> None:
+    """ValueError for a scheduler_config.json that is not Stable Diffusion's forward process.
+
+    Args:
+        json: the parsed file.
+        sdxl: whether it is SDXL's, whose models for few steps have no scheduler of their own.
+    """
     kind = value(json, "_class_name", str, "")
     if kind.startswith(_SCHEDULERS):
-        raise ValueError(f"{kind}: of a distilled model or of another process, expected Stable Diffusion 1.5")
+        raise ValueError(f"{kind}: of a distilled model or of another process, expected Stable Diffusion")
+    if sdxl and json.get("timestep_spacing") == "trailing":
+        raise ValueError(
+            "timestep_spacing 'trailing': of a model for few steps (turbo, lightning, hyper),"
+            " expected SDXL 1.0's 'leading'"
+        )
     _expect(
         "scheduler",
         json,

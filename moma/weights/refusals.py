@@ -17,9 +17,10 @@ from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
 
 Tensors = Mapping[str, LazyTensor]
 
-SD2_CONTEXT, SDXL_CONTEXT = 1024, 2048  # width of the text states
+SD2_CONTEXT, REFINER_CONTEXT = 1024, 1280  # width of the text states
 VARIANTS = {9: "an inpainting model", 8: "an instruct-pix2pix model"}  # by the UNet's input channels
-VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", SDXL_CONTEXT: "SDXL"}
+VERSIONS = {SD2_CONTEXT: "Stable Diffusion 2", REFINER_CONTEXT: "SDXL's refiner"}
+SDXL_NAMES = re.compile(r"xl|pony")  # of OTHER_MODEL, those of SDXL itself
 _SCHEDULE = ScheduleConfig()
 NUMBERS = {
     "linear_start": _SCHEDULE.beta_start,
@@ -73,13 +74,15 @@ def refuse_codes(path: Path, tensors: Tensors) -> None:
 
 
 def refuse_unet(channels: int, context: int, where: Path) -> None:
-    """ValueError for Stable Diffusion variants whose names fit, or nearly fit, SD1.5's."""
+    """ValueError for Stable Diffusion variants whose names fit, or nearly fit, SD1.5's or SDXL's."""
     if channels in VARIANTS:
         raise ValueError(
-            f"{where}: {VARIANTS[channels]} ({channels} input channels), expected plain SD1.5 (4)"
+            f"{where}: {VARIANTS[channels]} ({channels} input channels), expected a plain base (4)"
         )
     if context in VERSIONS:
-        raise ValueError(f"{where}: {VERSIONS[context]} (text width {context}), expected SD1.5 (768)")
+        raise ValueError(
+            f"{where}: {VERSIONS[context]} (text width {context}), expected SD1.5 (768) or SDXL (2048)"
+        )
 
 
 def refuse_lora(path: Path, tensors: Tensors) -> None:
@@ -98,16 +101,17 @@ def refuse_lora(path: Path, tensors: Tensors) -> None:
         raise ValueError(f"{path}: a LoRA or the like ({what}); merge it into a full checkpoint first")
 
 
-def refuse_claims(path: Path, tensors: Tensors, scaling: float) -> None:
-    """ValueError for a file that says, in it or beside it, that it is not like SD1.5.
+def refuse_claims(path: Path, tensors: Tensors, scaling: float, sdxl: bool = False) -> None:
+    """ValueError for a file that says, in it or beside it, that it is not like SD1.5, or like SDXL.
 
     Args:
         path: of the weights.
         tensors: in it.
         scaling: of the VAE's latents.
+        sdxl: what it is by its tensors.
     """
     if marker := next((key for key in tensors if MARKERS.fullmatch(key)), None):
-        raise ValueError(f"{path}: {marker} tells of 'v_prediction' or the like, expected 'epsilon' as SD1.5")
+        raise ValueError(f"{path}: {marker} tells of 'v_prediction' or the like, expected 'epsilon'")
     bases = (path.with_suffix(""), path)
     sidecars = {base.with_name(base.name + end): None for base in bases for end in SIDECARS}
     claims = [(path, *claim) for claim in read_metadata(path).items()]
@@ -115,9 +119,12 @@ def refuse_claims(path: Path, tensors: Tensors, scaling: float) -> None:
         claims += [(file, *claim) for claim in CLAIM.findall(read_bytes(file).decode(errors="replace"))]
     for file, name, said in claims:
         key, text = name.lower().rpartition(".")[2].removeprefix("ss_"), said.strip().lower()
-        if _is_wrong(key, text, {**NUMBERS, "scale_factor": scaling, "scaling_factor": scaling}):
-            shown = said.strip()[:NAME_SHOWN]
-            raise ValueError(f"{file}: says {key} {shown!r}, expected a model like Stable Diffusion 1.5")
+        numbers = {**NUMBERS, "scale_factor": scaling, "scaling_factor": scaling}
+        if _is_wrong(key, SDXL_NAMES.sub("", text) if sdxl else text, numbers):
+            shown, version = said.strip()[:NAME_SHOWN], "XL 1.0" if sdxl else "1.5"
+            raise ValueError(
+                f"{file}: says {key} {shown!r}, expected a model like Stable Diffusion {version}"
+            )
 
 
 def _is_wrong(key: str, text: str, numbers: Mapping[str, float]) -> bool:
@@ -135,20 +142,24 @@ def _is_wrong(key: str, text: str, numbers: Mapping[str, float]) -> bool:
     return False
 
 
-def refuse_ldm(path: Path, tensors: Tensors, scaling: float) -> None:
-    """ValueError for single files of other models than Stable Diffusion 1.x.
+def refuse_ldm(path: Path, tensors: Tensors, scaling: float, sdxl: bool = False) -> None:
+    """ValueError for single files of other models than Stable Diffusion 1.x and SDXL.
 
     Args:
         path: of the file.
         tensors: in it.
         scaling: of the VAE's latents.
+        sdxl: what it is by its tensors.
     """
+    encoders = [any(key.startswith(prefix) for key in tensors) for prefix in keymaps.SDXL_TEXT_PREFIXES]
+    if encoders == [True, False]:
+        raise ValueError(f"{path}: SDXL's refiner, which has one text encoder; expected SDXL's base")
     if any(key.startswith("cond_stage_model.model.") for key in tensors):
         raise ValueError(f"{path}: Stable Diffusion 2 (an OpenCLIP text encoder), expected SD1.5")
     channels = side(tensors, f"{keymaps.LDM_UNET_PREFIX}input_blocks.0.0.weight", 1)
     contexts = (side(tensors, key, -1) for key in tensors if key.endswith(".attn2.to_k.weight"))
     refuse_unet(channels, max(contexts, default=0), path)
-    refuse_claims(path, tensors, scaling)
+    refuse_claims(path, tensors, scaling, sdxl)
     alphas = alphas_cumprod(ScheduleConfig())
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
     buffers = {"alphas_cumprod": alphas, "betas": betas, "scale_factor": torch.tensor(scaling)}
@@ -162,8 +173,6 @@ def refuse_ldm(path: Path, tensors: Tensors, scaling: float) -> None:
 def refuse_ip_adapter(path: Path, tensors: Tensors) -> None:
     keys = {re.sub(r"^[^.]*\.", "", key): tensor for key, tensor in tensors.items()}
     if "latents" in keys:
-        raise ValueError(f"{path}: IP-Adapter Plus (a resampler), expected the plain ip-adapter_sd15")
+        raise ValueError(f"{path}: IP-Adapter Plus (a resampler), expected the plain ip-adapter")
     if "proj.0.weight" in keys:
-        raise ValueError(f"{path}: IP-Adapter Full Face (an MLP), expected the plain ip-adapter_sd15")
-    if side(keys, "1.to_k_ip.weight", 1) == SDXL_CONTEXT:
-        raise ValueError(f"{path}: IP-Adapter for SDXL (text width {SDXL_CONTEXT}), expected ip-adapter_sd15")
+        raise ValueError(f"{path}: IP-Adapter Full Face (an MLP), expected the plain ip-adapter")

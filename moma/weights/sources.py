@@ -1,7 +1,7 @@
 """Public checkpoints: recognise a file or folder by its content and rename its tensors.
 
-It reads Stable Diffusion 1.5 as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs, UNets
-and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters for SD1.5,
+It reads Stable Diffusion 1.5 and XL as a folder (diffusers) or a single file (LDM, as on Civitai), lone VAEs,
+UNets and CLIP models, LLaVA-1.5 (original or llava-hf), MoMA's attn_adapters_projectors.th, IP-Adapters,
 Segment Anything (its own files or transformers'), and for evaluation whole CLIPs and DINO (the same).
 It reads only headers, and refuses what cannot be used with the reason.
 """
@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from models.clip import PRESETS as CLIPS
-from models.clip import VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from models.clip import TEXT_PRESETS, VISION_PRESETS, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from models.dino import PRESETS as DINOS
 from models.dino import DINOConfig
 from models.sam_config import PRESETS as SAMS
 from models.sam_config import SAMConfig
-from models.unet import UNetConfig
+from models.unet import SDXL, UNetConfig
+from models.vae import SDXL as VAE_SDXL
 from models.vae import VAEConfig
 from models.weights import keymaps
-from models.weights.files import read_object, read_text, visible
+from models.weights.files import read_bytes, read_object, read_text, visible
 from models.weights.keymaps import Table
 from models.weights.loading import (
     LazyTensor,
@@ -90,6 +91,15 @@ def _named(kind: str, presets: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{kind}_{name}": config for name, config in presets.items()}
 
 
+SDXL_CONFIGS = {
+    "unet": SDXL,
+    "vae": VAE_SDXL,
+    "text": CLIPTextConfig(),
+    "text_2": TEXT_PRESETS["bigg"],
+    "image_size": 1024,
+}
+
+
 @dataclass(frozen=True)
 class DefaultConfigs:
     """Configs of networks that come without a config.json."""
@@ -102,17 +112,24 @@ class DefaultConfigs:
     dinos: Mapping[str, DINOConfig] = field(default_factory=lambda: _named("dino", DINOS))
     clips: Mapping[str, CLIPConfig] = field(default_factory=lambda: _named("clip", CLIPS))
     image_size: int = 512  # pixels per side that SD1.5 was trained at; its config has latents
+    text_2: CLIPTextConfig | None = None  # where the base has a second text encoder
+    sdxl: Mapping[str, Any] = field(default_factory=lambda: SDXL_CONFIGS)  # these fields for SDXL's files
     sams: tuple[SAMConfig, ...] = tuple(SAMS.values())  # recognised by their widths
 
     def with_base(self, base: Bundle | None) -> "DefaultConfigs":
         """Replace configs by those of the networks in `base`."""
         if base is None:
             return self
-        known = {name: base.configs[name] for name in ("unet", "vae", "text") if name in base.configs}
+        names = ("unet", "vae", "text", "text_2")
+        known = {name: base.configs[name] for name in names if name in base.configs}
         towers = [base.configs["vision"]] if "vision" in base.configs else []
         sams = [base.configs["sam"]] if "sam" in base.configs else []
         sizes = {"towers": (*towers, *self.towers), "sams": (*sams, *self.sams)}
         return replace(self, **known, **sizes, image_size=base.image_size)
+
+    def of(self, sdxl: bool) -> "DefaultConfigs":
+        """Those of SDXL, if that is what a source is and the base is not."""
+        return replace(self, **self.sdxl) if sdxl and not self.unet.added_cond_dim else self
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ class Source:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same of other methods, by name
     notes: list[str] = field(default_factory=list)
     is_plain_llava: bool = False  # a public LLaVA that does not say that it is MoMA's
+    bare_vae: bool = False  # a VAE in a file that does not say how its latents are scaled
 
     def add(self, network: str, config: Any, tensors: Tensors, where: str = "") -> None:
         self.networks[network] = Network(config, tensors, self.name + where)
@@ -295,8 +313,14 @@ def _read_weights(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:
-    """Weights of a model's folder; under another name if they are in its only file that holds any."""
+def _weights_of(folder: Path, stems: Sequence[str], sdxl: bool = False) -> dict[str, LazyTensor]:
+    """Weights of a model's folder; under another name if they are in its only file that holds any.
+
+    Args:
+        folder: of the model.
+        stems: names that the file may have.
+        sdxl: whether it is SDXL's by its config.
+    """
     names = [path.name for path in visible(folder) if path.is_file()]
     name = pick_weights(names, stems)
     if name is None and len(found := [n for n in names if _holds_weights(folder / n)]) == 1:
@@ -305,7 +329,7 @@ def _weights_of(folder: Path, stems: Sequence[str]) -> dict[str, LazyTensor]:
         raise ValueError(f"{folder}: no weights there, expected {stems[0]}.safetensors or .bin")
     tensors = _read_weights(folder / name)
     if stems == DIFFUSERS_STEMS:
-        refuse_claims(folder / name, tensors, VAEConfig().scaling)
+        refuse_claims(folder / name, tensors, (VAE_SDXL if sdxl else VAEConfig()).scaling, sdxl)
     return tensors
 
 
@@ -318,17 +342,27 @@ def _holds_weights(path: Path) -> bool:
 
 def _read_diffusers(source: Source, path: Path) -> None:
     """A Stable Diffusion folder; single files beside its parts are ignored."""
-    scheduler = path / "scheduler" / "scheduler_config.json"
+    _read_unet(source, path / "unet")
+    sdxl = bool(source.networks["unet"].config.added_cond_dim)
+    scheduler, index = path / "scheduler" / "scheduler_config.json", path / "model_index.json"
     if scheduler.is_file():
         with _named_after(scheduler):
-            check_scheduler(read_object(scheduler))
-    _read_unet(source, path / "unet")
-    for part, read in (("vae", _read_vae), ("text_encoder", _read_text)):
+            check_scheduler(read_object(scheduler), sdxl)
+    parts = [("vae", _read_vae), ("text_encoder", _read_text)]
+    for part, read in parts + [("text_encoder_2", _read_second_text)] * sdxl:
         if (path / part).is_dir():
             read(source, path / part)
         else:
             source.notes.append(f"has no {part}/")
     source.add_tokenizer(path / "tokenizer", CLIP_TOKENIZER)
+    for name, file in source.tokenizers.items():
+        second = path / "tokenizer_2" / name
+        if sdxl and second.is_file() and content(second) != content(file):
+            raise ValueError(f"{second}: differs from {file}, and a bundle holds one vocabulary")
+    if sdxl and index.is_file() and read_object(index).get("force_zeros_for_empty_prompt") is False:
+        source.notes.append(
+            'where no negative prompt is given, its pipeline reads ""; here --negative " " does'
+        )
 
 
 def _read_model(source: Source, path: Path, defaults: DefaultConfigs) -> None:
@@ -365,12 +399,13 @@ def _read_unet(source: Source, path: Path) -> None:
     public = read_object(path / "config.json")
     sizes = (public.get(key, 0) for key in ("in_channels", "cross_attention_dim"))
     refuse_unet(*(size if isinstance(size, int) else 0 for size in sizes), path)
-    tensors = _weights_of(path, DIFFUSERS_STEMS)
-    source.add("unet", read_config(path / "config.json", unet_config), tensors)
+    config = read_config(path / "config.json", unet_config)
+    source.add("unet", config, _weights_of(path, DIFFUSERS_STEMS, bool(config.added_cond_dim)))
 
 
 def _read_vae(source: Source, path: Path) -> None:
-    _add_vae(source, read_config(path / "config.json", vae_config), _weights_of(path, DIFFUSERS_STEMS))
+    config = read_config(path / "config.json", vae_config)
+    _add_vae(source, config, _weights_of(path, DIFFUSERS_STEMS, config.scaling == VAE_SDXL.scaling))
 
 
 def _add_vae(source: Source, config: VAEConfig, tensors: Tensors) -> None:
@@ -392,6 +427,31 @@ def _read_text(source: Source, path: Path) -> None:
     named = source.rename(table, tensors)
     named.pop("text_projection.weight", None)  # Stable Diffusion reads the hidden states
     source.add("text", config, named)
+
+
+def _read_second_text(source: Source, path: Path) -> None:
+    """SDXL's, with its projection, and what its tokenizer pads with."""
+    config = read_config(path / "config.json", clip_text_config)
+    named = source.rename(keymaps.CLIP_TEXT, _weights_of(path, TRANSFORMERS_STEMS))
+    source.add("text_2", replace(config, pad=_padding(path.parent / "tokenizer_2")), named)
+
+
+def _padding(folder: Path) -> str:
+    """The token that a tokenizer pads with; OpenCLIP's where it does not say."""
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        token = read_object(path).get("pad_token") if path.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            return str(token)
+    return TEXT_PRESETS["bigg"].pad
+
+
+def content(path: Path) -> Any:
+    """Content of a tokenizer's file, independent of its formatting."""
+    if path.suffix == ".json":
+        return read_object(path)
+    lines = read_bytes(path).split(b"\n")
+    return [line.strip() for line in lines if line.strip() and not line.startswith(b"#version")]
 
 
 def _read_clip(source: Source, path: Path, public: Mapping[str, Any], defaults: DefaultConfigs) -> None:
@@ -509,10 +569,9 @@ def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) 
 
     if has("input_blocks."):  # a UNet alone, in the names of its original code
         tensors = {keymaps.LDM_UNET_PREFIX + key: tensor for key, tensor in tensors.items()}
-    if has("conditioner.embedders."):
-        raise ValueError(f"{path}: SDXL, expected a Stable Diffusion 1.5 checkpoint")
     if has(keymaps.LDM_UNET_PREFIX):
-        _read_ldm(source, path, tensors, defaults, ema)
+        sdxl = has("conditioner.embedders.", f"{keymaps.LDM_UNET_PREFIX}label_emb.")
+        _read_ldm(source, path, tensors, defaults.of(sdxl), ema, sdxl)
     elif has("self_cross_attentions.", "llm_mapping."):
         _read_adapter(source, path, "adapter", tensors, defaults)
     elif has("ip_adapter.", "adapter_modules."):
@@ -521,14 +580,12 @@ def _read_file(source: Source, path: Path, defaults: DefaultConfigs, ema: bool) 
     elif has("image_encoder.", "mask_decoder.", "sam_mask_decoder.", "model.sam_mask_decoder."):
         _add_sam(source, _sam_config(path, tensors, defaults), keymaps.SAM_OFFICIAL, tensors)
     elif has("encoder.conv_in.", "first_stage_model.encoder."):
-        refuse_claims(path, tensors, defaults.vae.scaling)
-        source.notes.append(
-            f"a VAE without a config: its latents are taken to be scaled by {defaults.vae.scaling}, as in "
-            "Stable Diffusion 1; SDXL's VAE looks the same and would draw wrong colours"
-        )
+        refuse_claims(path, tensors, defaults.vae.scaling, bool(defaults.unet.added_cond_dim))
+        source.bare_vae = True
         _add_vae(source, defaults.vae, below(keymaps.LDM_VAE_PREFIX, tensors) or tensors)
     elif has("down_blocks."):
-        refuse_claims(path, tensors, defaults.vae.scaling)
+        defaults = defaults.of(has("add_embedding."))
+        refuse_claims(path, tensors, defaults.vae.scaling, has("add_embedding."))
         refuse_unet(side(tensors, "conv_in.weight", 1), 0, path)
         source.add("unet", defaults.unet, tensors)
     elif DINO_PATCHES in (backbone := _dino_backbone(tensors)):
@@ -558,9 +615,20 @@ def _dino_backbone(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs, ema: bool) -> None:
-    """Stable Diffusion 1.5 in one file; the VAE and the text encoder may be missing."""
-    refuse_ldm(path, tensors, defaults.vae.scaling)
+def _read_ldm(
+    source: Source, path: Path, tensors: Tensors, defaults: DefaultConfigs, ema: bool, sdxl: bool
+) -> None:
+    """Stable Diffusion 1.5 or XL in one file; the VAE and the text encoders may be missing.
+
+    Args:
+        source: to fill.
+        path: of the file.
+        tensors: in it.
+        defaults: configs of its networks.
+        ema: take the averaged UNet.
+        sdxl: what it is by its tensors.
+    """
+    refuse_ldm(path, tensors, defaults.vae.scaling, sdxl)
     unet = below(keymaps.LDM_UNET_PREFIX, tensors)
     averages = keymaps.ldm_ema(tensors)
     if ema:
@@ -569,10 +637,10 @@ def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultCon
         unet = {plain.removeprefix(keymaps.LDM_UNET_PREFIX): tensors[key] for plain, key in averages.items()}
     elif averages:
         source.notes.append("also has averaged weights, which --ema takes instead")
-    table = keymaps.ldm_unet([depth > 0 for depth in defaults.unet.depth], defaults.unet.resnets)
+    table = keymaps.ldm_unet([depth > 0 for depth in defaults.unet.depth], defaults.unet.resnets, sdxl)
     if unknown := keymaps.convert(table, unet).unknown:
         raise ValueError(
-            f"{path}: an extended or distilled UNet (it has {some_names(unknown)}), expected SD1.5's"
+            f"{path}: an extended or distilled UNet (it has {some_names(unknown)}), expected a plain one"
         )
     source.add("unet", defaults.unet, source.rename(table, unet))
 
@@ -580,21 +648,40 @@ def _read_ldm(source: Source, path: Path, tensors: Tensors, defaults: DefaultCon
         _add_vae(source, defaults.vae, vae)
     else:
         source.notes.append("has no VAE")
-    if text := below(keymaps.LDM_TEXT_PREFIX, tensors):
+    first, second = keymaps.SDXL_TEXT_PREFIXES
+    text_prefix = first if sdxl else keymaps.LDM_TEXT_PREFIX
+    if text := below(text_prefix, tensors):
         source.add("text", defaults.text, source.rename(keymaps.LDM_TEXT, text))
     else:
         source.notes.append("has no text encoder")
-    prefixes = (keymaps.LDM_UNET_PREFIX, keymaps.LDM_VAE_PREFIX, keymaps.LDM_TEXT_PREFIX)
+    if text := below(second, tensors):
+        source.add("text_2", defaults.text_2, source.rename(keymaps.OPEN_CLIP_TEXT, _separated(text)))
+    prefixes = (keymaps.LDM_UNET_PREFIX, keymaps.LDM_VAE_PREFIX, text_prefix, second)
     others = [key for key in tensors if not key.startswith(prefixes) and not TRAINING_STATE.fullmatch(key)]
     if others:
         source.notes.append(f"unused: {some_names(others)}")
+
+
+def _separated(tensors: Tensors) -> dict[str, LazyTensor]:
+    """OpenCLIP's attn.in_proj as q_proj, k_proj and v_proj."""
+    result = dict(tensors)
+    for key in (key for key in tensors if ".attn.in_proj_" in key):
+        whole = result.pop(key)
+        if side(tensors, key, 0) % 3:
+            raise ValueError(f"{whole.file}: {key} has the shape {list(whole.shape)}, expected three parts")
+        for i, part in enumerate("qkv"):
+            own = whole.map(lambda x, i=i: x[i * len(x) // 3 : (i + 1) * len(x) // 3])
+            result[key.replace(".in_proj_", f".{part}_proj.")] = own
+    return result
 
 
 def _read_adapter(source: Source, path: Path, name: str, tensors: Tensors, defaults: DefaultConfigs) -> None:
     """MoMA's .th or an IP-Adapter; its layers are numbered by the default UNet."""
     # training on several GPUs may leave the name of the wrapper
     tensors = {re.sub(r"(^|\.)module\.", r"\1", key): tensor for key, tensor in tensors.items()}
-    unet = defaults.unet
+    keys = [f"{body}.1.to_k_ip.weight" for body in ("ip_adapter", "adapter_modules", "self_cross_attentions")]
+    context = max(side(tensors, key, 1) for key in keys)
+    unet = defaults.of(context == defaults.sdxl["unet"].context_dim[0]).unet
     down, up = sum(unet.depth) * unet.resnets, sum(unet.depth) * (unet.resnets + 1)
     table_of = keymaps.moma_th if name == "adapter" else keymaps.ip_adapter
     named = source.rename(table_of(down, up, unet.mid_depth), tensors)
