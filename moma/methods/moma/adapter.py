@@ -92,16 +92,17 @@ class Adapter(nn.Module):
         Args:
             unet: of the base.
             method: its `context_init`, `subject_init` and `lambda_init`.
-            ip_adapter: tensors of the network "ip_adapter" (projector, context K, V), for "ip_adapter".
+            ip_adapter: tensors of the network "ip_adapter" (projector, context K, V), for "ip_adapter"; of
+                one for other embeddings the context K, V alone.
 
         Raises:
             ValueError: if those are missing or of another shape.
         """
         own: dict[str, nn.Parameter] = {}  # what an IP-Adapter provides
         if method.context_init == "ip_adapter":
-            own = {
-                name: p for name, p in self.named_parameters() if name.startswith(("projector.", "context."))
-            }
+            projector = any(name.startswith("projector.") for name in ip_adapter or {})
+            parts = ("context.", "projector.")[: 1 + projector]
+            own = {name: p for name, p in self.named_parameters() if name.startswith(parts)}
             given = {name: tuple(t.shape) for name, t in (ip_adapter or {}).items()}
             if given != {name: tuple(p.shape) for name, p in own.items()}:
                 raise ValueError(

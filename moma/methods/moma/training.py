@@ -214,14 +214,23 @@ class AdapterTraining(DenoisingTraining):
         self.adapter = start_adapter(weights, keep, token=False, seed=seed).to(base.device)
         if config.init == "base":
             ip_adapter = weights.state("ip_adapter") if method.context_init == "ip_adapter" else None
+            if ip_adapter and weights.config("ip_adapter").embed_dim != self.adapter.cfg.embed_dim:
+                ip_adapter = {k: t for k, t in ip_adapter.items() if k.startswith("context.")}
             self.adapter.init_from_base(base.unet, method, ip_adapter)
 
     @classmethod
     def check(cls, weights: Any, config: AdapterTrainingConfig, method: MethodConfig) -> None:
         MoMA.check(weights, method)
         if config.init == "base" and method.context_init == "ip_adapter":
-            weights.config("ip_adapter")
-            check_embeddings(weights, "ip_adapter")
+            width, own = weights.config("ip_adapter").embed_dim, weights.config("adapter").embed_dim
+            if width == own:
+                check_embeddings(weights, "ip_adapter")
+            else:
+                warnings.warn(
+                    f"{weights.folder}: its IP-Adapter reads embeddings {width} wide, the adapter {own}: its"
+                    " K, V are taken, and the projector starts anew",
+                    stacklevel=2,
+                )
         side = weights.image_size // weights.config("vae").factor
         if config.reference_shift >= side // 2:
             raise ValueError(
