@@ -94,6 +94,16 @@ def text_embedding(cfg: CLIPTextConfig) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def penultimate(cfg: CLIPTextConfig) -> tuple[Tensor, Tensor]:
+    """States before the last block, (2, 77, C): what SDXL reads."""
+    ours = build(lambda: CLIPText(cfg))
+    kind = transformers.CLIPTextModelWithProjection if cfg.projection else transformers.CLIPTextModel
+    theirs = share(lambda: kind(public_text(cfg)), ours.state_dict())
+    ids = text_ids(cfg)
+    return ours.states(ids)[0], theirs(ids, output_hidden_states=True).hidden_states[-2]
+
+
+@torch.no_grad()
 def image_embedding(cfg: CLIPVisionConfig) -> tuple[Tensor, Tensor]:
     """Projected embeddings, (2, P): all blocks, the pooling and the projection."""
     ours = build(lambda: CLIPVision(cfg))
@@ -146,6 +156,9 @@ TWO_BLOCKS = replace(LlavaConfig(), llama=LlamaConfig(layers=2, lm_head=False))
 CASES = [
     Case("CLIP text L/14 (SD1.5), states", partial(text_states, TEXT_PRESETS["sd15"])),
     Case("CLIP text L/14, embedding", partial(text_embedding, TEXT_PRESETS["l14"])),
+    Case("CLIP text L/14 (SDXL), penultimate", partial(penultimate, TEXT_PRESETS["sd15"])),
+    Case("OpenCLIP text bigG (SDXL), penultimate", partial(penultimate, TEXT_PRESETS["bigg"])),
+    Case("OpenCLIP text bigG (SDXL), embedding", partial(text_embedding, TEXT_PRESETS["bigg"])),
     Case("CLIP text B/32, embedding", partial(text_embedding, TEXT_PRESETS["b32"])),
     Case("CLIP vision B/32, embedding", partial(image_embedding, VISION_PRESETS["b32"])),
     Case("CLIP vision L/14 224, embedding", partial(image_embedding, VISION_PRESETS["l14"])),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.weights import keymaps
@@ -64,7 +64,13 @@ def test_a_folder_becomes_a_bundle(folder_bundle: Bundle) -> None:
 
 def test_a_single_file_gives_the_same_bundle(folder_bundle: Bundle, tmp_path: Path) -> None:
     """In OpenCLIP's layout q, k and v are one matrix, and the projection is transposed."""
-    bundle = converted([single_file(tmp_path)], tmp_path / "out", folder_bundle)[0]
+    path = single_file(tmp_path)
+    bundle = converted([path], tmp_path / "out", folder_bundle)[0]
+    public, ours = load_file(path), bundle.state("text_2")
+    assert torch.equal(public[f"{SECOND}text_projection"].T, ours["text_projection.weight"])
+    joint = public[f"{SECOND}transformer.resblocks.1.attn.in_proj_weight"].chunk(3)
+    for part, matrix in zip("qkv", joint, strict=True):
+        assert torch.equal(matrix, ours[f"encoder.layers.1.self_attn.{part}_proj.weight"])
     for name in BASE:
         assert bundle.config(name) == folder_bundle.config(name)
         found = bundle.state(name)
