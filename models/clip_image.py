@@ -57,6 +57,12 @@ def normalised(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ..
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
+def normalise(x: Tensor) -> Tensor:
+    """Values in [0, 1], (..., 3, H, W), standardised as CLIP's."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (x - mean) / std
+
+
 def _pad_to_square(image: Image.Image) -> Image.Image:
     """Centre an RGB image on a square of its longer edge; an odd pixel goes to the right or the bottom."""
     image.thumbnail((PADDED, PADDED), Image.Resampling.BICUBIC)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.attention import merge_heads, split_heads
-from models.clip_image import MEAN, STD
+from models.clip_image import MEAN, STD, normalise
 from models.tokenizers import Encoding
 from models.unet import Attention, KeysValues, UNetConfig, attention_layers
 from moma import Job, SampleConfig
 from moma.methods.mm_diff.adapter import BlockLoRA, MMDiffSizes
 from moma.methods.mm_diff.method import MMDiff, MMDiffSubject, SubjectHook
-from moma.methods.mm_diff.pictures import aligned, normalise, padded, similarity
+from moma.methods.mm_diff.pictures import aligned, padded, similarity
 from moma.methods.mm_diff.prompts import MarkedPrompt
 from moma.methods.text import Prepared
 from moma.sampling.diffusion import solver_steps

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip import CLIPText, CLIPVision
-from models.clip_image import MEAN, STD
+from models.clip_image import normalise
 from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.vae import VAE
@@ -200,7 +200,7 @@ def to_vae(images: Tensor) -> Tensor:
 
 def to_clip(images: Tensor) -> Tensor:
     """Images (B, 3, S, S) uint8 of the tower's size as float32, normalised as in `models.clip_image`."""
-    return (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return normalise(images / 255)
 
 
 def squeezed(image: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.clip_image import MEAN, STD, normalised
+from models.clip_image import MEAN, STD, normalise, normalised
 from models.weights.loading import read_checkpoint
 
 # Eyes, nose and corners of the mouth as ArcFace has them in an image of 112 pixels: x, y.
@@ -55,12 +55,6 @@ def padded(image: Image.Image, size: int) -> Tensor:
     x = F.pad(x, (left, left, top, top))[None]  # (1, 3, ·, ·)
     x = F.interpolate(x, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)[0]
     return normalise(x / 255)
-
-
-def normalise(x: Tensor) -> Tensor:
-    """Values in [0, 1], (..., 3, S, S), standardised as CLIP's."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (x - mean) / std
 
 
 def similarity(landmarks: Tensor, side: int) -> np.ndarray:
