@@ -19,6 +19,7 @@ from moma.inputs.preprocess import Reference
 from moma.methods.text import Prepared, Subject, TextConditioning, TextToImage, half
 from moma.sampling.base import SIZES, Base
 from moma.sampling.config import SampleConfig
+from moma.sampling.cuda_graphs import ConstantHook
 from moma.sampling.diffusion import SolverStep, solver_steps
 from moma.sampling.interface import Job, State, StepInputs
 from moma.sampling.pipeline import Pipeline
@@ -60,14 +61,11 @@ class ChangingConditioning(TextConditioning):
 
 
 @dataclass(frozen=True, eq=False)
-class ChangingHook:
+class ChangingHook(ConstantHook):
     """Cross-attention that also reads the row's subjects, in even steps only."""
 
     cond: ChangingConditioning
     even: bool
-
-    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        return attention(q, k, v), None
 
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         z = attention(q, k, v)  # (R, H, N, D)
@@ -78,17 +76,8 @@ class ChangingHook:
     def _row(self, layer: int, q: Tensor, z: Tensor, i: int) -> Tensor:
         return z + sum(attention(q, *one[layer]) for one in self.cond.subjects[i])
 
-    def prepare(self, grids: Sequence[Grid]) -> None:
-        pass
-
     def key(self) -> Hashable:
         return id(self.cond), self.even
-
-    def inputs(self) -> list[Tensor]:
-        return []
-
-    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
-        return self
 
 
 class Changing(TextToImage):

@@ -7,7 +7,7 @@ Letters: B images, R rows of a UNet call, H heads, N tokens of a layer, T text t
 D channels per head, E embedding.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,6 +25,7 @@ from moma.methods.moma.training import check_embeddings, start_adapter
 from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, TextToImage, half
 from moma.sampling.base import NETWORKS, Base
 from moma.sampling.config import LARGEST, SampleConfig, check_types
+from moma.sampling.cuda_graphs import ConstantHook
 from moma.sampling.diffusion import SolverStep
 from moma.sampling.finite import check_finite
 from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime, State, StepInputs
@@ -114,11 +115,8 @@ class IPAdapterMethod(TextToImage):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageConditioning(TextConditioning):
-    """The conditioning of a batch and its own attention hook: no step differs from another.
-
-    Its calls can be recorded (`moma.sampling.cuda_graphs.RecordableHook`).
-    """
+class ImageConditioning(TextConditioning, ConstantHook):
+    """The conditioning of a batch and its own attention hook: no step differs from another."""
 
     context: list[KeysValues]  # of each layer K, V of the context tokens, each (R, H, C, D)
     scale: float
@@ -129,24 +127,9 @@ class ImageConditioning(TextConditioning):
     def conditional(self) -> Self:
         return replace(super().conditional(), context=[(half(k), half(v)) for k, v in self.context])
 
-    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        return attention(q, k, v), None
-
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
         z_context = attention(q, *self.context[layer])  # (R, H, N, D)
         return attention(q, k, v) + self.scale * z_context, None
-
-    def prepare(self, grids: Sequence[Grid]) -> None:
-        pass
-
-    def key(self) -> Hashable:
-        return id(self)
-
-    def inputs(self) -> list[Tensor]:
-        return []
-
-    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
-        return self
 
 
 # --- training ------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from models.attention import attention
 from models.unet import AttentionHook, Grid, UNet, attention_grids
 from moma.sampling.interface import TextInput
 from moma.sampling.memory import Toggle
@@ -49,6 +50,26 @@ class RecordableHook(AttentionHook, Protocol):
 
     def with_inputs(self, inputs: Sequence[Tensor]) -> AttentionHook:
         """The same hook with other tensors instead of `inputs`."""
+
+
+class ConstantHook:
+    """A `RecordableHook` that has no tensors that change from step to step. Its self-attention is the plain
+    one unless a subclass replaces it."""
+
+    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
+        return attention(q, k, v), None
+
+    def prepare(self, grids: Sequence[Grid]) -> None:
+        pass
+
+    def key(self) -> Hashable:
+        return id(self)
+
+    def inputs(self) -> list[Tensor]:
+        return []
+
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
+        return self
 
 
 class Recorder(Protocol):

@@ -10,7 +10,7 @@ Letters: B images, R rows of a UNet call, H heads, N queries, T text tokens, S s
 X width of the cross-attention, D channels per head, W width of a text encoder, P embedding of a picture.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -30,6 +30,7 @@ from moma.methods.mm_diff.prompts import MarkedPrompt, read_marked
 from moma.methods.text import Prepared, Subject, TextConditioning, TextToImage
 from moma.sampling.base import NETWORKS, Base, Change
 from moma.sampling.config import SampleConfig
+from moma.sampling.cuda_graphs import ConstantHook
 from moma.sampling.diffusion import SolverStep, timesteps
 from moma.sampling.finite import check_finite
 from moma.sampling.interface import Runtime, State, StepInputs, TextInput, TextStates
@@ -261,32 +262,17 @@ def merge_words(
 
 
 @dataclass(frozen=True, eq=False)
-class SubjectHook:
+class SubjectHook(ConstantHook):
     """The second cross-attention, in the conditional rows; the others come first, as guidance has them."""
 
     layers: list[KeysValues]  # K and V of the subjects' tokens, (B, H, S, D) each
     keep: Tensor  # bool (B, 1, 1, S); images may have different numbers of tokens
     scale: Tensor  # (B, 1, 1, 1): λ, 0 without subjects
 
-    def self_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        return attention(q, k, v), None
-
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
         z, first = attention(q, k, v), len(q) - len(self.keep)  # (R, H, N, D)
         added = attention(q[first:], *self.layers[layer], self.keep) * self.scale  # (B, H, N, D)
         return torch.cat([z[:first], z[first:] + added.to(z.dtype)]), None
-
-    def prepare(self, grids: Sequence[Grid]) -> None:
-        pass
-
-    def key(self) -> Hashable:
-        return id(self)
-
-    def inputs(self) -> list[Tensor]:
-        return []
-
-    def with_inputs(self, inputs: Sequence[Tensor]) -> Self:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
