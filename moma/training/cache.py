@@ -137,7 +137,7 @@ def identity(
 
 def _weights(bundle: Bundle, name: str) -> str:
     bundle.config(name)
-    return sha256(json.dumps(bundle.hashes_of(name), sort_keys=True).encode()).hexdigest()
+    return _sha256(bundle.hashes_of(name))
 
 
 def _check_identity(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
