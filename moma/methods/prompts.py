@@ -91,7 +91,7 @@ def read_prompt(
     """
     words, prompt = [plain_text(word) for word in words], plain_text(prompt)
     check_prompt(words, prompt, absent_label)
-    text = sd_prompt(" and a ".join(words), prompt) if words else prompt
+    text = sd_prompt(joined(words), prompt) if words else prompt
     encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
     start = len(text) - len(prompt)
     for word in words if absent_label == "error" else ():
@@ -134,6 +134,11 @@ def check_prompt(words: Sequence[str], prompt: str, absent_label: AbsentLabel = 
 def sd_prompt(subject: str, prompt: str) -> str:
     """The text for Stable Diffusion (template of the released code)."""
     return SD_TEMPLATE.format(subject=subject, prompt=prompt)
+
+
+def joined(words: Sequence[str]) -> str:
+    """Several subjects in the template's place for one: "cat and a teapot"."""
+    return " and a ".join(words)
 
 
 def label_positions(

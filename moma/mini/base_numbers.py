@@ -17,7 +17,8 @@ from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer
 from models.unet import UNet
 from models.vae import VAE
-from moma.methods.prompts import sd_prompt
+from moma.app.sheets import Cell, contact_sheet
+from moma.methods.prompts import joined, sd_prompt
 from moma.methods.text import TextConditioning
 from moma.mini.config import BaseNumbersConfig
 from moma.mini.tasks import to_vae
@@ -105,8 +106,8 @@ def single_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]
     found |= {f"told {name}": _mean(right[name]) for name in ("class", "pattern", "colour")}
     found["told identity"] = _mean(retrieved(seen.embedding, others))
     true = _autoencoded(model, classifiers.stacked([s.image for s in draw_many(own, model.world)]))
-    sharp = [sharpness(x, classifiers.classify(model.probes, x).mask) for x in (told, true)]
-    return found | {"sharpness": sharp[0] / sharp[1]}
+    real = classifiers.classify(model.probes, true).mask
+    return found | {"sharpness": sharpness(told, seen.mask) / sharpness(true, real)}
 
 
 def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
@@ -118,7 +119,7 @@ def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     for name, wanted, count in (("both", False, cfg.pairs), ("same", True, cfg.same)):
         chosen = [what for what, same in zip(pairs, alike, strict=True) if same == wanted][:count]
         words = [pair_words(what, model.world) for what in chosen]
-        texts = [sd_prompt(" and a ".join(w.labels), w.caption.text) for w in words]
+        texts = [sd_prompt(joined(w.labels), w.caption.text) for w in words]
         images = classifiers.stacked(draw_texts(model, texts, model.world.pair_width))  # (N, 3, S, W)
         seen = classifiers.classify(
             model.probes, classifiers.views(images, model.probes.cfg.view, model.world).flatten(0, 1)
@@ -148,6 +149,25 @@ def sharpness(images: Tensor, masks: Tensor) -> float:
     edges = F.conv2d(images.float().mean(dim=1, keepdim=True), kernel, padding=1).abs()  # (N, 1, S, W)
     inside = F.interpolate(masks[:, None].float(), size=edges.shape[-2:])  # (N, 1, S, W)
     return ((edges * inside).sum() / inside.sum().clamp_min(1)).item()
+
+
+def base_sheet(model: BaseModel, cfg: BaseNumbersConfig) -> Image.Image:
+    """Images of one and of two subjects, row by row in turn, to look at."""
+    return contact_sheet([_shown(model, cfg, row) for row in range(cfg.shown // cfg.columns)])
+
+
+def _shown(model: BaseModel, cfg: BaseNumbersConfig, row: int) -> list[Cell]:
+    """A row of the sheet: images of one subject and of two in turn, the texts of every second pair naming
+    colours."""
+    indices, world = range(row * cfg.columns, (row + 1) * cfg.columns), model.world
+    if row % 2 == 0:
+        specs = [spec(i, cfg.split, world) for i in indices]
+        texts = [sd_prompt(what.label, caption(what)) for what in specs]
+        return [Cell(image) for image in draw_texts(model, texts)]
+    words = [pair_words(pair(i, cfg.split, world), world) for i in indices]
+    told = [w.rich.text if row % 4 == 3 else w.caption.text for w in words]
+    texts = [sd_prompt(joined(w.labels), text) for w, text in zip(words, told, strict=True)]
+    return [Cell(image) for image in draw_texts(model, texts, world.pair_width)]
 
 
 # --- noise errors and maps on true images ------------------------------------------------------------

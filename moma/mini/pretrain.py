@@ -34,15 +34,14 @@ from models.weights.files import atomic_write, read_object
 from models.weights.loading import load_into, read_checkpoint, save_tensors
 from moma.app.files import exit_status, write_text
 from moma.app.record import save_png
-from moma.app.sheets import Cell, contact_sheet
 from moma.data.shards import ShardWriter
 from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
 from moma.methods.moma.training import refuse_quantised
 from moma.methods.prompts import sd_prompt
 from moma.mini import SOURCE
-from moma.mini.base_numbers import BaseModel, base_numbers, draw_texts
-from moma.mini.config import BaseNumbersConfig, MiniConfig
+from moma.mini.base_numbers import BaseModel, base_numbers, base_sheet
+from moma.mini.config import MiniConfig
 from moma.mini.familiar import fit_familiar
 from moma.mini.segmenting import SegmentTask
 from moma.mini.tasks import (
@@ -69,7 +68,7 @@ from moma.world.classifiers import BYTE
 from moma.world.measures import iou
 from moma.world.pairs import PairWords, pair, pair_words, render_pairs
 from moma.world.words import Words, words_of_renders
-from moma.world.world import CLASSES, caption, draw, render_many, spec, trained_elsewhere
+from moma.world.world import CLASSES, draw, render_many, spec, trained_elsewhere
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]  # of the repository's scripts
@@ -358,23 +357,8 @@ def _sam_numbers(work: Workspace) -> dict[str, float]:
 def _unet_numbers(work: Workspace) -> dict[str, float]:
     """What the base can do by itself; also saves a sheet of single and wide images."""
     model, cfg = work.base_model(), work.cfg.base_numbers
-    rows = [_shown(model, cfg, row) for row in range(cfg.shown // cfg.columns)]
-    save_png(work.folder / "unet" / "drawn.png", contact_sheet(rows))
+    save_png(work.folder / "unet" / "drawn.png", base_sheet(model, cfg))
     return base_numbers(model, cfg)
-
-
-def _shown(model: BaseModel, cfg: BaseNumbersConfig, row: int) -> list[Cell]:
-    """A row of the sheet: images of one subject and of two in turn, the texts of every second pair naming
-    colours."""
-    indices, world = range(row * cfg.columns, (row + 1) * cfg.columns), model.world
-    if row % 2 == 0:
-        specs = [spec(i, cfg.split, world) for i in indices]
-        texts = [sd_prompt(what.label, caption(what)) for what in specs]
-        return [Cell(image) for image in draw_texts(model, texts)]
-    words = [pair_words(pair(i, cfg.split, world), world) for i in indices]
-    told = [w.rich.text if row % 4 == 3 else w.caption.text for w in words]
-    texts = [sd_prompt(" and a ".join(w.labels), text) for w, text in zip(words, told, strict=True)]
-    return [Cell(image) for image in draw_texts(model, texts, world.pair_width)]
 
 
 @torch.no_grad()

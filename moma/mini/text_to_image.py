@@ -16,7 +16,7 @@ from models.attention import attention, attention_probs
 from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer
 from models.unet import Grid, UNet
-from moma.methods.prompts import occurrences, sd_prompt
+from moma.methods.prompts import joined, occurrences, sd_prompt
 from moma.mini.config import TextToImageConfig
 from moma.mini.tasks import generators
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
@@ -131,7 +131,7 @@ def single_texts(words: Words) -> list[Text]:
 
 def pair_texts(words: PairWords) -> list[Text]:
     """As `single_texts`, of two subjects; the fifth one names the patterns."""
-    both = " and a ".join(words.labels)
+    both = joined(words.labels)
     plain, patterned, rich = (_bound(words.labels, told, both) for told in words[1:])
     return [plain[0], plain[1], rich[0], rich[1], patterned[0], NOTHING]
 
