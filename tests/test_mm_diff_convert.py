@@ -12,9 +12,9 @@ from convert_weights import convert as convert_weights
 from models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from models.weights.keymaps import convert
 from moma import Bundle, Job
+from moma.inputs.faces import Face
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA
 from moma.methods.mm_diff.keymap import official
-from moma.methods.mm_diff.pictures import Face
 from moma.weights.bundle import expected_shapes
 from moma.weights.tiny import TinyConfig, build_tiny_bundle, fill, tiny_sdxl
 from tests.helpers import image, latents, mask, same

@@ -14,9 +14,9 @@ from models.tokenizers import ClipTokenizer
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 from moma import Job, Pipeline, SampleConfig
+from moma.inputs.faces import Face
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA, attach, frozen_context, merge
 from moma.methods.mm_diff.method import MMDiff
-from moma.methods.mm_diff.pictures import Face
 from moma.sampling.base import SIZES, Base
 from moma.weights.tiny import build_tokenizers, fill
 from tests.helpers import Rerun, image, latents, mask, same

@@ -209,6 +209,14 @@ class Method(ABC):
             weights.config(name)
 
     @classmethod
+    def needs_face(cls, weights: Any) -> bool:
+        """Whether `encode_reference` wants a person's face (`face=`) with these weights; reads none of them.
+
+        weights: the bundle.
+        """
+        return False
+
+    @classmethod
     def needed(cls, weights: Any, config: Any, encoders: bool = True) -> tuple[str, ...]:
         """`networks`, and the second text encoder where the UNet reads two.
 

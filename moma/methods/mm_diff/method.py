@@ -22,10 +22,11 @@ from models.clip import CLIPVision, CLIPVisionConfig
 from models.clip_image import clip_image
 from models.unet import Grid, KeysValues
 from models.weights.packed import optimize_layout
+from moma.inputs.faces import EMBEDDING, Face
 from moma.inputs.preprocess import Reference, on_white
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, frozen_context, merge
 from moma.methods.mm_diff.config import PRESETS, MMDiffConfig
-from moma.methods.mm_diff.pictures import Face, face_pixels, padded
+from moma.methods.mm_diff.images import face_pixels, padded
 from moma.methods.mm_diff.prompts import MarkedPrompt, read_marked
 from moma.methods.text import Prepared, Subject, TextConditioning, TextToImage
 from moma.sampling.base import NETWORKS, Base, Change
@@ -103,6 +104,14 @@ class MMDiff(TextToImage):
                 f"{weights.folder}: mm_diff reads embeddings and patches of {sizes.embed_dim} and"
                 f" {sizes.patch_dim}, the image encoders give {found[0]} and {found[1]}"
             )
+        if sizes.subject == "face" and sizes.face_dim != EMBEDDING:
+            raise ValueError(
+                f"{weights.folder}: mm_diff reads face embeddings of {sizes.face_dim}, expected {EMBEDDING}"
+            )
+
+    @classmethod
+    def needs_face(cls, weights: Any) -> bool:
+        return weights.config("mm_diff").subject == "face"
 
     @classmethod
     def load(cls, runtime: Runtime, config: MMDiffConfig) -> Self:
@@ -145,8 +154,11 @@ class MMDiff(TextToImage):
             options: of `Method.encode_reference`.
 
         Raises:
-            ValueError: without a face where one is needed.
+            ValueError: without a face where one is needed, or with one that no use is made of.
         """
+        if (face is not None) != (self.adapter.cfg.subject == "face"):
+            needed = "read no face" if face else "draw people: expected the embedding and landmarks of a face"
+            raise ValueError(f"{word!r}: these weights of MM-Diff {needed}")
         base, config = self.base, self.config
         side = self.vision.cfg.image_size
         if config.picture == "photo":
@@ -156,12 +168,8 @@ class MMDiff(TextToImage):
         pixels = pixels[None].to(base.device, base.dtype)  # (1, 3, side, side)
         embedding = self.vision(pixels)[1]  # (1, P)
         subject = embedding
-        if self.adapter.cfg.subject == "face":
-            if face is None:
-                raise ValueError(
-                    f"{word!r}: these weights of MM-Diff draw people, and need the face's embedding and"
-                    " landmarks"
-                )
+        if face is not None:
+            face.check()
             crop = face_pixels(on_white(reference.original), face, self.patches.cfg.image_size)
             pixels = crop[None].to(base.device, base.dtype)  # (1, 3, S, S)
             subject = torch.nn.functional.normalize(face.embedding, dim=0)[None].to(pixels)  # (1, 512)
