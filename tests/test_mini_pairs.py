@@ -63,7 +63,7 @@ def test_what_is_held_out_stays_out_of_pairs() -> None:
     drawn = [pair(i) for i in range(400)]
     same = np.mean([what.left.label == what.right.label for what in drawn])
     assert abs(same - cfg.same_class_share) < 0.07
-    assert abs(np.mean([what.named == (0, 1) for what in drawn]) - 0.5) < 0.1
+    assert abs(np.mean([what.named() == (0, 1) for what in drawn]) - cfg.left_first) < 0.05
     assert all(what.left.number != what.right.number for what in drawn)
 
 
@@ -86,7 +86,7 @@ def test_rendered_masks_come_in_the_order_of_naming() -> None:
     found = render_pairs(range(6), "val")
     for i, masks in enumerate(found["masks"]):
         what = pair(i, "val")
-        assert np.array_equal(masks, draw_pair(what).masks[list(what.named)])
+        assert np.array_equal(masks, draw_pair(what).masks[list(what.named())])
 
 
 def test_a_view_holds_its_subject_whole() -> None:

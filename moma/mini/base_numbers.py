@@ -126,7 +126,12 @@ def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
         )
         present = (seen.mask.float().mean(dim=(1, 2)) >= cfg.present).view(-1, 2).all(dim=1)  # (N,)
         labels = seen.truth.label.view(-1, 2).sort(dim=1).values  # (N, 2)
-        asked = classifiers.truth_of(named_specs(chosen), model.world).label.view(-1, 2).sort(dim=1).values
+        asked = (
+            classifiers.truth_of(named_specs(chosen, model.world), model.world)
+            .label.view(-1, 2)
+            .sort(dim=1)
+            .values
+        )
         found[name] = _mean(present & (labels == asked).all(dim=1))
     return found
 
@@ -206,7 +211,10 @@ def map_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     pairs = [what for what in pairs if what.left.label != what.right.label][: cfg.noised]
     samples = [draw_pair(what, model.world) for what in pairs]
     masks = torch.stack(
-        [torch.from_numpy(s.masks[list(what.named)]) for what, s in zip(pairs, samples, strict=True)]
+        [
+            torch.from_numpy(s.masks[list(what.named(model.world))])
+            for what, s in zip(pairs, samples, strict=True)
+        ]
     )  # (N, 2, S, W)
     x0 = _encoded(model, classifiers.stacked([s.image for s in samples]))  # (N, Z, h, w)
     texts = Texts([pair_texts(pair_words(what, model.world))[:1] for what in pairs], model.tokenizer)

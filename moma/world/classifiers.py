@@ -157,7 +157,7 @@ def views_of_pairs(
         world: the world.
     """
     pairs = [pair(i, split, world) for i in range(len(found["image"]))]
-    sides = torch.tensor([what.named.index(i) for what in pairs for i in (0, 1)]).view(-1, 2)  # (N, 2)
+    sides = torch.tensor([what.named(world).index(i) for what in pairs for i in (0, 1)]).view(-1, 2)  # (N, 2)
     masks = torch.from_numpy(found["masks"]).gather(
         1, sides[..., None, None].expand(-1, -1, *found["masks"].shape[2:])
     )

@@ -46,10 +46,9 @@ class Pair:
         if self.left.scene != self.right.scene:
             raise ValueError(f"a pair in {self.left.scene} and {self.right.scene}: expected one scene")
 
-    @property
-    def named(self) -> tuple[int, int]:
+    def named(self, cfg: WorldConfig = DEFAULT) -> tuple[int, int]:
         """The subjects, 0 left and 1 right, in the order in which captions name them."""
-        return (0, 1) if stream("named", self.left.scene_seed).random() < 0.5 else (1, 0)
+        return (0, 1) if stream("named", self.left.scene_seed).random() < cfg.left_first else (1, 0)
 
     @property
     def subjects(self) -> tuple[Spec, Spec]:
@@ -115,9 +114,9 @@ def pair(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Pair:
     return Pair(left, right)
 
 
-def named_specs(pairs: Iterable[Pair]) -> list[Spec]:
+def named_specs(pairs: Iterable[Pair], cfg: WorldConfig = DEFAULT) -> list[Spec]:
     """Two specs per pair, in the order of naming."""
-    return [what.subjects[i] for what in pairs for i in what.named]
+    return [what.subjects[i] for what in pairs for i in what.named(cfg)]
 
 
 # ---- words ----
@@ -125,7 +124,7 @@ def named_specs(pairs: Iterable[Pair]) -> list[Spec]:
 
 def pair_words(what: Pair, cfg: WorldConfig = DEFAULT) -> PairWords:
     """The captions of a pair. The plain one names each subject's class and material ("two cats")."""
-    subjects = named_specs([what])
+    subjects = named_specs([what], cfg)
     plain = [s.material or "" for s in subjects]
     patterned = [s.material or pattern_of(s, cfg) for s in subjects]
     rich = [look_of(s, cfg) for s in subjects]
@@ -190,5 +189,5 @@ def render_pairs(
             samples = pool.map(paint, pairs, chunksize=IMAGES_PER_WORKER)
     else:
         samples = [paint(what) for what in pairs]
-    masks = [s.masks[list(what.named)] for what, s in zip(pairs, samples, strict=True)]
+    masks = [s.masks[list(what.named(cfg))] for what, s in zip(pairs, samples, strict=True)]
     return {"image": np.stack([s.image for s in samples]), "masks": np.stack(masks)}

@@ -64,6 +64,7 @@ class WorldConfig:
     pair_largest: float = 0.66
     pair_reach: float = 0.05  # how far each subject may cross the middle
     same_class_share: float = 0.3  # of pairs
+    left_first: float = 0.9  # share of pairs whose captions name the left subject first
     lean: float = 3.0  # largest tilt of a whole subject, in degrees
     line: float = 1.15  # outline width in pixels of a 64-pixel image: bold enough for a coarse autoencoder
     relief: float = 0.5  # strength of the soft light from above left
