@@ -117,11 +117,11 @@ def test_self_attention(block: BlockLoRA) -> None:
 )  # fmt: skip
 def test_modules(case: str, sizes: MMDiffSizes, unet: UNetConfig, count: int, patches: int) -> None:
     recorded, own = golden(case), adapter(sizes, unet)
-    pictures = own.pictures(tensor(f"{case}/image_embeds", count, sizes.embed_dim))
+    images = own.images(tensor(f"{case}/image_embeds", count, sizes.embed_dim))
     for i, (width, fuse) in enumerate(zip(sizes.text_dims, own.fuse, strict=True)):
-        assert_recorded(pictures[i], recorded[f"obj_embeds_{i + 1}"], LAYER)
+        assert_recorded(images[i], recorded[f"obj_embeds_{i + 1}"], LAYER)
         word = tensor(f"{case}/word_{i + 1}", count, width)
-        assert_recorded(fuse(word, pictures[i]), recorded[f"fused_word_{i + 1}"], LAYER)
+        assert_recorded(fuse(word, images[i]), recorded[f"fused_word_{i + 1}"], LAYER)
     face, seen = (
         unit(f"{case}/face_embeds", count, 512),
         tensor(f"{case}/clip_face_embeds", count, patches, sizes.patch_dim),
@@ -151,34 +151,34 @@ def encodings(ids: Tensor) -> tuple[Encoding, ...]:
     return tuple(Encoding(tuple(row.tolist()), spans=(), dropped=()) for row in ids)
 
 
-def subjects(method: MMDiff, run: str, pictures: int, faces: int) -> list[MMDiffSubject]:
-    """One subject for each picture, the last one with the faces that are left."""
+def subjects(method: MMDiff, run: str, images: int, faces: int) -> list[MMDiffSubject]:
+    """One subject for each image, the last one with the faces that are left."""
     key, recorded = f"mmdiff_loop_small/{run}", golden("mmdiff_loop_small")
-    pixels = torch.from_numpy(uniform(f"input/{key}/object_pixel_values", (pictures, 3, 224, 224)))
+    pixels = torch.from_numpy(uniform(f"input/{key}/object_pixel_values", (images, 3, 224, 224)))
     embeddings = method.vision(normalise(pixels))[1]
     assert_recorded(embeddings, recorded[f"{run}.image_embeds"], 3e-5)
     seen = method.patches.hidden(tensor(f"{key}/face_pixel_values", faces, 3, 224, 224), -2)
     tokens = method.adapter.head(unit(f"{key}/face_embeds", faces, 512), seen)  # (faces, 4, X)
     assert_recorded(tokens.flatten(0, 1), recorded[f"{run}.subject_tokens"][1], 3e-5)
     all_of = [
-        MMDiffSubject("", None, embeddings[min(i, pictures - 1)][None], tokens[i][None]) for i in range(faces)
+        MMDiffSubject("", None, embeddings[min(i, images - 1)][None], tokens[i][None]) for i in range(faces)
     ]
-    return [*all_of[: pictures - 1], all_of[pictures - 1].with_more(all_of[pictures:])]
+    return [*all_of[: images - 1], all_of[images - 1].with_more(all_of[images:])]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("run", "pictures", "faces", "steps", "start"),
+    ("run", "images", "faces", "steps", "start"),
     [("one", 1, 1, 5, 2), ("refs3", 1, 3, 4, 0), ("two", 2, 2, 5, 2)],
 )
-def test_loop(method: MMDiff, run: str, pictures: int, faces: int, steps: int, start: int) -> None:
+def test_loop(method: MMDiff, run: str, images: int, faces: int, steps: int, start: int) -> None:
     recorded, ids = golden("mmdiff_loop_small"), load_file(CARRIED / "mmdiff_ids.safetensors")
     method = method.with_config(replace(method.config, start_merge_step=start))
     negative = None if run == "refs3" else ids["negative_ids"]
-    places = tuple(recorded[f"{run}.image_token_idx"][0, :pictures].tolist())
+    places = tuple(recorded[f"{run}.image_token_idx"][0, :images].tolist())
     prompt = MarkedPrompt("", encodings(ids[f"{run}.ids"]), (), (places, places))
     latents = tensor(f"mmdiff_loop_small/{run}/init_latents", 1, 4, 32, 32)
-    people = subjects(method, run, pictures, faces)
+    people = subjects(method, run, images, faces)
     job = Job(tuple(people), "", 0, "" if negative is None else NEGATIVE, text=prompt, latents=latents)
     config = SampleConfig(steps=steps, guidance=5.0, grid="leading", height=256, width=256)
     prepared = [Prepared(job, prompt, encodings(ids[f"{run}.ids"] if negative is None else negative))]
@@ -197,7 +197,7 @@ def test_loop(method: MMDiff, run: str, pictures: int, faces: int, steps: int, s
     assert_recorded(ours, theirs, 4e-5 * float(theirs.abs().max()))
 
 
-# --- pictures -------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------
 
 
 def drawn(h: int, w: int) -> Image.Image:
@@ -210,7 +210,7 @@ def drawn(h: int, w: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(("name", "h", "w"), [("wide", 201, 300), ("tall", 300, 187), ("square", 260, 260)])
-def test_whole_pictures(name: str, h: int, w: int) -> None:
+def test_whole_images(name: str, h: int, w: int) -> None:
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     ours = (padded(drawn(h, w), 224) * std + mean) * 255
     assert_recorded(ours, golden("mmdiff_preprocess")[f"{name}.object_u8"].float(), 1e-3)

@@ -71,7 +71,7 @@ def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def jobs(pipe: Pipeline) -> list[Job]:
-    """Images with none, one, two and three subjects, one of them of two pictures."""
+    """Images with none, one, two and three subjects, one of them of two images."""
     cat, dog, vase = (
         pipe.encode_subject(image(i), mask(20 + i), w) for i, w in enumerate(("cat", "dog", "vase"))
     )
@@ -114,7 +114,7 @@ def test_what_changes_an_image(pipe: Pipeline, jobs: list[Job]) -> None:
     swapped = [replace(jobs[2], subjects=(dog, cat))]  # words, not their order, tell whose is whose
     same(latents(pipe, swapped, CONFIG), before[1:], 1e-3)
     first = [replace(jobs[2], subjects=(replace(cat, tokens=cat.tokens[:, :4]), dog))]
-    assert not torch.allclose(latents(pipe, first, CONFIG), before[1:], atol=1e-3), "all pictures are read"
+    assert not torch.allclose(latents(pipe, first, CONFIG), before[1:], atol=1e-3), "all images are read"
 
 
 @pytest.mark.parametrize("start", [0, 4])

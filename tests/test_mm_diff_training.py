@@ -69,7 +69,7 @@ def test_train_export_draw(tmp_path: Path, sdxl: bool) -> None:
     convert([tmp_path / "run" / "export"], tmp_path / "trained", start, say=lambda text: None)
     trained = Bundle.open(tmp_path / "trained")
     state, method = trained.state("mm_diff"), trained.method_config("mm-diff")
-    assert (method.picture, method.patches, method.text_lora) == ("segment", "vision", "both")
+    assert (method.seen, method.patches, method.text_lora) == ("segment", "vision", "both")
     still = [name for name, tensor in state.items() if name.endswith(".up") and not tensor.any()]
     assert not still, "every LoRA has moved"
     before, after = start.state("vision"), trained.state("mm_diff_vision")

@@ -78,7 +78,7 @@ def _scaled(tensors: Tensors) -> dict[str, LazyTensor]:
 def _sizes(named: Tensors) -> MMDiffSizes:
     """Read from the shapes."""
     shape = {key: tensor.shape for key, tensor in named.items()}
-    widths = [key for key in shape if re.fullmatch(r"pictures\.proj\.\d+\.weight", key)]
+    widths = [key for key in shape if re.fullmatch(r"images\.proj\.\d+\.weight", key)]
     hidden, subject = shape["head.proj.0.weight"]
     dim, patch = shape["head.refiner.proj_in.weight"]
     inner = shape["head.refiner.layers.0.0.to_q.weight"][0]
@@ -86,7 +86,7 @@ def _sizes(named: Tensors) -> MMDiffSizes:
     return replace(
         sizes,
         face_dim=subject,
-        embed_dim=shape["pictures.fc.weight"][0],
+        embed_dim=shape["images.fc.weight"][0],
         patch_dim=patch,
         text_dims=tuple(shape[key][0] for key in sorted(widths)),
         tokens=shape["head.proj.2.weight"][0] // dim,

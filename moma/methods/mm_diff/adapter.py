@@ -1,7 +1,7 @@
 """Everything that MM-Diff trains beside its image encoder, as one module outside the base's networks.
 
-Letters: S pictures, P embedding of a picture, W width of a text encoder, X width of the cross-attention,
-K tokens of a picture, N patch tokens, C their width, r rank, H heads, D channels per head.
+Letters: S images, P embedding of an image, W width of a text encoder, X width of the cross-attention,
+K tokens of an image, N patch tokens, C their width, r rank, H heads, D channels per head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class TextLoRA:
 class MMDiffSizes:
     """Sizes beside the UNet's; the defaults are the released portrait model's."""
 
-    # What the subject's tokens are made of: a face's embedding (release), or the picture's own (paper).
+    # What the subject's tokens are made of: a face's embedding (release), or the image's own (paper).
     subject: Literal["face", "cls"] = "face"
     face_dim: int = 512  # of a face's embedding
     embed_dim: int = 768  # P
@@ -107,8 +107,8 @@ def text_lora(sizes: TextLoRA | None) -> nn.ModuleList:
     return layers
 
 
-class PictureProjection(nn.Module):
-    """Embedding of a picture (S, P) -> one per text encoder, (S, W). Official: CLIPEmbedsProjHead."""
+class ImageProjection(nn.Module):
+    """Embedding of an image (S, P) -> one per text encoder, (S, W). Official: CLIPEmbedsProjHead."""
 
     def __init__(self, dim: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -121,15 +121,15 @@ class PictureProjection(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A word's token embedding and its picture's, (S, W) each -> the token embedding (S, W) in its place."""
+    """A word's token embedding and its image's, (S, W) each -> the token embedding (S, W) in its place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layernorm = nn.LayerNorm(2 * width)
         self.fc1, self.fc2 = nn.Linear(2 * width, width), nn.Linear(width, width)
 
-    def forward(self, word: Tensor, picture: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.layernorm(torch.cat([word, picture], dim=-1)))))  # (S, W)
+    def forward(self, word: Tensor, image: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.layernorm(torch.cat([word, image], dim=-1)))))  # (S, W)
 
 
 class RefinerAttention(nn.Module):
@@ -197,7 +197,7 @@ class MMDiffAdapter(nn.Module):
     def __init__(self, cfg: MMDiffSizes, unet_cfg: UNetConfig) -> None:
         super().__init__()
         self.cfg, self.layers = cfg, attention_layers(unet_cfg)
-        self.pictures = PictureProjection(cfg.embed_dim, cfg.text_dims)
+        self.images = ImageProjection(cfg.embed_dim, cfg.text_dims)
         self.fuse = nn.ModuleList(Fusion(width) for width in cfg.text_dims)
         self.head = SubjectTokens(cfg, self.layers[0].context_dim)
         self.unet = nn.ModuleList(BlockLoRA(layer, cfg.rank) for layer in self.layers)

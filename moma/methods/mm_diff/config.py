@@ -21,7 +21,7 @@ class MMDiffConfig(TextConfig):
     text_lora: Literal["first", "both"] = "first"
     # What the image encoders see: "photo" = the whole image on black (release), "segment" = the subject on
     # white (paper).
-    picture: Literal["photo", "segment"] = "photo"
+    seen: Literal["photo", "segment"] = "photo"
     # The bundle's network that reads the patch tokens: the release's, or LLaVA's image tower (train.py).
     patches: Literal["mm_diff_public", "vision"] = "mm_diff_public"
 
@@ -36,5 +36,5 @@ class MMDiffConfig(TextConfig):
 PRESETS = {
     "default": MMDiffConfig(),
     "release": MMDiffConfig(start_merge_step=10),
-    "paper": MMDiffConfig(text_lora="both", picture="segment"),
+    "paper": MMDiffConfig(text_lora="both", seen="segment"),
 }

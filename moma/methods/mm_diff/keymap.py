@@ -15,8 +15,8 @@ def official(unet: UNetConfig) -> Table:
 
     unet: of the base; the release numbers its attention layers down, up, mid.
     """
-    rows = [Row("obj_embeds_proj.proj_1.*", "pictures.proj.0.*")]
-    rows += [Row("obj_embeds_proj.proj_2.*", "pictures.proj.1.*"), Row("obj_embeds_proj.*", "pictures.*")]
+    rows = [Row("obj_embeds_proj.proj_1.*", "images.proj.0.*")]
+    rows += [Row("obj_embeds_proj.proj_2.*", "images.proj.1.*"), Row("obj_embeds_proj.*", "images.*")]
     rows += [Row(f"mm_fuse_{name}.*", f"fuse.{i}.*") for i, name in enumerate(OFFICIAL)]
     rows.append(Row("face_embeds_proj.*", "head.*"))
     down, up = sum(unet.depth) * unet.resnets, sum(unet.depth) * (unet.resnets + 1)

@@ -1,13 +1,13 @@
 """MM-Diff (arXiv 2403.15059): each subject is merged into its word, and read beside the text as tokens.
 
-1. A picture's CLIP embedding is merged into the token embedding of the subject's word, ahead of every text
+1. An image's CLIP embedding is merged into the token embedding of the subject's word, ahead of every text
    encoder.
-2. The subject's tokens, refined by the picture's patch tokens, are read by a second cross-attention, whose
+2. The subject's tokens, refined by the image's patch tokens, are read by a second cross-attention, whose
    K, V are the base's with LoRAs of their own: Z = Attn(Q, K, V) + λ·Attn(Q, K_i, V_i).
 3. LoRAs on the attention layers of the UNet and of the text encoders act in every step.
 
 Letters: B images, R rows of a UNet call, H heads, N queries, T text tokens, S subject tokens of an image,
-X width of the cross-attention, D channels per head, W width of a text encoder, P embedding of a picture.
+X width of the cross-attention, D channels per head, W width of a text encoder, P embedding of an image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,13 +47,13 @@ def build_vision(cfg: CLIPVisionConfig, unet: Any) -> CLIPVision:
 
 @dataclass(frozen=True, eq=False)
 class MMDiffSubject(Subject):
-    """A subject of one or more pictures; the first is the one that its word gets."""
+    """A subject of one or more images; the first is the one that its word gets."""
 
     embedding: Tensor  # (1, P)
     tokens: Tensor  # (1, S, X)
 
     def with_more(self, others: Sequence["MMDiffSubject"]) -> Self:
-        """The same subject with the tokens of more pictures of it."""
+        """The same subject with the tokens of more images of it."""
         return replace(self, tokens=torch.cat([self.tokens, *(one.tokens for one in others)], dim=1))
 
 
@@ -145,7 +145,7 @@ class MMDiff(TextToImage):
     def encode_reference(
         self, reference: Reference, word: str, *, face: Face | None = None, **options: Any
     ) -> MMDiffSubject:
-        """The embedding of a subject's picture and its tokens.
+        """The embedding of a subject's image and its tokens.
 
         Args:
             reference: of the subject.
@@ -161,7 +161,7 @@ class MMDiff(TextToImage):
             raise ValueError(f"{word!r}: these weights of MM-Diff {needed}")
         base, config = self.base, self.config
         side = self.vision.cfg.image_size
-        if config.picture == "photo":
+        if config.seen == "photo":
             pixels = padded(on_white(reference.original), side)
         else:
             pixels = clip_image(reference.white, side)
@@ -214,7 +214,7 @@ class MMDiff(TextToImage):
         Args:
             prepared: B jobs.
             config: with the images' sizes.
-            merged: with the subjects' pictures in their words.
+            merged: with the subjects' images in their words.
         """
         states, pooled = self.read_texts(prepared, merged)
         added = self.base.added_conditioning(pooled, config.height, config.width)  # (R, A)
@@ -225,14 +225,14 @@ class MMDiff(TextToImage):
 
         Args:
             prepared: the jobs.
-            merged: with the subjects' pictures in their words.
+            merged: with the subjects' images in their words.
         """
         read = [one.negative for one in prepared] + [one.prompt.encodings for one in prepared]
         absent = [not one.job.negative for one in prepared] + [False] * len(prepared)
         return self.base.encode_text(read, absent, self._fuse(prepared) if merged else None)
 
     def _fuse(self, prepared: Sequence[Prepared]) -> Change:
-        """What merges pictures into the words of both rows of guidance; see `merge_words`."""
+        """What merges images into the words of both rows of guidance; see `merge_words`."""
         found = [
             (row, place, subject.embedding)
             for i, one in enumerate(prepared)
@@ -243,29 +243,29 @@ class MMDiff(TextToImage):
         if not found:
             return lambda encoder, words: words
         rows, places, embeddings = zip(*found, strict=True)
-        pictures = self.adapter.pictures(torch.cat(embeddings))  # of each text encoder (·, W)
+        images = self.adapter.images(torch.cat(embeddings))  # of each text encoder (·, W)
 
         def fuse(encoder: int, words: Tensor) -> Tensor:
             columns = [place[encoder] for place in places]
             where = tuple(torch.tensor(x, device=words.device) for x in (rows, columns))
-            return merge_words(self.adapter, encoder, words, where, pictures[encoder])
+            return merge_words(self.adapter, encoder, words, where, images[encoder])
 
         return fuse
 
 
 def merge_words(
-    adapter: MMDiffAdapter, encoder: int, words: Tensor, where: tuple[Tensor, Tensor], pictures: Tensor
+    adapter: MMDiffAdapter, encoder: int, words: Tensor, where: tuple[Tensor, Tensor], images: Tensor
 ) -> Tensor:
-    """Token embeddings (R, T, W) with the pictures in the subjects' words.
+    """Token embeddings (R, T, W) with the images in the subjects' words.
 
     Args:
         adapter: has the network that merges.
         encoder: number of the text encoder.
         words: its token embeddings, (R, T, W).
         where: rows and positions of the subjects, (S,) each.
-        pictures: theirs, (S, W).
+        images: theirs, (S, W).
     """
-    merged = adapter.fuse[encoder](words[where], pictures)  # (S, W)
+    merged = adapter.fuse[encoder](words[where], images)  # (S, W)
     return words.index_put(where, merged.to(words.dtype))
 
 

@@ -19,7 +19,7 @@ TRIGGER = "<|subj|>"  # of the released code; it is cut out of the text before i
 
 @dataclass(frozen=True, eq=False)
 class MarkedPrompt(Prompt):
-    """A prompt, and the token of each subject that its picture is merged into."""
+    """A prompt, and the token of each subject that its image is merged into."""
 
     places: tuple[tuple[int | None, ...], ...]  # per tokenizer and subject; None = the prompt lacks its word
 

@@ -1,10 +1,10 @@
 """The training of MM-Diff: Eq. 1, and each subject's attention kept to its mask.
 
 The last blocks of the image encoder train with the adapter: caches hold the states before them. The subject's
-tokens are made of its own embedding (paper); its picture is the subject on white.
+tokens are made of its own embedding (paper); its image is the subject on white.
 
 Letters: B samples, N queries, T text tokens, K subject tokens, n subjects, H heads, W width of a text
-encoder, P embedding of a picture, M states of the image encoder, C their width, S side of the images.
+encoder, P embedding of an image, M states of the image encoder, C their width, S side of the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +86,7 @@ class MMDiffTraining(DenoisingTraining):
 
     Config = MMDiffTrainingConfig
     about = "MM-Diff: refiner, fusion, LoRAs on UNet and text encoders, end of the image encoder"
-    fixed: ClassVar[Mapping[str, Any]] = {"picture": "segment", "patches": "vision", "text_lora": "both"}
+    fixed: ClassVar[Mapping[str, Any]] = {"seen": "segment", "patches": "vision", "text_lora": "both"}
     embedding, embedding_networks = "states before the last blocks", ("vision",)
     captions_alone = True
     decayed = ("adapter.",)
@@ -131,7 +131,7 @@ class MMDiffTraining(DenoisingTraining):
 
     def inputs(self, batch: Batch) -> StepInputs:
         embedding, tokens = self._subjects(batch)  # (B, P), (B, K, X)
-        pictures = self.adapter.pictures(embedding)  # of each text encoder (B, W)
+        images = self.adapter.images(embedding)  # of each text encoder (B, W)
         ids, shown = batch["text_ids"], ~batch["drop"]  # (B, K*T), (B,)
         count = len(self.base.text_encoders)
         pairs = zip(*(x.chunk(count, dim=1) for x in (ids, batch["label_ids"])), strict=True)
@@ -144,7 +144,7 @@ class MMDiffTraining(DenoisingTraining):
         def change(encoder: int, words: Tensor) -> Tensor:
             where = torch.arange(len(words), device=words.device), places[encoder]
             before = words[where]  # (B, W)
-            merged = self.adapter.fuse[encoder](before, pictures[encoder]).to(words.dtype)  # (B, W)
+            merged = self.adapter.fuse[encoder](before, images[encoder]).to(words.dtype)  # (B, W)
             return words.index_put(where, torch.where(named[encoder][:, None], merged, before))
 
         text, pooled = self.base.encode_ids(ids, batch["drop_text"], change)
