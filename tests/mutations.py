@@ -77,7 +77,7 @@ MUTATIONS = (
              "test_golden test_pipeline"),
     Mutation("context-in-the-unconditional-row", "moma/methods/moma",
              "torch.zeros_like(embedding), embedding", "embedding, embedding", "test_golden test_pipeline"),
-    Mutation("strength-of-a-job-ignored", METHOD, "config.strength if x is None else x", "config.strength",
+    Mutation("strength-of-a-job-ignored", SAMPLING, "default if strength is None else strength", "default",
              "test_pipeline"),
     Mutation("negative-prompt-in-the-wrong-row", METHOD, "torch.cat(x.chunk(2)[::-1])",
              "torch.cat(x.chunk(2))", "test_golden test_pipeline"),

@@ -161,3 +161,34 @@ def test_steps_differ(pipe: Pipeline, jobs: list[Job]) -> None:
     even, odd = (cond.at(step, {"odd": torch.full((3, 1), float(n))}) for n in range(2))
     assert even.text is cond.text and odd.text is cond.other[0]
     assert not torch.equal(even.added, odd.added) and even.hook.even and not odd.hook.even
+
+
+def test_each_subject_has_its_strength_and_region() -> None:
+    assert Job((), "a house", 0, strength=0.4).strengths(1.0) == ()
+    assert Job(("a", "b"), "a b", 0).strengths(0.7) == (0.7, 0.7)
+    assert Job(("a", "b"), "a b", 0, strength=0.4).strengths(1.0) == (0.4, 0.4)
+    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    job = Job(("a", "b"), "a b", 0, strength=(None, 0.4), regions=(left, right))
+    assert job.strengths(1.0) == (1.0, 0.4) and job.regions == (left, right)
+    for wrong in (
+        {"strength": (0.4,)},
+        {"regions": (left,)},
+        {"regions": (left, (0.5, 0, 0.5, 1))},
+        {"regions": (left, (0.5, 0.9, 1, 0.1))},
+        {"regions": (None, (0, 0, 1, 2))},
+        {"regions": (None, (float("nan"), 0, 1, 1))},
+    ):
+        with pytest.raises(ValueError):
+            Job(("a", "b"), "a b", 0, **wrong)
+
+
+def test_what_a_method_has_no_use_for(pipe: Pipeline, jobs: list[Job]) -> None:
+    """Regions, several images of one subject, a strength below zero."""
+    for wrong, value in (({"regions": ((0, 0, 1, 1),)}, "region"), ({"strength": (-1.0,)}, "-1")):
+        with pytest.raises(ValueError, match=value):
+            pipe.run([replace(jobs[1], **wrong)], CONFIG)
+    assert len(pipe.sample(jobs[1].subjects, "a dog", regions=(None,), strength=(1.0,), config=CONFIG)) == 1
+    with pytest.raises(ValueError, match="2 images"):
+        pipe.encode_subject([image(0), image(1)], [mask(20), mask(21)], "cat")
+    with pytest.raises(ValueError, match="2"):
+        pipe.encode_subject([image(0)], [mask(20), mask(21)], "cat")

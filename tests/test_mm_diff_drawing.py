@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from models.tokenizers import ClipTokenizer
@@ -115,6 +115,24 @@ def test_what_changes_an_image(pipe: Pipeline, jobs: list[Job]) -> None:
     same(latents(pipe, swapped, CONFIG), before[1:], 1e-3)
     first = [replace(jobs[2], subjects=(replace(cat, tokens=cat.tokens[:, :4]), dog))]
     assert not torch.allclose(latents(pipe, first, CONFIG), before[1:], atol=1e-3), "all images are read"
+
+
+def test_strengths_of_subjects(pipe: Pipeline, jobs: list[Job]) -> None:
+    """Equal ones are one for all; each weighs its own subject."""
+
+    def draw(*strength: float | None) -> Tensor:
+        return latents(pipe, [replace(jobs[2], strength=strength)], CONFIG)
+
+    both = draw(0.7, 0.7)
+    assert torch.equal(both, latents(pipe, [replace(jobs[2], strength=0.7)], CONFIG))
+    assert torch.equal(draw(None, 1.0), draw(1.0, 1.0))
+    for other in (draw(0.7, 0.0), draw(0.0, 0.7), draw(0.0, 0.0), draw(1.4, 0.7)):
+        assert not torch.allclose(other, both, atol=1e-3)
+    assert not torch.allclose(draw(0.7, 0.0), draw(0.0, 0.7), atol=1e-3)
+    batch = [replace(jobs[i], strength=each) for i, each in ((2, (0.2, 1.0)), (3, (1.0, 0.5, 0.0)))]
+    drawn = latents(pipe, batch, CONFIG)
+    for i, job in enumerate(batch):
+        same(latents(pipe, [job], CONFIG), drawn[i : i + 1], 1e-3 * float(drawn.abs().max()))
 
 
 @pytest.mark.parametrize("start", [0, 4])

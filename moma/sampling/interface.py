@@ -24,6 +24,8 @@ from moma.sampling.memory import Toggle, check_toggle
 TextInput = Text
 # What a method carries from one step to the next, such as MoMA's M_gen; every tensor has a leading B.
 State = dict[str, Tensor]
+# A subject's part of the image, in shares of its width and height: left, top, right, bottom.
+Region = tuple[float, float, float, float]
 
 
 def text_networks(unet: UNetConfig) -> tuple[str, ...]:
@@ -82,6 +84,17 @@ class Runtime:
         return cls(weights, there, *choose_dtype(dtype, there), **options)
 
 
+def check_regions(regions: Sequence[Region | None], subjects: int) -> None:
+    """ValueError for regions of other subjects, or outside the image; none at all are right for any."""
+    if regions and len(regions) != subjects:
+        raise ValueError(f"{len(regions)} regions for {subjects} subjects: expected one for each")
+    for region in regions:
+        if region is not None:
+            x0, y0, x1, y1 = region
+            if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+                raise ValueError(f"region {region}: expected shares of the image, 0 <= x0 < x1 <= 1, y alike")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One image to draw: any number of subjects (one may stand alone), a prompt, a seed."""
@@ -90,13 +103,26 @@ class Job:
     prompt: str
     seed: int
     negative: str = ""
-    strength: float | None = None  # of the subjects, MoMA's β; None = the SampleConfig's
+    # Of the subjects, MoMA's β: one for all, or one for each; None = the SampleConfig's.
+    strength: float | tuple[float | None, ...] | None = None
     latents: Tensor | None = None  # float32 (1, Z, h, w), the start noise; None = drawn from the seed
     text: Any = None  # what `Method.read` made of the prompt; None = it is read when it is needed
+    regions: tuple[Region | None, ...] = ()  # of each subject, or none
 
     def __post_init__(self) -> None:
+        """ValueError for strengths or regions that are not one for each subject."""
         if not isinstance(self.subjects, tuple):
             object.__setattr__(self, "subjects", (self.subjects,))
+        count = len(self.subjects)
+        if isinstance(self.strength, tuple) and len(self.strength) != count:
+            raise ValueError(f"{len(self.strength)} strengths for {count} subjects: expected one for each")
+        check_regions(self.regions, count)
+
+    def strengths(self, default: float) -> tuple[float, ...]:
+        """The strength of each subject; default: where the job says none."""
+        each = isinstance(self.strength, tuple)
+        given = self.strength if each else (self.strength,) * len(self.subjects)
+        return tuple(default if strength is None else strength for strength in given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +188,7 @@ class Method(ABC):
     Config: ClassVar[type]  # a frozen dataclass of what decides its images; records hold it
     Presets: ClassVar[Mapping[str, Any]]  # name -> Config, "default" among them
     subjects: ClassVar[range]  # how many an image may have
+    images: ClassVar[range] = range(1, 2)  # how many of one subject it can use (`join_images`)
     # Networks of its own, beside the public ones: name -> (config dataclass, build(config, UNetConfig)).
     own_networks: ClassVar[Mapping[str, tuple[type, Any]]] = {}
 
@@ -187,6 +214,12 @@ class Method(ABC):
     def batch_dependent(cls, config: Any) -> bool:
         """Whether the images of a batch change each other, as in MoMA's preset release."""
         return False
+
+    @classmethod
+    def check_regions(cls, config: Any, regions: Sequence[Region | None]) -> None:
+        """ValueError for regions of subjects where the method has no use for them; config: of the method."""
+        if any(regions):
+            raise ValueError("this method has no use for the regions of subjects: leave them out")
 
     @classmethod
     @abstractmethod
@@ -304,6 +337,19 @@ class Method(ABC):
             prompts: that will be asked for, so that an encoder may read them together.
             features: of `precompute`.
         """
+
+    def join_images(self, images: Sequence[Any]) -> Any:
+        """Several images of one subject as one subject.
+
+        Args:
+            images: of `encode_reference`, the first one is the most important.
+
+        Raises:
+            ValueError: for more of them than the method can use (`images`).
+        """
+        if len(images) not in self.images:
+            raise ValueError(f"{len(images)} images of one subject: this method takes {self.images[-1]}")
+        return images[0]
 
     @abstractmethod
     def prepare(self, jobs: Sequence[Job]) -> list[Any]:

@@ -24,12 +24,13 @@ from moma.sampling.config import SampleConfig
 from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
 from moma.sampling.diffusion import SolverStep, solver_steps
 from moma.sampling.finite import Autoencoder, check_finite
-from moma.sampling.interface import Job, Method, Result, ResumeState, Runtime
+from moma.sampling.interface import Job, Method, Region, Result, ResumeState, Runtime
 from moma.sampling.memory import Toggle, max_batch
 from moma.sampling.sampler import Step, denoise
 from moma.sampling.tiles import decode
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+Images = Image.Image | Sequence[Image.Image]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +69,28 @@ class Pipeline:
         return replace(self, method=self.method.with_config(config))
 
     @torch.no_grad()
-    def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Any:
-        """What the method keeps of one subject (`Method.encode_subject`).
+    def encode_subject(self, image: Images, mask: Images, word: str, **options: Any) -> Any:
+        """What the method keeps of one subject (`Method.encode_subject`, `Method.join_images`).
 
         Args:
-            image: RGB or RGBA.
-            mask: mode L, 255 = subject, of the same aspect ratio.
+            image: RGB or RGBA; one, or several of the same subject.
+            mask: mode L, 255 = subject, of the same aspect ratio; of each image.
             word: what the subject is.
             options: of `Method.encode_reference`, such as seed and prompts.
+
+        Raises:
+            ValueError: for an empty or a full mask, or more images than the method can use.
         """
-        return self.method.encode_subject(image, mask, word, **options)
+        images, masks = ([x] if isinstance(x, Image.Image) else x for x in (image, mask))
+        if len(images) not in self.method.images or len(masks) != len(images):
+            raise ValueError(
+                f"{len(images)} images and {len(masks)} masks of {word!r}: expected"
+                f" {self.method.images[0]} to {self.method.images[-1]} images, with a mask for each"
+            )
+        pairs = zip(images, masks, strict=True)
+        return self.method.join_images(
+            [self.method.encode_subject(one, its, word, **options) for one, its in pairs]
+        )
 
     def sample(
         self,
@@ -85,7 +98,8 @@ class Pipeline:
         prompt: str | Sequence[str],
         seeds: Sequence[int] = (0,),
         *,
-        strength: float | None = None,
+        strength: float | tuple[float | None, ...] | None = None,
+        regions: tuple[Region | None, ...] = (),
         negative: str = "",
         config: SampleConfig | None = None,
         on_step: OnStep | None = None,
@@ -94,9 +108,10 @@ class Pipeline:
 
         Args:
             subjects: of `encode_subject`, one or a tuple of several or none.
-            prompt: one or several; each must name the subject.
+            prompt: one or several; each must name the subjects.
             seeds: of the start noise.
-            strength: of the subject, β of Eq. 3; None = the config's.
+            strength: of the subjects, β of Eq. 3: one for all, or one for each; None = the config's.
+            regions: of each subject, where it should be: left, top, right, bottom in shares of the image.
             negative: what the images should not show.
             config: how they are drawn.
             on_step: called with (steps done, steps in all).
@@ -105,7 +120,11 @@ class Pipeline:
             ValueError: as `run`.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        jobs = [Job(subjects, text, seed, negative, strength) for text in prompts for seed in seeds]
+        jobs = [
+            Job(subjects, text, seed, negative, strength, regions=regions)
+            for text in prompts
+            for seed in seeds
+        ]
         return [result.image for result in self.run(jobs, config, on_step)]
 
     def run(
@@ -134,8 +153,9 @@ class Pipeline:
             raise ValueError(f"{len(jobs)} images to resume: expected one batch, at most {most}")
         schedule = solver_steps(self.base.schedule, config.steps, config.solver, config.grid)
         for job in jobs:
-            if job.strength is not None:
-                replace(config, strength=job.strength).check(self.base.vae.cfg.factor)
+            self.method.check_regions(self.method.config, job.regions)
+            for strength in job.strengths(config.strength):
+                replace(config, strength=strength).check(self.base.vae.cfg.factor)
         noise = [self._start_latents(job, config) for job in jobs]
         with torch.no_grad():
             prepared = self.method.prepare(jobs)

@@ -184,28 +184,41 @@ class MMDiff(TextToImage):
             return MMDiffConditioning(*pure)
         hook = self.hook(
             [[one.tokens for one in row] for row in subjects],
-            [config.strength if one.job.strength is None else one.job.strength for one in prepared],
+            [one.job.strengths(config.strength) for one in prepared],
         )
         grid = timesteps(self.base.schedule, config.steps, config.solver, config.grid)
         return MMDiffConditioning(*self._text(prepared, config, merged=True), pure, grid[start], hook)
 
-    def hook(self, subjects: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> "SubjectHook":
+    def hook(
+        self, subjects: Sequence[Sequence[Tensor]], strengths: Sequence[Sequence[float]]
+    ) -> "SubjectHook":
         """The second cross-attention of B images.
+
+        The subjects of an image share one softmax; the strength of each weighs its values.
 
         Args:
             subjects: tokens of each image's, (1, S, X) each.
-            strengths: of each image's.
+            strengths: of the same.
         """
         like = next(tokens for row in subjects for tokens in row)
         lengths = [sum(tokens.shape[1] for tokens in row) for row in subjects]
         tokens = like.new_zeros(len(subjects), max(lengths), like.shape[2])  # (B, S, X)
-        for i, row in enumerate(subjects):
+        # The largest strength of each image, and the subjects' tokens' beside it.
+        strongest = torch.zeros(len(subjects))  # (B,)
+        weights = torch.ones(tokens.shape[:2])  # (B, S)
+        for i, (row, each) in enumerate(zip(subjects, strengths, strict=True)):
             if row:
                 tokens[i, : lengths[i]] = torch.cat(list(row), dim=1)[0]
+                strongest[i] = max(each)
+                spread = [
+                    s / (max(each) or 1) for x, s in zip(row, each, strict=True) for _ in range(x.shape[1])
+                ]
+                weights[i, : lengths[i]] = torch.tensor(spread)
         counts = torch.tensor(lengths, device=like.device)  # (B,)
         keep = torch.arange(max(lengths), device=like.device) < counts[:, None]  # (B, S)
-        scale = torch.tensor(strengths, device=like.device) * self.config.fuse_scale * (counts > 0)  # (B,)
-        layers = self.adapter.keys_values(tokens, self.frozen)
+        scale = strongest.to(like.device) * self.config.fuse_scale  # (B,), 0 without subjects
+        weights = weights[:, None, :, None].to(like)  # (B, 1, S, 1), of the values
+        layers = [(k, v * weights) for k, v in self.adapter.keys_values(tokens, self.frozen)]
         return SubjectHook(layers, keep[:, None, None], scale[:, None, None, None].to(like.dtype))
 
     def _text(self, prepared: Sequence[Prepared], config: SampleConfig, merged: bool) -> Text:

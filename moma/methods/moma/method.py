@@ -242,8 +242,7 @@ class MoMA(TextToImage):
         label = torch.zeros(len(prepared), len(prepared[0].prompt.encodings[0].ids))  # (B, T)
         for row, one in zip(label, prepared, strict=True):
             row[list(one.prompt.labels[0])] = 1
-        strengths = [one.job.strength for one in prepared]
-        beta = torch.tensor([config.strength if x is None else x for x in strengths])  # (B,)
+        beta = torch.tensor([one.job.strengths(config.strength)[0] for one in prepared])  # (B,)
         embedding = torch.cat([one.embedding for one in prepared])  # (B, E)
         return condition_rows(
             self.adapter,
