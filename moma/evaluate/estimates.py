@@ -45,3 +45,25 @@ def estimate(values: Tensor, groups: Sequence[Hashable] | None = None) -> Estima
         if groups is not None and len(index) == 1:
             low = high = float("nan")
     return Estimate(mean, low, high, n)
+
+
+def crossed_estimate(values: Tensor, first: Sequence[Hashable], second: Sequence[Hashable]) -> Estimate:
+    """The mean of N values that two sorts of groups share, such as raters and subjects.
+
+    Both are resampled, each whole and independently (Owen, "The pigeonhole bootstrap", 2007).
+
+    Args:
+        values: (N,).
+        first: N names.
+        second: N names.
+    """
+    given, rng = values.double().numpy(), np.random.default_rng(0)  # always the same draws
+    weights = np.ones((RESAMPLES, len(given)))
+    for names in (first, second):
+        index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        drawn = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), RESAMPLES)
+        weights *= drawn[:, [index[name] for name in names]]
+    sums = weights.sum(axis=1)
+    means = (weights @ given)[sums > 0] / sums[sums > 0]
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    return Estimate(float(given.mean()), low, high, len(given))

@@ -158,7 +158,7 @@ def write_page(
         title=escape(f"Scores of {', '.join(results.methods) or 'real images'}"),
         tables=tables_html(results),
         notes=escape(results.notes),
-        chart=_data_uri("png", _encode(_subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
+        chart=data_uri("png", _encode(_subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
         subjects=_options((name, name) for name in groups),
         kinds=_options((kind, KINDS[kind]) for kind in results.kinds),
@@ -247,19 +247,19 @@ def _options(choices: Iterable[tuple[str, str]]) -> str:
 
 def _photo(folder: Path, name: str, file: Path, cfg: PageConfig) -> str:
     """Link to a real photo: embedded, or a small copy beside the images."""
-    data = _small(file, cfg)
+    data = small_jpeg(file, cfg)
     if cfg.embed:
-        return _data_uri("jpeg", data)
+        return data_uri("jpeg", data)
     (folder / "real").mkdir(exist_ok=True)
     write_bytes(folder / "real" / name, data)
     return f"real/{name}"
 
 
 def _embedded(folder: Path, cfg: PageConfig, file: str) -> str:
-    return _data_uri("jpeg", _small(folder / file, cfg))
+    return data_uri("jpeg", small_jpeg(folder / file, cfg))
 
 
-def _small(file: Path, cfg: PageConfig) -> bytes:
+def small_jpeg(file: Path, cfg: PageConfig) -> bytes:
     """A small copy as JPEG."""
     small = on_white(open_image(file))
     small.thumbnail((cfg.side, cfg.side))
@@ -272,5 +272,5 @@ def _encode(image: Image.Image, format: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -229,11 +229,11 @@ def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
     for name in sorted(there):
         word = classes[name]
         prompts = prompts_for(word, word in LIVE, added)
-        subjects.append(Subject(name, word, _images_in(folder / name), prompts))
+        subjects.append(Subject(name, word, images_in(folder / name), prompts))
     return subjects
 
 
-def _images_in(folder: Path) -> tuple[Path, ...]:
+def images_in(folder: Path) -> tuple[Path, ...]:
     """The images of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
