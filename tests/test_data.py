@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.data.shards import ReadConfig, ShardWriter, read_shard
+from moma.data.shards import Other, ReadConfig, ShardWriter, read_shard
 from moma.data.stream import Item, KeptBack, StreamConfig, batches, once, skipped_so_far, stream
 from moma.data.triplets import ShardSource, SkipLog, Source, Triplet, load, open_source
 from tests import recipe
@@ -675,6 +675,95 @@ def test_resume_reads_on_without_decoding(tmp_path, monkeypatch):
     assert len(opened) == 1
 
 
+# --- several subjects --------------------------------------------------------------------------------
+
+
+def corner(left: int) -> bytes:
+    """A mask of eight columns."""
+    mask = Image.new("L", SIZE)
+    mask.paste(255, (left, 0, left + 8, 32))
+    return encoded(mask)
+
+
+def check_pair(triplet: Triplet) -> None:
+    """Of the sample that both tests below write."""
+    (other,) = triplet.others
+    assert [one.label for one in (triplet, other)] == ["cat", "cat"]
+    assert [one.caption[: one.end] for one in (triplet, other)] == [
+        "a white cat and a black cat",
+        "a white cat",
+    ]
+    lefts = [int(np.asarray(one.mask).any(axis=0).argmax()) for one in (triplet, other)]
+    assert lefts == [16, 0] and triplet.reference is None
+    assert np.asarray(other.reference[0]).max() == 3 and np.asarray(other.image).max() == 9
+
+
+def test_subjects_of_a_shard(tmp_path):
+    with ShardWriter(tmp_path) as shards:
+        other = Other(corner(0), "cat", 11, (encoded(grey(3)), MASK_PNG))
+        caption = "a white cat and a black cat"
+        shards.add("a", encoded(grey(9)), "png", corner(16), "cat", caption, {"end": 27}, None, [other])
+    (item,) = once(open_source(tmp_path))
+    check_pair(item.sample)
+
+
+def test_subjects_of_a_folder(tmp_path):
+    for name, content in {
+        "image": encoded(grey(9)), "0": corner(0), "16": corner(16), "r": encoded(grey(3)), "m": MASK_PNG
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.png").write_bytes(content)
+    other = {
+        "mask": "0.png",
+        "label": "cat",
+        "end": 11,
+        "reference_image": "r.png",
+        "reference_mask": "m.png",
+    }
+    line = {"image": "image.png", "mask": "16.png", "label": "cat", "end": 27, "others": [other],
+            "caption": "a white cat and a black cat"}  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (item,) = once(open_source(tmp_path))
+    check_pair(item.sample)
+    before = open_source(tmp_path).fingerprint()
+    (tmp_path / "0.png").write_bytes(corner(1))
+    assert open_source(tmp_path).fingerprint() != before
+
+
+def test_words_that_are_looked_for(tmp_path):
+    words = {"others": [{"label": "cat"}], "label": "black cat", "caption": "Cats and a black cat"}
+    members = [("a.json", json.dumps(words).encode()), ("a.mask.png", corner(0)), ("a.mask2.png", corner(9))]
+    (item,) = once(open_source(write_tar(tmp_path / "x.tar", [*members, ("a.jpg", JPEGS[0])])))
+    assert [one.end for one in (item.sample, *item.sample.others)] == [20, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"others": {}}, "others"),
+        ({"others": [3]}, "others"),
+        ({"others": [{"label": "dog"}] * 8}, "9 subjects"),
+        ({"others": [{"label": ""}]}, "label is ''"),
+        ({"others": [{"label": "cow"}]}, "'cow'"),
+        ({"others": [{"label": "cat"}]}, "cat, cat"),
+        ({"others": [{"label": "dog", "end": 4}]}, "end 4"),
+        ({"others": [{"label": "dog", "end": "9"}]}, "end '9'"),
+        ({"others": [{"label": "dog", "end": 10**30}]}, "end 1000"),
+        ({"others": [{"label": "cat", "end": 5}]}, "cat, cat"),
+        ({"others": []}, "mask2"),
+        ({"others": [{"label": "dog"}] * 2}, "mask is missing"),
+    ],
+)
+def test_subjects_that_do_not_fit(tmp_path, change, reason):
+    words = {"label": "cat", "caption": "a cat, a dog"} | change
+    members = [("a.json", json.dumps(words).encode()), ("a.mask.png", corner(0)), ("a.mask2.png", corner(9))]
+    skips, tar = (
+        SkipLog([].append),
+        write_tar(tmp_path / "x.tar", [*members, ("a.jpg", JPEGS[0]), *good("b", 1)]),
+    )
+    assert [item.key for item in once(open_source(tar), skips=skips)] == ["x.tar:b"]
+    assert reason in skips.reasons["x.tar:a"] and "\n" not in skips.reasons["x.tar:a"]
+
+
 # --- writer ------------------------------------------------------------------------------------------
 
 
@@ -755,6 +844,7 @@ REFUSED: list[tuple[Callable[[ShardWriter], None], str]] = [
     (lambda w: w.add("", b"", "jpg", b"", "cat", "cat"), "key ''"),
     (lambda w: w.add("a", b"", "gif", b"", "cat", "cat"), "image 'gif'"),
     (lambda w: w.add("0", b"", "jpg", b"", "cat", "cat"), "already written"),
+    (lambda w: w.add("a", b"", "jpg", b"", "cat", "cat", None, None, [Other(b"", "cat")] * 8), "9 subjects"),
 ]
 
 

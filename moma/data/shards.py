@@ -3,6 +3,10 @@
 A sample consists of adjacent members in any order: `<key>.jpg` (or another of `IMAGE_SUFFIXES`),
 `<key>.mask.png`, `<key>.json` ({"label", "caption", ...}) and, if there is another image of the subject,
 `<key>.ref.jpg` and `<key>.refmask.png`. Other members are ignored.
+
+An image may show further subjects: the second one's files end in mask2.png, ref2.jpg and refmask2.png, and
+so on, and the JSON's "others" has {"label"} of each. "end", beside a label, is the number of the caption's
+characters up to the end of its word; without it, the word is looked for.
 """
 
 import errno
@@ -12,23 +16,24 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from models.weights.files import naming
 
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MOST = 8  # subjects of a sample
+NUMBERS = ("", *map(str, range(2, MOST + 1)))  # of subjects, in names
 # Suffix of a member's name -> field of the sample.
-FIELDS = {"json": "json", "mask.png": "mask", "refmask.png": "refmask"}
-FIELDS |= {suffix: "image" for suffix in IMAGE_SUFFIXES} | {
-    f"ref.{suffix}": "ref" for suffix in IMAGE_SUFFIXES
-}
+FIELDS = {"json": "json"} | {suffix: "image" for suffix in IMAGE_SUFFIXES}
+FIELDS |= {f"{kind}{n}.png": f"{kind}{n}" for kind in ("mask", "refmask") for n in NUMBERS}
+FIELDS |= {f"ref{n}.{suffix}": f"ref{n}" for suffix in IMAGE_SUFFIXES for n in NUMBERS}
 SHARD_NAME = re.compile(r"(\d{5})\.tar")
 PART_NAME = re.compile(r"\.\d{5}\.tar\.part")
 # A key ends at its first dot, and a slash would be a folder.
@@ -69,6 +74,15 @@ class Raw:
     @property
     def nbytes(self) -> int:
         return sum(map(len, self.fields.values()))
+
+
+class Other(NamedTuple):
+    """A further subject of an image, as `ShardWriter.add` takes it."""
+
+    mask_png: bytes
+    label: str
+    end: int | None = None  # of its word in the caption
+    reference: tuple[bytes, bytes] | None = None  # another image of it and its PNG mask
 
 
 class _End(Exception):
@@ -234,6 +248,7 @@ class ShardWriter:
         caption: str,
         extra: dict[str, Any] | None = None,
         reference: tuple[bytes, bytes] | None = None,
+        others: Sequence[Other] = (),
     ) -> None:
         """Add one sample.
 
@@ -246,6 +261,7 @@ class ShardWriter:
             caption: names the label.
             extra: more fields of its JSON file.
             reference: another image of the subject (JPEG, PNG or WebP) and its PNG mask.
+            others: further subjects of the image.
         Raises:
             ValueError: the key is taken or not allowed, or the suffix is unknown.
         """
@@ -256,14 +272,22 @@ class ShardWriter:
             raise ValueError(f"sample key {key!r}: expected letters, digits, - and _ only")
         if key in self._keys:
             raise ValueError(f"sample {key!r} is already written, see done_keys()")
+        if len(others) >= MOST:
+            raise ValueError(f"sample {key!r}: {1 + len(others)} subjects, expected at most {MOST}")
         texts = {**(extra or {}), "label": label, "caption": caption}
+        if others:
+            ends = ({} if one.end is None else {"end": one.end} for one in others)
+            texts["others"] = [{"label": one.label} | end for one, end in zip(others, ends, strict=True)]
         files = {
             suffix: image,
             "mask.png": mask_png,
             "json": json.dumps(texts, ensure_ascii=False, sort_keys=True).encode(),
         }
-        if reference is not None:
-            files |= {f"ref.{_suffix(reference[0])}": reference[0], "refmask.png": reference[1]}
+        references = (reference, *(one.reference for one in others))
+        files |= {f"mask{n}.png": one.mask_png for n, one in zip(NUMBERS[1:], others, strict=False)}
+        for n, pair in zip(NUMBERS, references, strict=False):
+            if pair is not None:
+                files |= {f"ref{n}.{_suffix(pair[0])}": pair[0], f"refmask{n}.png": pair[1]}
         try:
             with naming(self.folder):
                 if self._archive is None:

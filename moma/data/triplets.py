@@ -8,16 +8,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from models.weights.files import Hashes, parse_json
-from moma.data.shards import READ, Raw, ReadConfig, read_shard, retried
+from moma.data.shards import MOST, NUMBERS, READ, Raw, ReadConfig, read_shard, retried
 from moma.inputs.preprocess import INPUT, InputConfig, on_white, open_image, open_mask, same_aspect
-from moma.methods.prompts import check_prompt
+from moma.methods.prompts import check_prompt, word_ends
 
 METADATA = "metadata.jsonl"
 PATHS = ("image", "mask", "reference_image", "reference_mask")  # its fields that name files
@@ -38,6 +38,8 @@ class Triplet:
     label: str
     caption: str  # names the label
     reference: ImageAndMask | None = None  # another image of the subject; None: `image` itself
+    end: int | None = None  # of the label's word in the caption, in characters; None: it is looked for
+    others: tuple["Triplet", ...] = ()  # the image's further subjects
 
 
 class Files(NamedTuple):
@@ -45,7 +47,8 @@ class Files(NamedTuple):
 
     key: str
     texts: dict[str, Any]
-    images: list[tuple[bytes, bytes]]  # (image, mask) and, if there is one, (reference, its mask)
+    # Of each subject (image, mask) and, if there is one, (reference, its mask); the image is the same.
+    subjects: list[list[tuple[bytes, bytes]]]
 
 
 class Source(Protocol):
@@ -72,8 +75,9 @@ class Source(Protocol):
 class FolderSource:
     """A folder whose `metadata.jsonl` has a line {"image", "mask", "label", "caption"} per sample.
 
-    Paths are relative to the folder. Optional fields: "key", which should be unique, and "reference_image"
-    with "reference_mask".
+    Paths are relative to the folder. Optional fields: "key", which should be unique, "reference_image" with
+    "reference_mask", "end" and "others" (`moma/data/shards.py`), each of which has a "mask" and may have a
+    reference.
     """
 
     shards = (METADATA,)
@@ -98,12 +102,14 @@ class FolderSource:
 
     def files(self, raw: Raw) -> Files:
         texts = _texts(raw.fields["json"])
-        paths = [texts.get(name) for name in PATHS]
-        contents = [None if path is None else self._content(path) for path in paths]
         key = texts.get("key", raw.key)
         if not isinstance(key, str) or not key:
             raise ValueError(f"its key is {key!r}: expected a text")
-        return Files(key, texts, _pairs(contents))
+        subjects = []
+        for one in _subjects(texts):
+            paths = [texts.get(PATHS[0]), *(one.get(name) for name in PATHS[1:])]
+            subjects.append(_pairs([None if path is None else self._content(path) for path in paths]))
+        return Files(key, texts, subjects)
 
     def names(self) -> str:
         with (self.folder / METADATA).open("rb") as file:
@@ -114,8 +120,8 @@ class FolderSource:
         for raw in self.read(shard):
             lines.append((raw.fields.get("json", b"").decode(errors="replace"), start := len(files)))
             with suppress(ValueError):
-                texts = _texts(raw.fields.get("json", b""))
-                files += [self._path(texts[name]) for name in PATHS if texts.get(name) is not None]
+                for one in _subjects(_texts(raw.fields.get("json", b""))):
+                    files += [self._path(one[name]) for name in PATHS if one.get(name) is not None]
             lines[-1] = (*lines[-1], len(files) - start)
         hashes = self.hashes.of(files)
         found = [(line, hashes[start : start + count]) for line, start, count in lines]
@@ -161,8 +167,13 @@ class ShardSource:
     def files(self, raw: Raw) -> Files:
         if "json" not in raw.fields:
             raise ValueError("its .json is missing")
-        images = _pairs([raw.fields.get(name) for name in ("image", "mask", "ref", "refmask")])
-        return Files(raw.key, _texts(raw.fields["json"]), images)
+        texts, image = _texts(raw.fields["json"]), raw.fields.get("image")
+        numbers = NUMBERS[: len(_subjects(texts))]
+        if extra := [f"mask{n}" for n in NUMBERS[len(numbers) :] if f"mask{n}" in raw.fields]:
+            raise ValueError(f"it has a {extra[0]}, and its JSON has {len(numbers)} subjects")
+        names = ([f"mask{n}", f"ref{n}", f"refmask{n}"] for n in numbers)
+        subjects = [_pairs([image, *map(raw.fields.get, three)]) for three in names]
+        return Files(raw.key, texts, subjects)
 
     def names(self) -> str:
         return _digest(self.shards)
@@ -228,14 +239,61 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
     if raw.fault is not None:
         raise ValueError(raw.fault)
     files = source.files(raw)
-    label, caption = (files.texts.get(name) for name in ("label", "caption"))
-    for name, text in (("label", label), ("caption", caption)):
+    subjects, caption = _subjects(files.texts), files.texts.get("caption")
+    labels = [one.get("label") for one in subjects]
+    for name, text in (*(("label", label) for label in labels), ("caption", caption)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"its {name} is {text!r}: expected a text")
-    check_prompt([label], caption)
-    pairs = zip(files.images, ("", "reference's "), strict=False)
-    (image, mask), *others = (_image(*pair, whose, limits) for pair, whose in pairs)
-    return Triplet(files.key, image, mask, label, caption, others[0] if others else None)
+    ends = subject_ends(labels, [one.get("end") for one in subjects], caption)
+    found, image = [], None
+    for number, label, end, pairs in zip(NUMBERS, labels, ends, files.subjects, strict=False):
+        who = f"subject {number}'s " if number else ""
+        if image is None:
+            image = open_image(io.BytesIO(pairs[0][0]), limits, "its image", FORMATS)
+        mask, reference = _mask(image, pairs[0][1], who, limits), None
+        for content, its_mask in pairs[1:]:
+            whose = f"{who}reference's "
+            other = open_image(io.BytesIO(content), limits, f"its {whose}image", FORMATS)
+            reference = on_white(other), _mask(other, its_mask, whose, limits)
+        found.append(Triplet(files.key, on_white(image), mask, label, caption, reference, end))
+    return replace(found[0], others=tuple(found[1:]))
+
+
+def _subjects(texts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a sample's JSON says of each subject; ValueError for what is no list of them."""
+    others = texts.get("others", [])
+    if not isinstance(others, list) or not all(isinstance(one, dict) for one in others):
+        raise ValueError(f"its others are {others!r:.100}: expected a list of objects")
+    if len(others) >= MOST:
+        raise ValueError(f"it has {1 + len(others)} subjects: expected at most {MOST}")
+    return [texts, *others]
+
+
+def subject_ends(labels: Sequence[str], given: Sequence[Any], caption: str) -> list[int]:
+    """Where each subject's word ends in the caption.
+
+    Args:
+        labels: of the subjects.
+        given: an end, or None, of each.
+        caption: names them all.
+
+    Raises:
+        ValueError: for a caption without a word for each, or an end that is none.
+    """
+    check_prompt([label for label, end in zip(labels, given, strict=True) if end is None], caption)
+    check_prompt(labels, caption, "ignore")
+    ends = list(given)
+    for label, end in zip(labels, given, strict=True):
+        named = isinstance(end, int) and caption[:end].lower().endswith(label.lower())
+        if end is not None and not (named and 0 < end <= len(caption)):
+            raise ValueError(f"its end {end!r}: expected where {label!r} ends in {caption!r}")
+    if None in ends:
+        ends = [end or place for end, place in zip(given, word_ends(labels, caption), strict=True)]
+    if None in ends or len(set(ends)) < len(ends):
+        raise ValueError(
+            f"its caption {caption!r} names {', '.join(labels)}: expected a word for each subject"
+        )
+    return ends
 
 
 def _texts(line: bytes) -> dict[str, Any]:
@@ -256,16 +314,15 @@ def _pairs(contents: Sequence[bytes | None]) -> list[tuple[bytes, bytes]]:
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _image(content: bytes, mask_content: bytes, whose: str, limits: InputConfig) -> ImageAndMask:
-    image = open_image(io.BytesIO(content), limits, f"its {whose}image", FORMATS)
-    mask = open_mask(io.BytesIO(mask_content), limits, f"its {whose}mask", FORMATS)
+def _mask(image: Image.Image, content: bytes, whose: str, limits: InputConfig) -> Image.Image:
+    mask = open_mask(io.BytesIO(content), limits, f"its {whose}mask", FORMATS)
     if not same_aspect(image.size, mask.size, limits):
         raise ValueError(f"its {whose}mask is {mask.size} pixels, the image {image.size}: expected one shape")
     if mask.size != image.size:
         mask = mask.resize(image.size, Image.Resampling.NEAREST)
     if mask.getextrema()[1] <= HALF:
         raise ValueError(f"its {whose}mask is empty: expected white where the subject is")
-    return on_white(image), mask
+    return mask
 
 
 @dataclass

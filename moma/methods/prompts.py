@@ -214,3 +214,20 @@ def _surviving(encoding: Encoding, places: list[tuple[int, int]], subject: str) 
             " name it earlier or shorten the prompt"
         )
     return kept
+
+
+def word_ends(words: Sequence[str], text: str) -> list[int | None]:
+    """Where each subject's word ends in a text: its first place that no longer word, and no subject before,
+    has; None = there is none."""
+    taken: list[tuple[int, int]] = []
+    ends: list[int | None] = [None] * len(words)
+    for i in sorted(range(len(words)), key=lambda i: -len(words[i])):
+        free = [
+            place
+            for place in occurrences(words[i], text)
+            if all(place[1] <= start or end <= place[0] for start, end in taken)
+        ]
+        if free:
+            taken.append(free[0])
+            ends[i] = free[0][1]
+    return ends

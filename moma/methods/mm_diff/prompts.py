@@ -10,8 +10,8 @@ from moma.methods.prompts import (
     Prompt,
     check_prompt,
     inside_word,
-    occurrences,
     plain_text,
+    word_ends,
 )
 
 TRIGGER = "<|subj|>"  # of the released code; it is cut out of the text before it is read
@@ -50,7 +50,12 @@ def read_marked(
             raise ValueError(f"{len(parts) - 1} {TRIGGER} for {len(words)} subjects: expected one for each")
         ends = [sum(map(len, parts[: i + 1])) for i in range(len(words))]
     else:
-        ends = _ends(words, text, absent_label)
+        ends = word_ends(words, text)
+        if absent_label == "error" and None in ends:
+            raise ValueError(
+                f"the prompt {text!r} names {words[ends.index(None)]!r} for fewer subjects than there are:"
+                f" name each, or put {TRIGGER} behind the word of each"
+            )
     encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
     places = tuple(
         tuple(None if end is None else _token(encoding, text, end) for end in ends) for encoding in encodings
@@ -60,27 +65,6 @@ def read_marked(
         raise ValueError(f"{prompt!r}: two subjects stand at one word, expected a word for each")
     labels = tuple(() if place is None else (place,) for place in places[0])
     return MarkedPrompt(text, encodings, labels, places)
-
-
-def _ends(words: Sequence[str], text: str, absent_label: AbsentLabel) -> list[int | None]:
-    """Where each subject's word ends: its first place that no longer word, and no subject before, has."""
-    taken: list[tuple[int, int]] = []
-    ends: list[int | None] = [None] * len(words)
-    for i in sorted(range(len(words)), key=lambda i: -len(words[i])):
-        free = [
-            place
-            for place in occurrences(words[i], text)
-            if all(place[1] <= start or end <= place[0] for start, end in taken)
-        ]
-        if free:
-            taken.append(free[0])
-            ends[i] = free[0][1]
-        elif absent_label == "error":
-            raise ValueError(
-                f"the prompt {text!r} names {words[i]!r} for fewer subjects than there are: name each, or put"
-                f" {TRIGGER} behind the word of each"
-            )
-    return ends
 
 
 def _token(encoding: Encoding, text: str, end: int) -> int:
