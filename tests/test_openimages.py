@@ -285,6 +285,27 @@ def test_the_largest_objects_of_an_image(world):
     assert [raw.key for raw in raws] == [large, middle] and small not in (large, middle)
 
 
+def test_several_subjects_of_an_image(world):
+    """One sample of the largest of each class; an image with one class alone makes none."""
+    place = {"cat": (0.1, 0.5, 0.1, 0.9), "dog": (0.5, 0.8, 0.1, 0.9), "car": (0.1, 0.4, 0.2, 0.6)}
+    for number, labels in ((1, ("dog", "cat", "car")), (2, ("cat",)), (3, ("dog", "cat"))):
+        for label in labels:
+            world.add(number, label, box=place[label], caption="a red cat beside a red dog")
+    world.add(1, "cat", box=(0.6, 0.8, 0.2, 0.5), box_id="b"), world.add(2, box_id="b")
+    stats = world.convert(cfg={"subjects": 2})
+    assert stats["dropped"] == {"not the largest": 2, "alone in its image": 2}
+    assert stats["classes"] == {"cat + dog": 2} and set(world.samples()) == {f"{i:016x}" for i in (1, 3)}
+    source = ShardSource([world.root / "shards" / "00000.tar"])
+    for sample in (load(source, raw) for raw in source.read(0)):
+        (other,) = sample.others
+        assert (sample.caption, sample.label, other.label) == ("a cat beside a dog", "cat", "dog")
+        assert [sample.caption[: one.end].split()[-1] for one in (sample, other)] == ["cat", "dog"]
+        cat, dog = (np.asarray(one.mask) > 127 for one in (sample, other))
+        assert cat[60, 40] and dog[60, 100] and not (cat & dog).any()
+    with pytest.raises(ValueError, match="per_image 2"):
+        world.convert(cfg={"subjects": 2, "per_image": 2}, out=world.root / "two")
+
+
 def test_own_lists(world, capsys):
     filled(world, 3)
     world.add(3, "dress")

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from pathlib import Path
@@ -39,9 +39,9 @@ from tqdm import tqdm
 from models.weights.files import append_text, parse_json, read_object
 from moma.app.files import Parser, exit_status, write_text
 from moma.data.captions import CAPTIONS, CaptionConfig, Captioner, read_captions, training_caption
-from moma.data.shards import ShardWriter
+from moma.data.shards import Other, ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
-from moma.data.triplets import HALF
+from moma.data.triplets import HALF, subject_ends
 from moma.data.words import WORN_CLASSES
 from moma.inputs.preprocess import FORMATS, INPUT, find_mask, open_image, same_aspect
 from moma.sampling.device import DTYPES, set_precision
@@ -179,6 +179,7 @@ class Sample(NamedTuple):
     image: bytes  # JPEG
     mask: bytes  # PNG of the same size
     row: Row
+    others: tuple[tuple[bytes, Row], ...] = ()  # masks and rows of further subjects
 
 
 class Outcome(NamedTuple):
@@ -231,16 +232,30 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
         else:
             kept.append((mask, row))
     kept.sort(key=lambda pair: (-pair[0].mean(), pair[1].mask))
-    if others := kept[cfg.per_image :]:
+    if cfg.subjects > 1:
+        largest: dict[str, tuple[np.ndarray, Row]] = {}
+        for pair in kept:
+            largest.setdefault(pair[1].label, pair)
+        kept, before = list(largest.values()), len(kept)
+        kept = kept[: cfg.subjects] if len(kept) > 1 else []
+        if before > len(kept):
+            outcome.dropped["not the largest" if kept else "alone in its image"] += before - len(kept)
+    elif others := kept[cfg.per_image :]:
         outcome.dropped["not the largest"] = len(others)
+        kept = kept[: cfg.per_image]
     if kept and (max(image.size) > cfg.max_side or not plain):
         scale = min(1, cfg.max_side / max(image.size))
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         data = _encode(image, "JPEG", quality=cfg.jpeg_quality)
-    for mask, row in kept[: cfg.per_image]:
+    masks = []
+    for mask, row in kept:
         mask_image = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-        outcome.samples.append(Sample(Path(row.mask).stem, data, _encode(mask_image, "PNG"), row))
+        masks.append((_encode(mask_image, "PNG"), row))
+    if cfg.subjects > 1 and masks:
+        outcome.samples.append(Sample(outcome.image_id, data, *masks[0], tuple(masks[1:])))
+    else:
+        outcome.samples.extend(Sample(Path(row.mask).stem, data, mask, row) for mask, row in masks)
     return outcome
 
 
@@ -360,16 +375,19 @@ class Progress:
     def add(self, outcome: Outcome, raw_caption: str, cfg: CaptionConfig) -> None:
         """Write an image's samples."""
         written: dict[str, str] = {}
-        for key, image, mask, row in outcome.samples:
+        for key, image, mask, row, others in outcome.samples:
+            labels = [row.label, *(other.label for _, other in others)]
             try:
-                caption = training_caption(raw_caption, row.label, cfg)
+                caption = reduce(lambda text, label: training_caption(text, label, cfg), labels, raw_caption)
+                subject_ends(labels, [None] * len(labels), caption)
             except ValueError:
-                outcome.dropped["caption unusable"] += 1
+                outcome.dropped["caption unusable"] += len(labels)
                 continue
-            written[key] = row.label
+            written[key] = " + ".join(labels)
             if key not in self.keys:
                 extra = {"image_id": row.image_id, "label_id": row.label_id, "raw_caption": raw_caption}
-                self.writer.add(key, image, "jpg", mask, row.label, caption, extra)
+                more = [Other(png, other.label) for png, other in others]
+                self.writer.add(key, image, "jpg", mask, row.label, caption, extra, None, more)
                 self.added += 1
         self.new.append((outcome.image_id, written, dict(outcome.dropped)))
         self.broken += outcome.broken

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from moma.data.shards import MOST
 from moma.data.words import HUMAN_CLASSES, WORN_CLASSES
 
 # Attributes of a box: 1 yes, 0 no, -1 unknown.
@@ -48,7 +49,9 @@ class OpenImagesConfig:
     min_pixels: int = 128**2  # of the subject; below it details are lost
     min_side: int = 256  # of the image: half of what the UNet is trained at
     max_edges: int = 1  # of the image that the mask may touch; if more, it is cut off or scenery
-    per_image: int = 1  # the largest masks; several subjects of an image would share one caption
+    per_image: int = 1  # samples, of the largest masks; they share one caption
+    # Of a sample, of different classes, the largest ones; from 2 on, an image makes one sample, of 2 or more.
+    subjects: int = 1
     box_tolerance: float = 2e-3  # between the coordinates of a mask and its box, rounded differently
     max_side: int = 1024  # pixels stored; training uses 512, the rest is room for crops
     jpeg_quality: int = 95  # of images that are scaled down; others keep their bytes
@@ -61,9 +64,13 @@ class OpenImagesConfig:
             raise ValueError(
                 f"min_share {self.min_share}, max_share {self.max_share}: expected 0 <= min < max <= 1"
             )
-        for name in ("per_image", "max_side", "per_shard", "min_side"):
+        for name in ("per_image", "max_side", "per_shard", "min_side", "subjects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.subjects > (1 if self.per_image > 1 else MOST):
+            raise ValueError(
+                f"subjects {self.subjects}: expected at most {MOST}, and 1 with per_image {self.per_image}"
+            )
         if unknown := sorted(self.drop_flags - set(FLAGS)):
             raise ValueError(f"drop_flags {unknown[0]!r}: expected some of {', '.join(FLAGS)}")
         if both := sorted(self.only & self.exclude):
