@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = request_of_args(args, bundle) if record is None else request_of_record(record, args, bundle)
     runtime = Runtime.choose(
         bundle, args.device, request.dtype,
-        stream=args.stream, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
+        stream=args.stream, turns=args.turns, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
     )  # fmt: skip
     image = open_image(request.reference) if request.reference else None
     texts = _check(request, runtime, image, args)  # nothing has been loaded so far

@@ -357,6 +357,14 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.norm_groups, ch[0], eps=cfg.norm_eps)
         self.conv_out = nn.Conv2d(ch[0], cfg.out_channels, kernel_size=3, padding=1)
 
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
     def transformer_blocks(self) -> Iterator[TransformerBlock]:
         """The transformer blocks in execution order: down, mid, up."""
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):

@@ -30,7 +30,8 @@ def load(
         dtype: "auto", "bf16", "fp16", "fp32".
         preset: of the method's config.
         config: fields of it to change.
-        memory: `stream`, `cuda_graph`, `tiles`, `pack`, `encoders` of `moma.sampling.interface.Runtime`.
+        memory: `stream`, `turns`, `cuda_graph`, `tiles`, `pack`, `encoders` of
+            `moma.sampling.interface.Runtime`.
 
     Raises:
         ValueError: before any weight is read, for a folder that is no bundle, a bundle that lacks a network,

@@ -17,7 +17,7 @@ from models.weights.loading import LazyTensor
 from models.weights.stream import StreamedLlava, one_after_another
 from moma import Job, MethodConfig, SampleConfig, load
 from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, MLLMInput
-from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_stream, max_batch
+from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_saving, max_batch
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.helpers import feature_decoder
@@ -210,14 +210,14 @@ def test_wrong_names_are_found_before_anything_is_read(folder: Path) -> None:
 
 def test_choice() -> None:
     fits = int(1000 * (1 + MARGIN))
-    assert choose_stream("auto", 1000, fits) == (False, "0.00 GB needed, 0.00 GB free")
-    assert choose_stream("auto", 1000, fits - 1)[0]
-    assert choose_stream("auto", 14_000_000_000, 8_000_000_000)[1] == ("17.50 GB needed, 8.00 GB free")
-    assert choose_stream("auto", 1000, None) == (False, "free memory is not known here")
-    assert choose_stream("on", 1000, None) == (True, "asked for")
-    assert choose_stream("off", 1000, 0) == (False, "asked for")
-    with pytest.raises(ValueError, match="stream 'yes'"):
-        choose_stream("yes", 1000, None)
+    assert choose_saving("auto", 1000, fits) == (False, "0.00 GB needed, 0.00 GB free")
+    assert choose_saving("auto", 1000, fits - 1)[0]
+    assert choose_saving("auto", 14_000_000_000, 8_000_000_000)[1] == ("17.50 GB needed, 8.00 GB free")
+    assert choose_saving("auto", 1000, None) == (False, "free memory is not known here")
+    assert choose_saving("on", 1000, None) == (True, "asked for")
+    assert choose_saving("off", 1000, 0) == (False, "asked for")
+    with pytest.raises(ValueError, match="'yes'"):
+        choose_saving("yes", 1000, None)
 
 
 def test_choice_follows_free_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

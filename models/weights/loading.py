@@ -559,17 +559,19 @@ def load_into(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ignore: Sequence[str] = (),
+    mapped: bool = True,
 ) -> nn.Module:
     """Build a module on the meta device and fill it from safetensors files.
-
-    On the CPU, tensors that keep their dtype are mapped from the file (privately: writing to them leaves it).
 
     Args:
         build: makes the module.
         files: paths, or name prefix -> paths; the prefix is put before the names in these files.
-        device: of the module.
+        device: of the module; "meta" = check the files and read no values.
         dtype: of the parameters; None = as stored. Buffers always stay as stored.
         ignore: prefixes of names that the files may hold and the module may lack.
+        mapped: on the CPU, leave tensors that keep their dtype in the file and map them (privately: writing
+            to them leaves it). What is replaced soon is better read: a file stays mapped, and counts, until
+            the last of its tensors is gone.
 
     Raises: ValueError, before any weight is read, that lists the missing, unexpected and mis-shaped names.
     """
@@ -584,14 +586,19 @@ def load_into(
         where = ", ".join(str(path) for _, path in sources)
         raise ValueError(does_not_fit(where, type(module).__name__, problems))
 
+    if torch.device(device).type == "meta":
+        return module
     cast = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     state = {}
     for prefix, path in sources:
         with _open_safetensors(path, str(device)) as file:
             for name in (prefix + key for key in file.keys()):  # noqa: SIM118 (not a mapping)
                 if name in wanted:
-                    values = file.get_tensor(name.removeprefix(prefix))
-                    state[name] = values.to(dtype) if name in cast else values
+                    target = dtype if name in cast and dtype else stored[name].dtype
+                    if torch.device(device).type != "cpu" or (mapped and target == stored[name].dtype):
+                        state[name] = file.get_tensor(name.removeprefix(prefix)).to(target)
+                    else:  # mapped for as long as the copy takes
+                        state[name] = stored[name].read().to(target, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
     rest = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not rest, f"{type(module).__name__} keeps {rest} out of its state dict"

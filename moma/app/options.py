@@ -163,6 +163,8 @@ def _advanced(group: argparse._ArgumentGroup) -> None:
     toggle: dict[str, Any] = {"default": "auto", "choices": get_args(Toggle)}
     add("--stream", **toggle, help="read the language model block by block from the disk instead of loading"
         " it (default: auto, if memory is short)")  # fmt: skip
+    add("--turns", **toggle, help="load text encoders, UNet and VAE one at a time, each while it is used (not"
+        " mm-diff's; default: auto, if memory is short)")  # fmt: skip
     add(
         "--cuda-graph",
         **toggle,

@@ -9,16 +9,19 @@ from functools import partial
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer, Encoding
 from models.unet import UNet, sinusoids
 from models.vae import VAE
 from models.weights.packed import optimize_layout
+from models.weights.widen import widen
 from moma.sampling.diffusion import ScheduleConfig
 from moma.sampling.finite import Autoencoder, check_finite
 from moma.sampling.interface import Runtime, TextStates, text_networks
+from moma.sampling.memory import choose_saving, free_memory
+from moma.sampling.turns import Turn, Turns
 
 NETWORKS = ("unet", "vae", "text")  # of a bundle
 CLEAN = ScheduleConfig(end="clean")  # SDXL's: its sampler, Euler's, ends without noise
@@ -43,24 +46,22 @@ class Base:
     def load(cls, runtime: Runtime) -> Self:
         """The base of a bundle, in evaluation mode."""
         weights = runtime.weights
-        names = text_networks(weights.config("unet"))
-        unet, vae, *encoders = (
-            weights.build(name, runtime.device, runtime.dtype).eval().requires_grad_(False)
-            for name in ("unet", "vae", *names)
-        )
-        # Not the VAE: with channels last torch's GroupNorm is less exact on images with flat parts.
-        if runtime.pack:
-            optimize_layout(unet, runtime.device, runtime.dtype)
+        names = ("unet", "vae", *text_networks(weights.config("unet")))
+        free = free_memory(runtime.device)
+        if runtime.pack and choose_saving(runtime.turns, weights.nbytes(names, runtime.dtype), free)[0]:
+            unet, vae, *encoders = taking_turns(runtime, names)
+        else:
+            unet, vae, *encoders = (load_network(runtime, name) for name in names)
         schedule = CLEAN if unet.cfg.added_cond_dim else ScheduleConfig()
         return cls(unet, vae, tuple(encoders), weights.clip_tokenizers(), weights.image_size, schedule)
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
+        return self.unet.dtype
 
     def encode_text(
         self,
@@ -139,3 +140,35 @@ class Base:
         numbers = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)  # (6,)
         sizes = sinusoids(numbers, size_dim, self.unet.cfg.time_period).flatten()  # (A - P,)
         return torch.cat([pooled, sizes.to(pooled.dtype).expand(len(pooled), -1)], dim=-1)  # (B, A)
+
+
+def load_network(runtime: Runtime, name: str, keep: bool = False) -> nn.Module:
+    """One network of a bundle, in evaluation mode; the UNet laid out for speed, where `pack` says so.
+
+    Not the VAE: with channels last torch's GroupNorm is less exact on images with flat parts.
+
+    Args:
+        runtime: weights and machine.
+        name: of the network.
+        keep: leave the UNet's weights as stored where that is fewer bits than it computes in.
+    """
+    weights, device, dtype = runtime.weights, runtime.device, runtime.dtype
+    pack = runtime.pack and name == "unet"
+    if keep and pack and weights.nbytes([name], None) < weights.nbytes([name], dtype):
+        return widen(weights.build(name, device).eval().requires_grad_(False), dtype)
+    network = weights.build(name, device, dtype, mapped=not pack).eval().requires_grad_(False)
+    return optimize_layout(network, device, dtype) if pack else network
+
+
+def taking_turns(runtime: Runtime, names: Sequence[str]) -> list[Turn]:
+    """Networks of which one at a time is in memory; ValueError for files that do not fit them."""
+    turns, weights = Turns(), runtime.weights
+    for name in names:
+        weights.build(name, "meta")
+    return [
+        Turn(
+            turns, partial(load_network, runtime, name, True), weights.config(name),
+            runtime.device, runtime.dtype,
+        )
+        for name in names
+    ]  # fmt: skip

@@ -57,6 +57,8 @@ class Runtime:
     dtype: torch.dtype
     dtype_reason: str = "given"
     stream: Toggle = "auto"  # read the MLLM block by block from the disk; auto: if memory is short
+    # Have the base's networks in memory one at a time; auto: if memory is short. Never where `pack` is off.
+    turns: Toggle = "auto"
     cuda_graph: Toggle = "auto"  # record and replay denoising steps; auto: on CUDA devices
     tiles: Toggle = "auto"  # decode images in tiles; auto: if memory is short
     pack: bool = True  # lay the UNet's weights out for speed; on CPUs they cannot be read or trained then
@@ -77,7 +79,7 @@ class Runtime:
             ValueError: for a device that is not there or an unknown option.
         """
         there = choose_device(device)
-        for name in ("stream", "cuda_graph", "tiles"):
+        for name in ("stream", "turns", "cuda_graph", "tiles"):
             check_toggle(name, options.get(name, "auto"))
         if options.get("cuda_graph") == "on" and there.type != "cuda":
             raise ValueError(f"CUDA graphs 'on': need a CUDA device, this is {there}; use auto or off")

@@ -1,4 +1,5 @@
-"""How much memory is free, and whether LLaVA should therefore be streamed (models/weights/stream.py)."""
+"""How much memory is free, and whether to save it: LLaVA is streamed (models/weights/stream.py), the base's
+networks take turns (moma/sampling/turns.py)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,8 @@ def check_toggle(name: str, choice: str) -> None:
         raise ValueError(f"{name} {choice!r}: expected {', '.join(get_args(Toggle))}")
 
 
-def choose_stream(choice: Toggle, needed: int, free: int | None) -> tuple[bool, str]:
-    """Whether to stream LLaVA, and why; "auto" streams if the weights and MARGIN do not fit into memory.
+def choose_saving(choice: Toggle, needed: int, free: int | None) -> tuple[bool, str]:
+    """Whether to save memory, and why; "auto" does if the weights and MARGIN do not fit into it.
 
     Args:
         choice: "auto", "on" or "off".
@@ -44,7 +45,7 @@ def choose_stream(choice: Toggle, needed: int, free: int | None) -> tuple[bool, 
     Raises:
         ValueError: for another choice.
     """
-    check_toggle("stream", choice)
+    check_toggle("saving memory", choice)
     if choice != "auto":
         return choice == "on", "asked for"
     if free is None:

@@ -340,14 +340,16 @@ class Bundle:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         lm_head: bool = False,
+        mapped: bool = True,
     ) -> nn.Module:
         """The network with its weights. llava comes with its tower, the network "vision".
 
         Args:
             name: in the bundle.
-            device: of the parameters.
+            device: of the parameters; "meta" = check the files and read no weights.
             dtype: of the parameters; None = as stored.
             lm_head: llava only: to generate text, which MoMA does not need.
+            mapped: as `load_into`.
 
         Raises:
             ValueError: if the bundle lacks it, or a file does not fit.
@@ -360,8 +362,9 @@ class Bundle:
             config = replace(config, llama=replace(config.llama, lm_head=lm_head))
             groups = {"": self.files("llava"), TOWER: self.files("vision")}
             ignore = () if lm_head else (LM_HEAD,)
-            return load_into(lambda: build_llava(config), groups, device, dtype, ignore)
-        return load_into(lambda: build_network(name, config, unet), self.files(name), device, dtype)
+            return load_into(lambda: build_llava(config), groups, device, dtype, ignore, mapped)
+        files = self.files(name)
+        return load_into(lambda: build_network(name, config, unet), files, device, dtype, (), mapped)
 
     def stream(self, device: torch.device, dtype: torch.dtype) -> StreamedLlava:
         """As `build("llava", device, dtype)`, with weights that are read whenever they are needed."""
@@ -374,7 +377,7 @@ class Bundle:
         tower = {TOWER + key: tensor for key, tensor in self.tensors("vision").items()}
         return tower | {k: t for k, t in self.tensors("llava").items() if not k.startswith(LM_HEAD)}
 
-    def nbytes(self, names: Sequence[str], dtype: torch.dtype) -> int:
+    def nbytes(self, names: Sequence[str], dtype: torch.dtype | None) -> int:
         """What the networks' weights take in memory as `build` makes them, llava with its tower."""
         return sum(
             stored_bytes(self._without_head() if name == "llava" else self.tensors(name), dtype)

@@ -19,7 +19,7 @@ from moma.methods.moma.adapter import Adapter
 from moma.methods.moma.config import MethodConfig
 from moma.sampling.finite import check_finite
 from moma.sampling.interface import Runtime
-from moma.sampling.memory import choose_stream, free_memory
+from moma.sampling.memory import choose_saving, free_memory
 
 # "release" ends in the token `*`, whose hidden state becomes the image feature (the released code's text,
 # double dot included); "paper" (Sec. 3.2) ends where a learnable token is appended.
@@ -79,7 +79,7 @@ class FeatureDecoder:
         """
         weights, device, dtype = runtime.weights, runtime.device, runtime.dtype
         needed = weights.nbytes(("llava", *beside), dtype)
-        streamed, reason = choose_stream(runtime.stream, needed, free_memory(device))
+        streamed, reason = choose_saving(runtime.stream, needed, free_memory(device))
         llava = weights.stream(device, dtype) if streamed else weights.build("llava", device, dtype)
         adapter = adapter or weights.build("adapter", device, dtype).eval().requires_grad_(False)
         how = f"{'streamed' if streamed else 'resident'}: {reason}"
