@@ -250,10 +250,10 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
 
 # Keys of public configs that every reader needs, in files of which each is read whole.
 READ = (
-    "block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels", "act_fn",
-    "latent_channels", "cross_attention_dim", "attention_head_dim", "hidden_size", "num_hidden_layers",
-    "num_attention_heads", "intermediate_size", "layer_norm_eps", "rms_norm_eps", "vocab_size", "hidden_act",
-    "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
+    "_class_name", "block_out_channels", "layers_per_block", "norm_num_groups", "in_channels", "out_channels",
+    "act_fn", "latent_channels", "cross_attention_dim", "attention_head_dim", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps", "rms_norm_eps",
+    "vocab_size", "hidden_act", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size",
 )  # fmt: skip
 WHOLE = ("sd15/unet/config.json", "vae/config.json", "llava/config.json", "ip_vision/config.json")
 

@@ -782,6 +782,11 @@ REFUSALS = {
     "vae of sd3": (vae_with(shift_factor=0.0609), "shift_factor 0.0609"),
     "vae of 16 channels": (vae_with(latent_channels=16), "16"),
     "vae with means": (vae_with(latents_mean=[0.0] * 4), "latents_mean"),
+    "unet of another class": (
+        sd_folder("unet/config.json", _class_name="UNetMotionModel"),
+        "UNetMotionModel",
+    ),
+    "vae of another class": (vae_with(_class_name="AsymmetricAutoencoderKL"), "Asymmetric"),
     "distilled folder": (sd_folder("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim 256"),
     "extended folder": (sd_folder("unet/config.json", attention_type="gated"), "attention_type 'gated'"),
     "lcm folder": (sd_folder("scheduler/scheduler_config.json", _class_name="LCMScheduler"), "LCMScheduler"),

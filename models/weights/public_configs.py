@@ -155,6 +155,7 @@ def unet_config(json: Json) -> UNetConfig:
     _expect(
         "UNet",
         json,
+        _class_name="UNet2DConditionModel",
         act_fn="silu",
         flip_sin_to_cos=True,
         freq_shift=0,
@@ -229,6 +230,7 @@ def vae_config(json: Json) -> VAEConfig:
     _expect(
         "VAE",
         json,
+        _class_name="AutoencoderKL",
         act_fn="silu",
         use_quant_conv=True,
         use_post_quant_conv=True,
