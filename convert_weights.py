@@ -206,6 +206,8 @@ def _fill(
                 writer.add(name, network.config, network.tensors, network.source, dtypes[name], bar.update)
             elif name in kept:
                 writer.take(base, name)
+        if base:
+            writer.take_companions(base, kept)
         for name, path in tokenizers.items():
             writer.add_tokenizer(name, path)
         writer.method |= base.method if base else {}

@@ -10,12 +10,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 import sample
+from convert_weights import convert
 from models.weights.loading import save_tensors
 from moma import Bundle
 from moma.inputs.familiar import FILE, Familiar, statistics
 from moma.inputs.preprocess import open_image
 from moma.mini.config import FamiliarTraining
 from moma.mini.familiar import fit_familiar
+from moma.sampling.interface import Export
+from moma.training.common import write_export
+from moma.weights.bundle import COMPANIONS
 from moma.world.world import DEFAULT, render
 from tests import recipe
 from tests.helpers import MINI, ROOT
@@ -115,6 +119,17 @@ def test_the_command_says_so_and_looks_for_a_plain_background_first(
     said = capsys.readouterr().out
     assert ("resemble" in said) == (kind != "render")
     assert ("plain background" in said) == (kind == "plain") and ("SAM" in said) == (kind != "plain")
+
+
+def test_a_new_bundle_knows_what_its_unet_does(tmp_path: Path) -> None:
+    """As do the scorers that lie beside the networks, unless one of theirs is another."""
+    mini = Bundle.open(MINI)
+    for name in ("adapter", "unet"):
+        write_export(tmp_path / "export", Export({name: (mini.config(name), mini.state(name))}))
+        convert([tmp_path / "export"], tmp_path / name, mini, say=lambda _: None)
+    for file, networks in COMPANIONS.items():
+        assert (tmp_path / "adapter" / file).read_bytes() == (MINI / file).read_bytes()
+        assert (tmp_path / "unet" / file).exists() == ("unet" not in networks)
 
 
 def test_bundles_without_it_know_everything(tmp_path: Path) -> None:

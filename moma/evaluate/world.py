@@ -21,12 +21,10 @@ from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.record import save_png
 from moma.evaluate.protocol import Prompt, Subject
 from moma.evaluate.scorers import BATCH, CLIPScorer, ImageScorer
-from moma.weights.bundle import Bundle
+from moma.weights.bundle import CLIP_HEADS, PROBES, Bundle
 from moma.world.classifiers import Probes, classify, load_probes, stacked
 from moma.world.drawing import stream
 from moma.world.world import CLASSES, DEFAULT, MATERIALS, SCENES, SEEDS, Spec, WorldConfig, draw, prompt
-
-PROBES, CLIP_HEADS = "probes.safetensors", "clip_heads.safetensors"  # files in the bundle's folder
 
 
 @dataclass(frozen=True)

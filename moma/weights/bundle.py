@@ -20,7 +20,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -50,6 +50,7 @@ from models.weights.loading import (
 )
 from models.weights.quant import build_llava
 from models.weights.stream import StreamedLlava
+from moma.inputs.familiar import FILE as FAMILIAR
 from moma.inputs.familiar import Familiar
 from moma.methods import METHODS, find_method
 from moma.methods.moma.method import MoMA
@@ -90,6 +91,9 @@ TOKENIZERS = {  # network -> the files it needs
     "clip_l14": CLIP_TOKENIZER,
     "llava": LLAMA_TOKENIZER,
 }
+# Files of some bundles beside the networks, and those that each is of: it goes where these go unchanged.
+PROBES, CLIP_HEADS = "probes.safetensors", "clip_heads.safetensors"  # MoMA-mini's scorers
+COMPANIONS = {FAMILIAR: {"unet"}, PROBES: set(), CLIP_HEADS: {"text", "vision"}}
 # What a network's file holds of its module; the rest comes from elsewhere or from initialisation.
 PARTS = {"llava": ("llama.", "projector.")}
 TOWER = "tower."  # where the llava module keeps the network "vision"
@@ -530,6 +534,12 @@ class BundleWriter:
         for path in base.files(name):
             _link(path, self.part / path.name)
         self.networks[name] = dict(base.networks[name])
+
+    def take_companions(self, base: Bundle, names: Collection[str]) -> None:
+        """The files beside another bundle's networks; names: of those that are taken as they are."""
+        for file, networks in COMPANIONS.items():
+            if networks <= {*names} and (base.folder / file).is_file():
+                shutil.copyfile(base.folder / file, self.part / file)
 
     def add_tokenizer(self, name: str, path: Path) -> None:
         shutil.copyfile(path, self.part / "tokenizers" / name)
