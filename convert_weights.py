@@ -6,6 +6,7 @@
     python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
     python convert_weights.py --base-bundle weights/moma --llm-bits 8 --out weights/moma8
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
+    python convert_weights.py --export-ip-adapter weights/moma --out moma_context.safetensors
 
 The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), SDXL likewise, a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf),
@@ -64,6 +65,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
+from moma.weights.export import export_ip_adapter
 from moma.weights.mm_diff import PUBLIC, WORDS, encoders
 from moma.weights.refusals import side
 from moma.weights.sources import (
@@ -532,6 +534,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="fetch this commit, branch or tag of a repository")  # fmt: skip
     add("--mirror", action="append", type=pair, default=[], metavar="ID=OTHER",
         help="fetch from another repository where the first does not answer")  # fmt: skip
+    add("--export-ip-adapter", type=Path, metavar="BUNDLE", help="write the context branch of a bundle's"
+        " adapter as an IP-Adapter file for other programs to --out FILE.safetensors instead")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -549,6 +553,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.export_ip_adapter:
+        if args.sources or args.base_bundle or args.download or args.extras:
+            raise ValueError("--export-ip-adapter takes a bundle alone: leave out sources and other bundles")
+        return export_ip_adapter(args.export_ip_adapter, args.out)
     check_target(args.out, args.overwrite)
     if args.llm_bits and args.no_llm:
         raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from models.unet import UNetConfig
-from models.weights.keymaps import convert, ip_adapter
 from models.weights.loading import in_memory
 from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
+from moma.weights.export import public_tensors
 from moma.weights.tiny import TinyConfig, draw
 
 WIDTH = 24  # of the public image encoder's embeddings; the MoMA adapter's differ
@@ -49,11 +49,8 @@ def build_ip_bundle(base: str, target: Path, keep: Sequence[str], trained: bool 
 
 def public_layout(state: dict[str, Tensor], unet: UNetConfig) -> dict[str, dict[str, Tensor]]:
     """An IP-Adapter's tensors as ip-adapter_sd15.bin holds them."""
-    down = sum(depth * unet.resnets for depth in unet.depth)
-    up = sum(depth * (unet.resnets + 1) for depth in unet.depth)
     found: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
-    names = convert(ip_adapter(down, up, unet.mid_depth), state, "out").names
-    for name, (old, change) in names.items():
+    for name, tensor in public_tensors(state, unet).items():
         group, _, rest = name.partition(".")
-        found[group][rest] = change(state[old])
+        found[group][rest] = tensor
     return found
