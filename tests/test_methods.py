@@ -59,6 +59,11 @@ def example_image() -> tuple[Image.Image, Image.Image]:
     return Image.fromarray(values).resize((180, 120)), Image.fromarray(mask).resize((180, 120))
 
 
+def other_image() -> tuple[Image.Image, Image.Image]:
+    """The same upside down."""
+    return tuple(x.rotate(180) for x in example_image())
+
+
 def tensor(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -88,7 +93,7 @@ def test_ip_adapter_predicts_the_noise_that_diffusers_predicts(ip_folder: Path, 
     expected = theirs(rows, times, states, added_cond_kwargs={"image_embeds": [images[:, None]]}).sample
 
     context = pipe.method.adapter(images)
-    cond = ImageConditioning(ours.text_kv(states), None, context, pipe.method.config.scale)
+    cond = ImageConditioning(ours.text_kv(states), None, [(context, torch.ones(4, 1, 1, 1))], scale)
     step = solver_steps(pipe.base.schedule, 2, "ddim")[0]
     both, alone = cond.at(step, {}), cond.conditional().at(step, {})
     eps, maps = ours(rows, times, both.text, both.hook, both.added)
@@ -111,6 +116,43 @@ def test_ip_adapter_looks_at_the_photo_or_at_the_subject_on_white(ip_folder: Pat
     assert torch.equal(seen.embedding, expected) and not torch.allclose(expected, photo)
     with pytest.raises(ValueError, match="'mask'"):
         IPAdapterConfig(image="mask")
+
+
+def test_ip_adapter_adds_up_subjects(ip: Pipeline) -> None:
+    """By their strengths, any number in a batch; 0 leaves one out. Several images of one are their mean."""
+    cat, dog = ip.encode_subject(*example_image(), "cat"), ip.encode_subject(*other_image(), "dog")
+    one, both = Job(cat, PROMPT, 0), Job((cat, dog), "a cat and a dog", 1, strength=(0.5, None))
+    batch = latents(ip, [one, both], SMALL)
+    for i, job in enumerate((one, both)):
+        same(latents(ip, [job], SMALL), batch[i : i + 1], 1e-3)
+    swapped = Job(
+        (dog, cat), "a cat and a dog", 1, strength=(1.0, 0.5), text=ip.method.prepare([both])[0].prompt
+    )
+    same(latents(ip, [swapped], SMALL), batch[1:], 1e-3)
+    for strength in ((1.0, 1.0), (0.5, 0.0), (0.0, 0.0)):
+        assert not torch.allclose(
+            latents(ip, [replace(both, strength=strength)], SMALL), batch[1:], atol=1e-2
+        )
+    alone, without = (
+        replace(one, subjects=(cat, dog), strength=(1.0, 0.0)),
+        ip.method.prepare([one])[0].prompt,
+    )
+    same(latents(ip, [replace(alone, text=without)], SMALL), batch[:1], 1e-3)
+    joined = ip.encode_subject(*zip(example_image(), other_image(), strict=True), "cat")
+    assert torch.equal(joined.embedding, (cat.embedding + dog.embedding) / 2)
+
+
+def test_reference_attention_reads_every_image(folder: str) -> None:
+    """Of one subject as of several: their keys are side by side, in any order."""
+    pipe = loaded(folder, "reference-attention")
+    cat, dog = pipe.encode_subject(*example_image(), "cat"), pipe.encode_subject(*other_image(), "cat")
+    joined = pipe.method.join_images([cat, dog])
+    text = pipe.method.prepare([Job(cat, PROMPT, 0)])[0].prompt
+    drawn = [
+        latents(pipe, [Job(x, PROMPT, 0, text=text)], SMALL) for x in (joined, (cat, dog), (dog, cat), cat)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[3], atol=1e-2)
+    same(drawn[0], drawn[2], 1e-3)
 
 
 @torch.no_grad()

@@ -35,10 +35,11 @@ from moma.evaluate.references import Reference
 from moma.inputs.preprocess import open_image
 from moma.load import load_pipeline
 from moma.methods import find_method
+from moma.methods.moma.method import MoMA
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import dtype_name
 from moma.sampling.diffusion import History, ScheduleConfig, solver_steps, timesteps
-from moma.sampling.interface import Job, Runtime
+from moma.sampling.interface import Job, Method, Runtime
 from moma.sampling.pipeline import Pipeline
 from moma.sampling.sampler import Step
 from moma.training.checkpoint import differences
@@ -163,6 +164,16 @@ def _read(path: Path) -> tuple[tuple[str, ...], Step] | None:
 
 
 # --- what there is to do -----------------------------------------------------------------------------
+
+
+def strength_for(method: Method, strength: float) -> float:
+    """β, which is MoMA's; other methods are compared with it at the strength that is their own.
+
+    Args:
+        method: that draws.
+        strength: of the protocol.
+    """
+    return strength if isinstance(method, MoMA) else 1.0
 
 
 def check_drawable(
@@ -349,7 +360,7 @@ def _draw_batch(
             encode(run.reference(task), task.subject.word),
             task.prompt,
             task.number,
-            strength=run.protocol.strength(task.kind),
+            strength=strength_for(pipe.method, run.protocol.strength(task.kind)),
         )
         for task in batch
     ]

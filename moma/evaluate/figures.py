@@ -22,7 +22,7 @@ from moma.app.files import Parser, check_writable, exit_status, markdown_table, 
 from moma.app.options import MAX_SEED, SCENES, WEIGHTS, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
-from moma.evaluate.draw import check_drawable
+from moma.evaluate.draw import check_drawable, strength_for
 from moma.evaluate.options import add_sampling, parse_methods, sample_config
 from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, check_scorers, embed, load_scorers, measure
@@ -141,7 +141,8 @@ def _make_jobs(pipe: Pipeline, request: Request) -> list[Job]:
         )
         for photo in request.photos
     }
-    return [Job(subjects[photo], prompt, request.seed) for photo, prompt in request.wanted]
+    beta = strength_for(pipe.method, request.sample.strength)
+    return [Job(subjects[photo], prompt, request.seed, strength=beta) for photo, prompt in request.wanted]
 
 
 def _draw(column: str, pipe: Pipeline, jobs: Sequence[Job], request: Request) -> list[Result]:

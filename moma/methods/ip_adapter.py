@@ -1,7 +1,8 @@
 """IP-Adapter (arXiv 2308.06721), as its authors sample with it: an image as four more tokens of the prompt.
 
 The image's CLIP embedding becomes context tokens, which a second cross-attention reads beside the text; the
-unconditional row gets the tokens of a zero embedding. Self-attention is plain, nothing is masked.
+unconditional row gets the tokens of a zero embedding. Self-attention is plain, nothing is masked. Several
+subjects have an attention each, and their results are added, as with several adapters at once.
 
 Letters: B images, R rows of a UNet call, H heads, N tokens of a layer, T text tokens, C context tokens,
 D channels per head, E embedding.
@@ -9,6 +10,7 @@ D channels per head, E embedding.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -76,7 +78,7 @@ class IPAdapterMethod(TextToImage):
 
     Config = IPAdapterConfig
     Presets: ClassVar[Mapping[str, Any]] = {"default": IPAdapterConfig()}
-    subjects = range(1, 2)
+    subjects, images, has_strength = range(1, 9), range(1, 65), True
     own_networks: ClassVar[Mapping[str, Any]] = {"ip_adapter": (AdapterConfig, IPAdapter)}
 
     def __init__(self, base: Base, vision: CLIPVision, adapter: IPAdapter, config: IPAdapterConfig) -> None:
@@ -108,28 +110,45 @@ class IPAdapterMethod(TextToImage):
         check_finite("image encoder", embedding)
         return ImageSubject(word, reference, embedding)
 
+    def join_images(self, images: Sequence[ImageSubject]) -> ImageSubject:
+        """The mean of the images' embeddings."""
+        mean = torch.stack([one.embedding for one in images]).mean(dim=0)  # (1, E)
+        return images[0] if len(images) == 1 else replace(images[0], embedding=mean)
+
     def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "ImageConditioning":
-        embedding = torch.cat([one.job.subjects[0].embedding for one in prepared])  # (B, E)
-        context = self.adapter(torch.cat([torch.zeros_like(embedding), embedding]))  # of R = 2B rows
-        return ImageConditioning(*self.encode_texts(prepared, config), context, self.config.scale)
+        jobs, subjects = [one.job for one in prepared], []
+        none = torch.zeros_like(jobs[0].subjects[0].embedding)  # (1, E)
+        strengths = (job.strengths(config.strength) for job in jobs)
+        pairs = (zip(job.subjects, x, strict=True) for job, x in zip(jobs, strengths, strict=True))
+        for each in zip_longest(*pairs):
+            embedding = torch.cat([one[0].embedding if one else none for one in each])  # (B, E)
+            context = self.adapter(torch.cat([torch.zeros_like(embedding), embedding]))  # of R = 2B rows
+            strength = torch.tensor([one[1] if one else 0.0 for one in each] * 2)[:, None, None, None]
+            subjects.append((context, strength.to(embedding)))  # (R, 1, 1, 1)
+        return ImageConditioning(*self.encode_texts(prepared, config), subjects, self.config.scale)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageConditioning(TextConditioning, ConstantHook):
     """The conditioning of a batch and its own attention hook: no step differs from another."""
 
-    context: list[KeysValues]  # of each layer K, V of the context tokens, each (R, H, C, D)
+    # Of each subject: in each layer K, V of its context tokens, each (R, H, C, D); and its strengths, one
+    # number or (R, 1, 1, 1), 0 where an image has fewer subjects.
+    subjects: Sequence[tuple[list[KeysValues], Tensor | float]]
     scale: float
 
     def at(self, step: SolverStep, state: State) -> StepInputs:
         return StepInputs(self.text, self.added, self)
 
     def conditional(self) -> Self:
-        return replace(super().conditional(), context=[(half(k), half(v)) for k, v in self.context])
+        subjects = [([(half(k), half(v)) for k, v in layers], half(s)) for layers, s in self.subjects]
+        return replace(super().conditional(), subjects=subjects)
 
     def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, None]:
-        z_context = attention(q, *self.context[layer])  # (R, H, N, D)
-        return attention(q, k, v) + self.scale * z_context, None
+        z = attention(q, k, v)  # (R, H, N, D)
+        for context, strength in self.subjects:
+            z = z + self.scale * (attention(q, *context[layer]) * strength)
+        return z, None
 
 
 # --- training ------------------------------------------------------------------------------------------
@@ -191,7 +210,7 @@ class IPAdapterTraining(DenoisingTraining):
 
     def inputs(self, batch: Batch) -> StepInputs:
         context, text, added = self.adapter(batch["embedding"]), batch["text"], batch.get("added")
-        return StepInputs(text, added, ImageConditioning(text, added, context, scale=1.0))
+        return StepInputs(text, added, ImageConditioning(text, added, [(context, 1.0)], scale=1.0))
 
     def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[ImageSubject]:
         embeddings = batch["embedding"].split(1)  # (1, E) each

@@ -1,7 +1,8 @@
 """Reference attention: the training-free baseline, and the smallest method that looks at a subject.
 
 The reference, with the label as its text and at t = 0, passes once through the UNet; every self-attention
-then attends to its own keys and values and to the reference's. No weights beside the base's.
+then attends to its own keys and values and to the reference's. No weights beside the base's. More references,
+of one subject or of several, have their keys side by side.
 
 Letters: R rows of a UNet call, H heads, N tokens of a layer, M reference keys, D channels per head.
 """
@@ -38,7 +39,9 @@ class ReferenceSubject(Subject):
 
 
 class ReferenceAttention(TextToImage):
-    """Text to image that attends to one reference beside its own image."""
+    """Text to image that attends to references beside its own image."""
+
+    images = range(1, 65)
 
     @torch.no_grad()
     def encode_reference(self, reference: Reference, word: str, **options: Any) -> ReferenceSubject:
@@ -49,6 +52,14 @@ class ReferenceAttention(TextToImage):
         t = torch.zeros(1, device=base.device, dtype=torch.long)  # (1,)
         _, layers = base.unet(mean * base.vae.cfg.scaling, t, label, RecordHook(), added)
         return ReferenceSubject(word, reference, layers)
+
+    def join_images(self, images: Sequence[ReferenceSubject]) -> ReferenceSubject:
+        """The images' keys and values side by side."""
+        layers = [
+            (torch.cat([k for k, _ in rows], dim=2), torch.cat([v for _, v in rows], dim=2))  # (1, H, M, D)
+            for rows in zip(*(one.layers for one in images), strict=True)
+        ]
+        return replace(images[0], layers=layers)
 
     def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "ReferenceConditioning":
         subjects = [[subject.layers for subject in one.job.subjects] for one in prepared]

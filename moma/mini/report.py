@@ -128,7 +128,7 @@ class TextWithMaps(MoMA):
         return replace(cond, context=silent, beta=torch.zeros_like(cond.beta))
 
 
-def generate(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig, strength: float = 0.0) -> Drawn:
+def generate(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig, strength: float = 1.0) -> Drawn:
     """Draw pairs.
 
     Args:
@@ -209,15 +209,14 @@ def plan(
     both = {TEXT: Setting(bundle, _text_alone)}
     if baseline:
         both[BASELINE] = Setting(baseline, generate, "ip-adapter")
-    full = partial(generate, strength=1.0)
     scenes = {
-        name: Setting(bundle, full, method) for name, method in zip(MASKS, MASKING_METHODS, strict=False)
+        name: Setting(bundle, generate, method) for name, method in zip(MASKS, MASKING_METHODS, strict=False)
     }
     released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & Bundle.open(bundle).method.keys():
-        scenes[MASKS[-1]] = Setting(bundle, full, config=released)
+        scenes[MASKS[-1]] = Setting(bundle, generate, config=released)
     scenes[DECODED] = Setting(bundle, _autoencoded)
-    scenes |= {name: Setting(folder, full) for name, folder in variants.items()}
+    scenes |= {name: Setting(folder, generate) for name, folder in variants.items()}
     sweeps = [
         {_moma(beta): Setting(bundle, partial(generate, strength=beta)) for beta in betas}
         for betas in (cfg.strengths, cfg.texture_strengths)

@@ -191,6 +191,7 @@ class Method(ABC):
     Presets: ClassVar[Mapping[str, Any]]  # name -> Config, "default" among them
     subjects: ClassVar[range]  # how many an image may have
     images: ClassVar[range] = range(1, 2)  # how many of one subject it can use (`join_images`)
+    has_strength: ClassVar[bool] = False  # whether a job's strengths have an effect
     # Networks of its own, beside the public ones: name -> (config dataclass, build(config, UNetConfig)).
     own_networks: ClassVar[Mapping[str, tuple[type, Any]]] = {}
 

@@ -62,6 +62,7 @@ class MMDiff(TextToImage):
 
     Config = MMDiffConfig
     Presets: ClassVar[Mapping[str, Any]] = PRESETS
+    images, has_strength = range(1, 65), True
     own_networks: ClassVar[Mapping[str, Any]] = {
         "mm_diff": (MMDiffSizes, MMDiffAdapter),
         WORDS: (CLIPVisionConfig, build_vision),
@@ -176,6 +177,9 @@ class MMDiff(TextToImage):
         tokens = self.adapter.head(subject, self.patches.hidden(pixels, PATCH_LAYER))  # (1, S, X)
         check_finite("image encoder", embedding, tokens)
         return MMDiffSubject(word, reference, embedding, tokens)
+
+    def join_images(self, images: Sequence[MMDiffSubject]) -> MMDiffSubject:
+        return images[0].with_more(images[1:]) if len(images) > 1 else images[0]
 
     def condition(self, prepared: Sequence[Prepared], config: SampleConfig) -> "MMDiffConditioning":
         start, subjects = self.config.start_merge_step, [one.job.subjects for one in prepared]

@@ -59,7 +59,7 @@ class MoMA(TextToImage):
 
     Config = MethodConfig
     Presets = PRESETS
-    subjects = range(1, 2)
+    subjects, has_strength = range(1, 2), True
     own_networks: ClassVar[Mapping[str, Any]] = {"adapter": (AdapterConfig, Adapter)}
 
     def __init__(
