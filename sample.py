@@ -1,6 +1,7 @@
-"""New images of the subject of one image.
+"""New images of the subjects of images.
 
 python sample.py --ref examples/cat.png --prompt "a cat on the beach"
+python sample.py --ref cat.png --ref teapot.png --prompt "a cat and a teapot on the beach"
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,18 +23,10 @@ from tqdm import tqdm
 from moma import Job, Pipeline, Result, Runtime, SampleConfig, Segmenter, load_pipeline, set_precision
 from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
-from moma.app.record import (
-    InputFile,
-    Record,
-    Segmented,
-    compared,
-    follow,
-    read_record,
-    save_new,
-    short_path,
-)
+from moma.app.record import Record, SubjectRecord, compared, follow, read_record, save_new, short_path
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
-from moma.inputs.preprocess import FoundMask, Reference, find_mask, make_reference, on_white, open_image
+from moma.app.subjects import FoundImage, find_faces, find_images, join, open_images
+from moma.inputs.preprocess import on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
@@ -63,30 +56,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         bundle, args.device, request.dtype,
         stream=args.stream, turns=args.turns, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
     )  # fmt: skip
-    image = open_image(request.reference) if request.reference else None
-    texts = _check(request, runtime, image, args)  # nothing has been loaded so far
+    images = open_images(request.subjects)
+    texts = _check(request, runtime, images, args)  # nothing has been loaded so far
 
-    inputs = _find_subject(request, runtime, image, args) if image else None
-    features = precompute(request, runtime, inputs, args)
+    found = _find_subjects(request, runtime, images, args)
+    features = precompute(request, runtime, found, args)
     start = time.perf_counter()
     pipe = load_pipeline(runtime, request.method, request.config)
     loaded = time.perf_counter()
     how = f"{pipe.device} {pipe.dtype} ({pipe.dtype_reason})"
     print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
 
-    jobs = _make_jobs(request, pipe, inputs, features, texts)
-    records = _records(request, inputs, pipe, runtime)
+    jobs = _make_jobs(request, pipe, found, features, texts)
+    records = _records(request, found, pipe, runtime)
     drawn = []
     try:
         for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
             if request.only in (None, i):
-                stem = f"{_stem(request.subject, jobs[i].prompt)}-seed{jobs[i].seed}"
+                stem = f"{_stem(request.words, jobs[i].prompt)}-seed{jobs[i].seed}"
                 tqdm.write(str(save_new(args.out, stem, result.image, records[i])))
                 drawn.append((jobs[i], result))
     finally:  # what was drawn before a mistake or Ctrl-C, too
         if drawn and (record is None or args.debug):
-            sheet = _sheet(inputs, drawn, args.debug)
-            print(save_new(args.out, f"{_slug(request.subject)}-sheet", sheet))
+            sheet = _sheet(found, drawn, args.debug)
+            print(save_new(args.out, f"{_slug(' and '.join(request.words))}-sheet", sheet))
     if record:
         print(compared(drawn[0][1].image, args.replay))
     seconds = (time.perf_counter() - loaded) / len(jobs)
@@ -128,14 +121,21 @@ def user_cache() -> Path:
 
 
 def _check(
-    request: Request, runtime: Runtime, image: Image.Image | None, args: argparse.Namespace
+    request: Request, runtime: Runtime, images: Sequence[Image.Image], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Each prompt, read; ValueError for whatever would fail later. Prints what the user should know."""
     bundle, method = runtime.weights, find_method(request.method).method
     method.check(bundle, request.config, encoders=True)
-    if request.pick and image:
-        _check_sam("--point, --box and --object need", bundle)
-        request.pick.check(image.size)
+    asked = [one for subject in request.subjects for one in subject.images]
+    for one, image in zip(asked, images, strict=True):
+        if one.pick:
+            _check_sam("--point, --box and --object need", bundle)
+            one.pick.check(image.size)
+    for subject in request.subjects:
+        if len(subject.images) not in method.images:
+            count, most = len(subject.images), method.images[-1]
+            raise ValueError(f"{count} images of {subject.word!r}: {request.method} takes {most}")
+    method.check_regions(request.config, request.regions)
     tokenizers, texts = bundle.clip_tokenizers(), {}
     for prompt in dict.fromkeys(prompt for prompt, _ in request.images):
         texts[prompt] = method.read(tokenizers, request.config, request.words, prompt)
@@ -145,18 +145,21 @@ def _check(
     if any(tokenizer.encode(request.negative).truncated for tokenizer in tokenizers):
         length = tokenizers[0].length
         print(f"note: only {length} tokens of the negative prompt are read, its end is lost")
-    foreign = [part for text in (*texts, request.negative) for part in foreign_syntax(text)]
+    read = (*(text.text for text in texts.values()), request.negative)
+    foreign = [part for text in read for part in foreign_syntax(text)]
     if shown := ", ".join(list(dict.fromkeys(foreign))[:SHOWN]):
         print(f"note: syntax of other tools is read as plain text here, with its brackets and marks: {shown}")
-    request.sample.check(bundle.config("vae").factor)
+    for strength in request.strengths or (request.sample.strength,):
+        replace(request.sample, strength=strength).check(bundle.config("vae").factor)
     solver_steps(ScheduleConfig(), request.sample.steps, request.sample.solver, request.sample.grid)
     check_writable("--out", args.out)
     if args.cache is not None and str(args.cache) != NO_CACHE:
         check_writable("--cache", args.cache)
     if note := NOTES.get(bundle.networks["unet"]["source"]):
         print(f"note: {note}; README.md says how to get the full model")
-    if image and (known := bundle.familiar) and not known.knows(image):
-        print(f"note: {request.reference} is not of the kind these weights know: no image will resemble it")
+    for one, image in zip(asked, images, strict=True):
+        if (known := bundle.familiar) and not known.knows(image):
+            print(f"note: {one.file} is not of the kind these weights know: no image will resemble it")
     return texts
 
 
@@ -169,66 +172,47 @@ def _check_sam(who: str, bundle: Bundle) -> None:
         )
 
 
-# --- the subject -------------------------------------------------------------------------------------
+# --- the subjects ------------------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-    """The subject's image and mask, and the files they come from."""
-
-    reference: Reference
-    file: InputFile
-    mask: InputFile | None
-    segmented: Segmented | None
-
-
-def _find_subject(request: Request, runtime: Runtime, image: Image.Image, args: argparse.Namespace) -> Inputs:
-    """Where the subject is; the mask is kept in a file. SAM's memory is free again on return."""
-    bundle, segmented = runtime.weights, request.segmented
-
-    def segment(image: Image.Image) -> Image.Image:
-        return Segmenter.load(bundle, runtime.device).mask(image, request.pick)
-
-    if segmented:
-        found = FoundMask(segmented.image(), "sam")
-    elif request.pick:  # whatever else the image says
-        found = FoundMask(segment(image), "sam")
-    else:
-        may_ask = request.pick is not None and "sam" in bundle.networks
-        plain_first = bundle.familiar is not None
-        found = find_mask(image, request.mask, segment=segment if may_ask else None, plain_first=plain_first)
+def _find_subjects(
+    request: Request, runtime: Runtime, images: Sequence[Image.Image], args: argparse.Namespace
+) -> list[FoundImage]:
+    """Where the subjects are; the masks are kept in files. SAM's memory is free again on return."""
+    needed = find_method(request.method).method.needs_face(runtime.weights)
+    faces = find_faces(request.subjects, images, needed)
+    found = find_images(request.subjects, images, faces, request.config, runtime)
     _free_accelerator(runtime.device)
-    reference = make_reference(image, found.mask, bundle.image_size, request.config)
-    if found.source == "sam" and segmented is None:
-        segmented = Segmented.of(found.mask, str(request.pick))
-    kept = ""
-    if request.only is None:  # a replay has its mask already
-        kept = f", kept in {save_new(args.out, f'{_slug(request.subject)}-mask', found.mask)}"
-    ways = {
-        "file": request.mask,
-        "alpha": "the image's transparency",
-        "sam": f"SAM ({segmented.how})" if segmented else None,
-        "border": "its plain background",
-    }
-    where = f"{ways[found.source]} ({found.shares()[0]:.0%} of the image)"
-    print(f"subject: {request.subject}, mask from {where}{kept}")
-    if doubt := found.doubt():
-        print(f"note: {doubt}")
-    mask = InputFile.of(request.mask) if request.mask else None
-    return Inputs(reference, InputFile.of(request.reference), mask, segmented)
+    several = len({one.word for one in found}) < len(found)  # a word does not say which image
+    for one in found:
+        kept, record = "", one.record
+        if request.only is None:  # a replay has its mask already
+            kept = f", kept in {save_new(args.out, f'{_slug(one.word)}-mask', one.mask.mask)}"
+        ways = {
+            "file": record.mask and record.mask.path,
+            "alpha": "the image's transparency",
+            "sam": record.segmented and f"SAM ({record.segmented.how})",
+            "border": "its plain background",
+        }
+        where = f"{ways[one.mask.source]} ({one.mask.shares()[0]:.0%} of the image)"
+        print(f"subject: {one.word}{f' of {record.file.path}' * several}, mask from {where}{kept}")
+        if doubt := one.mask.doubt():
+            print(f"note: {doubt}")
+    return found
 
 
 def precompute(
-    request: Request, runtime: Runtime, inputs: Inputs | None, args: argparse.Namespace
-) -> Mapping[str, Tensor]:
-    """What the method's encoders make of the prompts; they are freed before the UNet loads."""
-    if inputs is None:
-        return {}
+    request: Request, runtime: Runtime, found: Sequence[FoundImage], args: argparse.Namespace
+) -> Sequence[Mapping[str, Tensor]]:
+    """What the method's encoders make of each image and the prompts; they are freed before the UNet loads."""
+    if not found:
+        return []
     start = time.perf_counter()
     cache = None if str(args.cache) == NO_CACHE else args.cache or user_cache() / "embeddings"
     prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
     method = find_method(request.method).method
     features, how = method.precompute(
-        runtime, request.config, inputs.reference, request.subject, prompts, cache
+        runtime, request.config, [(one.reference, one.word) for one in found], prompts, cache
     )
     _free_accelerator(runtime.device)
     if how:
@@ -238,7 +222,8 @@ def precompute(
 
 def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     """Write the image with the numbers that --object takes, and say what they are."""
-    image = open_image(args.ref)
+    (ref,) = args.ref
+    image = open_image(ref)
     _check_sam("--list-objects needs", bundle)
     check_writable("--out", args.out)
     segmenter = Segmenter.load(bundle, choose_device(args.device))
@@ -247,7 +232,7 @@ def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
         box = ",".join(map(str, found.box))
         print(f"{i}: box {box}, {found.share:.1%} of the image, score {found.score:.2f}")
     sheet = numbered(on_white(image), lambda size: [o.image(segmenter.cfg, size) for o in objects])
-    path = save_new(args.out, f"{_slug(args.ref.stem)}-objects", sheet)
+    path = save_new(args.out, f"{_slug(ref.stem)}-objects", sheet)
     print(f"{path}: choose with --object N (default: 1)")
 
 
@@ -260,37 +245,48 @@ def _free_accelerator(device: torch.device) -> None:
 def _make_jobs(
     request: Request,
     pipe: Pipeline,
-    inputs: Inputs | None,
-    features: Mapping[str, Tensor],
+    found: Sequence[FoundImage],
+    features: Sequence[Mapping[str, Tensor]],
     texts: Mapping[str, Any],
 ) -> list[Job]:
-    """A job for each image; the subject is encoded once.
+    """A job for each image; the subjects are encoded once.
 
     Args:
         request: what is drawn.
         pipe: what draws it.
-        inputs: the subject; None = there is none.
+        found: every image of the subjects.
         features: of `precompute`.
         texts: each prompt, read.
     """
     torch.manual_seed(0)  # the release draws the reference's noise from the global generator, seeded before
-    subjects = ()
-    if inputs:
-        subjects = (pipe.method.encode_reference(inputs.reference, request.subject, features=features),)
-    return [
-        Job(subjects, prompt, seed, request.negative, text=texts[prompt]) for prompt, seed in request.images
+    encoded = [
+        pipe.method.encode_reference(
+            one.reference, one.word, features=known, **({"face": one.face} if one.face else {})
+        )
+        for one, known in zip(found, features, strict=True)
     ]
+    same = {
+        "subjects": join(request.subjects, encoded, pipe.method),
+        "negative": request.negative,
+        "strength": request.strengths,
+        "regions": request.regions,
+    }
+    return [Job(prompt=prompt, seed=seed, text=texts[prompt], **same) for prompt, seed in request.images]
 
 
 # --- results -----------------------------------------------------------------------------------------
 
 
-def _records(request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: Runtime) -> list[Record]:
+def _records(request: Request, found: Sequence[FoundImage], pipe: Pipeline, runtime: Runtime) -> list[Record]:
     """The settings of each of the request's images."""
     bundle, size = runtime.weights, request.sample.batch_size
     batches = [request.images[i : i + size] for i in range(0, len(request.images), size)]
+    rest = iter(one.record for one in found)
     first = Record(
-        subject=request.subject,
+        subjects=tuple(
+            SubjectRecord(one.word, tuple(next(rest) for _ in one.images), one.strength, one.region)
+            for one in request.subjects
+        ),
         prompt=request.images[0][0],
         negative=request.negative,
         seed=request.images[0][1],
@@ -298,30 +294,26 @@ def _records(request: Request, inputs: Inputs | None, pipe: Pipeline, runtime: R
         sample=request.sample,
         method_name=request.method,
         method=request.config,
-        reference=inputs and inputs.file.shortened(),
-        mask=inputs and inputs.mask and inputs.mask.shortened(),
         weights=short_path(bundle.folder),
         weight_hashes=weight_hashes(bundle, request.method, request.config),
         dtype=dtype_name(pipe.dtype),
         device=str(pipe.device),
         versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
-        segmented=inputs and inputs.segmented,
     )
     return [replace(first, prompt=p, seed=seed, batch=batch) for batch in batches for p, seed in batch]
 
 
-def _sheet(inputs: Inputs | None, drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
-    """Reference and mask above the images of each prompt; with `debug`, their masks beside them."""
-    rows = []
-    if inputs:
-        reference = inputs.reference
-        rows = [
-            [
-                Cell(reference.photo, ("reference",)),
-                Cell(reference.white, ("what the language model sees",)),
-                Cell(mask_image(reference.mask), ("mask M_ref",)),
-            ]
+def _sheet(found: Sequence[FoundImage], drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:
+    """References and masks above the images of each prompt; with `debug`, their masks beside them."""
+    several = len(found) > 1
+    rows = [
+        [
+            Cell(one.reference.photo, ("reference" + f": {one.word}" * several,)),
+            Cell(one.reference.white, ("what the language model sees",)),
+            Cell(mask_image(one.reference.mask), ("mask M_ref",)),
         ]
+        for one in found
+    ]
     cells: dict[str, list[list[Cell]]] = {}
     for job, result in drawn:
         image = [Cell(result.image, (job.prompt, f"seed {job.seed}"))]
@@ -349,10 +341,11 @@ def _slug(text: str) -> str:
     return short.strip("-") or "image"
 
 
-def _stem(subject: str, prompt: str) -> str:
-    """The name of a prompt's file, with the subject where a long prompt's beginning does not show it."""
-    subject, prompt = _slug(subject), _slug(prompt)
-    return prompt if subject == "image" or subject in prompt else f"{subject}-{prompt}"
+def _stem(words: Sequence[str], prompt: str) -> str:
+    """The name of a prompt's file, with the subjects where a long prompt's beginning does not show them."""
+    prompt = _slug(prompt)
+    shown = all(_slug(word) == "image" or _slug(word) in prompt for word in words)
+    return prompt if shown else f"{_slug(' and '.join(words))}-{prompt}"
 
 
 def _peak_memory(device: torch.device) -> str:

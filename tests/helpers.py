@@ -1,5 +1,6 @@
 """What many tests share: images and masks, comparisons, and short ways into the pipeline."""
 
+import json
 import os
 import traceback
 from collections.abc import Callable
@@ -124,3 +125,13 @@ def fork(code: Callable[[], object]) -> int:
 def exit_status(pid: int) -> int:
     """A copy's exit status, -9 if it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def first_version(settings: str) -> str:
+    """A record's JSON as the first version of the format has it, of at most one subject."""
+    data = json.loads(settings)
+    subjects = data.pop("subjects")
+    image = subjects[0]["images"][0] if subjects else {"file": None, "mask": None, "segmented": None}
+    first = {"subject": subjects[0]["word"] if subjects else "", "reference": image["file"]}
+    first |= {"mask": image["mask"], "segmented": image["segmented"]}
+    return json.dumps(data | {"version": 1} | first, ensure_ascii=False)

@@ -16,10 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 from moma.app.chart import fit, wrap
 from moma.app.record import (
     CHUNK,
+    ImageRecord,
     InputFile,
     Record,
     Segmented,
+    SubjectRecord,
     compared,
+    face_of_text,
+    face_text,
     follow,
     read_record,
     read_stamp,
@@ -36,17 +40,18 @@ from moma.app.sheets import (
     numbered,
     prompt_rows,
 )
+from moma.inputs.faces import Face
 from moma.methods.moma.config import RELEASE
 from moma.sampling.config import SampleConfig
 from tests import recipe
-from tests.helpers import exit_status, fork
+from tests.helpers import exit_status, first_version, fork
 
 IMAGE = Image.fromarray(recipe.u8("image", (40, 60, 3)))
 
 
 def a_record() -> Record:
     return Record(
-        subject="猫",
+        subjects=(SubjectRecord("猫", (ImageRecord(InputFile("cat.png", "0" * 64)),)),),
         prompt='a "猫" in the snow\nλ',
         negative="",
         seed=2**60,
@@ -54,8 +59,6 @@ def a_record() -> Record:
         sample=SampleConfig(steps=7, strength=0.1 + 0.2, guidance_interval=(200, 800)),
         method_name="moma",
         method=replace(RELEASE, m_gen_layers=(1, 4)),
-        reference=InputFile("cat.png", "0" * 64),
-        mask=None,
         weights="weights/moma",
         weight_hashes={"unet.safetensors": "1" * 64},
         dtype="bf16",
@@ -64,9 +67,24 @@ def a_record() -> Record:
     )
 
 
-@pytest.mark.parametrize("mask", [None, InputFile("m.png", "2" * 64)])
-def test_record_survives_the_file(tmp_path, mask):
-    record = replace(a_record(), mask=mask)
+def with_image(**image: object) -> Record:
+    """A record whose image has other parts."""
+    (subject,) = a_record().subjects
+    return replace(a_record(), subjects=(replace(subject, images=(replace(subject.images[0], **image),)),))
+
+
+def two_subjects() -> Record:
+    face = Face(torch.arange(512) / 7, torch.arange(10.0).view(5, 2))
+    file, mask = InputFile("man/1.png", "3" * 64), InputFile("m.png", "2" * 64)
+    images = (ImageRecord(file, mask), ImageRecord(file, face=face_text(face)))
+    man = SubjectRecord("man", images, 0.1 + 0.2, (0.0, 0.0, 1 / 3, 1.0))
+    return replace(a_record(), subjects=(*a_record().subjects, man))
+
+
+@pytest.mark.parametrize(
+    "record", [a_record(), with_image(mask=InputFile("m.png", "2" * 64)), two_subjects()]
+)
+def test_record_survives_the_file(tmp_path, record):
     save_png(tmp_path / "x.png", IMAGE, record)
     assert read_record(tmp_path / "x.png") == record
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(IMAGE))
@@ -74,7 +92,8 @@ def test_record_survives_the_file(tmp_path, mask):
 
 def test_older_records():
     """Options and fields that they lack have their defaults; what cannot be drawn again is refused."""
-    text = a_record().to_json()
+    text = first_version(a_record().to_json())
+    assert Record.from_json(text) == a_record() and '"version": 1' in text
     older = text.replace(', "guidance_interval": [200, 800]', "").replace('"method_name": "moma", ', "")
     older = older.replace(', "segmented": null', "").replace('"seed":', '"subject_seed": 0, "seed":')
     older = older.replace(', "grid": "even"', "")
@@ -83,21 +102,59 @@ def test_older_records():
     assert Record.from_json(older) == replace(a_record(), sample=sample)
     with pytest.raises(ValueError, match="subject_seed 3"):
         Record.from_json(older.replace('"subject_seed": 0', '"subject_seed": 3'))
+    alone = json.loads(text) | {"reference": None, "subject": ""}
+    assert Record.from_json(json.dumps(alone)) == replace(a_record(), subjects=())
+    weak = json.loads(text) | {"method_name": "ip-adapter", "method": {}}
+    assert weak["sample"]["strength"] != 1
+    assert Record.from_json(json.dumps(weak)).sample.strength == 1, "it had no effect then"
+
+
+def test_what_a_subject_cannot_be():
+    data = json.loads(two_subjects().to_json())
+    for change in (
+        {"images": []},
+        {"images": [{}]},
+        {"word": 3},
+        {"strength": "1"},
+        {"region": [0, 0, 1, 2]},
+        {"region": [0, 0, 1]},
+        {"colour": "red"},
+    ):
+        subjects = [data["subjects"][0] | change]
+        with pytest.raises(ValueError, match="damaged"):
+            Record.from_json(json.dumps(data | {"subjects": subjects}))
+
+
+def test_a_face_comes_back_to_the_bit():
+    face = Face(torch.randn(512), torch.rand(5, 2) * 100)
+    text = face_text(face)
+    found = face_of_text(text)
+    assert torch.equal(found.embedding, face.embedding) and torch.equal(found.landmarks, face.landmarks)
+    for wrong in (
+        "",
+        "no base64!",
+        text[:800],
+        text[:-8],
+        text + text,
+        face_text(Face(face.embedding * 0, face.landmarks)),
+    ):
+        with pytest.raises(ValueError):
+            face_of_text(wrong)
 
 
 def test_segmented_masks_come_back_to_the_pixel(tmp_path):
     mask = Image.new("L", (301, 77))
     ImageDraw.Draw(mask).ellipse((20, 5, 130, 60), fill=255)
-    record = replace(a_record(), segmented=Segmented.of(mask, "point 30,40"))
+    record = with_image(segmented=Segmented.of(mask, "point 30,40"))
     save_png(tmp_path / "x.png", IMAGE, record)
-    found = read_record(tmp_path / "x.png")
-    assert found == record and len(found.segmented.png) < 1000
-    assert found.segmented.image().mode == "L"
-    assert np.array_equal(np.asarray(found.segmented.image()), np.asarray(mask))
-    for png in ("no base64!", "AAAA", found.segmented.png[:80]):
+    found, again = record.subjects[0].images[0].segmented, read_record(tmp_path / "x.png")
+    assert again == record and len(found.png) < 1000
+    assert found.image().mode == "L"
+    assert np.array_equal(np.asarray(found.image()), np.asarray(mask))
+    for png in ("no base64!", "AAAA", found.png[:80]):
         with pytest.raises(ValueError, match="mask"):
             Segmented("point 30,40", png).image()
-    damaged = record.to_json().replace(f'"{record.segmented.png}"', "7")
+    damaged = record.to_json().replace(f'"{found.png}"', "7")
     with pytest.raises(ValueError, match="damaged"):
         Record.from_json(damaged)
 
@@ -163,7 +220,7 @@ def write(path: Path, text: str | None) -> Path:
         ("not json", ""),
         ("[]", ""),
         ("{}", "format"),
-        (a_record().to_json().replace('"version": 1', '"version": 2'), "2"),
+        (a_record().to_json().replace('"version": 2', '"version": 3'), "3"),
         (a_record().to_json().replace('"steps"', '"stairs"'), "stairs"),
         (a_record().to_json().replace('"geometry"', '"geography"'), "geography"),
         (a_record().to_json().replace('"prompt"', '"promt"'), "promt"),

@@ -24,7 +24,7 @@ from moma.methods.moma.feature_decoder import FeatureDecoder
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
-from tests.helpers import ROOT
+from tests.helpers import ROOT, first_version
 
 CAT = ROOT / "examples" / "cat.png"
 FAST = ["--steps", "3", "--dtype", "fp32"]
@@ -250,7 +250,7 @@ def test_an_older_record_is_replayed(tmp_path, weights, cat):
     assert run("--ref", cat, "--weights", weights, "--out", tmp_path / "a", *QUICK) == 0
     first = only(tmp_path / "a", "*-seed0.png")
     image = Image.open(first)
-    settings = json.loads(image.info["moma"])
+    settings = json.loads(first_version(image.info["moma"]))
     for name in ("method_name",):
         del settings[name]
     del settings["method"]["m_gen_share"]
@@ -379,7 +379,7 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     assert str(mask) in capsys.readouterr().out
     assert Image.open(mask).size == (160, 120) and alike(mask, colour(street, 0))
     first = only(tmp_path / "a", "*seed0.png")
-    kept = read_record(first).segmented
+    kept = read_record(first).subjects[0].images[0].segmented
     assert np.array_equal(np.asarray(kept.image()), pixels(mask)) and kept.how == "its main object"
 
     mask.unlink()
@@ -387,7 +387,7 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     assert len(sams) == 1
     second = only(tmp_path / "b", "*seed0.png")
     assert np.array_equal(pixels(first), pixels(second))
-    assert read_record(second).segmented == kept
+    assert read_record(second).subjects[0].images[0].segmented == kept
 
 
 def test_objects_points_and_boxes(tmp_path, weights_with_sam, sams, masks_only, street, capsys):
@@ -646,7 +646,7 @@ def test_replay_follows_what_lies_in_the_current_folder(folder_with_all, tmp_pat
     """Named paths elsewhere, also by links or by "..", are read only when the user names them."""
     first = only(folder_with_all / "out", "*seed0.png")
     record = read_record(first)
-    assert (record.reference.path, record.weights) == ("cat.png", "tiny")
+    assert (record.subjects[0].images[0].file.path, record.weights) == ("cat.png", "tiny")
     with pytest.raises(AssertionError, match="weights were read"):
         run("--replay", first)
     kept = tmp_path.parent / f"{tmp_path.name}-elsewhere.png"
@@ -654,7 +654,7 @@ def test_replay_follows_what_lies_in_the_current_folder(folder_with_all, tmp_pat
     os.symlink(kept, tmp_path / "link.png")
     for path in (str(kept), f"../{kept.name}", "link.png", "~/cat.png", "no.png"):
         data = json.loads(Image.open(first).info["moma"])
-        data["reference"]["path"] = path
+        data["subjects"][0]["images"][0]["file"]["path"] = path
         assert run("--replay", edited(first, data, tmp_path / "edited.png")) == 2
         assert "--ref" in capsys.readouterr().err
     kept.unlink()
@@ -699,7 +699,7 @@ def test_file_names_that_are_not_utf8(tmp_path, weights, cat):
     shutil.copy(cat, photo)
     assert run("--ref", photo, "--subject", "cat", "--weights", weights, "--out", out, *QUICK) == 0
     first = only(Path(out), "*seed0.png")
-    assert read_record(first).reference.path == "caf\udce9.png"
+    assert read_record(first).subjects[0].images[0].file.path == "caf\udce9.png"
     assert run("--replay", first, "--ref", photo, "--weights", weights, "--out", out) == 0
 
 
@@ -709,7 +709,7 @@ def test_names_carry_the_subject(tmp_path, weights, cat):
     args = ["--ref", cat, "--weights", weights, "--out", tmp_path / "out", *FAST, "--subject"]
     assert run(*args, "cat", "--prompt", prompt) == 0
     assert only(tmp_path / "out", "*seed0.png").name.startswith("cat-beach-beach")
-    name = sample._stem("𠮷" * 99, "海" * 99)
+    name = sample._stem(["𠮷" * 99], "海" * 99)
     assert "𠮷" in name and "海" in name and len(f"{name}-seed4294967295-99.png".encode()) < 256
 
 

@@ -9,20 +9,22 @@ import importlib.metadata
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from models.weights.files import read_text
 from moma.app.files import Parser
-from moma.app.record import MIN_SIDE, InputFile, Record, Segmented, follow
+from moma.app.record import MIN_SIDE, InputFile, Record, follow
+from moma.app.subjects import ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
 from moma.methods.prompts import plain_text
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
 from moma.sampling.device import DTYPES, choose_device
 from moma.sampling.diffusion import SOLVERS
+from moma.sampling.interface import Region, check_regions
 from moma.sampling.memory import Toggle
 from moma.weights.bundle import Bundle
 
@@ -50,14 +52,28 @@ MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds wou
 # Options whose values a replayed image provides.
 REPLAYED = (
     "point", "box", "object", "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength",
-    "guidance", "guidance_interval", "steps", "solver", "preset", "set", "batch_size", "method",
+    "guidance", "guidance_interval", "steps", "solver", "preset", "set", "batch_size", "method", "region",
+    "face_file", "face_number",
 )  # fmt: skip
-# Options that say the same thing in two ways, or need a subject that the other one only looks for.
-CONTRADICTIONS = (
+# Options that say the same thing of a subject in two ways.
+OF_ONE = (
     ("mask", "point"), ("mask", "box"), ("mask", "object"), ("object", "point"), ("object", "box"),
-    ("list_objects", "mask"), ("list_objects", "point"), ("list_objects", "box"), ("list_objects", "object"),
-    ("list_objects", "replay"),
+    ("face_file", "face_number"),
 )  # fmt: skip
+# Options that need a subject that the other one only looks for.
+CONTRADICTIONS = (
+    ("list_objects", "mask"),
+    ("list_objects", "point"),
+    ("list_objects", "box"),
+    ("list_objects", "object"),
+    ("list_objects", "replay"),
+)
+# Options that are given for each subject, and those of them that are about a single image.
+OF_SUBJECTS = (
+    "subject", "mask", "point", "box", "object", "strength", "region", "face_file", "face_number",
+)  # fmt: skip
+OF_AN_IMAGE = ("point", "box", "object", "face_number")
+NONE = "-"  # in the place of an option's value: the subject has none  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,11 +82,7 @@ class Request:
 
     method: str  # a name of the registry
     config: Any  # the method's
-    reference: Path | None  # None: an image without a subject
-    mask: Path | None
-    pick: Pick | None  # what SAM is asked where there is no other mask, None = it is not asked
-    segmented: Segmented | None  # what it answered when an image was drawn that is replayed
-    subject: str
+    subjects: tuple[SubjectRequest, ...]
     images: tuple[tuple[str, int], ...]  # prompt and seed of each
     # The one to keep, None = all. A replay draws its whole batch again, so that every bit is the same.
     only: int | None
@@ -81,7 +93,18 @@ class Request:
     @property
     def words(self) -> tuple[str, ...]:
         """Of the subjects."""
-        return () if self.reference is None else (self.subject,)
+        return tuple(subject.word for subject in self.subjects)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Of each subject."""
+        default = self.sample.strength
+        return tuple(default if one.strength is None else one.strength for one in self.subjects)
+
+    @property
+    def regions(self) -> tuple[Region | None, ...]:
+        """Of each subject."""
+        return tuple(subject.region for subject in self.subjects)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,6 +123,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         given = [name for name in REPLAYED if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
+    elif args.list_objects and len(args.ref or ()) > 1:
+        raise ValueError(f"--list-objects: {len(args.ref)} --ref, expected one")
     elif args.ref is None and not (0 in find_method(args.method or "moma").method.subjects and args.prompt):
         raise ValueError("which subject? Give an image of it with --ref FILE")
     return args
@@ -111,15 +136,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _everyday(parser: argparse.ArgumentParser) -> None:
     base = SampleConfig()
     add = parser.add_argument_group("the subject").add_argument
-    add("--ref", type=Path, metavar="FILE", help="image of the subject")
-    add("--subject", metavar="WORD", help="what the subject is, e.g. cat (default: the image's file name)")
-    add("--mask", type=Path, metavar="FILE", help="mask of the subject, white on black (default: the image's"
-        " transparency, else SAM if the weights have it, else a plain background)")  # fmt: skip
-    add("--point", action="append", type=parse_point, metavar="X,Y",
-        help="pixel on the subject, for SAM; may be repeated")  # fmt: skip
-    add("--box", type=parse_box, metavar="X0,Y0,X1,Y1", help="box around the subject in pixels, for SAM")
+    each: dict[str, Any] = {"action": "append"}
+    add("--ref", **each, type=Path, metavar="FILE|DIR", help="image of the subject, or a folder of images of"
+        " it; repeated, each is a subject, and the options below, given as often, go to each in turn, with"
+        f" {NONE} for none")  # fmt: skip
+    add("--subject", **each, type=or_none(str), metavar="WORD", help="what the subject is, e.g. cat (default:"
+        " the name of its file or folder)")  # fmt: skip
+    add("--mask", **each, type=or_none(Path), metavar="FILE|DIR", help="mask of the subject, white on black;"
+        " for a folder, one with files of the same names (default: the image's transparency, else SAM if the"
+        " weights have it, else a plain background)")  # fmt: skip
+    add("--point", **each, type=or_none(parse_points), metavar="X,Y[:X,Y]", help="pixel on the subject, for"
+        " SAM; several of one subject: joined by colons, or with one --ref repeated")  # fmt: skip
+    add("--box", **each, type=or_none(parse_box), metavar="X0,Y0,X1,Y1",
+        help="box around the subject in pixels, for SAM")  # fmt: skip
     add("--list-objects", action="store_true", help="number the image's objects, for --object, and stop")
-    add("--object", type=int, metavar="N", help="number of the object that is the subject (default: 1)")
+    add("--object", **each, type=or_none(int), metavar="N",
+        help="number of the object that is the subject (default: 1)")  # fmt: skip
+    add("--face-file", **each, type=or_none(Path), metavar="FILE|DIR", help="a person's face for mm-diff, a"
+        " .safetensors with embedding and landmarks (default: insightface looks for it)")  # fmt: skip
+    add("--face-number", **each, type=or_none(int), metavar="N", help="which face, the largest first"
+        " (default: 1)")  # fmt: skip
+    add("--region", **each, type=or_none(parse_region), metavar="X0,Y0,X1,Y1", help="where the subject"
+        " should be, in shares of the new image, e.g. 0,0,0.5,1 (docs/sampling.md)")  # fmt: skip
     add = parser.add_argument_group("the images").add_argument
     add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; may be repeated"
         f" (default: {len(SCENES)} scenes)")  # fmt: skip
@@ -127,8 +165,9 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--num", type=int, metavar="N", help="images per prompt (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of a prompt's first image; the others count up"
         " (default: 0)")  # fmt: skip
-    add("--strength", type=float, metavar="BETA", help="subject strength β: about 1 for new scenes, 0.4"
-        f" for new textures (default: {base.strength})")  # fmt: skip
+    add("--strength", **each, type=or_none(float), metavar="BETA", help="subject strength β: about 1 for"
+        " new scenes, 0.4 for new textures; once for all subjects, or for each (default:"
+        f" {base.strength})")  # fmt: skip
     add("--size", type=parse_size, metavar="S|WxH", help="size in pixels, e.g. 512 or 768x512 (default: the"
         " weights' own)")  # fmt: skip
     add("--method", choices=tuple(METHODS), help="how the subject is drawn (default: moma)")
@@ -187,9 +226,31 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse_point(text: str) -> Point:
-    """'30,40' -> (30, 40)"""
-    return _parse_numbers(text, 2, "x and y in pixels such as 30,40")
+def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An option's type that also takes `NONE`."""
+
+    def parsed(text: str) -> Any:
+        return None if text == NONE else parse(text)
+
+    parsed.__name__ = parse.__name__  # for argparse's messages
+    return parsed
+
+
+def parse_points(text: str) -> tuple[Point, ...]:
+    """'30,40' or '30,40:50,60' -> ((30, 40), (50, 60))"""
+    expected = "x and y in pixels such as 30,40, several joined by colons"
+    return tuple(_parse_numbers(part, 2, expected) for part in text.split(":"))
+
+
+def parse_region(text: str) -> Region:
+    """'0,0,0.5,1' -> (0.0, 0.0, 0.5, 1.0)"""
+    try:
+        x0, y0, x1, y1 = map(float, text.split(","))
+        check_regions(((x0, y0, x1, y1),), 1)
+    except ValueError:
+        expected = "left, top, right, bottom as shares of the image such as 0,0,0.5,1"
+        raise argparse.ArgumentTypeError(f"{text!r:.100}, expected {expected}") from None
+    return x0, y0, x1, y1
 
 
 def parse_box(text: str) -> Box:
@@ -214,21 +275,77 @@ def parse_size(text: str) -> tuple[int, int]:
     return sides
 
 
+def subjects_of_args(args: argparse.Namespace) -> tuple[SubjectRequest, ...]:
+    """A subject for each --ref, with what the other options, in their order, say of it."""
+    refs, given = args.ref or [], {name: getattr(args, name) for name in OF_SUBJECTS}
+    if args.point and len(refs) == 1:  # each another pixel on it
+        given["point"] = [tuple(point for points in args.point for point in points or ())]
+    if len(args.strength or ()) == 1:  # for all of them
+        given["strength"] = None
+    columns = {name: paired(name, values, len(refs)) for name, values in given.items()}
+    return tuple(
+        _subject(ref, {name: column[i] for name, column in columns.items()}) for i, ref in enumerate(refs)
+    )
+
+
+def paired(name: str, values: Sequence[Any] | None, subjects: int) -> Sequence[Any]:
+    """An option's values, one for each subject; without any, None for each.
+
+    Args:
+        name: of the option.
+        values: in the order of the command line.
+        subjects: how many there are.
+
+    Raises:
+        ValueError: for another number of values.
+    """
+    if values and len(values) != subjects:
+        raise ValueError(
+            f"{_option(name)}: {len(values)} given for {subjects} subjects, expected one for each in their"
+            f" order, {NONE} for one that needs none"
+        )
+    return values or [None] * subjects
+
+
+def _subject(ref: Path, given: Mapping[str, Any]) -> SubjectRequest:
+    """A subject; given: its value of each option, or None."""
+    said = [name for name in OF_SUBJECTS if given[name] not in (None, ())]
+    for first, second in OF_ONE:
+        if first in said and second in said:
+            raise ValueError(f"{_option(first)} contradicts {_option(second)}: give one of them")
+    files = images_of(ref)
+    if len(files) > 1 and (of_one := [name for name in OF_AN_IMAGE if name in said]):
+        raise ValueError(f"{_option(of_one[0])} is about one image, {ref} has {len(files)}: leave it out")
+    pick = Pick(given["point"] or (), given["box"], given["object"])
+    masks, faces = (partners(_option(name), given[name], ref, files) for name in ("mask", "face_file"))
+    word = subject_of_file(ref) if given["subject"] is None else given["subject"]
+    return SubjectRequest(
+        " ".join(plain_text(word).split()),
+        tuple(
+            ImageRequest(file, mask, pick, face_file=face, face_number=given["face_number"])
+            for file, mask, face in zip(files, masks, faces, strict=True)
+        ),
+        given["strength"],
+        given["region"],
+    )
+
+
 def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     """The request that the options make."""
     method = args.method or "moma"
     config = bundle.method_config(
         method, "default" if args.preset is None else args.preset, **dict(args.set or [])
     )
-    subject = args.subject
-    if subject is None:
-        subject = "" if args.ref is None else subject_of_file(args.ref)
-    subject = " ".join(plain_text(subject).split())
+    subjects = subjects_of_args(args)
+    if any(x is not None for x in args.strength or ()) and not find_method(method).method.has_strength:
+        raise ValueError(f"--strength: {method} has none, leave it out")
     prompts = [*map(plain_text, args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     width, height = args.size or (None, None)
-    names = ("steps", "solver", "guidance", "guidance_interval", "strength", "batch_size")
+    names = ("steps", "solver", "guidance", "guidance_interval", "batch_size")
     given = {name: getattr(args, name) for name in names}
     alone = find_method(method).method.batch_dependent(config)
+    if args.strength and len(args.strength) == 1 and args.strength[0] is not None:  # for all
+        given["strength"] = args.strength[0]
     sample = replace(
         SampleConfig(width=width, height=height),
         **({"batch_size": 1} if alone else {}),
@@ -239,18 +356,14 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         raise ValueError(f"--num {num}: expected 1 image or more")
     if not 0 <= seed <= MAX_SEED - num:
         raise ValueError(f"--seed {seed}: expected 0 to {MAX_SEED - num}")
-    article = "an" if subject[:1].lower() in "aeiou" else "a"
-    prompts = dict.fromkeys(prompts) or [f"{article} {subject} {scene}" for scene in SCENES]
+    them = " and ".join(f"{'an' if s.word[:1].lower() in 'aeiou' else 'a'} {s.word}" for s in subjects)
+    prompts = dict.fromkeys(prompts) or [f"{them} {scene}" for scene in SCENES]
     if num * len(prompts) > MAX_IMAGES:
         raise ValueError(f"{num * len(prompts):,} images: expected at most {MAX_IMAGES:,} in one run")
     return Request(
         method=method,
         config=config,
-        reference=args.ref,
-        mask=args.mask,
-        pick=Pick(tuple(args.point or ()), args.box, args.object),
-        segmented=None,
-        subject=subject,
+        subjects=subjects,
         images=tuple((prompt, s) for prompt in prompts for s in range(seed, seed + num)),
         only=None,
         negative=plain_text(args.negative or ""),
@@ -274,10 +387,7 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
         raise ValueError(
             f"the weights in {bundle.folder} are not those of {args.replay}: give them with --weights"
         )
-    if args.mask and not record.mask:
-        raise ValueError(f"--mask {args.mask}: {args.replay} was made without a mask file")
-    reference = _recorded_file("ref", args.ref, record.reference, args.replay)
-    mask = _recorded_file("mask", args.mask, record.mask, args.replay)
+    subjects = _recorded_subjects(record, args)
     then = f"{record.device}, torch {record.versions.get('torch')}"
     now = f"{choose_device(args.device)}, torch {importlib.metadata.version('torch')}"
     if then != now:
@@ -285,11 +395,7 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
     return Request(
         method=record.method_name,
         config=record.method,
-        reference=reference,
-        mask=mask,
-        pick=None,
-        segmented=record.segmented,
-        subject=record.subject,
+        subjects=subjects,
         images=record.batch,
         only=record.batch.index((record.prompt, record.seed)),
         negative=record.negative,
@@ -298,11 +404,30 @@ def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) 
     )
 
 
-def _recorded_file(option: str, given: Path | None, then: InputFile | None, replayed: Path) -> Path | None:
+def _recorded_subjects(record: Record, args: argparse.Namespace) -> tuple[SubjectRequest, ...]:
+    """The subjects of a recorded image, with their files where they are now."""
+    count = len(record.subjects)
+    refs, masks = (paired(name, getattr(args, name), count) for name in ("ref", "mask"))
+    subjects = []
+    for subject, ref, mask in zip(record.subjects, refs, masks, strict=True):
+        if mask and not any(one.mask for one in subject.images):
+            raise ValueError(f"--mask {mask}: {args.replay} was made without a mask file")
+        images = tuple(
+            ImageRequest(
+                _recorded_file("ref", ref, one.file, args.replay),
+                one.mask and _recorded_file("mask", mask, one.mask, args.replay),
+                segmented=one.segmented,
+                face=one.face,
+            )
+            for one in subject.images
+        )
+        subjects.append(SubjectRequest(subject.word, images, subject.strength, subject.region))
+    return tuple(subjects)
+
+
+def _recorded_file(option: str, given: Path | None, then: InputFile, replayed: Path) -> Path:
     """Where a recorded input file is now: where the user says, or else inside the current folder."""
-    if then is None:
-        return None
-    path = given or follow(then.path)
+    path = given / Path(then.path).name if given and given.is_dir() else given or follow(then.path)
     if path is None or not path.is_file():
         raise ValueError(f"{path or then.path}: no such file here; give where it is now with --{option}")
     if InputFile.of(path).sha256 != then.sha256:
@@ -311,9 +436,10 @@ def _recorded_file(option: str, given: Path | None, then: InputFile | None, repl
 
 
 def subject_of_file(path: Path) -> str:
-    """The word that a file's name is, such as cat.png's; ValueError if it is none, as those that cameras and
-    browsers give."""
-    word = plain_text(os.fsencode(path.stem).decode("utf-8", "replace"))
+    """The word that the name of a file or a folder is, such as cat.png's; ValueError if it is none, as those
+    that cameras and browsers give."""
+    name = path.resolve().name if path.is_dir() else path.stem
+    word = plain_text(os.fsencode(name).decode("utf-8", "replace"))
     letters = word[:1].isalpha() and all(c.isalpha() or unicodedata.category(c)[0] == "M" for c in word)
     typed = word in (word.lower(), word.title(), word.upper()) and len(word) <= LONGEST_WORD
     coded = word.isascii() and (len(word) == 1 or not re.search("[aeiouy]", word.lower()))  # as DSCF, PXL

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.weights.files import atomic_write, check_file, parse_json
+from moma.inputs.faces import EMBEDDING, TEMPLATE, Face
 from moma.inputs.preprocess import INPUT, open_mask
 from moma.methods import find_method
 from moma.sampling.config import SampleConfig, check_types
+from moma.sampling.interface import Region, check_regions
 
 CHUNK = "moma"  # key of the PNG text chunk
 STAMP = "moma-stamp"  # another key: a text that identifies a file's origin
-FORMAT, VERSION = "moma-picture", 1
+FORMAT, VERSION = "moma-picture", 2
 RECORDS = ("PNG",)  # formats of files that hold settings
 FILE_BYTES = 2**29  # of a file that an image is made from: 80 megapixels take as much in most formats
 MAX_SEED = 2**63 - 1  # of a record: what torch's generators take
@@ -98,10 +101,70 @@ class Segmented:
 
 
 @dataclass(frozen=True)
+class ImageRecord:
+    """An image of a subject: what it was read from, and what was found in it."""
+
+    file: InputFile
+    mask: InputFile | None = None  # None: found in the image itself
+    segmented: Segmented | None = None  # the mask if it is SAM's
+    face: str | None = None  # `face_text` of the person's, whoever found it
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        kinds = {"file": InputFile, "mask": InputFile, "segmented": Segmented}
+        parts = {
+            name: kinds[name](**part) for name, part in data.items() if name in kinds and part is not None
+        }
+        return cls(**{**data, **parts})
+
+
+@dataclass(frozen=True)
+class SubjectRecord:
+    """A subject of an image."""
+
+    word: str
+    images: tuple[ImageRecord, ...]
+    strength: float | None = None  # None: the sample's
+    region: Region | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_regions((self.region,), 1)
+        if not self.images:
+            raise ValueError(f"the subject {self.word!r:.100} has no image")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        images = tuple(map(ImageRecord.from_json, data["images"]))
+        region = data.get("region")
+        return cls(**{**data, "images": images, "region": region and tuple(region)})
+
+
+def face_text(face: Face) -> str:
+    """A face's numbers, base64 of float32: they are kept because another machine would find others."""
+    values = torch.cat([face.embedding, face.landmarks.reshape(-1)]).float()  # (522,)
+    return base64.b64encode(values.numpy().tobytes()).decode("ascii")
+
+
+def face_of_text(text: str) -> Face:
+    """What `face_text` was made of; ValueError for anything else."""
+    try:
+        values = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32)
+        face = Face(values[:EMBEDDING], values[EMBEDDING:].view(len(TEMPLATE), 2))
+        face.check()
+        return face
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the face in the image's settings is damaged ({error})") from None
+
+
+@dataclass(frozen=True)
 class Record:
     """Everything needed to draw an image again."""
 
-    subject: str
+    subjects: tuple[SubjectRecord, ...]
     prompt: str
     negative: str
     seed: int  # of the start noise
@@ -109,14 +172,11 @@ class Record:
     sample: SampleConfig
     method_name: str  # in the registry
     method: Any  # its config
-    reference: InputFile | None  # None: there is no subject
-    mask: InputFile | None  # None: found in the reference itself
     weights: str  # the bundle's folder
     weight_hashes: Mapping[str, str]  # file -> sha256
     dtype: Literal["bf16", "fp16", "fp32"]
     device: str
     versions: Mapping[str, str]  # package -> version
-    segmented: Segmented | None = None  # the mask if it is SAM's
 
     def __post_init__(self) -> None:
         """ValueError for a value of the wrong type, or a seed or batch that cannot be drawn."""
@@ -135,25 +195,35 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """ValueError for anything but the output of `to_json` in this version of the format."""
+        """ValueError for anything but the output of `to_json` in this version of the format, or in the first
+        one, which had a single subject."""
         try:
             data: dict[str, Any] = parse_json(text, "settings")
             found = (data.pop("format"), data.pop("version"))
-            if repr(found) != repr((FORMAT, VERSION)):
+            if repr(found) == repr((FORMAT, 1)):
+                _update(data)
+            elif repr(found) != repr((FORMAT, VERSION)):
                 raise ValueError(f"format {found!r:.100}, expected {(FORMAT, VERSION)}")
+            data["subjects"] = tuple(map(SubjectRecord.from_json, data["subjects"]))
             data["batch"] = tuple((prompt, seed) for prompt, seed in data["batch"])
             sample = SampleConfig(**{"grid": "leading", **data["sample"]})  # before there was a choice
             data["sample"] = replace(sample, max_side=SampleConfig.max_side)  # the limit is this program's
-            if repr(seed := data.pop("subject_seed", 0)) != "0":
-                raise ValueError(f"subject_seed {seed!r:.100}: only 0 can be drawn again")
-            data.setdefault("method_name", "moma")
             data["method"] = find_method(data["method_name"]).method.configure("default", **data["method"])
-            for name, kind in (("reference", InputFile), ("mask", InputFile), ("segmented", Segmented)):
-                known = data.setdefault(name, None) if name == "segmented" else data[name]
-                data[name] = None if known is None else kind(**known)
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"settings of another version or damaged ({error!s:.300})") from None
+
+
+def _update(data: dict[str, Any]) -> None:
+    """Settings of the first version of the format as this version has them."""
+    if repr(seed := data.pop("subject_seed", 0)) != "0":
+        raise ValueError(f"subject_seed {seed!r:.100}: only 0 can be drawn again")
+    data.setdefault("method_name", "moma")
+    if data["method_name"] == "ip-adapter":  # strengths had no effect on it
+        data["sample"] = data["sample"] | {"strength": SampleConfig.strength}
+    word, image = data.pop("subject"), {"file": data.pop("reference"), "mask": data.pop("mask")}
+    image["segmented"] = data.pop("segmented", None)
+    data["subjects"] = [] if image["file"] is None else [{"word": word, "images": [image]}]
 
 
 def free_path(folder: Path, stem: str) -> Path:

@@ -287,25 +287,24 @@ class Method(ABC):
         cls,
         runtime: Runtime,
         config: Any,
-        reference: Any,
-        word: str,
+        references: Sequence[tuple[Any, str]],
         prompts: Sequence[str],
         cache: Path | None,
-    ) -> tuple[dict[str, Tensor], str]:
-        """What encoders that need not stay beside the base make of one subject, for `encode_reference`.
+    ) -> tuple[list[dict[str, Tensor]], str]:
+        """What encoders that need not stay beside the base make of subjects, for `encode_reference`.
 
         Args:
             runtime: weights and machine.
             config: the method's.
-            reference: `moma.inputs.preprocess.Reference` of the subject.
-            word: what it is.
+            references: `moma.inputs.preprocess.Reference` of each image of a subject, and what it shows.
             prompts: that will be drawn.
             cache: folder for results, None = none.
 
         Returns:
-            prompt -> tensor, and a note on where it came from, "" if the method has no such encoder.
+            prompt -> tensor, for each reference, and a note on where they came from, "" if the method has no
+            such encoder.
         """
-        return {}, ""
+        return [{} for _ in references], ""
 
     @abstractmethod
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Any:

@@ -113,18 +113,18 @@ class MoMA(TextToImage):
         cls,
         runtime: Runtime,
         config: MethodConfig,
-        reference: Reference,
-        word: str,
+        references: Sequence[tuple[Reference, str]],
         prompts: Sequence[str],
         cache: Path | None,
-    ) -> tuple[dict[str, Tensor], str]:
+    ) -> tuple[list[dict[str, Tensor]], str]:
         """The feature decoder's embeddings, by an MLLM that is freed on return (`Method.precompute`)."""
-        inputs = [MLLMInput(reference.white, word, prompt) for prompt in prompts]
+        inputs = [MLLMInput(one.white, word, prompt) for one, word in references for prompt in prompts]
         kept = None if cache is None else FeatureCache.of(cache, runtime, config)
         found, how = cached_features(
             inputs, kept, lambda: FeatureDecoder.load(runtime, config, None, ("adapter",))
         )
-        return dict(zip(prompts, found, strict=True)), how
+        rows = (found[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(references)))
+        return [dict(zip(prompts, row, strict=True)) for row in rows], how
 
     def encode_reference(
         self,
