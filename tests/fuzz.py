@@ -130,9 +130,11 @@ def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
     text = image.info[CHUNK]
     data, image = json.loads(text), image.convert("RGB")
     # What may be null or left out, and what may hold anything of its type.
-    optional = {("mask",), ("segmented",), ("method_name",)}
+    subject = ("subjects", 0)
+    optional = {(*subject, "images", 0, name) for name in ("mask", "segmented", "face")}
+    optional |= {(*subject, name) for name in ("strength", "region")}
     optional |= {path for path in nodes(data) if path[0:1] in (("sample",), ("method",)) and len(path) == 2}
-    exact = {("reference", "sha256"), ("format",), ("version",), ("prompt",), ("seed",)}
+    exact = {(*subject, "images", 0, "file", "sha256"), ("format",), ("version",), ("prompt",), ("seed",)}
     exact |= {path for path in nodes(data) if path[0:1] in (("weight_hashes",), ("batch",)) and len(path) > 1}
     limited = {("sample", name) for name in ("steps", "height", "width", "batch_size")}
 
@@ -180,10 +182,10 @@ def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
 OPTIONS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "--prompt": (["a cat in the snow", "a (cat:1.2) <lora:x:1>", "雪の中のcat", "cat " * 300, "ｃａｔ\u2028"],
         ["", " ", "a dog", "a cat <image>", "a cat " * 3000, "a cat \udce9", "a category"]),
-    "--subject": (["cat", "Cat", " cat "], ["", " ", "\u200b"]),
+    "--subject": (["cat", "Cat", " cat ", "-"], ["", " ", "\u200b"]),
     "--num": (["1", "2"], ["0", "-1", "1.5", "x", "", "1000000", "9" * 5000]),
     "--seed": (["0", "7", "4294967200"], ["-1", "4294967296", "x", "1e3", ""]),
-    "--strength": (["0", "1", "0.4"], ["-1", "nan", "inf", "1e999", "1e39", "x", ""]),
+    "--strength": (["0", "1", "0.4", "-"], ["-1", "nan", "inf", "1e999", "1e39", "x", ""]),
     "--guidance": (["0", "1", "7.5"], ["-1", "nan", "-inf", "1e39", "x"]),
     "--guidance-interval": (["0 1000", "300 600"], ["600 300", "0 1001", "-1 5", "1", "a b"]),
     "--size": (["64", "64x72"],
@@ -205,7 +207,10 @@ OPTIONS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "--cache": (["off", "{}/cache"], ["{}/empty.txt", "{}/empty.txt/x", "x" * 300]),
     "--method": (["moma", "text", "no-mask", "reference-attention"], ["mine", "", "ip-adapter"]),
     "--mask": (["{}/mask.png"], ["no", "{}", "{}/empty.txt", "", "{}/gone.png", "{}/tall.png", "{}/cut.png"]),
-    "--point": ([], ["3,4", "3", "x", "-1,-1"]),
+    "--point": (["-"], ["3,4", "3", "x", "-1,-1", "3,4:5,6", ":", "1,2:x"]),
+    "--region": (["-"], ["0,0,1,1", "0.2,0.2,0.1,1", "nan,0,1,1", "0,0,1", "0,0,1,1e9", "x", ""]),
+    "--face-file": (["-"], ["no", "{}", "{}/empty.txt"]),
+    "--face-number": (["-"], ["1", "0", "x"]),
     "--object": ([], ["1", "0", "x"]),
     "--prompts": (["{}/prompts.txt"],
         ["no.txt", "{}", "{}/empty.txt", "{}/bytes.txt", "{}/gone.png", "/dev/zero"]),
