@@ -293,7 +293,8 @@ def test_bundle_without_the_methods_networks(
 
 def test_only_moma_loads_the_language_model(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = [], Bundle.build
-    monkeypatch.setattr(Bundle, "build", lambda self, name, *a: built.append(name) or build(self, name, *a))
+    seen = lambda self, name, *a, **k: built.append(name) or build(self, name, *a, **k)  # noqa: E731
+    monkeypatch.setattr(Bundle, "build", seen)
     loaded(folder, "text")
     assert built == list(NETWORKS)
     built.clear()
