@@ -11,13 +11,15 @@ Formats: safetensors = 8 bytes header length, JSON header, raw little-endian byt
 """
 
 import hashlib
+import io
 import json
+import pickletools
 import re
 import zipfile
 from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from models.weights.files import atomic_write, check_file, read_object
+from models.weights.files import atomic_write, check_file, parse_json, read_object
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -53,6 +55,11 @@ _MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _MAX_NESTING = 16  # dicts within dicts; real checkpoints have 3, more hint at a cycle
 _MAX_MISSING = 1000  # parameters that a network may have and its file lack, to be listed by name
 _MAX_ENTRIES = 2**18  # of all dicts, each counted wherever it is named; real checkpoints have 2**14
+_MAX_RANK = 8  # dimensions of a tensor; networks have 5
+_MAX_SHARED = 4  # times its size that a file's tensors may take: they may share values
+# Integers of more than 64 bits in a pickle, of which torch writes one: as keys of a dict, thousands can have
+# one hash, and each would be compared with all before it.
+_MAX_LARGE = 16
 _NAMES_IN_ERROR = 6  # keys listed per kind of problem, so that a message stays one line
 # What a file may be instead of weights -> its first bytes, in lower case.
 _FOREIGN = {
@@ -186,6 +193,8 @@ def _read_file(path: Path) -> dict[str, LazyTensor]:
     tensors = reader(path)
     if odd := [name for name in tensors if not name.isprintable()]:
         raise ValueError(f"{path}: a tensor is called {odd[0]!r}, not a checkpoint")
+    if odd := [name for name, tensor in tensors.items() if len(tensor.shape) > _MAX_RANK]:
+        raise ValueError(f"{path}: {odd[0]} has {len(tensors[odd[0]].shape)} dimensions, not a checkpoint")
     return tensors
 
 
@@ -262,19 +271,34 @@ def check_safetensors(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    def lazy(name: str, shape: Sequence[int], dtype: str) -> LazyTensor:
-        if dtype not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {dtype}, expected a float or integer type")
-        return LazyTensor(tuple(shape), _SAFETENSORS_DTYPES[dtype], path, lambda: read(name), name=name)
-
-    def read(name: str) -> Tensor:
-        with _open_safetensors(path) as file:  # opened anew, so that only this tensor stays mapped
-            return file.get_tensor(name)
-
     check_safetensors(path)
-    with _open_safetensors(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: lazy(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    with open(path, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = parse_json(stream.read(size), str(path))
+    header.pop("__metadata__", None)
+    if odd := [name for name, entry in header.items() if entry["dtype"] not in _SAFETENSORS_DTYPES]:
+        dtype = header[odd[0]]["dtype"]
+        raise ValueError(f"{path}: {odd[0]} has dtype {dtype}, expected a float or integer type")
+
+    def lazy(name: str, entry: dict[str, Any]) -> LazyTensor:
+        shape, dtype = tuple(entry["shape"]), _SAFETENSORS_DTYPES[entry["dtype"]]
+        start = 8 + size + entry["data_offsets"][0]
+        return LazyTensor(
+            shape, dtype, path, lambda: _values(path, start, prod(shape), dtype).view(shape), name=name
+        )
+
+    return {name: lazy(name, header[name]) for name in sorted(header)}
+
+
+def _values(path: Path, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(count,) values that lie in a file from a byte on; ValueError if it ends before."""
+    flat = torch.empty(count, dtype=dtype)
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
+    if got != flat.nbytes:
+        raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
+    return flat
 
 
 class _Skipped:
@@ -315,8 +339,8 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
         raise ValueError(f"{path}: a zip archive, but not one that torch.save wrote")
     if packed:
         raise ValueError(f"{path}: a compressed archive, but torch.save writes uncompressed ones")
-    if any(_ALLOCATES.search(data) for data in pickles):
-        raise ValueError(f"{path}: the pickle asks for bytearray, which weights do not need; refused")
+    for data in pickles:
+        _check_pickle(path, data)
     if not set(orders) <= {b"little"}:  # torch would crash on such a file under "meta"
         raise ValueError(f"{path}: written on a big-endian machine, expected little-endian")
     with _readable(path), open(path, "rb") as stream:  # by its path, torch would go by the name
@@ -342,13 +366,8 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{path}: damaged, {name} is larger than its stored values")
 
         def read() -> Tensor:
-            flat = torch.empty(count, dtype=tensor.dtype)
-            with open(path, "rb") as stream:
-                stream.seek(start + skip * flat.itemsize)
-                got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
-            if got != flat.nbytes:
-                raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
-            return flat.as_strided(shape, stride)
+            first = start + skip * tensor.itemsize
+            return _values(path, first, count, tensor.dtype).as_strided(shape, stride)
 
         return LazyTensor(shape, tensor.dtype, path, read, name=name)
 
@@ -358,8 +377,7 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
 def _read_legacy(path: Path) -> dict[str, LazyTensor]:
     """torch.save before version 1.6: one stream, which must be read whole."""
     with open(path, "rb") as stream:
-        if _ALLOCATES.search(stream.read(_PICKLE_BYTES)):
-            raise ValueError(f"{path}: the pickle asks for bytearray, which weights do not need; refused")
+        _check_pickle(path, stream.read(_PICKLE_BYTES))
         stream.seek(0)
         with _readable(path):
             content = torch.load(stream, map_location="cpu", weights_only=True)
@@ -368,14 +386,27 @@ def _read_legacy(path: Path) -> dict[str, LazyTensor]:
     }
 
 
+def _check_pickle(path: Path, data: bytes) -> None:
+    """ValueError for pickles, one after another, that cost far more than their size to load."""
+    if _ALLOCATES.search(data):
+        raise ValueError(f"{path}: the pickle asks for bytearray, which weights do not need; refused")
+    large, stream = 0, io.BytesIO(data)
+    with suppress(ValueError):  # what follows the pickles, or one that torch will not read either
+        while True:
+            for _, value, _ in pickletools.genops(stream):
+                large += isinstance(value, int) and value.bit_length() > 64
+    if large > _MAX_LARGE:
+        raise ValueError(f"{path}: the pickle holds {large} integers of more than 64 bits; refused")
+
+
 def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     found: dict[str, Tensor] = {}
-    size, entries = path.stat().st_size, 0
+    size, entries, total = path.stat().st_size, 0, 0
 
     def walk(node: Any, name: str, depth: int) -> None:
-        nonlocal entries
+        nonlocal entries, total
         entries += 1
         if entries > _MAX_ENTRIES:
             raise ValueError(f"{path}: more than {_MAX_ENTRIES:,} entries, not a checkpoint")
@@ -389,7 +420,8 @@ def _flatten(path: Path, content: Any) -> dict[str, Tensor]:
                 raise ValueError(f"{path}: two tensors are called {name}")
             if node.layout != torch.strided or node.is_quantized:
                 raise ValueError(f"{path}: {name} is sparse or quantised, expected plain dense tensors")
-            if node.nbytes > size:  # by strides of 0
+            total += node.nbytes
+            if node.nbytes > size or total > _MAX_SHARED * size:  # by strides of 0, or many of one storage
                 raise ValueError(f"{path}: damaged, {name} is larger than its stored values")
             found[name] = node.detach()
 
