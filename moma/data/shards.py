@@ -189,7 +189,7 @@ def _samples(path: Path, cfg: ReadConfig) -> Iterator[Raw]:
     except _End:
         if sample is not None:
             yield from _finished(sample, gap)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         fault = f"the shard is cut off or damaged from here on ({error}): write it again"
         yield Raw("" if sample is None else sample.key, fault=fault, rest=True)
 
@@ -346,7 +346,7 @@ def _keys(path: Path) -> set[str]:
     try:
         with tarfile.open(path, "r:", tarinfo=_Header) as archive:
             return {name.partition(".")[0] for name in archive.getnames()}
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, RecursionError) as error:
         raise ValueError(f"shard {str(path)!r} is cut off or damaged ({error}): delete it") from None
 
 
