@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
-from moma.inputs.preprocess import find_mask, open_image, open_mask
+from moma.inputs.pixels import STRIP, by_strips
+from moma.inputs.preprocess import find_mask, on_white, open_image, open_mask
 from tests import recipe
 
 SUBJECT = np.zeros((80, 100), bool)
@@ -232,3 +234,48 @@ def test_masks_whose_values_are_named(tmp_path, name):
     kind = "tif" if name in ("float", "negative") else "png"
     with pytest.raises(ValueError, match=named):
         open_mask(saved(tmp_path, mask, f"m.{kind}"))
+
+
+# --- PNG's own words for colours -----------------------------------------------------------------------
+
+SRGB_XY = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # of cHRM
+
+
+@pytest.mark.parametrize(
+    ("gamma", "xy", "srgb", "expected"),
+    [
+        (45455, SRGB_XY, False, (150, 120, 100)),
+        (100_000, None, False, (201, 182, 168)),  # linear: IEC 61966-2-1's curve
+        (100_000, None, True, (150, 120, 100)),
+        # Display P3; by its matrix to sRGB's in linear light
+        (45455, (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000), False, (156, 119, 97)),
+        (45455, (0,) * 8, False, (150, 120, 100)),
+        (45455, (1, 1) * 4, False, (150, 120, 100)),
+    ],
+)
+def test_gamma_and_primaries_of_a_png_count(gamma, xy, srgb, expected, tmp_path):
+    chunks = PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", gamma))
+    if xy:
+        chunks.add(b"cHRM", struct.pack(">8I", *xy))
+    if srgb:
+        chunks.add(b"sRGB", b"\0")
+    image = Image.new("RGB", (40, 40), (150, 120, 100))
+    assert open_image(saved(tmp_path, image, pnginfo=chunks)).getpixel((0, 0)) == pytest.approx(
+        expected, abs=1
+    )
+
+
+def test_linear_values_of_16_bits_count(tmp_path):
+    chunks = PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", 100_000))
+    path = saved(tmp_path, np.full((40, 40), 150 * 257, np.uint16), pnginfo=chunks)
+    assert open_image(path).getpixel((0, 0))[0] == pytest.approx(201, abs=1)
+
+
+def test_strips_make_no_difference():
+    values = recipe.u8("strips", (3 * STRIP // 2000 + 7, 2000, 4))
+    image = Image.fromarray(values)
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert on_white(image).tobytes() == whole.tobytes()
+    assert by_strips(image, "RGBA", lambda part: part).tobytes() == image.tobytes()

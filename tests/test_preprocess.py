@@ -12,6 +12,7 @@ from safetensors import safe_open
 from moma.inputs.preprocess import (
     InputConfig,
     ReferenceConfig,
+    _box_side,
     find_mask,
     make_reference,
     on_white,
@@ -524,3 +525,13 @@ def test_release_bit_for_bit():
         "syn.mask": subject,
     }
     assert {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in results.items()} == hashes
+
+
+def test_the_subjects_box_is_that_of_quantiles():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        inside = rng.random(rng.integers(1, 60, 2)) < rng.random() ** 3
+        for axis, places in enumerate(np.nonzero(inside)[::-1]):
+            if len(places):
+                expected = np.quantile(places, (0.02, 0.98)).tolist()
+                assert _box_side(inside.sum(axis), 0.02) == expected

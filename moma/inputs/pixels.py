@@ -5,11 +5,13 @@ All functions take PIL images as decoded, in their own mode. `what` names the im
 
 import io
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageFilter
@@ -20,7 +22,13 @@ WIDE = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}  # PIL's modes of more than
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # a profile's colours -> PIL's mode
 FITS = {"RGB": ("1", "L", "LA", "P", "PA", "RGBA"), "L": ("1", "LA")}  # other modes that its profile suits
 SRGB = ImageCms.createProfile("sRGB")
+WHITE_XY, PRIMARIES_XY = (0.3127, 0.329), (0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # of sRGB, as in PNG's cHRM
+GAMMA = 1 / 2.2  # as in PNG's gAMA: what stands for sRGB's curve
+D50 = np.array([0.9642, 1, 0.8249])  # XYZ of the white that ICC profiles are stated for
+BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # ICC's parameters g, a, b, c, d
 STEP = 64  # of 8-bit values, where colours are told apart
+STRIP = 2**20  # pixels of a large image that are converted at a time, so that few copies of it exist
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,10 @@ def eight_bits(image: Image.Image, what: str, deep: bool, cfg: PixelConfig = PIX
             raise ValueError(
                 f"{what} has {kind} values, {low:g} to {high:g}: expected 8 or 16 bits, convert it"
             )
-        scaled, profile = high > BYTE, image.info.get("icc_profile")
-        image = image.convert("I")
-        image = (image.point(lambda v: v * (1 / (BYTE + 1))) if scaled else image).convert("L")
-        image.info = {"icc_profile": profile}  # a transparent value was not scaled
+        scaled, info = high > BYTE, image.info
+        share = 1 / (BYTE + 1) if scaled else 1
+        image = by_strips(image, "L", lambda part: part.convert("I").point(lambda v: v * share).convert("L"))
+        image.info = {k: v for k, v in info.items() if k != "transparency"}  # a value that was not scaled
     if deep and not image.has_transparency_data:
         peak = max(high for _, high in image.convert("RGB").getextrema())
         if peak < (cfg.least_scaled_peak if scaled else cfg.least_peak):
@@ -85,21 +93,70 @@ def in_srgb(image: Image.Image, cfg: PixelConfig = PIXELS) -> Image.Image:
         image: with 8 bits per channel.
         cfg: which profiles are sRGB.
     """
-    seen = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    data = image.info.get("icc_profile")
+    kind = "RGBA" if image.has_transparency_data else "RGB"
+    seen, data = None, image.info.get("icc_profile") or _png_profile(image.info)
     with suppress(ImageCms.PyCMSError, OSError, TypeError, ValueError):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data or b""))
         mode = SPACES.get(profile.profile.xcolor_space.strip())
         if mode == image.mode or image.mode in FITS.get(mode, ()):
             change = ImageCms.buildTransform(profile, SRGB, mode, "RGB")
             if mode not in ("RGB", "L") or _moves(change, mode, cfg) > cfg.shift:
-                changed = ImageCms.applyTransform(image if image.mode == mode else seen.convert(mode), change)
-                changed.info = seen.info
-                if seen.mode == "RGBA":
-                    changed.putalpha(seen.getchannel("A"))
-                seen = changed
+
+                def changed(part: Image.Image) -> Image.Image:
+                    seen = part.convert(kind)
+                    found = ImageCms.applyTransform(part if part.mode == mode else seen.convert(mode), change)
+                    if kind == "RGBA":
+                        found.putalpha(seen.getchannel("A"))
+                    return found
+
+                seen = by_strips(image, kind, changed)
+                seen.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    seen = image.convert(kind) if seen is None else seen
     seen.info.pop("icc_profile", None)
     return seen
+
+
+def _png_profile(info: Mapping[str, Any], tolerance: float = 0.01) -> bytes:
+    """The ICC profile that a PNG's chunks gAMA and cHRM stand for; b"" where they say sRGB, or nothing."""
+    gamma, xy = info.get("gamma", GAMMA), np.array(info.get("chromaticity", WHITE_XY + PRIMARIES_XY))
+    curve = SRGB_CURVE if abs(gamma - GAMMA) <= tolerance else (1 / gamma,) if gamma > 0 else ()
+    standard = np.abs(xy - (WHITE_XY + PRIMARIES_XY)).max() <= tolerance
+    if "srgb" in info or not curve or (standard and curve is SRGB_CURVE) or not (xy[1::2] > 0).all():
+        return b""
+    xyz = np.array([[x / y, 1, (1 - x - y) / y] for x, y in xy.reshape(4, 2)]).T  # columns: white, R, G, B
+    with suppress(ValueError, OverflowError, struct.error):  # colours that no profile can have
+        colorants = xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0])
+        adapted = np.diag(BRADFORD @ D50 / (BRADFORD @ xyz[:, 0]))
+        colorants = np.linalg.solve(BRADFORD, adapted @ BRADFORD @ colorants)
+        numbers = {
+            f"{band}XYZ".encode(): (b"XYZ \0\0\0\0", v) for band, v in zip("rgb", colorants.T, strict=True)
+        }
+        form = b"para\0\0\0\0" + struct.pack(">H2x", 3 if curve is SRGB_CURVE else 0)
+        numbers |= {f"{band}TRC".encode(): (form, curve) for band in "rgb"}
+        table, body = struct.pack(">I", len(numbers)), b""
+        for name, (start, values) in numbers.items():
+            tag = start + b"".join(struct.pack(">i", round(v * 2**16)) for v in values)
+            table += name + struct.pack(">II", 132 + 12 * len(numbers) + len(body), len(tag))
+            body += tag
+        sizes = struct.pack(">I4x", 128 + len(table) + len(body)) + b"\4\0\0\0mntrRGB XYZ "
+        white = b"".join(struct.pack(">i", round(v * 2**16)) for v in D50)
+        return sizes + bytes(12) + b"acsp" + bytes(28) + white + bytes(48) + table + body
+    return b""
+
+
+def by_strips(image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What a function of single pixels makes of an image, from some rows at a time.
+
+    Args:
+        image: in any mode.
+        mode: of the result.
+        change: takes an image and returns one of that mode.
+    """
+    made, rows = Image.new(mode, image.size), max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        made.paste(change(image.crop(box)), box)
+    return made
 
 
 def _moves(change: ImageCms.ImageCmsTransform, mode: str, cfg: PixelConfig) -> int:
@@ -141,8 +198,12 @@ def mask_of(image: Image.Image, what: str, cfg: PixelConfig = PIXELS) -> Image.I
         if not 0 <= low <= high < math.inf:
             raise ValueError(f"{what} has values from {low:g} to {high:g}: expected 0 and {BYTE}")
         top = high if high > BYTE or (image.mode == "F" and 0 < high <= 1) else BYTE
-        values = image if image.mode == "F" else image.convert("I").convert("F")
-        grey = values.point(lambda v: v * (BYTE / top) + 0.5).convert("L")
+
+        def scaled(part: Image.Image) -> Image.Image:
+            values = part if part.mode == "F" else part.convert("I").convert("F")
+            return values.point(lambda v: v * (BYTE / top) + 0.5).convert("L")
+
+        grey = by_strips(image, "L", scaled)
         dim = BYTE < top < WORD // 4
     channels = (grey if grey.mode == "L" else grey.convert("RGB")).split()
     mask = reduce(ImageChops.lighter, channels)

@@ -19,7 +19,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from models.weights.files import check_file
-from moma.inputs.pixels import BYTE, HALF, PIXELS, PixelConfig, eight_bits, in_srgb, mask_of, real_alpha
+from moma.inputs.pixels import (
+    BYTE,
+    HALF,
+    PIXELS,
+    PixelConfig,
+    by_strips,
+    eight_bits,
+    in_srgb,
+    mask_of,
+    real_alpha,
+)  # fmt: skip
 from moma.inputs.regions import components, frame
 
 # PIL's names of what is opened: its readers of these run in this process, and no file needs another.
@@ -34,6 +44,8 @@ class InputConfig:
 
     min_side: int = 32  # pixels; a subject in a smaller image cannot be recognised
     max_pixels: int = 80_000_000  # an 80-megapixel photo takes 240 MB as RGB; guards against bombs
+    max_wide: int = 40_000_000  # pixels of JPEG 2000, whose reader takes 4 bytes for each channel beside ours
+    max_scans: int = 100  # of a JPEG, which are decoded one by one, each over all pixels; cameras write 10
     aspect_tolerance: float = 0.02  # relative; rounding of a mask scaled with its photo
     border_tolerance: int = 24  # 0..255, any channel: JPEG noise and soft vignettes of a studio background
     border_share: float = 0.9  # of the border's pixels; a subject may touch the rest
@@ -168,8 +180,11 @@ def _decoded(
             image = Image.open(file, formats=formats)  # reads only the header
         with image:
             width, height = image.size
-            fits = min(width, height) >= limits.min_side and width * height <= limits.max_pixels
+            most = limits.max_wide if image.format == "JPEG2000" else limits.max_pixels
+            fits = min(width, height) >= limits.min_side and width * height <= most
             if fits:
+                if image.format == "JPEG" and _scans(image.fp) > limits.max_scans:
+                    raise ValueError(f"more than {limits.max_scans} scans")
                 deep = any(name in str(tile.args) for tile in image.tile for name in DEEP)
                 image.load()
                 frames = getattr(image, "n_frames", 1) if _is_blank(image) else 1
@@ -185,9 +200,21 @@ def _decoded(
     if not fits:
         raise ValueError(
             f"{what} is {width}x{height} pixels: expected at least {limits.min_side} on each side and at most"
-            f" {limits.max_pixels:,} in all"
+            f" {most:,} in all"
         )
     return image, deep
+
+
+def _scans(file: BinaryIO) -> int:
+    """How often a JPEG file has the mark that begins a scan; its place in the file is kept."""
+    place, last = file.tell(), b""
+    file.seek(0)
+    count = 0
+    while block := file.read(2**20):
+        count += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    file.seek(place)
+    return count
 
 
 def _is_blank(image: Image.Image) -> bool:
@@ -259,7 +286,8 @@ def make_reference(
         ValueError: the mask has another shape than the image; it covers nothing or everything, unless
             `cfg.empty_mask` is "mean".
     """
-    original, image, mask = image, on_white(image), mask.convert("L")
+    original, image = image, image if image.mode == "RGB" else on_white(image)
+    mask = mask if mask.mode == "L" else mask.convert("L")
     if not same_aspect(image.size, mask.size, limits):
         raise ValueError(
             f"the mask is {mask.width}x{mask.height} and the image {image.width}x{image.height} pixels:"
@@ -308,13 +336,25 @@ def _whole(size: tuple[int, int]) -> _Square:
 
 def _around(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
     """The square around the subject with a margin; around the whole image if there is no subject."""
-    rows, columns = np.nonzero(np.asarray(mask) > threshold)
-    if not len(rows):
+    inside = np.asarray(mask) > threshold  # (H, W)
+    if not inside.any():
         return _whole(mask.size)
-    edges = (limits.crop_stray, 1 - limits.crop_stray)
-    (x0, x1), (y0, y1) = (np.quantile(x, edges).tolist() for x in (columns, rows))
+    (x0, x1), (y0, y1) = (_box_side(inside.sum(axis), limits.crop_stray) for axis in (0, 1))
     side = (max(x1 - x0, y1 - y0) + 1) * (1 + 2 * limits.crop_margin)
     return _Square((x0 + x1 + 1 - side) / 2, (y0 + y1 + 1 - side) / 2, side)
+
+
+def _box_side(counts: np.ndarray, stray: float) -> list[float]:
+    """Where the pixels of each column or row begin and end, without a share of strays on either side.
+
+    The quantiles of `np.quantile`, which would need the place of every pixel.
+    """
+    ends, found = counts.cumsum(), []
+    for share in (stray, 1 - stray):
+        index = share * (ends[-1] - 1)  # between the pixels, sorted by their places
+        around = np.searchsorted(ends, [int(index), min(int(index) + 1, ends[-1] - 1)], side="right")
+        found.append(float(np.quantile(around, index % 1)))
+    return found
 
 
 def _within(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
@@ -324,7 +364,9 @@ def _within(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square
     """
     side = min(mask.size)
     corner = []
-    for places, length in zip(np.nonzero(np.asarray(mask) > threshold)[::-1], mask.size, strict=True):
+    inside = np.asarray(mask) > threshold  # (H, W)
+    for axis, length in enumerate(mask.size):
+        places = np.flatnonzero(inside.any(axis))
         low, high = (places.min(), places.max() + 1) if len(places) else (0, length)
         start = (length - side) / 2
         start = min(max(start, high - side), low) if high - low <= side else (low + high - side) / 2
@@ -364,7 +406,11 @@ def on_white(image: Image.Image) -> Image.Image:
     """RGB of any image; transparent parts become white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+    def composed(part: Image.Image) -> Image.Image:
+        return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part.convert("RGBA"))
+
+    return by_strips(image, "RGB", lambda part: composed(part).convert("RGB"))
 
 
 def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
