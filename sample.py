@@ -32,6 +32,7 @@ from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
 from moma.sampling.device import choose_device, dtype_name
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
+from moma.sampling.pipeline import Progress
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import SOURCE as TINY_SOURCE
 
@@ -328,9 +329,9 @@ def _with_progress(pipe: Pipeline, jobs: Sequence[Job], config: SampleConfig) ->
     """The drawings, with a bar of the steps."""
     with tqdm(unit="step") as bar:
 
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def advance(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.update(progress.done - bar.n)
 
         yield from pipe.run(jobs, config, advance)
 

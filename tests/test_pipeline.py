@@ -101,12 +101,26 @@ def test_api_of_the_readme(pipe: Pipeline, cat: MoMASubject) -> None:
     steps = []
     images = pipe.sample(
         cat, ["a cat in the snow", "a cat"], seeds=[0, 1], strength=0.4,
-        config=replace(QUICK, batch_size=3), on_step=lambda done, total: steps.append((done, total)),
+        config=replace(QUICK, batch_size=3), on_step=lambda now: steps.append((now.done, now.total)),
     )  # fmt: skip
     assert [image.size for image in images] == [(64, 64)] * 4
     assert steps == [(i, 6) for i in range(1, 7)]  # two batches of three steps
     (third,) = pipe.sample(cat, "a cat", seeds=[0], strength=0.4, config=QUICK)
     assert np.abs(np.int16(third) - np.int16(images[2])).max() <= 1
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_steps_show_the_image_that_they_predict(pipe: Pipeline, cat: MoMASubject, solver: str) -> None:
+    """The last step ends at its prediction; a mask is shown once it is there."""
+    seen = []
+    config = replace(QUICK, solver=solver)
+    (result,) = pipe.run([Job(cat, "a cat", 0)], config, seen.append)
+    alpha = solver_steps(pipe.base.schedule, config.steps, solver)[-1].alpha_next
+    noise = seen[-1].step.noise_pred
+    same(alpha.sqrt() * seen[-1].clean + (1 - alpha).sqrt() * noise, result.latents, atol=1e-4)
+    assert torch.equal(seen[-1].m_gen[0], result.m_gen)
+    first, *_, last = (now.previews()[0] for now in seen)
+    assert first.size == result.image.size and list(first.getdata()) != list(last.getdata())
 
 
 def test_given_noise_and_embedding(pipe: Pipeline, cat: MoMASubject) -> None:

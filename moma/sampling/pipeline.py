@@ -22,15 +22,38 @@ from models.vae import VAE
 from moma.sampling.base import Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
-from moma.sampling.diffusion import SolverStep, solver_steps
+from moma.sampling.diffusion import SolverStep, predict_x0, solver_steps
 from moma.sampling.finite import Autoencoder, check_finite
 from moma.sampling.interface import Job, Method, Region, Result, ResumeState, Runtime
 from moma.sampling.memory import Toggle, max_batch
 from moma.sampling.sampler import Step, denoise
 from moma.sampling.tiles import decode
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 Images = Image.Image | Sequence[Image.Image]
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What is there after a step of a batch."""
+
+    done: int  # steps
+    total: int  # steps of all batches
+    step: Step
+    clean: Tensor  # float32 (B, Z, h, w), the clean latents as this step predicts them
+    decode: Callable[[Tensor], Image.Image]  # (1, Z, h, w) -> an image
+
+    @property
+    def m_gen(self) -> Tensor | None:
+        """MoMA's mask after the step, float32 (B, 1, h, w); None where a method makes none."""
+        return self.step.state.get("m_gen")
+
+    def previews(self) -> list[Image.Image]:
+        """The batch's images as this step predicts them; each takes a call of the VAE's decoder."""
+        with torch.no_grad():
+            return [self.decode(one) for one in self.clean.split(1)]
+
+
+OnStep = Callable[[Progress], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +137,7 @@ class Pipeline:
             regions: of each subject, where it should be: left, top, right, bottom in shares of the image.
             negative: what the images should not show.
             config: how they are drawn.
-            on_step: called with (steps done, steps in all).
+            on_step: called after each step; what it raises ends the drawing.
 
         Raises:
             ValueError: as `run`.
@@ -139,7 +162,7 @@ class Pipeline:
         Args:
             jobs: result i depends on job i alone (unless the method is `batch_dependent`).
             config: how they are drawn.
-            on_step: called with (steps done, steps in all).
+            on_step: called after each step; what it raises ends the drawing.
             resume: keeps the steps of jobs that are one batch (`max_batch`), and has the drawing go on from
                 the latest.
 
@@ -188,11 +211,15 @@ class Pipeline:
             kept = None if resume is None else resume.read()
             step = after = kept and kept.to(self.device)
             settings = config.guidance, config.solver, config.guidance_interval
+            x = latents if after is None else after.latents
             for step in denoise(unet, conditioning, schedule, latents, *settings, after, self.dtype):
                 if resume is not None:
                     resume.keep(step)
                 if on_step:
-                    on_step(n * len(schedule) + step.index + 1, len(starts) * len(schedule))
+                    done, total = n * len(schedule) + step.index + 1, len(starts) * len(schedule)
+                    clean = predict_x0(x, step.noise_pred, schedule[step.index].alpha)  # (B, Z, h, w)
+                    on_step(Progress(done, total, step, clean, partial(self._image, vae)))
+                x = step.latents
             unet.reset()  # the VAE's decoder needs the memory
             yield from self._finish(step, vae)
 
@@ -211,10 +238,14 @@ class Pipeline:
         for i in range(len(step.latents)):
             one = step.rows(slice(i, i + 1))
             check_finite("UNet", one.latents)  # whatever was not finite in any step is not finite here
-            (image,) = to_images(vae(partial(self._decode, one.latents)))
+            image = self._image(vae, one.latents)
             if all(low == high for low, high in image.getextrema()):
                 raise ValueError("the image is one plain colour: try --dtype fp32, or a lower guidance")
             yield Result(image, one.latents, one.state)
+
+    def _image(self, vae: Autoencoder, latents: Tensor) -> Image.Image:
+        (image,) = to_images(vae(partial(self._decode, latents)))
+        return image
 
     def _decode(self, latents: Tensor, vae: VAE) -> Tensor:
         """(1, Z, h, w), scaled -> (1, 3, H, W)."""
