@@ -1,5 +1,6 @@
 """The training of MM-Diff: its constraint as recorded, and a run from data to images."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ from torch import Tensor
 import moma
 import train
 from convert_weights import convert
-from moma import Bundle, Job, SampleConfig
-from moma.methods.mm_diff.training import label_places, map_loss
+from moma import Bundle, Job, Runtime, SampleConfig
+from moma.methods.map_loss import map_loss
+from moma.training.denoising import DenoisingTask, build
 from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.golden_files import golden
-from tests.helpers import image, mask
+from tests.helpers import far, image, mask, same
 from tests.recipe import normal
-from tests.training_data import write_bundle, write_data
+from tests.training_data import Drawing, write_bundle, write_data
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -33,12 +35,6 @@ def test_map_loss(side: int, normalise: bool) -> None:
     found = map_loss(maps, masks, present, normalise).mean()
     theirs = recorded[f"text.layer{side}.normalize={normalise}"][0]
     torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-7)
-
-
-def test_a_labels_place() -> None:
-    ids = torch.tensor([[8, 1, 2, 3, 2, 3, 9], [8, 4, 5, 9, 9, 9, 9], [8, 9, 9, 9, 9, 9, 9]])
-    labels = torch.tensor([[8, 2, 3, 9, 9, 9, 9], [8, 3, 9, 9, 9, 9, 9], [8, 3, 9, 9, 9, 9, 9]])
-    assert label_places(ids, labels, 9).tolist() == [3, 0, 0]
 
 
 def drawn(bundle: Path) -> Tensor:
@@ -83,6 +79,131 @@ def test_train_export_draw(tmp_path: Path, sdxl: bool) -> None:
     (tmp_path / "bundle").rename(tmp_path / "first")
     (tmp_path / "trained").rename(tmp_path / "bundle")
     assert train.run([*options(tmp_path, "again", 1), "--set", "init=mm_diff"]) == 0
+
+
+# --- several subjects ----------------------------------------------------------------------------------
+
+
+def write_pairs(folder: Path) -> Path:
+    """Images of two cats, one of whom is black, and of a cat alone."""
+    folder.mkdir()
+    discs = [Drawing("cat", (20, 20), 10, 1), Drawing("cat", (40, 44), 12, 2)]
+    (photo, left), (_, right) = (disc.image() for disc in discs)
+    for name, one in (("photo", photo), ("left", left), ("right", right)):
+        one.save(folder / f"{name}.png")
+    one = {"image": "photo.png", "mask": "left.png", "label": "cat"}
+    two = one | {"caption": "a cat and a black cat", "others": [{"mask": "right.png", "label": "black cat"}]}
+    lines = [{"caption": "a cat in the snow", **one}, two, {"caption": "a cat", **one}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def task_of(folder: Path, *sets: str) -> DenoisingTask:
+    more = (part for one in sets for part in ("--set", one))
+    args = train.parse_args([*options(folder, "run", 1), *more])
+    bundle = Bundle.open(folder / "bundle")
+    runtime = Runtime(bundle, torch.device("cpu"), torch.float32, pack=False)
+    return build(train.choices_of(args, bundle), runtime, folder / "data")
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def pairs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    networks = {"networks": tiny_sdxl()} if request.param else {}
+    build_tiny_bundle(folder / "bundle", 0, TinyConfig(64, **networks))
+    write_pairs(folder / "data")
+    return folder
+
+
+def batch_of(task: DenoisingTask, index: list[int], **changes: Tensor) -> dict[str, Tensor]:
+    """Samples with nothing dropped, each with the random numbers of its place in the data."""
+    batch = task._batch(task.data, torch.tensor(index), torch.tensor(index), 0)
+    none = {name: torch.zeros_like(batch[name]) for name in ("drop", "drop_text", "absent")}
+    return batch | none | {"t": torch.full((len(index),), 500)} | changes
+
+
+def moved(task: DenoisingTask) -> DenoisingTask:
+    """LoRAs that start at zero have an effect."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in task.model.trainable.adapter.named_parameters():
+            if name.endswith(".up"):
+                p.add_(0.5 * torch.randn(p.shape, generator=generator))
+    return task
+
+
+def test_a_batch_is_its_singles(pairs: Path) -> None:
+    """Though a sample of one subject is padded there; its words are told apart."""
+    task = moved(task_of(pairs, "map_weight=10", "image_map_weight=10"))
+    assert task.data.batch(torch.arange(3))["present"].tolist() == [
+        [True, False],
+        [True, True],
+        [True, False],
+    ]
+    places = task.data.batch(torch.arange(3))["places"][1].T  # (K, n)
+    for row, tokenizer in zip(places.tolist(), task.model.trainable.base.tokenizers, strict=True):
+        spans = tokenizer.encode("a cat and a black cat").spans
+        assert [spans[place][1] for place in row] == [len("a cat"), len("a cat and a black cat")]
+    every = [0, 1, 2]
+    same(task.model(batch_of(task, every)), torch.cat([task.model(batch_of(task, [i])) for i in every]), 5e-4)
+    turned = batch_of(task, [1])
+    for name in ("embedding", "m_gen", "places", "label_ids"):
+        turned[name] = turned[name].flip(1)
+    same(task.model(turned), task.model(batch_of(task, [1])), 1e-4)  # their order means nothing
+    turned["embedding"] = turned["embedding"].flip(1)
+    assert far(task.model(turned), task.model(batch_of(task, [1])))  # whose mask and word it is does
+
+
+def test_absent_subjects(pairs: Path) -> None:
+    """One that is left out changes neither words nor tokens; all of them leave the text alone."""
+    task = moved(task_of(pairs, "drop_subject=0.5"))
+    absent = task._batch(task.data, torch.arange(3).repeat(20), torch.arange(60), 0)["absent"]
+    assert 0.3 < absent.float().mean() < 0.7
+    first, gone = batch_of(task, [1]), torch.zeros(1, 8, dtype=torch.bool)
+    gone[:, 1] = True
+    without = batch_of(task, [1], absent=gone)
+    alone = first | {"present": torch.tensor([[True, False]])}
+    same(task.model(without), task.model(alone), 1e-4)
+    assert not torch.allclose(task.model(without), task.model(first), atol=1e-3)
+    dropped = batch_of(task, [1], drop=torch.tensor([True]))
+    same(task.model(dropped), task.model(batch_of(task, [1], absent=torch.ones_like(gone))), 1e-5)
+    silent = batch_of(task, [1], drop_text=torch.tensor([True]))
+    assert not torch.allclose(task.model(silent), task.model(first), atol=1e-3)
+
+
+def test_the_constraint_on_the_tokens_maps(pairs: Path) -> None:
+    """It acts on samples of two subjects alone."""
+    losses = []
+    for weight in (0, 1000):
+        task = moved(task_of(pairs, "map_weight=0", f"image_map_weight={weight}"))
+        losses.append(task.model(batch_of(task, [0, 1])))
+    same(losses[0][:1], losses[1][:1], 0)
+    assert far(losses[0][1:], losses[1][1:])
+
+
+def test_noise_behind_subjects(pairs: Path) -> None:
+    white = task_of(pairs)
+    noise = task_of(pairs, "background=noise", f"cache={pairs / 'noise'}")
+    assert far(*(task.data.batch(torch.arange(1))["embedding"] for task in (white, noise)))
+    assert noise.model.export().methods["mm-diff"]["seen"] == "noise"
+
+
+def test_all_that_starts_at_random_decays(pairs: Path) -> None:
+    """The LoRAs of the UNet and of the text encoders, too, whatever the model calls them."""
+    task = task_of(pairs)
+    names = {id(p): name for name, p in task.model.trainable.adapter.named_parameters()}
+    own = dict(task.model.named_parameters())
+    decayed = {names[id(own[name])] for name in task.decayed}
+    assert decayed == {name for name, p in task.model.trainable.adapter.named_parameters() if p.ndim > 1}
+    assert any(name.startswith("text.") for name in decayed) and any("attn1" in name for name in decayed)
+
+
+def test_distance_of_maps() -> None:
+    maps, masks = torch.rand(2, 3, 16, 2), (torch.rand(2, 2, 4, 4) > 0.5).float()
+    present = torch.tensor([[True, True], [True, False]])
+    found = map_loss(maps, masks, present, form="distance")
+    each = (maps.mT - masks.flatten(2)[:, None]).abs().mean(dim=(1, 3))  # (B, n)
+    torch.testing.assert_close(found, torch.stack([each[0].mean(), each[1, 0]]))
 
 
 def test_in_half_precision_and_as_before_a_stop(tmp_path: Path) -> None:

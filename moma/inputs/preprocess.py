@@ -270,6 +270,7 @@ def make_reference(
     size: int,
     cfg: ReferenceConfig = REFERENCE,
     limits: InputConfig = INPUT,
+    chosen_by: Image.Image | None = None,
 ) -> Reference:
     """The square reference of an image and its mask.
 
@@ -282,6 +283,7 @@ def make_reference(
         size: side S of the square, pixels.
         cfg: geometry, threshold and background; a method's config has these fields.
         limits: margins of geometry "crop", tolerance of the aspect ratio.
+        chosen_by: a mask of the image's size that the square is chosen by instead.
     Raises:
         ValueError: the mask has another shape than the image; it covers nothing or everything, unless
             `cfg.empty_mask` is "mean".
@@ -304,7 +306,7 @@ def make_reference(
         if cfg.geometry == "pad":
             square = _whole(image.size)
         else:
-            square = (_around if cfg.geometry == "crop" else _within)(mask, threshold, limits)
+            square = (_around if cfg.geometry == "crop" else _within)(chosen_by or mask, threshold, limits)
         photo, soft = _cut(image, square, size, "edge"), _cut(mask, square, size, "constant")
     subject = np.asarray(soft) > threshold  # (S, S)
     if not subject.any() and cfg.empty_mask == "error":
@@ -318,6 +320,13 @@ def make_reference(
         photo=photo,
         white=white,
     )
+
+
+def on_noise(reference: Reference, seed: int) -> Image.Image:
+    """The subject of a reference with random colours behind it, (S, S) RGB."""
+    photo = np.asarray(reference.photo)  # (S, S, 3)
+    noise = np.random.default_rng(seed).integers(0, 256, photo.shape, dtype=np.uint8)
+    return Image.fromarray(np.where(reference.mask[0, 0, :, :, None].numpy() > 0, photo, noise))
 
 
 class _Square(NamedTuple):

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from PIL import Image
@@ -451,9 +451,16 @@ class DenoisingTraining(Training):
         ref_posterior_noise, ref_noise  float32 (B, Z, h, w)
         number             (B,), of the sample in the run
 
-    and what `draw` adds.
+    and what `draw` adds. A training that takes `several` subjects of a sample gets, instead of text states,
+
+        label_ids, embedding, m_gen, ref_mean, ref_std, m_ref   as above, (B, n, ...) of n subjects each
+        present            bool (B, n); what the others hold means nothing
+        places             int64 (B, n, K): the token of each subject's word by each tokenizer, 0 = none
+
+    and shows none of those that `absent`, a bool (B, ·) of its own `draw`, names.
     """
 
+    several: ClassVar[bool] = False
     # The image embedding that it needs, by a name that caches keep; None: it needs none.
     embedding: ClassVar[str | None] = None
     embedding_networks: ClassVar[Sequence[str]] = ()  # of the bundle, that make it
@@ -493,6 +500,25 @@ class DenoisingTraining(Training):
         """
         raise ValueError(f"{cls.__name__} needs no embedding")
 
+    @classmethod
+    def background(cls, config: Any) -> Literal["white", "noise"]:
+        """What is behind the subjects that `load_embedder`'s function gets."""
+        return "white"
+
+    @classmethod
+    def places(
+        cls, tokenizers: Sequence[Any], caption: str, words: Sequence[str], ends: Sequence[int | None]
+    ) -> list[tuple[int, ...]]:
+        """The token of each subject's word by each tokenizer, 0 where it is not read; for `several`.
+
+        Args:
+            tokenizers: the base's.
+            caption: of a sample.
+            words: of its subjects.
+            ends: of the words in the caption, in characters.
+        """
+        raise ValueError(f"{cls.__name__} takes one subject")
+
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers of one sample, from its own generator; their batch is stacked."""
         return {}
@@ -519,6 +545,17 @@ class DenoisingTraining(Training):
             words: what they are.
             prompts: that they will be drawn for.
         """
+
+    def jobs(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[Job]:
+        """Images that show how far the training is.
+
+        Args:
+            batch: B samples.
+            words: what their (first) subjects are.
+            prompts: their captions.
+        """
+        found = zip(self.subjects(batch, words, prompts), prompts, strict=True)
+        return [Job(subject, text, seed=i) for i, (subject, text) in enumerate(found)]
 
     @abstractmethod
     def drawing(self) -> Method:

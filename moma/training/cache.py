@@ -6,8 +6,10 @@
 Every file appears when it is complete, so that an interrupted build continues. Each knows its own hash and
 that of the data it was made of: what is damaged, or whose data has changed or come back, is made again.
 
-Letters: B samples, P images, Z latent channels, h w latents, S side of an image, s side of the image tower's,
-T text tokens, K tokenizers, E embedding.
+A training that takes several subjects of a sample has tables of subjects (O of them) and their counts.
+
+Letters: B samples, P images, O subjects, Z latent channels, h w latents, S side of an image, s side of the
+image tower's, T text tokens, K tokenizers, E embedding.
 """
 
 import json
@@ -36,6 +38,9 @@ from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 
 MANIFEST, VERSION = "cache.json", 2
 NETWORKS = ("vae",)  # that every cache depends on
+TABLES = ("embedding", "mean", "std", "mask", "text", "label")
+SAMPLES = ("mean", "std", "text")  # tables of samples where the others are of subjects
+SUBJECTS = ("embedding", "ref_mean", "ref_std", "m_gen", "m_ref", "label", "word")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Encoder:
         self.vae = runtime.weights.build("vae", self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizers = runtime.weights.clip_tokenizers()
         self.embedder = kind.load_embedder(runtime, method) if kind.embedding else None
-        self.captions_alone = kind.captions_alone
+        self.captions_alone, self.kind = kind.captions_alone, kind
 
     def embed(self, samples: Sequence[Sample]) -> Tensor:
         """Image embeddings (B, E); E = 0 where the training needs none."""
@@ -86,6 +91,12 @@ class Encoder:
         """What the text encoders read of a sample."""
         return sample.caption if self.captions_alone else sd_prompt(sample.label, sample.caption)
 
+    def words(self, sample: Sample) -> Tensor:
+        """The token of each subject's word by each tokenizer, int32 (n, K)."""
+        every = (sample, *sample.others)
+        labels, ends = [one.label for one in every], [one.end for one in every]
+        return torch.tensor(self.kind.places(self.tokenizers, sample.caption, labels, ends)).int()
+
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids of each of K tokenizers, side by side, int32 (B, K*T)."""
         return torch.cat([tokenizer.ids(texts) for tokenizer in self.tokenizers], dim=1).int()
@@ -102,6 +113,7 @@ def identity(
     dtype: torch.dtype,
     cfg: CacheConfig,
     flip: bool = False,
+    background: str = "white",
 ) -> dict[str, Any]:
     """All that the tensors of a cache depend on besides the content of the data; JSON.
 
@@ -113,6 +125,7 @@ def identity(
         dtype: of the networks.
         cfg: how the cache is made.
         flip: whether it holds mirrored images, too.
+        background: of what image encoders see.
 
     Raises:
         ValueError: for a bundle that lacks a network.
@@ -129,6 +142,8 @@ def identity(
         "image size": bundle.image_size,
         "embedding": kind.embedding,
         **({"text": "captions"} if kind.captions_alone else {}),
+        **({"subjects": "all"} if kind.several else {}),
+        **({"background": background} if background != "white" else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
         "mirrored": flip,
@@ -259,14 +274,14 @@ class _Building:
 
     def make(self, missing: Sequence[tuple[int, list[str], set[int]]], networks: Encoder) -> None:
         """Read shards and write what is missing."""
-        rows = _Rows(networks, self.cfg.batch)
+        rows = _Rows(networks, self.cfg.batch, self.prepare.several)
         skips = SkipLog(lambda text: None, self.cfg.max_skipped, slack=self.cfg.early)
         bar = tqdm(unit=" samples", disable=self.rank > 0)
         with ThreadPoolExecutor(self.cfg.workers) as pool, bar:
             for found in self._ahead(self._read(missing), pool):
                 if isinstance(found, _End):
                     rows.save(self.folder, found, self.mark)
-                    rows = _Rows(networks, self.cfg.batch)
+                    rows = _Rows(networks, self.cfg.batch, self.prepare.several)
                     continue
                 bar.update()
                 skips.add(found.skipped, delivered=len(found.samples))
@@ -325,8 +340,8 @@ class _Rows:
     """The content of a file while it is made. Images are stored once: a sample's target and reference are
     rows of the same tables."""
 
-    def __init__(self, networks: Encoder, batch: int) -> None:
-        self.networks, self.batch = networks, batch
+    def __init__(self, networks: Encoder, batch: int, several: bool) -> None:
+        self.networks, self.batch, self.several = networks, batch, several
         self.waiting: list[Sample] = []
         self.tried: list[_Tried] = []
         self.tables: dict[str, list[Tensor]] = {}
@@ -341,6 +356,32 @@ class _Rows:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[Sample]) -> None:
+        rows = self._subject_rows(samples) if self.several else self._rows(samples)
+        for name, values in rows.items():
+            self.tables.setdefault(name, []).append(values.cpu())
+
+    def _subject_rows(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Tables of samples and of all their subjects."""
+        every = [one for sample in samples for one in (sample, *sample.others)]
+        targets, references = [sample.image for sample in samples], [one.reference for one in every]
+        mean, std = self.networks.latents([*targets, *references])  # 2 x (B + O, Z, h, w)
+        count = len(samples)
+        return {
+            "embedding": self.networks.embed(every),  # (O, E)
+            "mean": mean[:count],
+            "std": std[:count],
+            "ref_mean": mean[count:],
+            "ref_std": std[count:],
+            "m_gen": torch.stack([one.m_gen for one in every]),  # (O, S * S / 8)
+            "m_ref": torch.stack([one.m_ref for one in every]),
+            "text": self.networks.ids([self.networks.text(s) for s in samples]),  # (B, K*T)
+            "label": self.networks.ids([one.label for one in every]),  # (O, K*T)
+            "word": torch.cat([self.networks.words(sample) for sample in samples]),  # (O, K)
+            "count": torch.tensor([1 + len(sample.others) for sample in samples]),  # (B,)
+        }
+
+    def _rows(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Tables of samples and images."""
         images = []
         count = sum(map(len, self.tables.get("mask", [])))
         for sample in samples:
@@ -348,7 +389,7 @@ class _Rows:
             self.places.append((count + len(images), count + len(images) + (not own)))
             images += [(sample.image, sample.m_gen)] + [(sample.reference, sample.m_ref)] * (not own)
         mean, std = self.networks.latents([image for image, _ in images])  # 2 x (P, Z, h, w)
-        rows = {
+        return {
             "embedding": self.networks.embed(samples),  # (B, E)
             "mean": mean,
             "std": std,
@@ -356,8 +397,6 @@ class _Rows:
             "text": self.networks.ids([self.networks.text(s) for s in samples]),  # (B, K*T)
             "label": self.networks.ids([s.label for s in samples]),  # (B, K*T)
         }
-        for name, values in rows.items():
-            self.tables.setdefault(name, []).append(values.cpu())
 
     def save(self, folder: Path, end: _End, mark: str) -> None:
         """Write the file. mark: of the cache."""
@@ -484,10 +523,15 @@ class Cache:
         size = sum(tensor.nbytes for content in contents for tensor in content.values())
         self.skipped: dict[str, str] = dict(manifest["skipped"])  # key -> reason
         self.names = [tuple(sample) for path in files for sample in _read_part(path).samples]
+        several = "subjects" in expected
         self.tables = {
             name: _Table([content[name].read() for content in contents], size <= cfg.memory)
-            for name in ("embedding", "mean", "std", "mask", "text", "label")
+            for name in ((*SAMPLES, *SUBJECTS) if several else TABLES)
         }
+        self.counts = torch.cat([content["count"].read() for content in contents]) if several else None
+        if several:
+            self.first = self.counts.cumsum(0) - self.counts  # (len(self),), each sample's row of subjects
+            return
         starts = torch.tensor([0, *(content["mean"].shape[0] for content in contents)]).cumsum(0)
         places = [c["places"].read() + start for c, start in zip(contents, starts, strict=False)]
         self.target, self.reference = torch.cat(places).unbind(1)  # 2 x (len(self),), rows of images' tables
@@ -504,8 +548,10 @@ class Cache:
         Returns:
             embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
             m_gen, m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, K*T), of the prompt and of the
-            label alone.
+            label alone. Of several subjects: `DenoisingTraining`.
         """
+        if self.counts is not None:
+            return self._subjects(index)
         target, reference, tables = self.target[index], self.reference[index], self.tables
         return {
             "embedding": tables["embedding"].rows(index),
@@ -518,3 +564,14 @@ class Cache:
             "text_ids": tables["text"].rows(index).long(),
             "label_ids": tables["label"].rows(index).long(),
         }
+
+    def _subjects(self, index: Tensor) -> dict[str, Tensor]:
+        """Samples with all their subjects, n at most; those with fewer repeat their last one."""
+        counts = self.counts[index]  # (B,)
+        number = torch.arange(int(counts.max()))  # (n,)
+        rows = self.first[index][:, None] + torch.minimum(number, counts[:, None] - 1)  # (B, n)
+        tables = {name: self.tables[name].rows(index) for name in SAMPLES}
+        for name in SUBJECTS:
+            tables[name] = self.tables[name].rows(rows.flatten()).unflatten(0, rows.shape)  # (B, n, ...)
+        ids = {f"{name}_ids": tables.pop(name).long() for name in ("text", "label")}
+        return tables | ids | {"places": tables.pop("word").long(), "present": number < counts[:, None]}

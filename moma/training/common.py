@@ -6,19 +6,21 @@ Letters: S side of the square images, s side of the image tower's.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor, nn
 
 from models.clip_image import clip_image
 from models.weights.loading import save_tensors
 from moma.app.files import write_text
 from moma.data.triplets import Triplet
-from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference
+from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference, on_noise
 from moma.sampling.interface import Export
 from moma.weights.bundle import Bundle
 from moma.weights.sources import EXPORT, EXPORT_FORMAT
@@ -38,7 +40,9 @@ class Sample:
     m_gen: Tensor  # uint8 (S * S / 8,): the target's mask, `pack`ed
     reference: Tensor  # uint8 (3, S, S): what the UNet sees of the reference
     m_ref: Tensor  # uint8 (S * S / 8,)
-    white: Tensor | None  # (3, s, s): the reference on white as the image tower takes it
+    white: Tensor | None  # (3, s, s): the reference on white (or noise) as the image tower takes it
+    end: int | None = None  # of the label's word in the caption
+    others: tuple["Sample", ...] = ()  # the image's further subjects
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,33 @@ class Prepare:
     tower_size: int | None  # s; None = no image tower sees it
     method: ReferenceConfig
     flip: bool = False  # a mirrored one, too
+    several: bool = False  # all subjects of a triplet; those that the square cuts off are left out
+    background: Literal["white", "noise"] = "white"  # of what the image tower sees
 
     def __call__(self, triplet: Triplet) -> list[Sample]:
         return [self._sample(one) for one in ([triplet, mirrored(triplet)] if self.flip else [triplet])]
 
     def _sample(self, triplet: Triplet) -> Sample:
-        target, reference = squares(triplet, self.image_size, self.method)
+        if not (self.several and triplet.others):
+            return self._subject(triplet)
+        every = (triplet, *triplet.others)
+        together, found, faults = reduce(ImageChops.lighter, [one.mask for one in every]), [], []
+        for one in every:
+            try:
+                found.append(self._subject(one, together))
+            except ValueError as error:
+                faults.append(error)
+        if not found:
+            raise faults[0]
+        return replace(found[0], others=tuple(found[1:]))
+
+    def _subject(self, triplet: Triplet, together: Image.Image | None = None) -> Sample:
+        """One subject; together: a mask of all that the target shows."""
+        target, reference = squares(triplet, self.image_size, self.method, together)
         seen = reference.white if self.method.reference_background == "white" else reference.photo
+        shown = reference.white
+        if self.background == "noise":
+            shown = on_noise(reference, crc32(f"{triplet.key} {triplet.label} {triplet.end}".encode()))
         return Sample(
             triplet.key,
             triplet.label,
@@ -64,7 +88,8 @@ class Prepare:
             m_gen=pack(target.mask),
             reference=_bytes(seen),
             m_ref=pack(reference.mask),
-            white=None if self.tower_size is None else clip_image(reference.white, self.tower_size),
+            white=None if self.tower_size is None else clip_image(shown, self.tower_size),
+            end=triplet.end,
         )
 
 
@@ -72,21 +97,27 @@ def mirrored(triplet: Triplet) -> Triplet:
     """Left and right exchanged; the texts stay."""
     image, mask = ImageOps.mirror(triplet.image), ImageOps.mirror(triplet.mask)
     reference = triplet.reference and tuple(map(ImageOps.mirror, triplet.reference))
-    return replace(triplet, key=f"{triplet.key} (mirrored)", image=image, mask=mask, reference=reference)
+    parts = {"image": image, "mask": mask, "reference": reference}
+    return replace(
+        triplet, key=f"{triplet.key} (mirrored)", **parts, others=tuple(map(mirrored, triplet.others))
+    )
 
 
-def squares(triplet: Triplet, size: int, method: ReferenceConfig) -> tuple[Reference, Reference]:
+def squares(
+    triplet: Triplet, size: int, method: ReferenceConfig, together: Image.Image | None = None
+) -> tuple[Reference, Reference]:
     """Target and reference; an image without another one is its own reference.
 
     Args:
         triplet: the sample.
         size: of the squares in pixels.
         method: how a square is made.
+        together: a mask of all subjects, which the target's square is chosen by.
     """
-    target = make_reference(triplet.image, triplet.mask, size, method)
-    if triplet.reference is None:
+    target = make_reference(triplet.image, triplet.mask, size, method, chosen_by=together)
+    if triplet.reference is None and together is None:
         return target, target
-    return target, make_reference(*triplet.reference, size, method)
+    return target, make_reference(*(triplet.reference or (triplet.image, triplet.mask)), size, method)
 
 
 def _bytes(image: Any) -> Tensor:
@@ -104,9 +135,9 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, side: int) -> Tensor:
-    """The masks of `pack`, uint8 (B, side² / 8) -> float32 (B, 1, side, side)."""
+    """The masks of `pack`, uint8 (B, side² / 8) or (B, n, side² / 8) -> float32 (B, n, side, side), n = 1."""
     shifts = torch.arange(7, -1, -1, device=bits.device)  # (8,)
-    return (bits[..., None] >> shifts & 1).float().reshape(-1, 1, side, side)
+    return (bits[..., None] >> shifts & 1).float().reshape(len(bits), -1, side, side)
 
 
 def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from moma.data.triplets import Source, open_source
 from moma.sampling.base import Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import add_noise, alphas_cumprod
-from moma.sampling.interface import Batch, DenoisingTraining, Export, Job, Runtime
+from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime
 from moma.sampling.pipeline import Pipeline, to_images
 from moma.training.cache import Cache, CacheConfig, Encoder, build_cache, identity
 from moma.training.common import (
@@ -65,18 +65,25 @@ class Denoising(nn.Module):
         x_t = add_noise(x0, noise, self.alphas[t][:, None, None, None])  # (B, Z, h, w)
 
         inputs = self.trainable.inputs(batch)
-        x_t = x_t.to(batch["text"].dtype)
+        x_t = x_t.to(self.trainable.base.dtype)
         eps, maps = self.unet(x_t, t, inputs.text, inputs.hook, inputs.added)  # (B, Z, h, w)
 
         error = (eps.float() - noise).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-        inside = F.adaptive_avg_pool2d(batch["m_gen"], error.shape[-2:])  # (B, 1, h, w) in [0, 1]
+        subjects = batch["m_gen"].amax(dim=1, keepdim=True)  # (B, 1, S, S)
+        inside = F.adaptive_avg_pool2d(subjects, error.shape[-2:])  # (B, 1, h, w) in [0, 1]
         weight = 1 + (self.options.subject_weight - 1) * inside
         loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
         return loss * self.weights[t] + self.trainable.constraint(maps, batch)  # (B,)
 
     def unpacked(self, batch: Batch) -> Batch:
-        """The batch as trainings get it: masks (B, 1, S, S), text states, what is dropped zeroed or empty."""
+        """The batch as trainings get it: masks (B, n, S, S), text states, what is dropped zeroed or empty."""
         made = {name: unpack(batch[name], self.image_size) for name in ("m_gen", "m_ref")}
+        if self.trainable.several:
+            made["m_gen"] = made["m_gen"] * batch["present"][:, :, None, None]
+            drop = batch["drop_text"]
+            made["text_ids"] = torch.where(drop[:, None], self.empty, batch["text_ids"])  # (B, K*T)
+            made["places"] = batch["places"].masked_fill(drop[:, None, None], 0)
+            return batch | made
         if "embedding" in batch:
             made["embedding"] = batch["embedding"].masked_fill(batch["drop"][:, None], 0)  # (B, E)
         if "text_ids" in batch:
@@ -150,7 +157,11 @@ class DenoisingTask:
 
     @property
     def decayed(self) -> Sequence[str]:
-        return decayed_names(self.model, [f"trainable.{name}" for name in self.model.trainable.decayed])
+        """By the names of the whole model, where a LoRA may be found in the network that it changes."""
+        trainable = self.model.trainable
+        chosen = set(decayed_names(trainable, trainable.decayed))
+        own = {id(p) for name, p in trainable.named_parameters() if name in chosen}
+        return [name for name, p in self.model.named_parameters() if id(p) in own]
 
     def batches(
         self, batch_size: int, rank: int, world: int, start: Position
@@ -180,7 +191,8 @@ class DenoisingTask:
         """The first `count` held-out samples, the same in every run, nothing dropped."""
         for numbers in torch.arange(count).split(size):
             batch = self._batch(self.held_out or self.data, numbers * self._views, numbers, VALIDATION_SEED)
-            yield batch | {name: torch.zeros_like(batch[name]) for name in ("drop", "drop_text")}
+            dropped = (name for name in ("drop", "drop_text", "absent") if name in batch)
+            yield batch | {name: torch.zeros_like(batch[name]) for name in dropped}
 
     def _batch(self, data: Cache, index: Tensor, numbers: Tensor, seed: int) -> Batch:
         samples, model = data.batch(index), self.model
@@ -199,11 +211,10 @@ class DenoisingTask:
         keys, words, captions = zip(*names, strict=True)
         # Trained weights are float32, the frozen networks' may not be.
         with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            subjects = trainable.subjects(self.model.unpacked(batch), words, captions)
-            pairs = zip(subjects, captions, strict=True)
-            jobs = [Job(subject, text, seed=i) for i, (subject, text) in enumerate(pairs)]
+            jobs = trainable.jobs(self.model.unpacked(batch), words, captions)
             drawn = list(Pipeline(trainable.drawing()).run(jobs, SampleConfig(options.grid_steps)))
-        reference, target = (to_images(base.vae.decode(batch[name])) for name in ("ref_mean", "mean"))
+        first = batch["ref_mean"][:, 0] if trainable.several else batch["ref_mean"]  # (B, Z, h, w)
+        reference, target = (to_images(base.vae.decode(mean)) for mean in (first, batch["mean"]))
         return contact_sheet(
             [
                 (Cell(a, ("reference", key)), Cell(b, ("target",)), Cell(c.image, (text,)))
@@ -252,19 +263,20 @@ def model_of(choices: Choices, runtime: Runtime) -> Denoising:
 
 def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> Cache:
     """The cache of some data, completed by all ranks together if need be."""
-    kind, _, options, _, method = choices
+    kind, _, options, stage, method = choices
     bundle, method = runtime.weights, replace(method, geometry=options.geometry)
+    behind = kind.background(stage)
     caching = CacheConfig(
         batch=options.cache_batch, workers=options.cache_workers, max_skipped=options.max_skipped
     )
-    expected = identity(kind, bundle, source.names(), method, runtime.dtype, caching, options.flip)
+    expected = identity(kind, bundle, source.names(), method, runtime.dtype, caching, options.flip, behind)
     tower = bundle.config("vision").image_size if kind.embedding else None
     several = dist.is_initialized()
     build_cache(
         Path(folder),
         expected,
         source,
-        Prepare(bundle.image_size, tower, method, options.flip),
+        Prepare(bundle.image_size, tower, method, options.flip, kind.several, behind),
         encoder=lambda: Encoder(kind, runtime, method),
         cfg=caching,
         rank=dist.get_rank() if several else 0,

@@ -20,8 +20,8 @@ class MMDiffConfig(TextConfig):
     # Text encoders whose LoRA acts: the release loads both and, by a wrong prefix, applies the first one's.
     text_lora: Literal["first", "both"] = "first"
     # What the image encoders see: "photo" = the whole image on black (release), "segment" = the subject on
-    # white (paper).
-    seen: Literal["photo", "segment"] = "photo"
+    # white (paper), "noise" = on random colours (FastComposer's training).
+    seen: Literal["photo", "segment", "noise"] = "photo"
     # The bundle's network that reads the patch tokens: the release's, or LLaVA's image tower (train.py).
     patches: Literal["mm_diff_public", "vision"] = "mm_diff_public"
 

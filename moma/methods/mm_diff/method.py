@@ -23,7 +23,7 @@ from models.clip_image import clip_image
 from models.unet import Grid, KeysValues
 from models.weights.packed import optimize_layout
 from moma.inputs.faces import EMBEDDING, Face
-from moma.inputs.preprocess import Reference, on_white
+from moma.inputs.preprocess import Reference, on_noise, on_white
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, frozen_context, merge
 from moma.methods.mm_diff.config import PRESETS, MMDiffConfig
 from moma.methods.mm_diff.images import face_pixels, padded
@@ -144,13 +144,14 @@ class MMDiff(TextToImage):
 
     @torch.no_grad()
     def encode_reference(
-        self, reference: Reference, word: str, *, face: Face | None = None, **options: Any
+        self, reference: Reference, word: str, *, seed: int = 0, face: Face | None = None, **options: Any
     ) -> MMDiffSubject:
         """The embedding of a subject's image and its tokens.
 
         Args:
             reference: of the subject.
             word: what it is.
+            seed: of the noise behind a subject.
             face: in the original image; weights for faces need one.
             options: of `Method.encode_reference`.
 
@@ -165,7 +166,8 @@ class MMDiff(TextToImage):
         if config.seen == "photo":
             pixels = padded(on_white(reference.original), side)
         else:
-            pixels = clip_image(reference.white, side)
+            white = config.seen == "segment"
+            pixels = clip_image(reference.white if white else on_noise(reference, seed), side)
         pixels = pixels[None].to(base.device, base.dtype)  # (1, 3, side, side)
         embedding = self.vision(pixels)[1]  # (1, P)
         subject = embedding

@@ -1,15 +1,16 @@
 """The training of MM-Diff: Eq. 1, and each subject's attention kept to its mask.
 
 The last blocks of the image encoder train with the adapter: caches hold the states before them. The subject's
-tokens are made of its own embedding (paper); its image is the subject on white.
+tokens are made of its own embedding (paper); its image is the subject on white or on noise.
 
-Letters: B samples, N queries, T text tokens, K subject tokens, n subjects, H heads, W width of a text
-encoder, P embedding of an image, M states of the image encoder, C their width, S side of the images.
+Letters: B samples, N queries, T text tokens, K tokens of a subject, n subjects of a sample, H heads,
+D channels per head, W width of a text encoder, P embedding of an image, M states of the image encoder,
+C their width, S side of the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,15 +20,16 @@ from torch import Tensor, nn
 from models.attention import attention
 from models.clip import CLIPVision
 from models.unet import Grid
+from moma.methods.map_loss import Form, map_loss
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA, attach, frozen_context
 from moma.methods.mm_diff.config import MMDiffConfig
 from moma.methods.mm_diff.method import WORDS, MMDiff, MMDiffSubject, SubjectHook
+from moma.methods.mm_diff.prompts import TRIGGER, MarkedPrompt, read_marked
 from moma.sampling.base import Base
 from moma.sampling.config import LARGEST, check_types
-from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime, StepInputs
+from moma.sampling.interface import Batch, DenoisingTraining, Export, Job, Runtime, StepInputs
 
 TRAINABLE = 2  # last blocks of the image encoder that caches leave out
-EPSILON = 1e-5  # of FastComposer's constraint
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,15 @@ class MMDiffTrainingConfig:
     text_rank: int = 64  # of the text encoders'
     refiner_blocks: int = 4
     encoder_blocks: int = 2  # last ones of the image encoder that are trained, up to 2 (FastComposer)
-    # Weight of the constraint on attention maps, and whether each map is divided by its maximum first.
+    # A subject is left out of a sample, whose caption stays, with this probability (FastComposer).
+    drop_subject: float = 0.1
+    background: Literal["white", "noise"] = "white"  # behind a subject; the paper's figure, FastComposer
+    # Weights of the constraint on attention maps (FastComposer's): of the subjects' words in the text's
+    # attention, and of their tokens, summed, in the second attention.
     map_weight: float = 1e-3
-    map_normalise: bool = False
+    image_map_weight: float = 1e-3
+    map_form: Form = "balanced"
+    map_normalise: bool = False  # each map is divided by its maximum first
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -50,8 +58,11 @@ class MMDiffTrainingConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.encoder_blocks <= TRAINABLE:
             raise ValueError(f"encoder_blocks {self.encoder_blocks}: expected 0 to {TRAINABLE}")
-        if not 0 <= self.map_weight <= LARGEST:
-            raise ValueError(f"map_weight {self.map_weight}: expected a finite number, 0 or more")
+        if not 0 <= self.drop_subject < 1:
+            raise ValueError(f"drop_subject {self.drop_subject}: expected 0 or more, below 1")
+        for name in ("map_weight", "image_map_weight"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
 
 
 class VisionTail(nn.Module):
@@ -88,7 +99,7 @@ class MMDiffTraining(DenoisingTraining):
     about = "MM-Diff: refiner, fusion, LoRAs on UNet and text encoders, end of the image encoder"
     fixed: ClassVar[Mapping[str, Any]] = {"seen": "segment", "patches": "vision", "text_lora": "both"}
     embedding, embedding_networks = "states before the last blocks", ("vision",)
-    captions_alone = True
+    captions_alone = several = True
     decayed = ("adapter.",)
 
     def __init__(
@@ -129,50 +140,87 @@ class MMDiffTraining(DenoisingTraining):
         vision = runtime.weights.build("vision", runtime.device, runtime.dtype).eval().requires_grad_(False)
         return lambda white, words, prompts: vision.hidden(white, -1 - TRAINABLE).flatten(1)  # (B, M * C)
 
+    @classmethod
+    def background(cls, config: MMDiffTrainingConfig) -> Literal["white", "noise"]:
+        return config.background
+
+    @classmethod
+    def places(
+        cls, tokenizers: Sequence[Any], caption: str, words: Sequence[str], ends: Sequence[int | None]
+    ) -> list[tuple[int, ...]]:
+        found = []
+        for word, end in zip(words, ends, strict=True):
+            marked = caption if end is None else f"{caption[:end]}{TRIGGER}{caption[end:]}"
+            try:
+                places = read_marked(tokenizers, [word], marked, "ignore").places
+            except ValueError:  # beyond the text encoder's limit, for one
+                places = [(None,)] * len(tokenizers)
+            found.append(tuple(place[0] or 0 for place in places))
+        return found
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"absent": torch.rand(MMDiff.subjects[-1], generator=generator) < self.config.drop_subject}
+
     def inputs(self, batch: Batch) -> StepInputs:
-        embedding, tokens = self._subjects(batch)  # (B, P), (B, K, X)
-        images = self.adapter.images(embedding)  # of each text encoder (B, W)
-        ids, shown = batch["text_ids"], ~batch["drop"]  # (B, K*T), (B,)
-        count = len(self.base.text_encoders)
-        pairs = zip(*(x.chunk(count, dim=1) for x in (ids, batch["label_ids"])), strict=True)
-        places = [
-            label_places(own, label, tokenizer.end_id)  # (B,) each
-            for (own, label), tokenizer in zip(pairs, self.base.tokenizers, strict=True)
-        ]
-        named = [shown & (place > 0) for place in places]  # (B,) each
+        embedding, tokens = self._subjects(batch)  # (B * n, P), (B, n, K, X)
+        images = self.adapter.images(embedding)  # of each text encoder (B * n, W)
+        b, n, k = tokens.shape[:3]
+        shown = batch["present"] & ~batch["drop"][:, None] & ~batch["absent"][:, :n]  # (B, n)
+        places = batch["places"].unbind(dim=2)  # of each text encoder (B, n)
+        named = [shown & (place > 0) for place in places]  # (B, n) each
+        # The others write what is there at BOS, where no word is.
+        places = [place * here for place, here in zip(places, named, strict=True)]
+        rows = torch.arange(b, device=shown.device)[:, None]  # (B, 1)
 
         def change(encoder: int, words: Tensor) -> Tensor:
-            where = torch.arange(len(words), device=words.device), places[encoder]
-            before = words[where]  # (B, W)
-            merged = self.adapter.fuse[encoder](before, images[encoder]).to(words.dtype)  # (B, W)
-            return words.index_put(where, torch.where(named[encoder][:, None], merged, before))
+            before = words[rows, places[encoder]]  # (B, n, W)
+            merged = self.adapter.fuse[encoder](before, images[encoder].unflatten(0, (b, n))).to(words.dtype)
+            chosen = torch.where(named[encoder][..., None], merged, before)  # (B, n, W)
+            return words.index_put((rows, places[encoder]), chosen)
 
-        text, pooled = self.base.encode_ids(ids, batch["drop_text"], change)
-        size = self.base.image_size
+        text, pooled = self.base.encode_ids(batch["text_ids"], batch["drop_text"], change)
+        size, keep = self.base.image_size, shown.repeat_interleave(k, dim=1)  # (B, n * K)
         hook = MapHook(
-            self.adapter.keys_values(tokens, self.frozen),
-            shown[:, None, None, None].expand(-1, -1, -1, tokens.shape[1]),
-            shown[:, None, None, None].to(tokens.dtype),
-            F.one_hot(places[0], text.shape[1])[:, None, :, None].to(text.dtype),
+            self.adapter.keys_values(tokens.flatten(1, 2), self.frozen),
+            keep[:, None, None],
+            shown.any(dim=1)[:, None, None, None].to(tokens.dtype),
+            F.one_hot(places[0], text.shape[1]).mT[:, None].to(text.dtype),
             batch["m_gen"],
-            torch.stack([named[0], shown], dim=1),
+            torch.stack([named[0], shown]),
             batch["mean"].shape[-2:],
-            self.config.map_normalise,
+            self.config,
         )
         return StepInputs(text, self.base.added_conditioning(pooled, size, size), hook)
 
     def constraint(self, maps: Sequence[Tensor], batch: Batch) -> Tensor | float:
-        return self.config.map_weight * torch.stack(list(maps)).mean(dim=0) if maps else 0.0
+        return torch.stack(list(maps)).mean(dim=0) if maps else 0.0
 
     def _subjects(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, P) and tokens (B, K, X)."""
-        states = batch["embedding"].unflatten(1, (-1, self.vision_cfg.width))  # (B, M, C)
+        """Embeddings (B * n, P) and tokens (B, n, K, X)."""
+        count = batch["embedding"].shape[:2]  # B, n
+        states = batch["embedding"].flatten(0, 1).unflatten(1, (-1, self.vision_cfg.width))  # (B * n, M, C)
         embedding, patches = self.tail(states.to(self.tail.norm.weight.dtype))
-        return embedding, self.adapter.head(embedding, patches)
+        return embedding, self.adapter.head(embedding, patches).unflatten(0, count)
 
-    def subjects(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[MMDiffSubject]:
-        parts = zip(words, *(x.split(1) for x in self._subjects(batch)), strict=True)
-        return [MMDiffSubject(word, None, embedding, tokens) for word, embedding, tokens in parts]
+    def subjects(
+        self, batch: Batch, words: Sequence[str], prompts: Sequence[str]
+    ) -> list[tuple[MMDiffSubject, ...]]:
+        embedding, tokens = self._subjects(batch)  # (B * n, P), (B, n, K, X)
+        embedding = embedding.unflatten(0, tokens.shape[:2])  # (B, n, P)
+        return [
+            tuple(MMDiffSubject(word, None, e[i : i + 1], t[i : i + 1]) for i in range(int(present.sum())))
+            for word, e, t, present in zip(words, embedding, tokens, batch["present"], strict=True)
+        ]
+
+    def jobs(self, batch: Batch, words: Sequence[str], prompts: Sequence[str]) -> list[Job]:
+        """The captions are read as the cache has them, whose words may need no mark."""
+        jobs = []
+        for job, places in zip(super().jobs(batch, words, prompts), batch["places"].mT.tolist(), strict=True):
+            own = tuple(tuple(place or None for place in one[: len(job.subjects)]) for one in places)
+            labels = tuple((place,) if place else () for place in own[0])
+            text = MarkedPrompt(job.prompt, self.base.tokenize(job.prompt), labels, own)
+            jobs.append(replace(job, text=text))
+        return jobs
 
     def drawing(self) -> MMDiff:
         return MMDiff(self.base, self.adapter, self.frozen, None, None, self.method)
@@ -183,7 +231,8 @@ class MMDiffTraining(DenoisingTraining):
             "mm_diff": (self.adapter.cfg, dict(self.adapter.named_parameters())),
             WORDS: (self.vision_cfg, start | self.tail.tensors()),
         }
-        return Export(networks, methods={"mm-diff": self.fixed})
+        seen = {"white": "segment", "noise": "noise"}[self.config.background]
+        return Export(networks, methods={"mm-diff": {**self.fixed, "seen": seen}})
 
 
 def new_sizes(base: Base, vision: CLIPVision, config: MMDiffTrainingConfig) -> MMDiffSizes:
@@ -204,67 +253,33 @@ def new_sizes(base: Base, vision: CLIPVision, config: MMDiffTrainingConfig) -> M
     )
 
 
-def label_places(ids: Tensor, labels: Tensor, end: int) -> Tensor:
-    """Position of the last token of each text's label, 0 (which is BOS) where the text lacks it.
-
-    Args:
-        ids: of texts, (B, T).
-        labels: of the labels alone, (B, T).
-        end: the token that ends a text.
-
-    Returns:
-        int64 (B,).
-    """
-    found = []
-    for text, label in zip(ids.tolist(), labels.tolist(), strict=True):
-        word = label[1 : label.index(end)]
-        starts = (i for i in range(1, len(text)) if word and text[i : i + len(word)] == word)
-        found.append(next((i + len(word) - 1 for i in starts), 0))
-    return torch.tensor(found, device=ids.device)
-
-
-def map_loss(maps: Tensor, masks: Tensor, present: Tensor, normalise: bool = False) -> Tensor:
-    """FastComposer's constraint (arXiv 2305.10431): attention outside each subject's mask, less that inside.
-
-    Args:
-        maps: attention of each query to each subject, (B, H, N, n).
-        masks: of the subjects on the layer's grid, (B, n, h, w), h * w = N.
-        present: which of them there are, bool (B, n).
-        normalise: divide each map by its maximum first.
-
-    Returns:
-        float32 (B,), the mean over heads and subjects that are present; 0 without any.
-    """
-    maps, inside = maps.float(), masks.float().flatten(2).mT[:, None]  # (B, H, N, n), (B, 1, N, n)
-    if normalise:
-        maps = maps / (maps.amax(dim=2, keepdim=True) + EPSILON)
-    means = [
-        (maps * part).sum(dim=2) / (part.sum(dim=2) + EPSILON) for part in (1 - inside, inside)
-    ]  # (B, H, n) each
-    each = (means[0] - means[1]).mean(dim=1) * present  # (B, n)
-    return each.sum(dim=1) / present.sum(dim=1).clamp(min=1)  # (B,)
-
-
 @dataclass(frozen=True, eq=False)
 class MapHook(SubjectHook):
-    """The second cross-attention of one subject per sample; below the finest grid it also gives the loss of
-    both maps."""
+    """The second cross-attention; below the finest grid it also gives the loss of both maps."""
 
-    word: Tensor  # (B, 1, T, 1): 1 at the subject's word
-    masks: Tensor  # of the subjects, (B, 1, S, S)
-    present: Tensor  # bool (B, 2): in the text, among the tokens
+    word: Tensor  # (B, 1, T, n): 1 at each subject's word
+    masks: Tensor  # of the subjects, (B, n, S, S)
+    present: Tensor  # bool (2, B, n): in the text, among the tokens
     finest: Grid
-    normalise: bool
+    config: MMDiffTrainingConfig
 
     def cross_attn(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: Grid
     ) -> tuple[Tensor, Tensor | None]:
         if tuple(grid) == tuple(self.finest):
             return super().cross_attn(layer, q, k, v, grid)
-        mark = self.word.to(v.dtype).expand(-1, v.shape[1], -1, -1)  # (B, H, T, 1)
-        both = attention(q, k, torch.cat([v, mark], dim=-1))  # (B, H, N, D + 1)
-        k_i, v_i = self.layers[layer]  # one subject's tokens take all of the second attention
-        z_i = attention(q, k_i.to(q.dtype), v_i.to(q.dtype), self.keep)  # (B, H, N, D)
-        masks = F.interpolate(self.masks, grid, mode="bilinear", antialias=True)  # (B, 1, h, w)
-        loss = map_loss(both[..., -1:], masks, self.present[:, :1], self.normalise)  # (B,)
-        return both[..., :-1] + (z_i * self.scale).to(q.dtype), loss
+        mark, (k_i, v_i) = self.word.to(v.dtype).expand(-1, v.shape[1], -1, -1), self.layers[layer]
+        both = attention(q, k, torch.cat([v, mark], dim=-1))  # (B, H, N, D + n)
+        n, width = self.word.shape[3], v.shape[3]
+        owner = torch.eye(n, device=q.device, dtype=q.dtype).repeat_interleave(k_i.shape[2] // n, dim=0)
+        values = torch.cat(
+            [v_i.to(q.dtype), owner.expand(*v_i.shape[:2], -1, -1)], dim=-1
+        )  # (B, H, S, D + n)
+        both_i = attention(q, k_i.to(q.dtype), values, self.keep)  # (B, H, N, D + n)
+        masks = F.interpolate(self.masks, grid, mode="bilinear", antialias=True)  # (B, n, h, w)
+        named, shown = self.present
+        shown = shown & (shown.sum(dim=1, keepdim=True) > 1)  # one subject's tokens take all of the attention
+        cfg, form = self.config, (self.config.map_normalise, self.config.map_form)
+        loss = cfg.map_weight * map_loss(both[..., width:], masks, named, *form)  # (B,)
+        loss = loss + cfg.image_map_weight * map_loss(both_i[..., width:], masks, shown, *form)
+        return both[..., :width] + (both_i[..., :width] * self.scale).to(q.dtype), loss
