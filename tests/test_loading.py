@@ -372,6 +372,22 @@ def test_a_compressed_entry_is_not_unpacked(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
+def test_a_tensor_is_mapped_where_it_lies(tmp_path: Path) -> None:
+    count = 2**28  # too large to be read without notice
+    sizes = {"odd": ("U8", 3, 0, 3), "wide": ("F32", count, 3, 3 + 4 * count)}  # not aligned
+    header = {
+        name: {"dtype": d, "shape": [n], "data_offsets": [a, b]} for name, (d, n, a, b) in sizes.items()
+    }
+    text = json.dumps(header).encode()
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"abc" + np.float32(1.5).tobytes())
+        file.truncate(8 + len(text) + 3 + 4 * count)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    found = {name: tensor.read() for name, tensor in read_checkpoint(tmp_path / "a.safetensors").items()}
+    assert found["odd"].tolist() == [97, 98, 99] and found["wide"][[0, -1]].tolist() == [1.5, 0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
 def packed_entry(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
     info.compress_type = zipfile.ZIP_BZIP2

@@ -282,23 +282,20 @@ def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
     def lazy(name: str, entry: dict[str, Any]) -> LazyTensor:
         shape, dtype = tuple(entry["shape"]), _SAFETENSORS_DTYPES[entry["dtype"]]
-        start = 8 + size + entry["data_offsets"][0]
-        return LazyTensor(
-            shape, dtype, path, lambda: _values(path, start, prod(shape), dtype).view(shape), name=name
-        )
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+
+        def read() -> Tensor:  # mapped anew, so that only this tensor stays mapped
+            if start == end:
+                return torch.empty(shape, dtype=dtype)
+            try:
+                storage = torch.UntypedStorage.from_file(str(path), False, end)[start:end]
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+            return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+        return LazyTensor(shape, dtype, path, read, name=name)
 
     return {name: lazy(name, header[name]) for name in sorted(header)}
-
-
-def _values(path: Path, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """(count,) values that lie in a file from a byte on; ValueError if it ends before."""
-    flat = torch.empty(count, dtype=dtype)
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
-    if got != flat.nbytes:
-        raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
-    return flat
 
 
 class _Skipped:
@@ -366,8 +363,13 @@ def _read_zip(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{path}: damaged, {name} is larger than its stored values")
 
         def read() -> Tensor:
-            first = start + skip * tensor.itemsize
-            return _values(path, first, count, tensor.dtype).as_strided(shape, stride)
+            flat = torch.empty(count, dtype=tensor.dtype)
+            with open(path, "rb") as stream:
+                stream.seek(start + skip * flat.itemsize)
+                got = stream.readinto(flat.view(torch.uint8).numpy()) if count else 0
+            if got != flat.nbytes:
+                raise ValueError(f"{path}: truncated before its last tensor; fetch it again")
+            return flat.as_strided(shape, stride)
 
         return LazyTensor(shape, tensor.dtype, path, read, name=name)
 
