@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 import sample
 from convert_weights import convert
 from models.weights.loading import read_checkpoint
+from moma.app.options import OF_SUBJECTS
 from moma.app.record import CHUNK
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import build_tiny_bundle, build_tokenizers
@@ -228,6 +229,9 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
     """Command lines of sample.py."""
     build_tiny_bundle(folder / "tiny")
     shutil.copy(CAT, folder / "cat.png")
+    (folder / "dog").mkdir()
+    for name in ("1.png", "2.png"):
+        shutil.copy(CAT, folder / "dog" / name)
     (folder / "cut.png").write_bytes(CAT.read_bytes()[:3000])
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     with Image.open(CAT) as image:
@@ -239,13 +243,25 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
     (folder / "prompts.txt").write_text("\ufeffa cat\r\n# a dog\na cat\u2028in the snow\n", encoding="utf-8")
     start = {"--ref": "{}/cat.png", "--weights": "{}/tiny", "--out": "{}/out", "--cache": "off",
              "--steps": "1", "--size": "64", "--dtype": "fp32", "--prompt": "a cat"}  # fmt: skip
+    more = [f"--{name.replace('_', '-')}" for name in OF_SUBJECTS]
     while True:
-        line, wrong = dict(start), False
+        line, wrong, args = dict(start), False, []
+        if rng.random() < 0.3:  # a second subject
+            line |= {"--method": "reference-attention", "--prompt": "a cat and a dog"}
+            args += [
+                "--ref",
+                str(folder / rng.choice(["dog", "dog/1.png"])),
+                "--subject",
+                "dog",
+                "--subject",
+                "cat",
+            ]
         for option in rng.sample(list(OPTIONS), rng.randint(1, 4)):
             right, others = OPTIONS[option]
             bad = not right or rng.random() < 0.4
             line[option], wrong = rng.choice(others if bad else right), wrong or bad
-        args = []
+        if args and (repeated := [option for option in more if option in line]):
+            args += [repeated[0], "-"]  # for both; others once
         for option, value in line.items():
             values = value.split() if option == "--guidance-interval" else [value]
             args += [option, *(text.replace("{}", str(folder)) for text in values)]

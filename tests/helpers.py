@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import sample
 from moma import DEFAULT, Bundle, Job, MethodConfig, MoMASubject, Pipeline, Runtime, SampleConfig
 from moma.methods.moma.conditioning import MoMAConditioning
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
@@ -135,3 +136,17 @@ def first_version(settings: str) -> str:
     first = {"subject": subjects[0]["word"] if subjects else "", "reference": image["file"]}
     first |= {"mask": image["mask"], "segmented": image["segmented"]}
     return json.dumps(data | {"version": 1} | first, ensure_ascii=False)
+
+
+def run_sample(*args: object) -> int:
+    """sample.py in this process."""
+    return sample.run([str(arg) for arg in args])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found

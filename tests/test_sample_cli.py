@@ -24,7 +24,8 @@ from moma.methods.moma.feature_decoder import FeatureDecoder
 from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
-from tests.helpers import ROOT, first_version
+from tests.helpers import ROOT, first_version, only, pixels
+from tests.helpers import run_sample as run
 
 CAT = ROOT / "examples" / "cat.png"
 FAST = ["--steps", "3", "--dtype", "fp32"]
@@ -47,19 +48,6 @@ def command(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "sample.py"), *map(str, args)]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def run(*args: object) -> int:
-    return sample.run([str(arg) for arg in args])
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
 
 
 # --- images ----------------------------------------------------------------------------------------
