@@ -15,10 +15,11 @@ import time
 from tests.compare import TOLERANCE, relative_error
 from tests.parity_image import CASES as IMAGE
 from tests.parity_language import CASES as LANGUAGE
+from tests.parity_mm_diff import CASES as MM_DIFF
 from tests.parity_sam import CASES as SAM
 from tests.parity_scorers import CASES as SCORERS
 
-CASES = IMAGE + LANGUAGE + SAM + SCORERS
+CASES = IMAGE + LANGUAGE + MM_DIFF + SAM + SCORERS
 
 
 def run_case(index: int) -> bool:
