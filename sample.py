@@ -5,7 +5,6 @@ python sample.py --ref cat.png --ref teapot.png --prompt "a cat and a teapot on 
 """
 
 import argparse
-import importlib.metadata
 import os
 import re
 import sys
@@ -22,15 +21,15 @@ from tqdm import tqdm
 
 from moma import Job, Pipeline, Result, Runtime, SampleConfig, Segmenter, load_pipeline, set_precision
 from moma.app.files import check_writable, exit_status
-from moma.app.options import WEIGHTS, Request, parse_args, request_of_args, request_of_record, weight_hashes
-from moma.app.record import Record, SubjectRecord, compared, follow, read_record, save_new, short_path
+from moma.app.options import WEIGHTS, Request, parse_args, records_of, request_of_args, request_of_record
+from moma.app.record import Record, compared, follow, read_record, save_new, short_path
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
-from moma.app.subjects import FoundImage, find_faces, find_images, join, open_images
+from moma.app.subjects import FoundImage, encode, find_faces, find_images, open_images
 from moma.inputs.preprocess import on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
-from moma.sampling.device import choose_device, dtype_name
+from moma.sampling.device import choose_device
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.pipeline import Progress
 from moma.weights.bundle import Bundle
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"loaded {bundle.folder} in {loaded - start:.1f} s, {how}")
 
     jobs = _make_jobs(request, pipe, found, features, texts)
-    records = _records(request, found, pipe, runtime)
+    records = records_of(request, found, pipe, bundle)
     drawn = []
     try:
         for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
@@ -260,14 +259,8 @@ def _make_jobs(
         texts: each prompt, read.
     """
     torch.manual_seed(0)  # the release draws the reference's noise from the global generator, seeded before
-    encoded = [
-        pipe.method.encode_reference(
-            one.reference, one.word, features=known, **({"face": one.face} if one.face else {})
-        )
-        for one, known in zip(found, features, strict=True)
-    ]
     same = {
-        "subjects": join(request.subjects, encoded, pipe.method),
+        "subjects": encode(request.subjects, found, features, pipe.method),
         "negative": request.negative,
         "strength": request.strengths,
         "regions": request.regions,
@@ -276,32 +269,6 @@ def _make_jobs(
 
 
 # --- results -----------------------------------------------------------------------------------------
-
-
-def _records(request: Request, found: Sequence[FoundImage], pipe: Pipeline, runtime: Runtime) -> list[Record]:
-    """The settings of each of the request's images."""
-    bundle, size = runtime.weights, request.sample.batch_size
-    batches = [request.images[i : i + size] for i in range(0, len(request.images), size)]
-    rest = iter(one.record for one in found)
-    first = Record(
-        subjects=tuple(
-            SubjectRecord(one.word, tuple(next(rest) for _ in one.images), one.strength, one.region)
-            for one in request.subjects
-        ),
-        prompt=request.images[0][0],
-        negative=request.negative,
-        seed=request.images[0][1],
-        batch=batches[0],
-        sample=request.sample,
-        method_name=request.method,
-        method=request.config,
-        weights=short_path(bundle.folder),
-        weight_hashes=weight_hashes(bundle, request.method, request.config),
-        dtype=dtype_name(pipe.dtype),
-        device=str(pipe.device),
-        versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
-    )
-    return [replace(first, prompt=p, seed=seed, batch=batch) for batch in batches for p, seed in batch]
 
 
 def _sheet(found: Sequence[FoundImage], drawn: Sequence[tuple[Job, Result]], debug: bool) -> Image.Image:

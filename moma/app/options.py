@@ -16,16 +16,17 @@ from typing import Any, get_args
 
 from models.weights.files import read_text
 from moma.app.files import Parser
-from moma.app.record import MIN_SIDE, InputFile, Record, follow
-from moma.app.subjects import ImageRequest, SubjectRequest, images_of, partners
+from moma.app.record import MIN_SIDE, InputFile, Record, SubjectRecord, follow, short_path
+from moma.app.subjects import FoundImage, ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
 from moma.methods.prompts import plain_text
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
-from moma.sampling.device import DTYPES, choose_device
+from moma.sampling.device import DTYPES, choose_device, dtype_name
 from moma.sampling.diffusion import SOLVERS
 from moma.sampling.interface import Region, check_regions
 from moma.sampling.memory import Toggle
+from moma.sampling.pipeline import Pipeline
 from moma.weights.bundle import Bundle
 
 # Folders of weights where none is given: the first that exists.
@@ -470,3 +471,36 @@ def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
     """
     names = find_method(method).method.needed(bundle, config)
     return bundle.hashes_of(*(name for name in names if name in bundle.networks))
+
+
+def records_of(request: Request, found: Sequence[FoundImage], pipe: Pipeline, bundle: Bundle) -> list[Record]:
+    """The settings of each of the request's images.
+
+    Args:
+        request: what is drawn.
+        found: every image of its subjects.
+        pipe: what draws it.
+        bundle: the pipeline's weights.
+    """
+    size = request.sample.batch_size
+    batches = [request.images[i : i + size] for i in range(0, len(request.images), size)]
+    rest = iter(one.record for one in found)
+    first = Record(
+        subjects=tuple(
+            SubjectRecord(one.word, tuple(next(rest) for _ in one.images), one.strength, one.region)
+            for one in request.subjects
+        ),
+        prompt=request.images[0][0],
+        negative=request.negative,
+        seed=request.images[0][1],
+        batch=batches[0],
+        sample=request.sample,
+        method_name=request.method,
+        method=request.config,
+        weights=short_path(bundle.folder),
+        weight_hashes=weight_hashes(bundle, request.method, request.config),
+        dtype=dtype_name(pipe.dtype),
+        device=str(pipe.device),
+        versions={package: importlib.metadata.version(package) for package in ("torch", "pillow")},
+    )
+    return [replace(first, prompt=p, seed=seed, batch=batch) for batch in batches for p, seed in batch]

@@ -4,7 +4,7 @@ A subject is a file, or a folder of images of it. Whatever can be wrong with one
 read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,3 +184,26 @@ def join(subjects: Sequence[SubjectRequest], encoded: Sequence[Any], method: Any
     """
     rest = iter(encoded)
     return tuple(method.join_images([next(rest) for _ in subject.images]) for subject in subjects)
+
+
+def encode(
+    subjects: Sequence[SubjectRequest],
+    found: Sequence[FoundImage],
+    features: Sequence[Mapping[str, Any]],
+    method: Any,
+) -> tuple[Any, ...]:
+    """The subjects as jobs take them.
+
+    Args:
+        subjects: that are asked for.
+        found: every image of them.
+        features: of each image (`Method.precompute`).
+        method: that encodes them.
+    """
+    encoded = [
+        method.encode_reference(
+            one.reference, one.word, features=known, **({"face": one.face} if one.face else {})
+        )
+        for one, known in zip(found, features, strict=True)
+    ]
+    return join(subjects, encoded, method)
