@@ -16,6 +16,7 @@ from moma.evaluate import plan as planning
 from moma.evaluate import world as evaluation
 from moma.evaluate.options import parse
 from moma.evaluate.protocol import limited, open_dataset, tasks_of
+from moma.evaluate.scorers import load_scorers
 from moma.evaluate.world import WorldEvaluation, mini_scorers, photos_of, write_world
 from moma.inputs.segment import Segmenter
 from moma.methods import METHODS, Entry
@@ -189,6 +190,35 @@ def test_photos_are_evaluated(place: Path, tmp_path: Path) -> None:
     assert "Textual Inversion" not in (tmp_path / "table.md").read_text()
     assert command(tmp_path, *photos(place, "--reference", "each", "--no-added")) == 0
     assert len(drawn) == 6 and all(path.stat().st_mtime_ns == time for path, time in drawn.items())
+
+
+def test_pairs_are_evaluated(place: Path, tmp_path: Path) -> None:
+    """Likeness is the mean over both subjects, in the contexts of both."""
+    given = photos(
+        place, "--pairs", "--reference", "each", "--method", "reference-attention", "--method", "text"
+    )
+    assert command(tmp_path, *given) == 0
+    found = rows(tmp_path)
+    assert [(row["method"], row["prompt"]) for row in found] == [
+        (method, f"a top hat and a cat in the {place}")
+        for method in ("reference-attention", "text")
+        for place in ("jungle", "snow")
+    ]
+    assert found[0]["file"] == "reference-attention/hat-and-my_cat/a-top-hat-and-a-cat-in-the-jungle-0.png"
+    scorers = load_scorers(Bundle.open(place / "tiny"))
+    seen = [Image.open(tmp_path / row["file"]) for row in found]
+    for i, column in enumerate(("DINO ViT-S/16", "CLIP-I ViT-B/32")):
+        drawn, likeness = scorers[i].embed_images(seen), 0.0
+        for name in ("hat", "my_cat"):
+            real = [Image.open(path) for path in sorted((place / "data" / name).iterdir())]
+            likeness += (drawn @ scorers[i].embed_images(real).T).mean(dim=1) / 2
+        assert [row["values"][column] for row in found] == pytest.approx(likeness.tolist(), abs=1e-4)
+    table = (tmp_path / "table.md").read_text()
+    assert (
+        "0.506" in table
+        and "| Real images |" in table
+        and "hat-and-my_cat" in (tmp_path / "index.html").read_text()
+    )
 
 
 def test_masks_by_the_bundles_segmenter(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

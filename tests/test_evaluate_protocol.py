@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moma.evaluate import protocol
-from moma.evaluate.protocol import ProtocolConfig, limited, open_dataset, prompts_for, tasks_of
+from moma.evaluate.protocol import ProtocolConfig, limited, open_dataset, pairs_of, prompts_for, tasks_of
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.inputs.preprocess import make_reference
 from tests.helpers import image as example
@@ -91,10 +91,33 @@ def test_tasks_name_files_seeds_and_references(tmp_path: Path) -> None:
     tasks = tasks_of([vase], per_prompt=8)
     third = tasks[2]
     assert str(third.file) == "vase/a-vase-in-the-jungle-2.png" and third.number == 2
-    assert {task.photo("first").name for task in tasks} == {"00.jpg"}
-    names = [task.photo("each").name for task in tasks[:8]]
+    assert {photo.name for task in tasks for photo in task.photos("first")} == {"00.jpg"}
+    names = [photo.name for task in tasks[:8] for photo in task.photos("each")]
     assert names == ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "04.jpg", "05.jpg", "00.jpg", "01.jpg"]
     assert ProtocolConfig().strength("context") == 1.0 and ProtocolConfig().strength("texture") == 0.4
+
+
+def test_pairs(tmp_path: Path) -> None:
+    """Of DreamBooth's list, in the contexts that both have; of other subjects, all of different classes."""
+    subjects = open_dataset(dreambooth(tmp_path))
+    pairs = {pair.name: pair for pair in pairs_of(subjects)}
+    assert len(pairs) == 8 * 7 // 2 and len({word for pair in pairs.values() for word in pair.words}) == 8
+    mixed, alive = pairs["cat-and-teapot"], pairs["cat-and-dog"]
+    assert mixed.words == ("cat", "teapot") and len(mixed.photos) == 10
+    texts = [prompt.text for prompt in mixed.prompts]
+    assert texts == [text.format("cat and a teapot") for text in protocol.PLACES]
+    assert "a cat and a dog in a chef outfit" in [prompt.text for prompt in alive.prompts]
+    assert {prompt.kind for prompt in alive.prompts} == {"context"}
+    task = tasks_of([mixed], per_prompt=7)[6]
+    assert [photo.name for photo in task.photos("each")] == ["01.jpg", "01.jpg"]
+    assert [photo.parent.name for photo in task.photos("first")] == ["cat", "teapot"]
+    (few,) = limited([mixed], 1, (2,))
+    assert few.words == mixed.words and len(few.prompts) == 2
+
+    few = [subject for subject in subjects if subject.name in ("dog", "dog2", "can")]
+    assert [pair.name for pair in pairs_of(few)] == ["can-and-dog", "can-and-dog2"]
+    with pytest.raises(ValueError, match="2 subjects"):
+        pairs_of(few[1:])
 
 
 def test_limits(tmp_path: Path) -> None:

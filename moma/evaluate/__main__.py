@@ -45,7 +45,9 @@ def evaluate(options: Options, ranks: Ranks) -> None:
         print(f"{name}: scoring {len(images)} images", file=sys.stderr)
         scores += rate(name, images, real, scorers, options.out)
     photos = {subject.name: subject.photos for subject in plan.subjects}
-    write_outputs(options.out, scores, rate_real(real, scorers), plan.facts, photos, plan.dreambooth)
+    write_outputs(
+        options.out, scores, rate_real(real, scorers, plan.subjects), plan.facts, photos, plan.dreambooth
+    )
     print((options.out / "table.md").read_text(encoding="utf-8"))
     print(options.out / "index.html")
 

@@ -32,6 +32,7 @@ from moma.app.options import weight_hashes
 from moma.app.record import RECORDS, read_stamp, save_png
 from moma.evaluate.protocol import ProtocolConfig, Task
 from moma.evaluate.references import Reference
+from moma.inputs.faces import find_face
 from moma.inputs.preprocess import open_image
 from moma.load import load_pipeline
 from moma.methods import find_method
@@ -96,11 +97,12 @@ class Run:
         facts = {
             task: [settings, str(task.file), task.subject.word, task.prompt, task.kind] for task in self.tasks
         }
-        return {task: _digest([*known, self.reference(task).digest]) for task, known in facts.items()}
+        shown = {task: [one.digest for one in self.shown(task)] for task in self.tasks}
+        return {task: _digest([*known, *shown[task]]) for task, known in facts.items()}
 
-    def reference(self, task: Task) -> Reference:
-        """What the method is shown."""
-        return self.references[task.photo(self.protocol.reference)]
+    def shown(self, task: Task) -> tuple[Reference, ...]:
+        """What the method is shown of each subject."""
+        return tuple(self.references[photo] for photo in task.photos(self.protocol.reference))
 
 
 def _digest(facts: Sequence[str]) -> str:
@@ -181,7 +183,7 @@ def check_drawable(
     bundle: Bundle,
     sample: SampleConfig,
     strengths: Iterable[float],
-    prompts: Iterable[tuple[str, str]],
+    prompts: Iterable[tuple[Sequence[str], str]],
 ) -> None:
     """Check that a method can draw with a bundle; reads no weights.
 
@@ -190,7 +192,7 @@ def check_drawable(
         bundle: its weights.
         sample: with its sizes.
         strengths: of the subject.
-        prompts: word of the subject and prompt, each.
+        prompts: words of the subjects and prompt, each.
 
     Raises:
         ValueError: for a missing network, or settings or a prompt that do not fit.
@@ -201,8 +203,8 @@ def check_drawable(
         replace(sample, strength=strength).check(bundle.config("vae").factor)
     solver_steps(ScheduleConfig(), sample.steps, sample.solver, sample.grid)
     tokenizers = bundle.clip_tokenizers()
-    for word, prompt in prompts:
-        method.read(tokenizers, config, (word,), prompt)
+    for words, prompt in prompts:
+        method.read(tokenizers, config, words, prompt)
 
 
 def check_settings(run: Run) -> None:
@@ -340,13 +342,17 @@ def _encoder(run: Run, pipe: Pipeline, todo: Sequence[Sequence[Task]]) -> Encode
     """Encodes a subject once, for all its prompts: a streamed MLLM then reads its weights once for many."""
     prompts: dict[tuple[Reference, str], dict[str, None]] = defaultdict(dict)
     for task in (task for batch in todo for task in batch):
-        prompts[run.reference(task), task.subject.word][task.prompt] = None
+        for one in zip(run.shown(task), task.subject.words, strict=True):
+            prompts[one][task.prompt] = None
+
+    needs_face = pipe.method.needs_face(run.runtime.weights)
 
     @lru_cache(maxsize=SUBJECTS_KEPT)
     def encode(reference: Reference, word: str) -> Any:
+        photo, asked = open_image(reference.photo), list(prompts[reference, word])
+        face = {"face": find_face(photo)} if needs_face else {}
         with Image.open(reference.mask, formats=RECORDS) as mask:
-            asked = list(prompts[reference, word])
-            return pipe.encode_subject(open_image(reference.photo), mask.convert("L"), word, prompts=asked)
+            return pipe.encode_subject(photo, mask.convert("L"), word, prompts=asked, **face)
 
     return encode
 
@@ -357,7 +363,7 @@ def _draw_batch(
     """Draw a batch, from its resume file if there is one, and write those of its images that are wanted."""
     jobs = [
         Job(
-            encode(run.reference(task), task.subject.word),
+            tuple(map(encode, run.shown(task), task.subject.words)),
             task.prompt,
             task.number,
             strength=strength_for(pipe.method, run.protocol.strength(task.kind)),

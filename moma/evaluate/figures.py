@@ -446,7 +446,7 @@ def fill(prompt: str, word: str) -> str:
 def check(args: argparse.Namespace, request: Request) -> Bundle | None:
     """ValueError for anything that would fail later; returns the scorers' bundle, if there is one."""
     strengths = (request.sample.strength, *getattr(args, "strengths", ()))
-    prompts = [(photo.word, prompt) for photo, prompt in request.wanted]
+    prompts = [((photo.word,), prompt) for photo, prompt in request.wanted]
     for way in request.ways:
         bundle = way.runtime.weights
         check_drawable(way.method, bundle, request.sample, strengths, prompts)

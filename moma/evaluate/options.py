@@ -29,6 +29,7 @@ class Options:
     images: Mapping[str, Path]  # name -> folder of images drawn elsewhere
     scorers: Path
     masks: Path | None
+    pairs: bool  # two subjects per image
     subjects: int | None
     prompts: tuple[int, ...] | None
     protocol: ProtocolConfig
@@ -58,7 +59,8 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
         out=args.out, dataset=args.dataset, methods=methods, images=images, scorers=args.scorers or bundle,
-        masks=args.masks, subjects=args.subjects, prompts=args.prompts and tuple(args.prompts),
+        masks=args.masks, pairs=args.pairs, subjects=args.subjects,
+        prompts=args.prompts and tuple(args.prompts),
         device=args.device, dtype=args.dtype,
         protocol=ProtocolConfig(
             args.per_prompt, args.context_strength, args.texture_strength, args.reference, not args.no_added
@@ -99,7 +101,9 @@ def _parser(description: str) -> Parser:
     add("--world", action="store_true", help="MoMA-mini's drawn world instead of photos")
     add("--masks", type=Path, metavar="DIR", help="masks as DIR/SUBJECT/IMAGE.png (default: the image's"
         " transparency, else SAM if a bundle has it, else a plain background)")  # fmt: skip
-    add("--subjects", type=int, metavar="N", help="only the first N")
+    add("--pairs", action="store_true", help="two subjects per image, of different classes: of DreamBooth's"
+        " a fixed list of pairs, else all")  # fmt: skip
+    add("--subjects", type=int, metavar="N", help="only the first N, or N pairs")
     add("--prompts", type=int, nargs="+", metavar="N", help="only the first N contexts and N textures, or N"
         " contexts and M textures")  # fmt: skip
     add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt,

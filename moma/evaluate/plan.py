@@ -23,15 +23,19 @@ from moma.evaluate.protocol import (
     is_dreambooth,
     limited,
     open_dataset,
+    pairs_of,
     prompts_for,
     tasks_of,
 )
+from moma.evaluate.published import PAIRS
 from moma.evaluate.rate import find_images
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.evaluate.scorers import check_scorers
 from moma.evaluate.world import WorldEvaluation, check_world_scorers, write_world
+from moma.inputs.faces import find_face
 from moma.inputs.preprocess import MaskSource, make_reference, open_image
 from moma.inputs.segment import segment_by
+from moma.methods import find_method
 from moma.methods.prompts import SD_TEMPLATE, plain_text
 from moma.sampling.device import dtype_name
 from moma.sampling.interface import Runtime
@@ -84,7 +88,12 @@ def prepare(options: Options, runtime: Runtime) -> Plan:
     check_writable("--out", options.out)
     references = open_references(options, masks, runs) if runs else {}
     runs = [replace(run, references=references) for run in runs]
-    own = options.dataset is None or (options.dataset / OWN).exists() or not is_dreambooth(subjects)
+    own = (
+        options.pairs
+        or options.dataset is None
+        or (options.dataset / OWN).exists()
+        or not is_dreambooth(subjects)
+    )
     known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
     return Plan(subjects, runs, images, _facts(options, subjects, runs), frozenset(known), scorers)
 
@@ -97,6 +106,8 @@ def _open_subjects(options: Options) -> tuple[list[Subject], Path | None]:
         subjects, masks = write_world(options.out / WORLD, WorldEvaluation(subjects=number))
     else:
         subjects, masks = open_dataset(options.dataset, options.protocol.added), options.masks
+    if options.pairs:
+        subjects = pairs_of(subjects)
     return limited(subjects, options.subjects, options.prompts), masks
 
 
@@ -121,7 +132,7 @@ def make_run(name: str, runtime: Runtime, options: Options, tasks: Sequence[Task
     bundle = runtime.weights
     config, sample = bundle.method_config(name), options.sample.sized(bundle.image_size)
     strengths = options.protocol.context_strength, options.protocol.texture_strength
-    prompts = dict.fromkeys((task.subject.word, task.prompt) for task in tasks)
+    prompts = dict.fromkeys((task.subject.words, task.prompt) for task in tasks)
     check_drawable(name, bundle, sample, strengths, prompts)
     return Run(name, options.out / name, runtime, config, sample, options.protocol, tasks, {})
 
@@ -142,7 +153,11 @@ def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -
         for run in runs:
             make_reference(image, mask, run.runtime.weights.image_size, run.config)
 
-    photos = list(dict.fromkeys(task.photo(options.protocol.reference) for task in runs[0].tasks))
+    shown = (task.photos(options.protocol.reference) for task in runs[0].tasks)
+    photos = list(dict.fromkeys(photo for some in shown for photo in some))
+    if any(find_method(run.name).method.needs_face(run.runtime.weights) for run in runs):
+        for photo in photos:
+            find_face(open_image(photo))
     runtime = next((run.runtime for run in runs if "sam" in run.runtime.weights.networks), None)
     found = Masks(masks)
     if runtime is not None:
@@ -162,6 +177,13 @@ def _facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -
         "data": str(options.dataset or "MoMA-mini's world"),
         "subjects": str(len(subjects)),
     }
+    if options.pairs:
+        names = dict.fromkeys(one.name for subject in subjects for one in subject.each)
+        told["subjects"] = f"{len(subjects)} pairs of {', '.join(names)}"
+        told["scores"] = "DINO and CLIP-I are means over both subjects"
+        told["published, of other pairs and prompts"] = "; ".join(
+            f"{one.name} {', '.join(f'{value:.3f}' for value in one.values.values())}" for one in PAIRS
+        )
     if runs or options.images:
         told |= {
             "prompts": f"{prompts} of each subject{ADDED_NOTE if added else ''}",

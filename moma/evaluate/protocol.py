@@ -5,12 +5,17 @@
 which only tuned models know. Five prompts change the look of the subject (red, shiny, ...) and count as
 textures, the others as contexts. MoMA's paper adds ten texture prompts without listing them; the ten
 materials here are a choice of this repository.
+
+With two subjects per image (`pairs_of`): Subject-Diffusion (arXiv 2307.11410) and MM-Diff take 30 pairs of
+DreamBooth's subjects, which are not public. Here they are all pairs of different classes of `PAIRED`, with
+the contexts that both have.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,6 +37,8 @@ CLASSES = {
 SIX = ("backpack", "berry_bowl", "can", "clock", "dog2", "dog3", "fancy_boot", "pink_sunglasses")
 PHOTOS = dict.fromkeys(CLASSES, 5) | dict.fromkeys((*SIX, "shiny_sneaker", "vase"), 6)
 PHOTOS |= dict.fromkeys(("duck_toy", "red_cartoon"), 4)
+# Of which pairs are made: one of each of eight classes.
+PAIRED = ("backpack", "bear_plushie", "cat", "clock", "colorful_sneaker", "dog", "teapot", "vase")
 LIVE = ("cat", "dog")  # classes with prompts about outfits; the others are objects
 PLACES = (
     "a {} in the jungle",
@@ -109,12 +116,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject, its photos and its prompts."""
+    """A subject, its photos and its prompts; or several that stand in one image."""
 
     name: str  # of its folder
     word: str  # its class, used in the prompts
     photos: tuple[Path, ...]
     prompts: tuple[Prompt, ...]
+    parts: tuple["Subject", ...] = ()  # the several
+
+    @property
+    def each(self) -> tuple["Subject", ...]:
+        """The subjects that an image shows."""
+        return self.parts or (self,)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of each."""
+        return tuple(one.word for one in self.each)
 
 
 @dataclass(frozen=True)
@@ -131,10 +149,10 @@ class Task:
         """Relative to the method's folder."""
         return Path(self.subject.name, f"{slug(self.prompt)}-{self.number}.png")
 
-    def photo(self, how: References) -> Path:
-        """The photo that the method is shown."""
-        photos = self.subject.photos
-        return photos[0] if how == "first" else photos[self.number % len(photos)]
+    def photos(self, how: References) -> tuple[Path, ...]:
+        """The photo of each subject that the method is shown."""
+        number = 0 if how == "first" else self.number
+        return tuple(one.photos[number % len(one.photos)] for one in self.subject.each)
 
 
 def slug(text: str) -> str:
@@ -183,12 +201,47 @@ def limited(subjects: Sequence[Subject], number: int | None, prompts: Sequence[i
         return chosen
     most = dict(zip(get_args(Kind), (*prompts, prompts[-1]), strict=False))
     return [
-        Subject(
-            one.name, one.word, one.photos,
-            tuple(p for kind in most for p in [p for p in one.prompts if p.kind == kind][: most[kind]]),
+        replace(
+            one,
+            prompts=tuple(
+                p for kind in most for p in [p for p in one.prompts if p.kind == kind][: most[kind]]
+            ),
         )
         for one in chosen
-    ]  # fmt: skip
+    ]
+
+
+def pairs_of(subjects: Sequence[Subject]) -> list[Subject]:
+    """All pairs of different classes: of `PAIRED` if the subjects are DreamBooth's, else of all.
+
+    ValueError where there is none.
+    """
+    if {subject.name: subject.word for subject in subjects} == CLASSES:
+        subjects = [subject for subject in subjects if subject.name in PAIRED]
+    found = [_pair(*both) for both in combinations(subjects, 2) if both[0].word != both[1].word]
+    if found := [pair for pair in found if pair.prompts]:
+        return found
+    raise ValueError(f"{len(subjects)} subjects: no two of different classes with a context that both have")
+
+
+def _pair(*both: Subject) -> Subject:
+    """Two subjects in the contexts that both have."""
+    first, second = (
+        [
+            re.sub(rf"\ban? {re.escape(one.word)}\b", "{}", p.text, count=1)
+            for p in one.prompts
+            if p.kind == "context"
+        ]
+        for one in both
+    )
+    words = " and ".join(f"{'an' if one.word[:1].lower() in 'aeiou' else 'a'} {one.word}" for one in both)
+    return Subject(
+        "-and-".join(one.name for one in both),
+        " and ".join(one.word for one in both),
+        tuple(photo for one in both for photo in one.photos),
+        tuple(Prompt(text.format(words), "context") for text in first if text in second),
+        both,
+    )
 
 
 def check_limits(number: int | None, prompts: Sequence[int] | None) -> None:

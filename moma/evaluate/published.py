@@ -32,6 +32,12 @@ def _first(name: str, images: int, dino: float, *clip: float) -> Published:
     return Published(name, {"DINO ViT-S/16": dino, **values}, images)
 
 
+# Averages over images of two subjects, as Subject-Diffusion (arXiv 2307.11410) reports them: DINO, CLIP-I,
+# CLIP-T, each subject's similarity alike.
+PAIRS = (
+    _unstated("DreamBooth", 0.430, 0.695, 0.308),
+    _unstated("Subject-Diffusion", 0.506, 0.696, 0.310),
+)
 DREAMBOOTH = (
     _first("Real images", 0, 0.774, 0.885),
     _first("DreamBooth (Imagen)", IMAGES, 0.696, 0.812, 0.306),

@@ -44,8 +44,9 @@ def embed_files(scorers: Sequence[ImageScorer], files: Iterable[Path]) -> list[T
 
 
 def embed_real(scorers: Sequence[ImageScorer], subjects: Sequence[Subject]) -> dict[str, list[Tensor]]:
-    """Subject's name -> embeddings of all its R photos, (R, E) for each scorer."""
-    return {subject.name: embed_files(scorers, subject.photos) for subject in subjects}
+    """Subject's name -> embeddings of all its R photos, (R, E) for each scorer; pairs by their subjects."""
+    single = {one.name: one for subject in subjects for one in subject.each}
+    return {name: embed_files(scorers, one.photos) for name, one in single.items()}
 
 
 def rate(
@@ -68,7 +69,9 @@ def rate(
     for subject, group in groupby(images, key=lambda task: task.subject):
         tasks = list(group)
         seen = embed_files(scorers, (images[task] for task in tasks))
-        rows = measure(scorers, seen, real[subject.name], [task.prompt for task in tasks])
+        prompts = [task.prompt for task in tasks]
+        each = [measure(scorers, seen, real[one.name], prompts) for one in subject.each]
+        rows = [_mean(row) for row in zip(*each, strict=True)]
         for task, row in zip(tasks, rows, strict=True):
             file = Path(os.path.relpath(images[task], out)).as_posix()
             facts = method, subject.name, subject.word, task.kind, task.prompt, task.number
@@ -77,8 +80,22 @@ def rate(
 
 
 def rate_real(
-    real: Mapping[str, Sequence[Tensor]], scorers: Sequence[ImageScorer]
+    real: Mapping[str, Sequence[Tensor]], scorers: Sequence[ImageScorer], subjects: Sequence[Subject]
 ) -> dict[str, dict[str, float]]:
-    """Subject -> column -> mean over all pairs of its photos; subjects with a single photo are left out."""
-    found = {name: measure_real(scorers, embedded) for name, embedded in real.items()}
-    return {name: row for name, row in found.items() if row}
+    """How alike the real images of a subject are.
+
+    Args:
+        real: of `embed_real`.
+        scorers: whose embeddings these are.
+        subjects: that were drawn.
+
+    Returns:
+        Subject -> column -> mean over all pairs of its photos; those with a single photo are left out.
+    """
+    found = {one.name: [measure_real(scorers, real[part.name]) for part in one.each] for one in subjects}
+    return {name: _mean(rows) for name, rows in found.items() if all(rows)}
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Column -> mean over the subjects of an image."""
+    return {column: sum(row[column] for row in rows) / len(rows) for column in rows[0]}
