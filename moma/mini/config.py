@@ -104,6 +104,7 @@ class TextToImageConfig:
     # P2's weights over t, (k + SNR)^-gamma: nearly equal losses at all t, since colours settle at high noise.
     p2_k: float = 0.01
     p2_gamma: float = 0.5
+    wide_t: float = 0.5  # t of wide images is 1000 u^this: high noise decides which subject stands where
     map_layers: tuple[int, ...] = (0, 1, 6, 7, 8, 9)  # of the map loss: those of M_gen
     map_weight: float = 0.02  # of the map loss, near 1 at the start, beside the noise's, near 0.1
     rich: float = 0.5  # share of texts that also name colours and patterns

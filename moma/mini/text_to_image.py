@@ -221,7 +221,10 @@ class TextToImageTask(PretrainingTask):
         (R, 2, Z, h, w) of the images `rows` (B, R / B), with the random numbers of B generators."""
         latents, texts, count = self.latents[kind], self.texts[kind], rows.shape[1]
         draws = torch.cat([torch.rand(count, generator=g) for g in own])  # (R,)
-        t = torch.cat([torch.randint(len(self.model.alphas), (count,), generator=g) for g in own])  # (R,)
+        u = torch.cat([torch.rand(count, generator=g) for g in own])  # (R,)
+        u = u ** (self.cfg.wide_t if kind == "wide" else 1)
+        last = len(self.model.alphas) - 1
+        t = ((last + 1) * u).long().clamp(max=last)  # (R,)
         shape = count, 2, *latents.mean.shape[1:]
         noise = torch.cat([torch.randn(shape, generator=g) for g in own])  # (R, 2, Z, h, w)
         rows = rows.flatten()  # (R,)
