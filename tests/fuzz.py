@@ -39,8 +39,9 @@ from moma.app.options import OF_SUBJECTS
 from moma.app.record import CHUNK
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import build_tiny_bundle, build_tokenizers
-from tests import fuzz_images
+from tests import fuzz_images, fuzz_mm_diff
 from tests import make_checkpoints as checkpoints
+from tests.fuzz_weights import damaged, edited
 from tests.make_checkpoints import TINY, TINY_DEFAULTS
 
 SECONDS = 2.0  # of CPU time that a case may take
@@ -377,52 +378,15 @@ def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
         source = made[name]
         file = folder / f"edited{source.suffix}"
         if rng.random() < 0.5:
-            data = bytearray(source.read_bytes())
-            way = rng.choice(["flip", "cut", "zeros", "insert", "empty", "other"])
-            head = rng.choice([64, 4096, len(data)])  # damage near the start hits the header
-            at = rng.randrange(min(head, len(data)))
-            match way:
-                case "flip":
-                    data[at] ^= 1 << rng.randrange(8)
-                case "cut":
-                    del data[at:]
-                case "zeros":
-                    data[at : at + 512] = bytes(len(data[at : at + 512]))
-                case "insert":
-                    data[at:at] = rng.randbytes(rng.randrange(1, 99))
-                case "empty":
-                    data = bytearray()
-                case "other":
-                    data = bytearray(rng.choice([b"<html>", b"{}", b"PK\3\4", b"\x80\2", bytes(99), b"["]))
+            way, at, data = damaged(rng, source.read_bytes())
 
-            def run(file: Path = file, data: bytes = bytes(data)) -> None:
+            def run(file: Path = file, data: bytes = data) -> None:
                 file.write_bytes(data)
                 convert_one(file, made["base"], folder / "out")
 
             yield Case(f"{name} {way} at {at}", run, way in ("cut", "empty", "other"))
             continue
-        tensors, key = dict(contents[name]), rng.choice(used[name])
-        values = tensors[key]
-        edits: dict[str, Callable[[], torch.Tensor]] = {
-            "flat": lambda values=values: values.reshape(-1)[: max(1, values.numel() - 1)],
-            "scalar": lambda values=values: values.reshape(-1)[:1].reshape(()),
-            "int8": lambda values=values: values.to(torch.int8),
-            "bytes": lambda values=values: values.to(torch.uint8),
-            "bool": lambda values=values: values > 0,
-            "nan": lambda values=values: values.clone().fill_(math.nan),
-            "inf": lambda values=values: values.clone().fill_(math.inf),
-            "wide": lambda values=values: torch.cat([values.reshape(-1), values.reshape(-1)]),
-            "float8": lambda values=values: values.float().to(torch.float8_e5m2),
-        }
-        way = rng.choice([*edits, "drop", "rename"])
-        if way in edits:
-            tensors[key] = edits[way]().contiguous()
-        else:
-            del tensors[key]
-        if way == "rename":
-            tensors[f"{key}x"] = values
-        # A number without a dimension is a vector of one, and a vector may lose nothing by losing its shape.
-        same = way in ("flat", "scalar") and values.numel() < 2
+        tensors, key, way, wrong = edited(rng, contents[name], used[name])
 
         def run(file: Path = file, tensors: dict[str, torch.Tensor] = tensors) -> None:
             if file.suffix == ".safetensors":
@@ -431,21 +395,22 @@ def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
                 torch.save(tensors, file)
             convert_one(file, made["base"], folder / "out")
 
-        yield Case(f"{name} {key} {way}", run, not same)
+        yield Case(f"{name} {key} {way}", run, wrong)
 
 
-def of_images(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]]) -> Kind:
-    """Cases of `tests.fuzz_images`."""
+def of_tuples(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]]) -> Kind:
+    """Cases of other files."""
     return lambda rng, folder: (Case(*case) for case in kind(rng, folder))
 
 
 KINDS: dict[str, Kind] = {
     "settings": settings,
     "commands": commands,
-    "images": of_images(fuzz_images.images),
-    "masks": of_images(fuzz_images.masks),
+    "images": of_tuples(fuzz_images.images),
+    "masks": of_tuples(fuzz_images.masks),
     "configs": configs,
     "weights": weights,
+    "mm-diff": of_tuples(fuzz_mm_diff.cases),
 }
 
 
