@@ -1,6 +1,7 @@
 """From a bundle's folder to what is used of it: a pipeline with any registered method, a segmenter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def load(
     """
     bundle = weights if isinstance(weights, Bundle) else Bundle.open(weights)
     runtime = Runtime.choose(bundle, device, dtype, **memory)
-    return load_pipeline(runtime, method, bundle.method_config(method, preset, **(config or {})))
+    pipe = load_pipeline(runtime, method, bundle.method_config(method, preset, **(config or {})))
+    return replace(pipe, knows=bundle.familiar.knows) if bundle.familiar else pipe
 
 
 def load_pipeline(runtime: Runtime, method: str, config: Any) -> Pipeline:

@@ -1,6 +1,7 @@
 """Which images MoMA-mini knows, and what it does with others."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,21 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+import moma
 import sample
 from convert_weights import convert
 from models.weights.loading import save_tensors
 from moma import Bundle
+from moma.evaluate.draw import Run
+from moma.evaluate.options import parse
+from moma.evaluate.plan import open_references
+from moma.evaluate.protocol import Subject, Task
 from moma.inputs.familiar import FILE, Familiar, statistics
 from moma.inputs.preprocess import open_image
 from moma.mini.config import FamiliarTraining
 from moma.mini.familiar import fit_familiar
-from moma.sampling.interface import Export
+from moma.sampling.config import SampleConfig
+from moma.sampling.interface import Export, Runtime
 from moma.training.common import write_export
 from moma.weights.bundle import COMPANIONS
 from moma.world.world import DEFAULT, render
@@ -135,3 +142,35 @@ def test_a_new_bundle_knows_what_its_unet_does(tmp_path: Path) -> None:
 def test_bundles_without_it_know_everything(tmp_path: Path) -> None:
     shutil.copytree(MINI, tmp_path / "mini", ignore=lambda *_: [FILE])
     assert Bundle.open(tmp_path / "mini").familiar is None
+
+
+@pytest.mark.parametrize("kind", ["photo", "render"])
+def test_the_api_warns(kind: str) -> None:
+    pipe = moma.load(MINI, "text", device="cpu")
+    image = photo(3) if kind == "photo" else Image.fromarray(render(3, "test").image)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pipe.encode_subject(image, Image.linear_gradient("L").resize(image.size), "cat")
+    assert any("resemble" in str(one.message) for one in found) == (kind == "photo")
+
+
+def test_an_evaluation_names_references_that_weights_do_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    photos = []
+    for name, image in (("photo", photo(3)), ("render", Image.fromarray(render(3, "test").image))):
+        photos.append(tmp_path / "cat" / f"{name}.png")
+        photos[-1].parent.mkdir(exist_ok=True)
+        image.save(photos[-1])
+        mask = recipe.ellipse(image.height, image.width, image.width // 2, image.height // 2, 30, 30)[0, 0]
+        (tmp_path / "masks" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "masks" / "cat" / f"{name}.png")
+    tasks = [Task(Subject("cat", "cat", (path,), ()), "a cat", "context", 0) for path in photos]
+    words = ["--out", tmp_path / "out", "--world", "--method", f"text={MINI}"]
+    options = parse([str(word) for word in words], "")
+    runtime = Runtime.choose(Bundle.open(MINI), "cpu")
+    config = runtime.weights.method_config("text")
+    run = Run("text", tmp_path, runtime, config, SampleConfig(), options.protocol, tasks, {})
+    open_references(options, tmp_path / "masks", [run])
+    said = capsys.readouterr().err
+    assert str(photos[0]) in said and str(photos[1]) not in said

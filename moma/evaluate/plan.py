@@ -3,6 +3,7 @@
 No weights are read for that, except SAM's where masks are missing.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -158,6 +159,13 @@ def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -
     if any(find_method(run.name).method.needs_face(run.runtime.weights) for run in runs):
         for photo in photos:
             find_face(open_image(photo))
+    for folder, known in {run.runtime.weights.folder: run.runtime.weights.familiar for run in runs}.items():
+        if strange := [photo for photo in photos if known and not known.knows(open_image(photo))]:
+            print(
+                f"note: {len(strange)} of {len(photos)} references, such as {strange[0]}, are not of the kind"
+                f" {folder} knows: no image will resemble them",
+                file=sys.stderr,
+            )
     runtime = next((run.runtime for run in runs if "sam" in run.runtime.weights.networks), None)
     found = Masks(masks)
     if runtime is not None:

@@ -9,6 +9,7 @@ The pipeline draws with any method (`moma.sampling.interface.Method`) and knows 
 Letters: B images, Z latent channels, h w latents, H W pixels.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,6 +65,7 @@ class Pipeline:
     make_recorder: Callable[[], Recorder] | None = None  # of `choose_recorder`; None = no CUDA graphs
     tiles: Toggle = "auto"  # of `moma.sampling.tiles.decode`
     dtype_reason: str = "given"
+    knows: Callable[[Image.Image], bool] | None = None  # whether an image is of the one kind the weights know
 
     @classmethod
     def of(cls, method: Method, runtime: Runtime) -> "Pipeline":
@@ -110,6 +112,9 @@ class Pipeline:
                 f"{len(images)} images and {len(masks)} masks of {word!r}: expected"
                 f" {self.method.images[0]} to {self.method.images[-1]} images, with a mask for each"
             )
+        if self.knows and not all(map(self.knows, images)):
+            text = f"the image of {word!r} is not of the kind these weights know: no image will resemble it"
+            warnings.warn(text, stacklevel=2)
         pairs = zip(images, masks, strict=True)
         return self.method.join_images(
             [self.method.encode_subject(one, its, word, **options) for one, its in pairs]
