@@ -461,12 +461,8 @@ def test_warns_by_default(tmp_path):
 # --- order -------------------------------------------------------------------------------------------
 
 
-def test_once_in_parts(six):
+def test_once_goes_by_the_files(six):
     assert [item.sample for item in once(six, transform=number)] == list(range(26))
-    for start in (0, 9):
-        parts = [[item.sample for item in once(six, part, 3, start, number)] for part in range(3)]
-        assert parts == [[i for i in range(start, 26) if i % 3 == part] for part in range(3)]
-    assert list(once(six, start=26)) == []
 
 
 @pytest.mark.parametrize("counts", [[3] * 8, [6] * 4, [12] * 2, [24]])

@@ -123,34 +123,21 @@ def stream(
     return _checked(_Lanes(lanes), workers, skips)
 
 
-def once(
-    source: Source,
-    part: int = 0,
-    parts: int = 1,
-    start: int = 0,
-    transform: Transform | None = None,
-    skips: SkipLog | None = None,
-    limits: InputConfig = INPUT,
-) -> Iterator[Item]:
+def once(source: Source, transform: Transform | None = None, skips: SkipLog | None = None) -> Iterator[Item]:
     """Every sample once, in file order; a repeated key is skipped, so that keys can name files.
 
     Args:
         source: the data.
-        part, parts: of the samples, those whose number % parts == part.
-        start: first number.
         transform: applied to each triplet.
         skips: counts samples that cannot be used; None = warnings.
-        limits: of the images.
     Raises:
         ValueError: the source has no usable sample.
     """
     skips, seen, skipped = skips or SkipLog(), set(), []
     everything = (raw for shard in range(len(source.shards)) for raw in source.read(shard))
     for number, raw in enumerate(everything):
-        if number < start or number % parts != part:
-            continue
         try:
-            key, sample = _use(source, raw, limits, transform)
+            key, sample = _use(source, raw, INPUT, transform)
             if key in seen:
                 raise ValueError(f"the key {key!r} came before: expected one for each sample")
         except (ValueError, OSError) as error:
@@ -162,7 +149,7 @@ def once(
         yield Item(number, key, sample, {"once": number + 1}, skipped)
         skipped = []
     if not seen:
-        _require_something(source, limits, transform)
+        _require_something(source, INPUT, transform)
 
 
 def batches(items: Iterator[Item], size: int, start: Position) -> Iterator[tuple[list[Item], Position]]:
