@@ -50,8 +50,9 @@ def test_held_out_combinations_are_never_trained():
 @pytest.mark.parametrize("label", world.CLASSES)
 @pytest.mark.parametrize("material", [None, "stone"])
 def test_mask_is_where_the_subject_is(label, material):
-    what = world.Spec(label, 3, "snow", material, 21, 22)
-    sample, empty = world.draw(what), world.backdrop(what)
+    what, cfg = world.Spec(label, 3, "snow", material, 21, 22), world.DEFAULT
+    sample, layer = world.draw(what), world.subject_layer(what, world.whole_image(cfg), cfg)
+    empty = world.to_uint8(world.scenery(what, 1.0, cfg) * world.shadow(layer.cover, cfg))
     change = np.abs(sample.image.astype(int) - empty).max(2)
     assert not change[sample.mask == 0].any()
     assert (change[sample.mask == 255] > 4).mean() > 0.9

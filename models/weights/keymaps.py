@@ -39,18 +39,13 @@ def _to_matrix(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:2]) if x.dim() > 2 and x.shape[2:].numel() == 1 else x
 
 
-def _to_conv(x: Tensor) -> Tensor:
-    """(C, D) -> (C, D, 1, 1)."""
-    return x[:, :, None, None]
-
-
 def _to_vector(x: Tensor) -> Tensor:
     """() -> (1,); other shapes stay, for the shape check to report."""
     return x.reshape(1) if x.dim() == 0 else x
 
 
 COPY = Transform(_same, _same)
-CONV = Transform(_to_matrix, _to_conv)  # a 1x1 convolution there, a linear layer here
+CONV = Transform(_to_matrix, lambda x: x[:, :, None, None])  # a 1x1 convolution there, a linear layer here
 TRANSPOSED = Transform(Tensor.t, Tensor.t)
 MATRIX = Transform(_to_matrix, _same)  # linear on both sides, in some files shaped like a convolution
 VECTOR = Transform(_to_vector, _same)  # one number, in some files without a dimension

@@ -68,38 +68,32 @@ def _of_parts(bench: Bench, parts: set[str]) -> Iterator[Found]:
 # --- the tables ----------------------------------------------------------------------------------------
 
 
-def _summary(line: Found) -> str:
+HEADS: dict[type[Found], tuple[str, ...]] = {
+    Ratio: ("what", "dtype", "first", "second", "ratio", "wanted", "difference"),
+    Part: ("part", "dtype", "seconds", "Tflop", "of the peak", "memory"),
+    Point: ("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"),
+}
+
+
+def cells(line: Found) -> tuple[str, ...]:
+    """A row under its kind's `HEADS`; a ratio says whether it is met."""
     if isinstance(line, Ratio):
-        return f"{line.what}, {line.dtype}: {line.times:.2f}"
-    if isinstance(line, Point):
-        return f"{line.axis} {line.x:g}, {line.dtype}: {line.plain:.3g} s plain, {line.moma:.3g} s MoMA"
-    return f"{line.what}, {line.dtype}: {line.seconds:.3g} s"
+        sides = f"{line.slow:.3g} {line.unit}", f"{line.fast:.3g} {line.unit}", f"{line.times:.2f}"
+        verdict = f"at least {line.wanted:.2f}: {'met' if line.times >= line.wanted else '**missed**'}"
+        return line.what, line.dtype, *sides, verdict, "" if line.error is None else f"{line.error:.1e}"
+    memory = "" if line.memory is None else f"{line.memory / 1e9:.2f} GB"
+    if isinstance(line, Part):
+        flops = "" if line.flops is None else f"{line.flops / 1e12:.2f}"
+        share = "" if line.of_peak is None else f"{line.of_peak:.0%}"
+        return line.what, line.dtype, f"{line.seconds:.3g}", flops, share, memory
+    seconds = f"{line.plain:.3g} s", f"{line.moma:.3g} s", f"{line.moma / line.plain:.2f}"
+    return line.axis, f"{line.x:g}", line.dtype, *seconds, memory
 
 
 def tables(found: Sequence[Found]) -> str:
-    """Markdown tables of ratios, which says whether they are met, of parts and of points."""
-    ratios, parts, points = [], [], []
-    for line in found:
-        if isinstance(line, Ratio):
-            sides = f"{line.slow:.3g} {line.unit}", f"{line.fast:.3g} {line.unit}", f"{line.times:.2f}"
-            verdict = f"at least {line.wanted:.2f}: {'met' if line.times >= line.wanted else '**missed**'}"
-            error = "" if line.error is None else f"{line.error:.1e}"
-            ratios.append((line.what, line.dtype, *sides, verdict, error))
-            continue
-        memory = "" if line.memory is None else f"{line.memory / 1e9:.2f} GB"
-        if isinstance(line, Part):
-            flops = "" if line.flops is None else f"{line.flops / 1e12:.2f}"
-            share = "" if line.of_peak is None else f"{line.of_peak:.0%}"
-            parts.append((line.what, line.dtype, f"{line.seconds:.3g}", flops, share, memory))
-        else:
-            seconds = f"{line.plain:.3g} s", f"{line.moma:.3g} s", f"{line.moma / line.plain:.2f}"
-            points.append((line.axis, f"{line.x:g}", line.dtype, *seconds, memory))
-    heads = (
-        ("what", "dtype", "first", "second", "ratio", "wanted", "difference"),
-        ("part", "dtype", "seconds", "Tflop", "of the peak", "memory"),
-        ("what varies", "", "dtype", "plain", "MoMA", "ratio", "memory"),
-    )
-    return "\n".join(markdown_table(*table) for table in zip(heads, (ratios, parts, points), strict=True))
+    """Markdown tables of ratios, of parts and of points."""
+    kinds = ((head, [cells(x) for x in found if isinstance(x, kind)]) for kind, head in HEADS.items())
+    return "\n".join(markdown_table(*table) for table in kinds)
 
 
 # --- the command ---------------------------------------------------------------------------------------
@@ -170,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dtype in args.dtype:
         for line in measured(Bench(cfg, replace(runtime, dtype=DTYPES[dtype]), baseline), args.parts):
             found.append(line)
-            print(_summary(line), file=sys.stderr)
+            print(", ".join(filter(None, cells(line))), file=sys.stderr)
             _write_numbers(args.out, found, cfg, runtime.device)
     print(tables(found))
     if points := [line for line in found if isinstance(line, Point)]:
@@ -196,8 +190,8 @@ def _write_numbers(path: Path, found: Sequence[Found], cfg: BenchConfig, device:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    kinds = {"ratios": Ratio, "parts": Part, "points": Point}
-    lines = {name: [asdict(x) for x in found if isinstance(x, kind)] for name, kind in kinds.items()}
+    named = zip(("ratios", "parts", "points"), HEADS, strict=True)
+    lines = {name: [asdict(x) for x in found if isinstance(x, kind)] for name, kind in named}
     write_text(path, json.dumps({"where": where, "config": asdict(cfg)} | lines, indent=1))
 
 

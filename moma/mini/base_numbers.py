@@ -21,12 +21,12 @@ from moma.app.sheets import Cell, contact_sheet
 from moma.methods.prompts import joined, sd_prompt
 from moma.methods.text import TextConditioning
 from moma.mini.config import BaseNumbersConfig
-from moma.mini.tasks import to_vae
 from moma.mini.text_to_image import FIRST, SECOND, Texts, WordMaps, pair_texts
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod, solver_steps
 from moma.sampling.pipeline import to_images
 from moma.sampling.sampler import denoise
+from moma.training.common import to_pixels
 from moma.world import classifiers
 from moma.world.measures import retrieved
 from moma.world.pairs import draw_pair, named_specs, pair, pair_words
@@ -139,7 +139,7 @@ def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
 @torch.no_grad()
 def _autoencoded(model: BaseModel, images: Tensor) -> Tensor:
     """Images (N, 3, S, W) uint8 through the autoencoder."""
-    decoded = model.vae.decode(model.vae.encode(to_vae(images))[0])
+    decoded = model.vae.decode(model.vae.encode(to_pixels(images))[0])
     return ((decoded / 2 + 0.5).clamp(0, 1) * classifiers.BYTE).byte()
 
 
@@ -245,7 +245,7 @@ def _finest(maps: Sequence, grid: tuple[int, int]) -> Tensor:
 
 
 def _encoded(model: BaseModel, images: Tensor) -> Tensor:
-    return model.vae.encode(to_vae(images))[0] * model.vae.cfg.scaling
+    return model.vae.encode(to_pixels(images))[0] * model.vae.cfg.scaling
 
 
 def _noised(x0: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,11 @@ from moma.mini.tasks import (
     PretrainingTask,
     VAETask,
     to_clip,
-    to_vae,
 )
 from moma.mini.text_to_image import Latents, TextToImageTask
 from moma.sampling.device import set_precision
 from moma.training.checkpoint import check_same, newest
+from moma.training.common import to_pixels
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks, start_ranks
@@ -300,7 +300,7 @@ KEEPABLE = ("vae", "sam", "unet", "captioner")  # stages whose networks a bundle
 def _vae_numbers(work: Workspace) -> dict[str, float]:
     """PSNR in dB of images, and of all subjects together; also writes the scaling of the latents."""
     network, held = work.trained("vae", "vae"), work.images("val")
-    pixels = to_vae(held.images[: work.cfg.vae.held_out])  # (N, 3, S, S)
+    pixels = to_pixels(held.images[: work.cfg.vae.held_out])  # (N, 3, S, S)
     mean, _ = network.encode(pixels)  # (N, Z, h, w)
     error = (network.decode(mean).clamp(-1, 1) - pixels).square()  # (N, 3, S, S)
     on = held.masks[: len(pixels)] / 255  # (N, 1, S, S)
@@ -415,7 +415,7 @@ def _latents(work: Workspace, kind: str, images: Tensor, masks: Tensor) -> Laten
 def _encode(work: Workspace, path: Path, images: Tensor) -> None:
     """Write the scaled mean and standard deviation of each image's posterior, bf16 (N, Z, h, w)."""
     network, scaling = work.trained("vae", "vae"), work.networks()["vae"].scaling
-    parts = [network.encode(to_vae(part)) for part in images.split(work.cfg.encode_batch)]
+    parts = [network.encode(to_pixels(part)) for part in images.split(work.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
     save_tensors(path.parent, path.stem, found)

@@ -31,11 +31,11 @@ from moma.load import load_pipeline
 from moma.methods.moma.conditioning import MoMAConditioning
 from moma.methods.moma.config import DEFAULT
 from moma.methods.moma.method import MoMA, MoMAPrepared
-from moma.mini.tasks import to_vae
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import dtype_name, set_precision
 from moma.sampling.interface import Job, Result, Runtime
 from moma.sampling.pipeline import Pipeline, to_images
+from moma.training.common import to_pixels
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
 from moma.world import classifiers, world
@@ -168,7 +168,7 @@ def _text_alone(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig) -> Dra
 def _autoencoded(pipe: Pipeline, pairs: Sequence[Pair], cfg: ReportConfig) -> Drawn:
     """Real renders after the autoencoder, an upper bound for generators that use it."""
     real, vae = _real(pairs, cfg), pipe.base.vae
-    mean, _ = vae.encode(to_vae(real.images.to(pipe.device)).to(pipe.dtype))  # (N, Z, h, w)
+    mean, _ = vae.encode(to_pixels(real.images.to(pipe.device)).to(pipe.dtype))  # (N, Z, h, w)
     return Drawn(stacked(to_images(vae.decode(mean))), real.m_gen)
 
 

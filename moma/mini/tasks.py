@@ -16,6 +16,7 @@ from models.llava import Llava
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.vae import VAE
 from moma.mini.config import CaptionerConfig, ClipConfig, VAETrainingConfig
+from moma.training.common import to_pixels
 from moma.training.order import generator_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
@@ -82,7 +83,7 @@ class VAETask(PretrainingTask):
             y, x = torch.randint(whole.shape[-1] - side + 1, (2,), generator=generator).tolist()
             crops.append(image[:, y : y + side, x : x + side])
         pixels, mask = torch.stack(crops).split((3, 1), dim=1)  # (B, 3, crop, crop), (B, 1, crop, crop)
-        return {"pixels": to_vae(pixels), "mask": mask / 255, "number": numbers}
+        return {"pixels": to_pixels(pixels), "mask": mask / 255, "number": numbers}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"vae": self.model.vae}
@@ -191,11 +192,6 @@ class CaptionTask(PretrainingTask):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"llava": self.model.llava}
-
-
-def to_vae(images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) uint8 as float32 in [-1, 1]."""
-    return images / 127.5 - 1
 
 
 def to_clip(images: Tensor) -> Tensor:

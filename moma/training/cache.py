@@ -85,7 +85,7 @@ class Encoder:
 
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
-        return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device), self.dtype))
+        return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device)).to(self.dtype))
 
     def text(self, sample: Sample) -> str:
         """What the text encoders read of a sample."""

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from models.weights.files import flush, read_object
 from models.weights.loading import (
     LazyTensor,
+    does_not_fit,
     read_checkpoint,
     save_tensors,
-    some_names,
     state_dict_mismatch,
 )
 from moma.app.files import write_text
@@ -369,8 +369,6 @@ def load_weights(saved: Saved, model: nn.Module) -> None:
 def _check_fit(
     saved: Saved, stem: str, wanted: Mapping[str, Tensor], stored: Mapping[str, LazyTensor]
 ) -> None:
-    if problems := state_dict_mismatch(
-        {name: tuple(tensor.shape) for name, tensor in wanted.items()}, stored
-    ):
-        listed = "; ".join(f"{kind}: {some_names(names)}" for kind, names in problems.items())
-        raise ValueError(f"{saved.folder}: {stem} is of another model: {listed}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    if problems := state_dict_mismatch(shapes, stored):
+        raise ValueError(does_not_fit(f"{saved.folder}, {stem}", "the model", problems))

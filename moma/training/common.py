@@ -124,9 +124,9 @@ def _bytes(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, S, S)
 
 
-def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images (B, 3, S, S) -> what the VAE encodes, [-1, 1]."""
-    return (images.float() / 127.5 - 1).to(dtype)
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 images (B, 3, S, S) -> what the VAE encodes, float32 in [-1, 1]."""
+    return images / 127.5 - 1
 
 
 def pack(mask: Tensor) -> Tensor:

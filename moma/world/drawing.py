@@ -209,11 +209,10 @@ class Brush:
         corner = (round((cx - radius) * self.unit), round((cy - radius) * self.unit))
         self.image.paste(to_bytes(colour), (*corner, corner[0] + size, corner[1] + size), light)
 
-    def ridge(self, heights: Sequence[float], colour: Sequence[float], smooth: bool = True) -> None:
+    def ridge(self, heights: Sequence[float], colour: Sequence[float]) -> None:
         """Fill everything below a line through evenly spaced heights."""
         at = np.linspace(-10, 110, len(heights))
-        line = np.stack([at, np.asarray(heights, float)], 1)
-        line = curve(*line) if smooth else line
+        line = curve(*np.stack([at, np.asarray(heights, float)], 1))
         self.fill(np.concatenate([line, [[110, 101], [-10, 101]]]), colour)
 
 

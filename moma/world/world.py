@@ -394,22 +394,11 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.round(255 * image.clip(0, 1)).astype(np.uint8)
 
 
-def _compose(what: Spec, cfg: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image, the scene with the shadow alone (S, S, 3 each), and coverage (S, S): floats 0..1."""
-    layer = subject_layer(what, whole_image(cfg), cfg)
-    empty = scenery(what, 1.0, cfg) * shadow(layer.cover, cfg)
-    return laid_over(empty, layer), empty, layer.cover
-
-
-def backdrop(what: Spec, cfg: WorldConfig = DEFAULT) -> np.ndarray:
-    """The image of a spec without its subject but with its shadow, (S, S, 3) uint8."""
-    return to_uint8(_compose(what, cfg)[1])
-
-
 def draw(what: Spec, cfg: WorldConfig = DEFAULT) -> Sample:
     """The image of a spec."""
-    image, _, cover = _compose(what, cfg)
-    return Sample(to_uint8(image), to_uint8(cover), what.label, caption(what))
+    layer = subject_layer(what, whole_image(cfg), cfg)
+    image = laid_over(scenery(what, 1.0, cfg) * shadow(layer.cover, cfg), layer)
+    return Sample(to_uint8(image), to_uint8(layer.cover), what.label, caption(what))
 
 
 def render(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Sample:
