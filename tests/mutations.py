@@ -56,7 +56,7 @@ MUTATIONS = (
              "test_moma_attention test_golden"),
     Mutation("context-without-m-gen", METHOD, "z_context * gate.m_gen", "z_context",
              "test_moma_attention test_golden"),
-    Mutation("label-map-of-one-head", METHOD, "z[..., d].mean(dim=1)", "z[..., d][:, 0]",
+    Mutation("label-map-of-one-head", METHOD, "z[..., d : d + s].mean(dim=1)", "z[..., d : d + s][:, 0]",
              "test_moma_attention test_golden"),
     Mutation("queries-left-out", METHOD, "-(-inside // bucket) * bucket", "inside // bucket * bucket",
              "test_moma_attention test_graphs"),

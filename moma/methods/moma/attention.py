@@ -95,7 +95,29 @@ def subject_self_attention(
     Returns:
         Z (R, H, N, D).
     """
-    z = attention(q, k, v, impl=impl)  # (R, H, N, D)
+    return add_subject(attention(q, k, v, impl=impl), q, reference, gate, lam, beta, impl)
+
+
+def add_subject(
+    z: Tensor,
+    q: Tensor,
+    reference: ReferenceLayer,
+    gate: Gate,
+    lam: Tensor,
+    beta: Tensor | float,
+    impl: str,
+) -> Tensor:
+    """One subject's term of Eq. 3: Z + λ · Attn(Q, K', V', M_ref) · M_gen · β. z may be overwritten.
+
+    Args:
+        z: (R, H, N, D).
+        q: (R, H, N, D).
+        reference: K', V' and M_ref.
+        gate: M_gen.
+        lam: λ (1,), learned per layer.
+        beta: β (R, 1, 1, 1) or a number, the strength.
+        impl: "fused" or "explicit".
+    """
     if gate.empty:
         return z
     z_ref = attention(gate.gather(q), reference.k, reference.v, reference.mask, impl=impl)  # (R, H, Q, D)
@@ -198,27 +220,64 @@ def context_cross_attention(
     Returns:
         Z (R, H, N, D), and the attention that the label's tokens get, averaged over heads, (R, N).
     """
-    z, label_map = (_text_fused if impl == "fused" else _text_explicit)(q, k, v, label)
+    z, label_map = text_attention(q, k, v, label[:, None], impl)  # (R, H, N, D), (R, 1, N)
+    return add_context(z, q, k_context, v_context, gate, impl), label_map[:, 0]
+
+
+def add_context(z: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Gate, impl: str) -> Tensor:
+    """Z + Attn(Q, K, V) · M_gen of one subject's context tokens. z may be overwritten.
+
+    Args:
+        z: (R, H, N, D).
+        q: (R, H, N, D).
+        k: (R, H, C, D).
+        v: (R, H, C, D).
+        gate: M_gen.
+        impl: "fused" or "explicit".
+    """
     if gate.empty:
-        return z, label_map
-    z_context = attention(gate.gather(q), k_context, v_context, impl=impl)  # (R, H, Q, D)
-    return gate.scatter_add(z, z_context * gate.m_gen), label_map
+        return z
+    z_context = attention(gate.gather(q), k, v, impl=impl)  # (R, H, Q, D)
+    return gate.scatter_add(z, z_context * gate.m_gen)
 
 
-def _text_explicit(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    probs = attention_probs(q, k)  # (R, H, N, T)
-    label_map = (probs * label[:, None, None, :]).sum(dim=-1).mean(dim=1)  # (R, N)
-    return probs.to(v.dtype) @ v, label_map
+def text_attention(
+    q: Tensor, k: Tensor, v: Tensor, label: Tensor, impl: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-attention to the text, and the maps of labels.
+
+    Args:
+        q: (R, H, N, D).
+        k: (R, H, T, D).
+        v: (R, H, T, D).
+        label: (R, S, T), the weights of each label's tokens; S is at most HEAD_ALIGNMENT.
+        impl: "fused" or "explicit".
+        mask: bool (R, 1, N, T), the tokens that a query reads; None = all.
+
+    Returns:
+        Z (R, H, N, D), and the attention that each label's tokens get, averaged over heads, (R, S, N).
+    """
+    return (_text_fused if impl == "fused" else _text_explicit)(q, k, v, label, mask)
 
 
-def _text_fused(q: Tensor, k: Tensor, v: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def _text_explicit(
+    q: Tensor, k: Tensor, v: Tensor, label: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    probs = attention_probs(q, k, mask)  # (R, H, N, T)
+    maps = [(probs * one[:, None, None, :]).sum(dim=-1).mean(dim=1) for one in label.unbind(1)]  # S x (R, N)
+    return probs.to(v.dtype) @ v, torch.stack(maps, dim=1)
+
+
+def _text_fused(
+    q: Tensor, k: Tensor, v: Tensor, label: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Σ_label softmax(QKᵀ) is attention's output for one more column of V, 1 at the label's keys."""
-    d = q.shape[-1]
-    column = label.to(v.dtype)[:, None, :, None].expand(-1, v.shape[1], -1, 1)  # (R, H, T, 1)
-    v = torch.cat([v, column, _zeros(v, HEAD_ALIGNMENT - 1)], dim=-1)  # (R, H, T, D + 8)
+    d, s = q.shape[-1], label.shape[1]
+    columns = label.to(v.dtype).mT[:, None].expand(-1, v.shape[1], -1, -1)  # (R, H, T, S)
+    v = torch.cat([v, columns, _zeros(v, HEAD_ALIGNMENT - s)], dim=-1)  # (R, H, T, D + 8)
     q, k = (torch.cat([x, _zeros(x, HEAD_ALIGNMENT)], dim=-1) for x in (q, k))  # scores stay
-    z = attention(q, k, v, scale=d**-0.5)  # (R, H, N, D + 8)
-    return z[..., :d], z[..., d].mean(dim=1)  # (R, H, N, D), (R, N)
+    z = attention(q, k, v, mask, scale=d**-0.5)  # (R, H, N, D + 8)
+    return z[..., :d], z[..., d : d + s].mean(dim=1).mT  # (R, H, N, D), (R, S, N)
 
 
 def _zeros(x: Tensor, columns: int) -> Tensor:

@@ -1,7 +1,7 @@
 """M_ref and M_gen: which keys of the reference are the subject, and where the subject appears (Sec. 3.3).
 
-Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), h w latent grid,
-N tokens of a layer, l layers of one grid.
+Letters: B images, R = 2B rows of a UNet call (B unconditional, then B conditional), S subjects, h w latent
+grid, N tokens of a layer, l layers of one grid.
 """
 
 import torch
@@ -34,41 +34,43 @@ def m_ref_of_layer(m_ref: Tensor, grid: Grid, keep_one_key: bool) -> Tensor:
 
 
 def m_gen_of_layer(m_gen: Tensor, grid: Grid) -> Tensor:
-    """M_gen on a layer's grid, ready to weight attention outputs: (B, 1, h, w) -> (B, 1, N, 1), nearest."""
+    """M_gen on a layer's grid, ready to weight attention outputs: (B, S, h, w) -> (B, S, N, 1), nearest."""
     return F.interpolate(m_gen, size=grid, mode="nearest").flatten(2)[..., None]
 
 
 def next_m_gen(maps: list[Tensor], size: Grid, method: MethodConfig, rows_per_image: int = 2) -> Tensor:
     """M_gen for the next step from this step's label maps (release: get_mask_from_cross).
 
-    Without unconditional rows the last scaling does not see them: M_gen is the same for `m_gen_norm` "none"
-    and has another range for "image" and "batch".
+    Several subjects of an image are scaled together, so that one who is not there stays small. Without
+    unconditional rows the last scaling does not see them: M_gen is the same for `m_gen_norm` "none" and has
+    another range for "image" and "batch".
 
     Args:
-        maps: per layer (R, 1, h_l, w_l), the attention that the label's tokens get, of any float dtype.
+        maps: per layer (R, S, h_l, w_l), the attention that each label's tokens get, of any float dtype.
         size: (h, w) of the latents.
         method: MoMA's config.
         rows_per_image: 2 = both rows of guidance, 1 = the conditional one alone (R = B).
 
     Returns:
-        float32 (B, 1, h, w) in [0, 1], of the conditional rows.
+        float32 (B, S, h, w) in [0, 1], of the conditional rows.
     """
     if method.m_gen_layers is not None:
         maps = [maps[i] for i in method.m_gen_layers]
     eps = method.m_gen_eps
     scaled = []
     for grid in dict.fromkeys(m.shape[-2:] for m in maps):  # all layers of a grid at once: few kernels
-        alike = torch.cat([m for m in maps if m.shape[-2:] == grid], dim=1).float()  # (R, l, h_l, w_l)
-        alike = min_max(alike, dims=(2, 3), eps=eps)  # each row of each layer alone
-        scaled.append(F.interpolate(alike, size=size, mode="nearest"))  # (R, l, h, w)
-    mean = torch.cat(scaled, dim=1).mean(dim=1, keepdim=True)  # (R, 1, h, w)
-    rows = mean.unflatten(0, (rows_per_image, -1))  # (2 | 1, B, 1, h, w)
+        alike = torch.stack([m for m in maps if m.shape[-2:] == grid], dim=1).float()  # (R, l, S, h_l, w_l)
+        alike = min_max(alike, dims=(2, 3, 4), eps=eps)  # each row of each layer alone
+        alike = F.interpolate(alike.flatten(1, 2), size=size, mode="nearest")  # (R, l*S, h, w)
+        scaled.append(alike.unflatten(1, (-1, maps[0].shape[1])))  # (R, l, S, h, w)
+    mean = torch.cat(scaled, dim=1).mean(dim=1)  # (R, S, h, w)
+    rows = mean.unflatten(0, (rows_per_image, -1))  # (2 | 1, B, S, h, w)
     if method.m_gen_norm == "image":
         rows = min_max(rows, dims=(0, 2, 3, 4), eps=eps)
     elif method.m_gen_norm == "batch":
         rows = min_max(rows, dims=(0, 1, 2, 3, 4), eps=eps)
-    conditional = rows[-1]  # (B, 1, h, w)
-    inside = conditional if method.m_gen_inside == "soft" else 1 + 0 * conditional  # (B, 1, h, w), NaN stays
+    conditional = rows[-1]  # (B, S, h, w)
+    inside = conditional if method.m_gen_inside == "soft" else 1 + 0 * conditional  # (B, S, h, w), NaN stays
     return inside.masked_fill(conditional <= method.m_gen_threshold, 0.0)
 
 
