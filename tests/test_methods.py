@@ -279,7 +279,7 @@ def test_the_mllm_reads_prompts_of_a_subject_together_and_once(pipe: Pipeline) -
     assert calls == [[PROMPT, "a cat"] * 2]
     known = asked.encode_subject(*image_and_mask, "cat", prompts=[PROMPT, "a cat"])
     again = asked.method.prepare([Job(known, "a cat", 0)])
-    assert calls[1:] == [[PROMPT, "a cat"]] and torch.equal(again[0].embedding, alone[2].embedding)
+    assert calls[1:] == [[PROMPT, "a cat"]] and torch.equal(again[0].embeddings[0], alone[2].embeddings[0])
     assert not torch.equal(first.layers[0].k, second.layers[0].k), "the seed is the reference noise's"
 
 

@@ -452,7 +452,6 @@ def test_empty_mask(pipe: Pipeline) -> None:
         ({"prompt": "a dog"}, {}, "'cat'"),
         ({"prompt": ""}, {}, "empty"),
         ({"latents": torch.zeros(1, 4, 5, 5)}, {}, "start latents"),
-        ({"subjects": ()}, {}, "0 subjects"),
         ({"strength": float("nan")}, {}, "strength"),
         ({}, {"height": 4096}, "height 4096"),
     ],

@@ -126,7 +126,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
     elif args.list_objects and len(args.ref or ()) > 1:
         raise ValueError(f"--list-objects: {len(args.ref)} --ref, expected one")
-    elif args.ref is None and not (0 in find_method(args.method or "moma").method.subjects and args.prompt):
+    elif args.ref is None and not (
+        args.method and 0 in find_method(args.method).method.subjects and args.prompt
+    ):
         raise ValueError("which subject? Give an image of it with --ref FILE")
     return args
 

@@ -27,6 +27,11 @@ FOREIGN = re.compile(
     r"[(\[{][^()\[\]{}]*[)\]}]+|<[\w-]+:[^<>]*>|\b(?:BREAK|AND)\b|__[\w-]+__|\b\w+(?:\+\+|--)(?!\w)|--[a-z]{2,}\b"
     r"|\bembedding:\w+"
 )
+# What goes with a subject that is taken out of a prompt: an article with up to three words behind it, and
+# what joins it to its neighbour behind or, if there is nothing, before it.
+ARTICLE = re.compile(r"\b(?:an?|the)\s+(?:(?!(?:an?|the|and|or|with)\b)[\w-]+\s+){0,3}$", re.IGNORECASE)
+AND = r"\s*(?:,\s*and|,|&|\b(?:and|with|beside))"
+AND_AFTER, AND_BEFORE = re.compile(AND + r"\s+", re.IGNORECASE), re.compile(AND + r"\s*$", re.IGNORECASE)
 LONGEST = 10_000  # characters of a prompt; the text encoder reads some hundred
 
 LabelTokens = Literal["phrase", "first_piece"]
@@ -94,10 +99,15 @@ def read_prompt(
     text = sd_prompt(joined(words), prompt) if words else prompt
     encodings = tuple(tokenizer.encode(text) for tokenizer in tokenizers)
     start = len(text) - len(prompt)
-    for word in words if absent_label == "error" else ():
-        _surviving(encodings[0], [(start + a, start + b) for a, b in occurrences(word, prompt)], word)
+    own = [[(start + a, start + b) for a, b in each] for each in places_of(words, prompt)]
+    for word, places in zip(words, own, strict=True) if absent_label == "error" else ():
+        if not places:
+            raise ValueError(f"the prompt {prompt!r} names {word!r} only within another subject: name each")
+        _surviving(encodings[0], places, word)
+    every = zip(places_of(words, text[:start]), own, strict=True)
     labels = tuple(
-        tuple(label_positions(tokenizers[0], encodings[0], text, word, label_tokens)) for word in words
+        tuple(label_positions(tokenizers[0], encodings[0], text, word, label_tokens, before + places))
+        for word, (before, places) in zip(words, every, strict=True)
     )
     if absent_label == "error" and not all(labels):
         raise ValueError(f"no token of the subject {words[0]!r} is in {text!r}: name it in the prompt")
@@ -147,6 +157,7 @@ def label_positions(
     text: str,
     subject: str,
     label_tokens: LabelTokens = "phrase",
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> list[int]:
     """Positions (0 = BOS) of the subject's tokens in a text for Stable Diffusion, rising.
 
@@ -158,6 +169,7 @@ def label_positions(
         label_tokens: "phrase" = all tokens of every place where the subject's words stand together, as whole
             words, in any case, the last word in singular or plural; "first_piece" = the release's
             get_subject_idx: every token equal to the first BPE piece of one of the words, wherever it stands.
+        places: for "phrase", where the subject's words are those of this subject; None = wherever they stand.
 
     Returns:
         The positions; "first_piece" may find none.
@@ -168,7 +180,7 @@ def label_positions(
     if label_tokens == "first_piece":
         pieces = {tokenizer.encode(word).ids[1] for word in subject.split()}  # 0 is BOS
         return [i for i, token in enumerate(encoding.ids) if token in pieces]
-    places = occurrences(subject, text)
+    places = occurrences(subject, text) if places is None else list(places)
     if not places:
         raise ValueError(f"the subject {subject!r} is not in the prompt {text!r}: name it there")
     places = _surviving(encoding, places, subject)
@@ -189,6 +201,52 @@ def occurrences(subject: str, text: str) -> list[tuple[int, int]]:
     words = [re.escape(word) for word in first] + ["(?:" + "|".join(map(re.escape, forms)) + ")"]
     spans = [match.span() for match in re.finditer(BETWEEN.join(words), text, re.IGNORECASE)]
     return [span for span in spans if not any(inside_word(text, place) for place in span)]
+
+
+def places_of(words: Sequence[str], text: str) -> list[list[tuple[int, int]]]:
+    """Where a text names each of several subjects, as character ranges.
+
+    Words within those of a longer subject are not the shorter one's ("cat" in "striped cat"). Subjects of the
+    same words take turns if there are enough places, and else share them ("two cats").
+    """
+    every = [occurrences(word, text) for word in words]
+    found = []
+    for i, word in enumerate(words):
+        longer = [
+            place
+            for other, each in zip(words, every, strict=True)
+            if len(other) > len(word)
+            for place in each
+        ]
+        free = [(a, b) for a, b in every[i] if not any(start <= a and b <= end for start, end in longer)]
+        alike = [j for j, other in enumerate(words) if other.lower() == word.lower()]
+        found.append(free[alike.index(i) :: len(alike)] if len(free) >= len(alike) else free)
+    return found
+
+
+def own_prompt(words: Sequence[str], prompt: str, subject: int) -> str:
+    """A prompt without its other subjects and what joins them to it, in English.
+
+    Args:
+        words: of the subjects.
+        prompt: the user's text.
+        subject: the number of the one that stays.
+    """
+    text = plain_text(prompt)
+    places = places_of([plain_text(word) for word in words], text)
+    own = places[subject]
+    for start, end in sorted({place for each in places for place in each} - set(own), reverse=True):
+        first = start
+        if (described := ARTICLE.search(text[:start])) and not any(
+            described.start() < b <= start for _, b in own
+        ):
+            first = described.start()
+        if after := AND_AFTER.match(text[end:]):
+            end += after.end()
+        elif before := AND_BEFORE.search(text[:first]):
+            first = before.start()
+        text = text[:first] + text[end:]
+    return " ".join(text.split())
 
 
 def inside_word(text: str, place: int) -> bool:

@@ -8,9 +8,11 @@ Letters: R rows of a UNet call, H heads, N queries, Q queries where M_gen is not
 tokens, C context tokens, D channels per head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import attention, attention_probs
@@ -43,6 +45,26 @@ class ReferenceLayer:
         """Some of the R rows."""
         key_mask = None if self.key_mask is None else self.key_mask[some]
         return ReferenceLayer(self.k[some], self.v[some], key_mask)
+
+    def absent(self) -> "ReferenceLayer":
+        """One key, for a row whose M_gen is zero."""
+        k = torch.zeros_like(self.k[:, :, :1])  # (R, H, 1, D)
+        return ReferenceLayer(k, k, k.new_ones(len(k), 1, dtype=torch.bool))
+
+    def padded(self, keys: int) -> "ReferenceLayer":
+        """The same attention with more keys, which are outside M_ref.
+
+        Rows without any M_ref give the plain mean of their V', as `drop_background` leaves it.
+        """
+        more = keys - self.k.shape[2]
+        if not more:
+            return self
+        empty = ~self.key_mask.any(dim=1, keepdim=True)  # (R, 1)
+        k, v = (
+            F.pad(self.k.masked_fill(empty[..., None, None], 0.0), (0, 0, 0, more)),
+            F.pad(self.v, (0, 0, 0, more)),
+        )
+        return ReferenceLayer(k, v, F.pad(self.key_mask | empty, (0, more)))
 
 
 @dataclass(frozen=True)
@@ -175,6 +197,12 @@ def _add(x: Tensor, index: Tensor, part: Tensor) -> Tensor:
     return full.unflatten(0, (len(x), -1)).transpose(1, 2)  # (R, H, N, D)
 
 
+def side_by_side(layers: Sequence[ReferenceLayer]) -> ReferenceLayer:
+    """The keys of several images of a subject as those of one."""
+    k, v = (torch.cat([getattr(one, name) for one in layers], dim=2) for name in ("k", "v"))
+    return ReferenceLayer(k, v, torch.cat([one.key_mask for one in layers], dim=1))
+
+
 def drop_background(reference: ReferenceLayer) -> ReferenceLayer:
     """The same attention with the keys outside M_ref left out: M shrinks to the largest subject's.
 
@@ -268,9 +296,7 @@ def _text_explicit(
     return probs.to(v.dtype) @ v, torch.stack(maps, dim=1)
 
 
-def _text_fused(
-    q: Tensor, k: Tensor, v: Tensor, label: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _text_fused(q: Tensor, k: Tensor, v: Tensor, label: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ_label softmax(QKᵀ) is attention's output for one more column of V, 1 at the label's keys."""
     d, s = q.shape[-1], label.shape[1]
     columns = label.to(v.dtype).mT[:, None].expand(-1, v.shape[1], -1, -1)  # (R, H, T, S)

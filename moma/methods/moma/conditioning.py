@@ -222,9 +222,13 @@ def condition_rows(
 
 
 def both_rows(references: Sequence[Sequence[ReferenceLayer]]) -> list[ReferenceLayer]:
-    """References of B subjects, one row each -> L layers of R = 2B rows, the unconditional half first."""
+    """References of B subjects, one row each -> L layers of R = 2B rows, the unconditional half first.
+
+    M is the largest subject's: several images of one have more keys than one.
+    """
     layers = []
     for rows in zip(*references, strict=True):
+        rows = [r.padded(max(r.k.shape[2] for r in rows)) for r in rows]
         k, v, key_mask = (torch.cat([getattr(r, name) for r in rows] * 2) for name in ("k", "v", "key_mask"))
         layers.append(ReferenceLayer(k, v, key_mask))  # (R, H, M, D) twice, (R, M)
     return layers

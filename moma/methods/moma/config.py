@@ -66,6 +66,19 @@ class MethodConfig(ReferenceConfig):
     # How much of M_gen acts, the rest being 1: the ablation of Table 3; 1 = the method.
     m_gen_share: float = 1.0
 
+    # --- several subjects in one image ---
+    # Whose a cell of the foreground is, where words get attention: "reference" = the subject's whose keys its
+    # queries match best (words alone hardly say which of two subjects they mean); "word" = that one's whose
+    # words get most attention; "regions" = as the job's regions say, which every subject then needs. Under
+    # the others, too, a region limits its subject.
+    ownership: Literal["reference", "word", "regions"] = "reference"
+    # Self-attention layers (execution order) in which keys compete; None = all.
+    ownership_layers: tuple[int, ...] | None = None
+    # Side of the square of latents, an odd number, over which a cell's match is averaged.
+    ownership_blur: int = 3
+    # Cells of one subject do not attend to those of another: their palettes mix less, and so do their shapes.
+    subjects_apart: bool = False
+
     # --- initialisation for training (Sec. 3.4) ---
     # λ of every layer. The release starts at 0 (`scale_learnable`): the first step is the base model's.
     lambda_init: float = 0.0
@@ -77,14 +90,17 @@ class MethodConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have (configurations come from JSON and options)."""
-        if isinstance(self.m_gen_layers, list):  # JSON has no tuples
-            object.__setattr__(self, "m_gen_layers", tuple(self.m_gen_layers))
+        for name in ("m_gen_layers", "ownership_layers"):
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self)
         for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps", "m_gen_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if not 0 <= self.subject_below_t <= TIMESTEPS:
             raise ValueError(f"subject_below_t {self.subject_below_t}: expected 0 to {TIMESTEPS}")
+        if self.ownership_blur < 1 or self.ownership_blur % 2 == 0:
+            raise ValueError(f"ownership_blur {self.ownership_blur}: expected an odd number")
         if not abs(self.lambda_init) <= LARGEST:
             raise ValueError(f"lambda_init {self.lambda_init}: expected a finite number")
 
@@ -105,9 +121,10 @@ class MethodConfig(ReferenceConfig):
             raise ValueError(f"mllm_layers {self.mllm_layers}: expected 1 to {mllm_layers}, or none for all")
         if not 0 <= self.reference_text_cut < text_tokens:
             raise ValueError(f"reference_text_cut {self.reference_text_cut}: expected 0 to {text_tokens - 1}")
-        layers = self.m_gen_layers
-        if layers is not None and not (layers and all(0 <= i < attention_layers for i in layers)):
-            raise ValueError(f"m_gen_layers {list(layers)}: expected some of 0 to {attention_layers - 1}")
+        for name in ("m_gen_layers", "ownership_layers"):
+            layers = getattr(self, name)
+            if layers is not None and not (layers and all(0 <= i < attention_layers for i in layers)):
+                raise ValueError(f"{name} {list(layers)}: expected some of 0 to {attention_layers - 1}")
 
 
 DEFAULT = MethodConfig()

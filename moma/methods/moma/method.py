@@ -2,35 +2,44 @@
 
 The equations are in `attention.py` (Eq. 3, decoupled cross-attention) and `masks.py` (M_ref, M_gen); this
 file says in which order they are used: the reference pass once per subject, the MLLM once per prompt, and the
-conditioning once per batch.
+conditioning once per batch. Several subjects in one image: `several.py`.
 
 Letters: B images, R = 2B rows of a UNet call, Z latent channels, S side of the reference, h w latents,
-T text tokens, E embedding.
+T text tokens, E embedding, P texts of an image.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from models.unet import attention_layers
+from models.unet import KeysValues, attention_layers
 from moma.inputs.preprocess import Reference
 from moma.methods.moma.adapter import Adapter, AdapterConfig
-from moma.methods.moma.attention import ReferenceLayer
-from moma.methods.moma.conditioning import MoMAConditioning, both_rows, condition_rows, reference_features
+from moma.methods.moma.attention import ReferenceLayer, side_by_side
+from moma.methods.moma.conditioning import both_rows, condition_rows, reference_features
 from moma.methods.moma.config import PRESETS, MethodConfig
 from moma.methods.moma.feature_cache import FeatureCache, cached_features
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
-from moma.methods.prompts import Prompt, read_prompt
-from moma.methods.text import Subject, TextToImage
+from moma.methods.moma.several import (
+    SeveralConditioning,
+    Shown,
+    allowed_of,
+    label_weights,
+    reads_of,
+    subject_rows,
+)
+from moma.methods.prompts import Prompt, own_prompt, read_prompt
+from moma.methods.text import Subject, TextConditioning, TextToImage
 from moma.sampling.base import NETWORKS, Base
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
 from moma.sampling.finite import check_finite
-from moma.sampling.interface import Job, Runtime
+from moma.sampling.interface import Job, Region, Runtime, TextInput
 
 # Turns a seed into another one for the reference's noise, so that it is not the start noise of an image with
 # the same seed. Any pattern of 32 bits serves; torch's CPU generator ignores higher ones.
@@ -43,15 +52,22 @@ class MoMASubject(Subject):
 
     layers: list[ReferenceLayer]  # L x K', V', M_ref, one row each
     features: Mapping[str, Tensor]  # prompt -> the feature decoder's embedding (1, E), as far as computed
+    images: tuple["MoMASubject", ...] = ()  # what `join_images` made it of
 
 
 class MoMAPrepared(NamedTuple):
-    """A job with its texts and its embedding (1, E)."""
+    """A job with its texts and the embedding (1, E) of each subject."""
 
     job: Job
     prompt: Prompt
     negative: Any
-    embedding: Tensor
+    embeddings: tuple[Tensor, ...]
+    own: tuple[Prompt, ...]  # each subject's prompt without the others, where the job has regions
+
+    @property
+    def regions(self) -> tuple[Region | None, ...]:
+        """Of each subject."""
+        return self.job.regions or (None,) * len(self.job.subjects)
 
 
 class MoMA(TextToImage):
@@ -59,7 +75,7 @@ class MoMA(TextToImage):
 
     Config = MethodConfig
     Presets = PRESETS
-    subjects, has_strength = range(1, 2), True
+    images, has_strength = range(1, 65), True
     own_networks: ClassVar[Mapping[str, Any]] = {"adapter": (AdapterConfig, Adapter)}
 
     def __init__(
@@ -220,30 +236,80 @@ class MoMA(TextToImage):
         cls, tokenizers: Sequence[Any], config: MethodConfig, words: Sequence[str], prompt: str
     ) -> Prompt:
         cls.check_subjects(words)
-        return read_prompt(tokenizers, words, prompt, config.label_tokens, config.absent_label)
+        found = read_prompt(tokenizers, words, prompt, config.label_tokens, config.absent_label)
+        for i, j in combinations(range(len(words) if config.ownership == "word" else 0), 2):
+            if words[i].lower() == words[j].lower() or found.labels[i] == found.labels[j]:
+                raise ValueError(
+                    f"two subjects are {words[i]!r}, and their words are to tell them apart: name each by its"
+                    " looks, such as 'striped cat', or take --set ownership=reference"
+                )
+        return found
+
+    @classmethod
+    def check_regions(cls, config: MethodConfig, regions: Sequence[Region | None]) -> None:
+        """ValueError for regions that leave subjects open where they alone decide; config: of the method."""
+        if config.ownership != "regions" or len(regions) < 2:
+            return
+        for (i, one), (j, other) in combinations(enumerate(regions, 1), 2):
+            if one is None or other is None:
+                raise ValueError("ownership 'regions': expected a region for each subject")
+            if max(one[0], other[0]) < min(one[2], other[2]) and max(one[1], other[1]) < min(
+                one[3], other[3]
+            ):
+                raise ValueError(
+                    f"ownership 'regions': those of subjects {i} and {j} overlap, expected them apart"
+                )
+
+    def join_images(self, images: Sequence[MoMASubject]) -> MoMASubject:
+        """Several images of one subject: K', V', M_ref side by side, and the mean of the embeddings."""
+        if len(images) < 2:
+            return super().join_images(images)
+        layers = [side_by_side(rows) for rows in zip(*(one.layers for one in images), strict=True)]
+        known = set.intersection(*(set(one.features) for one in images))
+        features = {prompt: _mean([one.features[prompt] for one in images]) for prompt in known}
+        return MoMASubject(images[0].word, images[0].reference, layers, features, tuple(images))
 
     def prepare(self, jobs: Sequence[Job]) -> list[MoMAPrepared]:
         """Jobs checked and tokenised; the MLLM reads every new pair of subject and prompt once, together."""
         prepared = super().prepare(jobs)
-        pairs = dict.fromkeys((job.subjects[0], job.prompt) for job in jobs)
+        for job in jobs:
+            if self.config.ownership == "regions" and len(job.subjects) > 1 and not job.regions:
+                raise ValueError("ownership 'regions': expected a region for each subject")
+        pairs = dict.fromkeys((one, job.prompt) for job in jobs for one in job.subjects)
         known = {(one, prompt): one.features[prompt] for one, prompt in pairs if prompt in one.features}
         new = [pair for pair in pairs if pair not in known]
-        inputs = [MLLMInput(subject.reference.white, subject.word, prompt) for subject, prompt in new]
-        known |= dict(zip(new, self.embed(inputs), strict=True)) if new else {}
-        return [MoMAPrepared(*one, known[one.job.subjects[0], one.job.prompt]) for one in prepared]
+        asked = [(image, prompt) for one, prompt in new for image in one.images or (one,)]
+        inputs = [MLLMInput(image.reference.white, image.word, prompt) for image, prompt in asked]
+        found = iter(self.embed(inputs) if inputs else ())
+        known |= {pair: _mean([next(found) for _ in pair[0].images or (pair[0],)]) for pair in new}
+        return [
+            MoMAPrepared(*one, tuple(known[x, one.job.prompt] for x in one.job.subjects), self._own(one.job))
+            for one in prepared
+        ]
 
-    def condition(self, prepared: Sequence[MoMAPrepared], config: SampleConfig) -> MoMAConditioning:
+    def _own(self, job: Job) -> tuple[Prompt, ...]:
+        words = [one.word for one in job.subjects]
+        return tuple(
+            self.read(self.base.tokenizers, self.config, [word], own_prompt(words, job.prompt, i))
+            for i, word in enumerate(words if any(job.regions) else ())
+        )
+
+    def condition(self, prepared: Sequence[MoMAPrepared], config: SampleConfig) -> TextConditioning:
         """Context tokens, reference features, label positions and β of both rows of guidance.
 
         The unconditional rows get the context tokens of a zero embedding, and the subject's features like the
         conditional ones (release).
         """
         text, added = self.encode_texts(prepared, config)  # R = 2B rows
+        if not any(one.job.subjects for one in prepared):
+            return TextConditioning(text, added)
+        if any(len(one.job.subjects) != 1 or any(one.regions) for one in prepared):
+            return self._several(prepared, config, text, added)
         label = torch.zeros(len(prepared), len(prepared[0].prompt.encodings[0].ids))  # (B, T)
         for row, one in zip(label, prepared, strict=True):
             row[list(one.prompt.labels[0])] = 1
         beta = torch.tensor([one.job.strengths(config.strength)[0] for one in prepared])  # (B,)
-        embedding = torch.cat([one.embedding for one in prepared])  # (B, E)
+        embedding = torch.cat([one.embeddings[0] for one in prepared])  # (B, E)
         return condition_rows(
             self.adapter,
             torch.cat([torch.zeros_like(embedding), embedding]),  # (R, E)
@@ -254,6 +320,72 @@ class MoMA(TextToImage):
             torch.cat([beta, beta]).to(self.base.device, self.base.dtype),  # (R,)
             self.config,
         )
+
+    def _several(
+        self, prepared: Sequence[MoMAPrepared], config: SampleConfig, text: TextInput, added: Tensor | None
+    ) -> SeveralConditioning:
+        """The same for images of any numbers of subjects, at least one in all.
+
+        Args:
+            prepared: B jobs.
+            config: with the images' sizes.
+            text: of `encode_texts`.
+            added: likewise.
+        """
+        base, labels = self.base, [one.prompt.labels for one in prepared]
+        most, regions = max(map(len, labels)), [one.regions for one in prepared]
+        label = label_weights(labels, most, len(prepared[0].prompt.encodings[0].ids))  # (B, S, T)
+        factor = base.vae.cfg.factor
+        grid, reads = (config.height // factor, config.width // factor), None
+        if any(map(any, regions)):
+            own = [[*one.own, *[one.prompt] * (most - len(one.own))] for one in prepared]  # B x S
+            text = self._beside(text, own)
+            labels = [[x.labels[0] for x in one.own] for one in prepared]
+            beside = label_weights(labels, most, label.shape[-1])  # (B, S, T), each in a text of its own
+            beside = torch.diag_embed(beside.mT).permute(0, 2, 3, 1).flatten(2)  # (B, S, S*T)
+            label = torch.cat([label, beside], dim=-1)  # (B, S, P*T)
+            reads = reads_of(regions, grid).to(base.device)  # (R, P, h, w)
+        shown = [
+            [
+                Shown(*pair, strength)
+                for *pair, strength in zip(
+                    one.embeddings,
+                    (subject.layers for subject in one.job.subjects),
+                    one.job.strengths(config.strength),
+                    strict=True,
+                )
+            ]
+            for one in prepared
+        ]
+        return SeveralConditioning(
+            text,
+            added,
+            torch.cat([label, label]).to(base.device),  # (R, S, P*T)
+            subject_rows(self.adapter, shown, self.config),
+            [new.scale for new in self.adapter.subject],
+            allowed_of(regions, grid).to(base.device),
+            reads,
+            self.config,
+        )
+
+    def _beside(self, text: TextInput, own: Sequence[Sequence[Prompt]]) -> list[KeysValues]:
+        """K, V of more texts beside each image's first.
+
+        Args:
+            text: K, V of R rows.
+            own: S texts of each of B images.
+        """
+        states = self.base.encode_text([one.encodings for row in own for one in row]).states  # (B*S, T, C)
+        more = self.base.unet.text_kv(states.unflatten(0, (len(own), -1)).flatten(1, 2))  # (B, H, S*T, D)
+        return [
+            tuple(torch.cat([x, torch.cat([y, y])], dim=2) for x, y in zip(*pair, strict=True))
+            for pair in zip(text, more, strict=True)
+        ]  # (R, H, P*T, D) each
+
+
+def _mean(embeddings: Sequence[Tensor]) -> Tensor:
+    """(1, E) each -> (1, E); one alone stays as it is."""
+    return embeddings[0] if len(embeddings) == 1 else torch.stack(list(embeddings)).mean(dim=0)
 
 
 def reference_latent(
