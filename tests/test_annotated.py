@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from moma.data.annotated import convert, main
 from moma.data.stream import once
 from moma.data.triplets import open_source
+from moma.inputs.faces import Face
 
 CAPTION = "A young man and a woman"
 MAN = {"id": 1, "word": "A young man", "start": 0, "end": 11, "bbox": [0, 0, 20, 32]}
@@ -62,6 +64,19 @@ def test_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert convert(tmp_path / "data", tmp_path / "parts", 2).delivered == 5
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_people_with_faces(tmp_path: Path) -> None:
+    """A face belongs to the segment that it lies in; a segment without one is left out."""
+    write(tmp_path / "data", "000010000")
+    write(tmp_path / "data", "000020000", np.where(WHERE == 2, 2, 0))
+    spots = torch.tensor([[4.0, 8], [8, 8], [6, 10], [5, 13], [7, 13]])
+    faces = [Face(torch.ones(512), spots + 100), Face(torch.ones(512) * 2, spots)]
+    skips = convert(tmp_path / "data", tmp_path / "shards", detect=lambda image: faces)
+    (item,) = once(open_source(tmp_path / "shards"))
+    assert (item.sample.label, item.sample.others) == ("young man", ())
+    assert "face" in skips.reasons["000020000"]
+    assert torch.equal(item.sample.face.landmarks, spots) and item.sample.face.embedding[0] == 2
 
 
 def turned(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Faces: from a file, and from insightface, for which a stand-in of its calls answers here."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,27 @@ def test_other_files_are_refused(tmp_path: Path, tensors: dict[str, Tensor], fie
     with pytest.raises(ValueError, match=field) as error:
         find_face(image(0), write(tmp_path, **tensors))
     assert "\n" not in str(error.value) and "face.safetensors" in str(error.value)
+
+
+def test_in_json() -> None:
+    face = Face(embedding(0), LANDMARKS)
+    back = Face.from_json(json.loads(json.dumps(face.to_json())), (120, 90))
+    assert torch.equal(back.embedding, face.embedding) and torch.equal(back.landmarks, face.landmarks)
+    turned = face.mirrored(120)
+    assert turned.landmarks[0].tolist() == [59, 30] and turned.landmarks[3].tolist() == [62, 65]
+    assert torch.equal(turned.mirrored(120).landmarks, LANDMARKS)
+
+
+@pytest.mark.parametrize(
+    "data", [3, [], {}, {"embedding": [1] * 512}, {"embedding": [1] * 512, "landmarks": [[1, "x"]] * 5},
+             {"embedding": [1] * 511, "landmarks": LANDMARKS.tolist()},
+             {"embedding": [1] * 512, "landmarks": [[1, 10**400]] * 5},
+             {"embedding": [1] * 512, "landmarks": (2 * LANDMARKS).tolist()}],
+)  # fmt: skip
+def test_other_json_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match="face") as error:
+        Face.from_json(data, (120, 90))
+    assert "\n" not in str(error.value)
 
 
 # --- insightface ----------------------------------------------------------------------------------------

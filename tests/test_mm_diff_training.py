@@ -12,7 +12,9 @@ import moma
 import train
 from convert_weights import convert
 from moma import Bundle, Job, Runtime, SampleConfig
+from moma.inputs.faces import Face
 from moma.methods.map_loss import map_loss
+from moma.methods.mm_diff.method import MMDiff
 from moma.training.denoising import DenoisingTask, build
 from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.golden_files import golden
@@ -186,6 +188,25 @@ def test_noise_behind_subjects(pairs: Path) -> None:
     noise = task_of(pairs, "background=noise", f"cache={pairs / 'noise'}")
     assert far(*(task.data.batch(torch.arange(1))["embedding"] for task in (white, noise)))
     assert noise.model.export().methods["mm-diff"]["seen"] == "noise"
+
+
+def test_tokens_of_faces(tmp_path: Path) -> None:
+    """People with faces train weights that draw with one; subjects without are left out."""
+    write_bundle(tmp_path / "bundle")
+    write_pairs(tmp_path / "data")
+    spots = [[10.0, 14], [20, 14], [15, 20], [11, 26], [19, 26]]
+    face = Face(torch.randn(512, generator=torch.Generator().manual_seed(0)), torch.tensor(spots))
+    lines = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["face"] = lines[1]["others"][0]["face"] = lines[2]["face"] = face.to_json()
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sets = ("subject=face", "validation_samples=1")
+    assert train.run([*options(tmp_path, "run", 1), *(x for one in sets for x in ("--set", one))]) == 0
+    assert [name for _, name, _ in task_of(tmp_path, *sets).data.names] == ["cat", "black cat", "cat"]
+    start = Bundle.open(tmp_path / "bundle")
+    convert([tmp_path / "run" / "export"], tmp_path / "trained", start, say=lambda text: None)
+    assert MMDiff.needs_face(Bundle.open(tmp_path / "trained"))
+    pipe = moma.load(tmp_path / "trained", "mm-diff", device="cpu", dtype="fp32")
+    assert pipe.encode_subject(image(0), mask(30), "cat", face=face).tokens.isfinite().all()
 
 
 def test_all_that_starts_at_random_decays(pairs: Path) -> None:

@@ -5,7 +5,7 @@
 ffhq/ holds a list, `image_ids_train.txt` or `image_ids.txt`, and for each line such as 000010000, in a folder
 named by its first five characters, the image (.jpg), a number for each pixel (.npy, (H, W), 0 = background)
 and {"caption", "segments": [{"id": number, "word", "end": behind the word in the caption}]} (.json). The same
-command resumes an interrupted run.
+command resumes an interrupted run. --faces keeps the people whose face insightface finds, with it.
 """
 
 import io
@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from moma.app.files import Parser, check_writable, exit_status
 from moma.data.shards import KEY, MOST, READ, Other, ReadConfig, ShardWriter
 from moma.data.triplets import SkipLog, subject_ends
 from moma.data.words import ARTICLES
+from moma.inputs.faces import Face, load_detector
 from moma.inputs.preprocess import INPUT, open_image
 
 LISTS = ("image_ids_train.txt", "image_ids.txt")
@@ -42,7 +43,12 @@ class Sample(NamedTuple):
     subjects: list[Other]
 
 
-def convert(folder: Path, out: Path, per_shard: int = 1000, most: int = MOST) -> SkipLog:
+Detector = Callable[[Image.Image], list[Face]]
+
+
+def convert(
+    folder: Path, out: Path, per_shard: int = 1000, most: int = MOST, detect: Detector | None = None
+) -> SkipLog:
     """Write the shards; what an earlier run has written stays.
 
     Args:
@@ -50,6 +56,7 @@ def convert(folder: Path, out: Path, per_shard: int = 1000, most: int = MOST) ->
         out: for the shards.
         per_shard: samples in each.
         most: subjects of a sample, the largest ones.
+        detect: finds faces (`moma.inputs.faces.load_detector`); subjects without one are then left out.
 
     Returns:
         What was skipped, and why.
@@ -71,12 +78,12 @@ def convert(folder: Path, out: Path, per_shard: int = 1000, most: int = MOST) ->
                 skips.add([], 1)
                 continue
             try:
-                one = read_sample(folder, name, most)
+                one = read_sample(folder, name, most, detect=detect)
             except (ValueError, OSError) as error:
                 skips.add([(name, str(error))])
                 continue
             first, *others = one.subjects
-            extra = {"end": first.end}
+            extra = {"end": first.end} | ({} if first.face is None else {"face": first.face})
             shards.add(name, one.image, "jpg", first.mask_png, first.label, one.caption, extra, None, others)
             skips.add([], 1)
     if not skips.delivered:
@@ -85,7 +92,9 @@ def convert(folder: Path, out: Path, per_shard: int = 1000, most: int = MOST) ->
     return skips
 
 
-def read_sample(folder: Path, name: str, most: int = MOST, cfg: ReadConfig = READ) -> Sample:
+def read_sample(
+    folder: Path, name: str, most: int = MOST, cfg: ReadConfig = READ, detect: Detector | None = None
+) -> Sample:
     """One image with its subjects.
 
     Args:
@@ -93,6 +102,7 @@ def read_sample(folder: Path, name: str, most: int = MOST, cfg: ReadConfig = REA
         name: of this one.
         most: subjects that are kept, the largest ones.
         cfg: limits of the files.
+        detect: as in `convert`.
 
     Raises:
         ValueError, OSError: for files that are missing, damaged, or do not belong together.
@@ -112,17 +122,19 @@ def read_sample(folder: Path, name: str, most: int = MOST, cfg: ReadConfig = REA
     caption, segments = about.get("caption"), about.get("segments")
     if not isinstance(caption, str) or not isinstance(segments, list):
         raise ValueError("its JSON has no caption or no list of segments")
-    subjects = []
+    subjects, faces = [], detect(image) if detect else []
     for segment in segments:
         if not isinstance(segment, dict) or type(segment.get("id")) is not int:
             raise ValueError(f"its segment {segment!r:.100}: expected id, word and end")
         mask = numbers == segment["id"]  # (H, W)
         if segment["id"] > 0 and mask.any():  # a later segment may cover it
-            subjects.append((int(mask.sum()), segment, mask))
+            face = next((one for one in faces if _inside(one, mask)), None)
+            if face or not detect:
+                subjects.append((int(mask.sum()), segment, mask, face and face.to_json()))
     if not subjects:
-        raise ValueError("it has no segment with a mask")
+        raise ValueError(f"it has no segment with a {'face' if detect else 'mask'}")
     subjects = sorted(subjects, key=lambda one: -one[0])[:most]
-    words, ends = ([segment.get(key) for _, segment, _ in subjects] for key in ("word", "end"))
+    words, ends = ([segment.get(key) for _, segment, *_ in subjects] for key in ("word", "end"))
     if not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError(f"its words are {words!r:.100}: expected texts")
     ends = subject_ends(words, ends, caption)
@@ -133,8 +145,8 @@ def read_sample(folder: Path, name: str, most: int = MOST, cfg: ReadConfig = REA
         data,
         caption,
         [
-            Other(_png(mask), label, end)
-            for (*_, mask), label, end in zip(subjects, labels, ends, strict=True)
+            Other(_png(mask), label, end, None, face)
+            for (*_, mask, face), label, end in zip(subjects, labels, ends, strict=True)
         ],
     )
 
@@ -151,6 +163,12 @@ def read_numbers(path: Path, cfg: ReadConfig = READ) -> np.ndarray:
     if len(shape) != 2 or dtype.kind not in "buif" or size != len(data) - file.tell():
         raise ValueError(f"{path}: {dtype} {shape} in {len(data):,} bytes, expected (H, W) numbers")
     return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _inside(face: Face, mask: np.ndarray) -> bool:
+    """Whether a face's middle lies in a mask, bool (H, W)."""
+    x, y = face.landmarks.mean(dim=0).long().tolist()
+    return 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and bool(mask[y, x])
 
 
 def _png(mask: np.ndarray) -> bytes:
@@ -172,12 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="samples (default: 1000)")
 
+    parser.add_argument("--faces", action="store_true", help="keep people with a face, for train.py mm-diff")
+
     def run() -> None:
         args = parser.parse_args(argv)
         if not 1 <= args.most <= MOST:
             raise ValueError(f"--most {args.most}: expected 1 to {MOST}")
         check_writable("--out", args.out)
-        skips = convert(args.folder, args.out, args.per_shard, args.most)
+        detect = load_detector() if args.faces else None
+        skips = convert(args.folder, args.out, args.per_shard, args.most, detect)
         print(json.dumps({"written": skips.delivered, "skipped": skips.total}))
 
     return exit_status("annotated", run, "stopped; the same command resumes from here")

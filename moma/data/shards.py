@@ -6,7 +6,8 @@ A sample consists of adjacent members in any order: `<key>.jpg` (or another of `
 
 An image may show further subjects: the second one's files end in mask2.png, ref2.jpg and refmask2.png, and
 so on, and the JSON's "others" has {"label"} of each. "end", beside a label, is the number of the caption's
-characters up to the end of its word; without it, the word is looked for.
+characters up to the end of its word; without it, the word is looked for. "face", likewise, is a person's
+{"embedding", "landmarks"} (`moma.inputs.faces.Face`) in its reference, or else in the image.
 """
 
 import errno
@@ -83,6 +84,7 @@ class Other(NamedTuple):
     label: str
     end: int | None = None  # of its word in the caption
     reference: tuple[bytes, bytes] | None = None  # another image of it and its PNG mask
+    face: dict[str, list] | None = None  # of `Face.to_json`
 
 
 class _End(Exception):
@@ -276,8 +278,10 @@ class ShardWriter:
             raise ValueError(f"sample {key!r}: {1 + len(others)} subjects, expected at most {MOST}")
         texts = {**(extra or {}), "label": label, "caption": caption}
         if others:
-            ends = ({} if one.end is None else {"end": one.end} for one in others)
-            texts["others"] = [{"label": one.label} | end for one, end in zip(others, ends, strict=True)]
+            told = ({"label": one.label, "end": one.end, "face": one.face} for one in others)
+            texts["others"] = [
+                {name: value for name, value in one.items() if value is not None} for one in told
+            ]
         files = {
             suffix: image,
             "mask.png": mask_png,

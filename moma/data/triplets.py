@@ -16,6 +16,7 @@ from PIL import Image
 
 from models.weights.files import Hashes, parse_json
 from moma.data.shards import MOST, NUMBERS, READ, Raw, ReadConfig, read_shard, retried
+from moma.inputs.faces import Face
 from moma.inputs.preprocess import INPUT, InputConfig, on_white, open_image, open_mask, same_aspect
 from moma.methods.prompts import check_prompt, word_ends
 
@@ -39,6 +40,7 @@ class Triplet:
     caption: str  # names the label
     reference: ImageAndMask | None = None  # another image of the subject; None: `image` itself
     end: int | None = None  # of the label's word in the caption, in characters; None: it is looked for
+    face: Face | None = None  # a person's, in the reference
     others: tuple["Triplet", ...] = ()  # the image's further subjects
 
 
@@ -76,8 +78,8 @@ class FolderSource:
     """A folder whose `metadata.jsonl` has a line {"image", "mask", "label", "caption"} per sample.
 
     Paths are relative to the folder. Optional fields: "key", which should be unique, "reference_image" with
-    "reference_mask", "end" and "others" (`moma/data/shards.py`), each of which has a "mask" and may have a
-    reference.
+    "reference_mask", "end", "face" and "others" (`moma/data/shards.py`), each of which has a "mask" and may
+    have a reference.
     """
 
     shards = (METADATA,)
@@ -246,7 +248,7 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
             raise ValueError(f"its {name} is {text!r}: expected a text")
     ends = subject_ends(labels, [one.get("end") for one in subjects], caption)
     found, image = [], None
-    for number, label, end, pairs in zip(NUMBERS, labels, ends, files.subjects, strict=False):
+    for number, about, end, pairs in zip(NUMBERS, subjects, ends, files.subjects, strict=False):
         who = f"subject {number}'s " if number else ""
         if image is None:
             image = open_image(io.BytesIO(pairs[0][0]), limits, "its image", FORMATS)
@@ -255,7 +257,10 @@ def load(source: Source, raw: Raw, limits: InputConfig = INPUT) -> Triplet:
             whose = f"{who}reference's "
             other = open_image(io.BytesIO(content), limits, f"its {whose}image", FORMATS)
             reference = on_white(other), _mask(other, its_mask, whose, limits)
-        found.append(Triplet(files.key, on_white(image), mask, label, caption, reference, end))
+        face = about.get("face")
+        if face is not None:
+            face = Face.from_json(face, (reference or [image])[0].size)
+        found.append(Triplet(files.key, on_white(image), mask, about["label"], caption, reference, end, face))
     return replace(found[0], others=tuple(found[1:]))
 
 

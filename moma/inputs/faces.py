@@ -8,6 +8,7 @@ Letters: S side of a square of pixels.
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,37 @@ class Face:
                 f" image, which is {size[0]}x{size[1]}"
             )
 
+    def mirrored(self, width: int) -> "Face":
+        """The face with left and right exchanged in an image of this width."""
+        places = self.landmarks[[1, 0, 2, 4, 3]]  # (5, 2)
+        return Face(self.embedding, torch.stack([width - 1 - places[:, 0], places[:, 1]], dim=1))
+
+    def to_json(self) -> dict[str, list]:
+        return {"embedding": self.embedding.tolist(), "landmarks": self.landmarks.tolist()}
+
+    @classmethod
+    def from_json(cls, data: Any, size: tuple[int, int]) -> "Face":
+        """What `to_json` gives.
+
+        Args:
+            data: of a JSON file.
+            size: of the image, (width, height).
+
+        Raises:
+            ValueError: for anything else.
+        """
+        try:
+            face = cls(*(torch.tensor(data[name]).float() for name in ("embedding", "landmarks")))
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"its face is {data!r:.60}: expected embedding and landmarks") from None
+        if (face.embedding.shape, face.landmarks.shape) != ((EMBEDDING,), (len(TEMPLATE), 2)):
+            raise ValueError(
+                f"its face has {tuple(face.embedding.shape)} and {tuple(face.landmarks.shape)}:"
+                f" expected ({EMBEDDING},) and ({len(TEMPLATE)}, 2)"
+            )
+        face.check(size)
+        return face
+
 
 def find_face(image: Image.Image, file: Path | None = None, number: int | None = None) -> Face:
     """The face of a person in an image.
@@ -72,7 +104,7 @@ def find_face(image: Image.Image, file: Path | None = None, number: int | None =
         if number is not None:
             raise ValueError(f"face number {number} and a file of a face: expected one of them")
         return read_face(file, image.size)
-    wanted, faces = 1 if number is None else number, detect_faces(image)
+    wanted, faces = 1 if number is None else number, load_detector()(image)
     if not 1 <= wanted <= len(faces):
         expected = f"1 to {len(faces)}, the largest first" if faces else "a face that can be seen"
         raise ValueError(f"face {wanted}: the image has {len(faces)}, expected {expected}; or give its file")
@@ -102,8 +134,9 @@ def read_face(path: Path, size: tuple[int, int]) -> Face:
     return face
 
 
-def detect_faces(image: Image.Image) -> list[Face]:
-    """All faces that insightface finds, the largest first; ValueError without it or its models."""
+def load_detector() -> Callable[[Image.Image], list[Face]]:
+    """What finds all faces of an image, the largest first, by insightface; ValueError without it or its
+    models."""
     try:
         from insightface.app import FaceAnalysis
     except ImportError as error:
@@ -120,11 +153,15 @@ def detect_faces(image: Image.Image) -> list[Face]:
             f"insightface cannot load its models {MODELS} ({' '.join(str(error).split())}): see its"
             " documentation for how to get them, or give the face in a file"
         ) from None
-    pixels = np.asarray(on_white(image))[..., ::-1]  # (H, W, 3), BGR
-    return [
-        Face(torch.tensor(one.embedding).float(), torch.tensor(one.kps).float())
-        for one in sorted(app.get(np.ascontiguousarray(pixels)), key=_area, reverse=True)
-    ]
+
+    def detect(image: Image.Image) -> list[Face]:
+        pixels = np.asarray(on_white(image))[..., ::-1]  # (H, W, 3), BGR
+        return [
+            Face(torch.tensor(one.embedding).float(), torch.tensor(one.kps).float())
+            for one in sorted(app.get(np.ascontiguousarray(pixels)), key=_area, reverse=True)
+        ]
+
+    return detect
 
 
 def _area(face: Any) -> float:

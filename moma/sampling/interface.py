@@ -506,6 +506,12 @@ class DenoisingTraining(Training):
         return "white"
 
     @classmethod
+    def faces(cls, config: Any) -> bool:
+        """Whether its samples are people with a face: their embeddings (B, 512) and crops (B, 3, s, s) are
+        then the argument `faces` of `load_embedder`'s function."""
+        return False
+
+    @classmethod
     def places(
         cls, tokenizers: Sequence[Any], caption: str, words: Sequence[str], ends: Sequence[int | None]
     ) -> list[tuple[int, ...]]:

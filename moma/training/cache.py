@@ -81,7 +81,11 @@ class Encoder:
             return torch.empty(len(samples), 0)
         white = torch.stack([sample.white for sample in samples])  # (B, 3, s, s)
         words, prompts = ([getattr(s, name) for s in samples] for name in ("label", "caption"))
-        return self.embedder(white.to(self.device, self.dtype), words, prompts)  # (B, E)
+        faces = {}
+        if samples[0].face is not None:
+            own, crops = (torch.stack(parts) for parts in zip(*(s.face for s in samples), strict=True))
+            faces = {"faces": (own.to(self.device), crops.to(self.device, self.dtype))}
+        return self.embedder(white.to(self.device, self.dtype), words, prompts, **faces)  # (B, E)
 
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
@@ -114,6 +118,7 @@ def identity(
     cfg: CacheConfig,
     flip: bool = False,
     background: str = "white",
+    faces: bool = False,
 ) -> dict[str, Any]:
     """All that the tensors of a cache depend on besides the content of the data; JSON.
 
@@ -126,6 +131,7 @@ def identity(
         cfg: how the cache is made.
         flip: whether it holds mirrored images, too.
         background: of what image encoders see.
+        faces: whether it holds those of people.
 
     Raises:
         ValueError: for a bundle that lacks a network.
@@ -144,6 +150,7 @@ def identity(
         **({"text": "captions"} if kind.captions_alone else {}),
         **({"subjects": "all"} if kind.several else {}),
         **({"background": background} if background != "white" else {}),
+        **({"faces": "aligned"} if faces else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
         "mirrored": flip,

@@ -16,10 +16,11 @@ import torch
 from PIL import Image, ImageChops, ImageOps
 from torch import Tensor, nn
 
-from models.clip_image import clip_image
+from models.clip_image import MEAN, STD, clip_image, normalised
 from models.weights.loading import save_tensors
 from moma.app.files import write_text
 from moma.data.triplets import Triplet
+from moma.inputs.faces import aligned
 from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference, on_noise
 from moma.sampling.interface import Export
 from moma.weights.bundle import Bundle
@@ -42,6 +43,7 @@ class Sample:
     m_ref: Tensor  # uint8 (S * S / 8,)
     white: Tensor | None  # (3, s, s): the reference on white (or noise) as the image tower takes it
     end: int | None = None  # of the label's word in the caption
+    face: tuple[Tensor, Tensor] | None = None  # embedding (512,) and (3, s, s): aligned, for the image tower
     others: tuple["Sample", ...] = ()  # the image's further subjects
 
 
@@ -55,6 +57,7 @@ class Prepare:
     flip: bool = False  # a mirrored one, too
     several: bool = False  # all subjects of a triplet; those that the square cuts off are left out
     background: Literal["white", "noise"] = "white"  # of what the image tower sees
+    faces: bool = False  # a subject without a face is left out
 
     def __call__(self, triplet: Triplet) -> list[Sample]:
         return [self._sample(one) for one in ([triplet, mirrored(triplet)] if self.flip else [triplet])]
@@ -75,6 +78,13 @@ class Prepare:
 
     def _subject(self, triplet: Triplet, together: Image.Image | None = None) -> Sample:
         """One subject; together: a mask of all that the target shows."""
+        face = None
+        if self.faces:
+            if triplet.face is None:
+                raise ValueError(f"its {triplet.label} has no face: expected embedding and landmarks of one")
+            photo = (triplet.reference or (triplet.image,))[0]
+            crop = aligned(photo, triplet.face.landmarks, self.tower_size)
+            face = triplet.face.embedding, normalised(crop, MEAN, STD)
         target, reference = squares(triplet, self.image_size, self.method, together)
         seen = reference.white if self.method.reference_background == "white" else reference.photo
         shown = reference.white
@@ -90,6 +100,7 @@ class Prepare:
             m_ref=pack(reference.mask),
             white=None if self.tower_size is None else clip_image(shown, self.tower_size),
             end=triplet.end,
+            face=face,
         )
 
 
@@ -98,6 +109,7 @@ def mirrored(triplet: Triplet) -> Triplet:
     image, mask = ImageOps.mirror(triplet.image), ImageOps.mirror(triplet.mask)
     reference = triplet.reference and tuple(map(ImageOps.mirror, triplet.reference))
     parts = {"image": image, "mask": mask, "reference": reference}
+    parts["face"] = triplet.face and triplet.face.mirrored((triplet.reference or [image])[0].width)
     return replace(
         triplet, key=f"{triplet.key} (mirrored)", **parts, others=tuple(map(mirrored, triplet.others))
     )

@@ -265,18 +265,20 @@ def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> 
     """The cache of some data, completed by all ranks together if need be."""
     kind, _, options, stage, method = choices
     bundle, method = runtime.weights, replace(method, geometry=options.geometry)
-    behind = kind.background(stage)
+    behind, faces = kind.background(stage), kind.faces(stage)
     caching = CacheConfig(
         batch=options.cache_batch, workers=options.cache_workers, max_skipped=options.max_skipped
     )
-    expected = identity(kind, bundle, source.names(), method, runtime.dtype, caching, options.flip, behind)
+    expected = identity(
+        kind, bundle, source.names(), method, runtime.dtype, caching, options.flip, behind, faces
+    )
     tower = bundle.config("vision").image_size if kind.embedding else None
     several = dist.is_initialized()
     build_cache(
         Path(folder),
         expected,
         source,
-        Prepare(bundle.image_size, tower, method, options.flip, kind.several, behind),
+        Prepare(bundle.image_size, tower, method, options.flip, kind.several, behind, faces),
         encoder=lambda: Encoder(kind, runtime, method),
         cfg=caching,
         rank=dist.get_rank() if several else 0,

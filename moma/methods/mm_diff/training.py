@@ -1,7 +1,8 @@
 """The training of MM-Diff: Eq. 1, and each subject's attention kept to its mask.
 
 The last blocks of the image encoder train with the adapter: caches hold the states before them. The subject's
-tokens are made of its own embedding (paper); its image is the subject on white or on noise.
+tokens are made of its own embedding and patches (paper), or of a face's (release); its image is the subject
+on white or on noise.
 
 Letters: B samples, N queries, T text tokens, K tokens of a subject, n subjects of a sample, H heads,
 D channels per head, W width of a text encoder, P embedding of an image, M states of the image encoder,
@@ -23,7 +24,7 @@ from models.unet import Grid
 from moma.methods.map_loss import Form, map_loss
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA, attach, frozen_context
 from moma.methods.mm_diff.config import MMDiffConfig
-from moma.methods.mm_diff.method import WORDS, MMDiff, MMDiffSubject, SubjectHook
+from moma.methods.mm_diff.method import PATCH_LAYER, WORDS, MMDiff, MMDiffSubject, SubjectHook
 from moma.methods.mm_diff.prompts import TRIGGER, MarkedPrompt, read_marked
 from moma.sampling.base import Base
 from moma.sampling.config import LARGEST, check_types
@@ -37,6 +38,7 @@ class MMDiffTrainingConfig:
     """Options of the training."""
 
     init: Literal["base", "mm_diff"] = "base"  # start anew, or go on with the bundle's
+    subject: Literal["cls", "face"] = "cls"  # what the tokens are made of; a face must be in the data
     rank: int = 64  # of the UNet's LoRAs
     text_rank: int = 64  # of the text encoders'
     refiner_blocks: int = 4
@@ -129,20 +131,39 @@ class MMDiffTraining(DenoisingTraining):
         if weights.config("vision").layers <= TRAINABLE:
             raise ValueError(f"{weights.folder}: vision has too few layers, expected more than {TRAINABLE}")
         if config.init == "mm_diff":
-            if (found := weights.config("mm_diff").subject) != "cls":
-                raise ValueError(f"{weights.folder}: its mm_diff reads a {found}, this training trains 'cls'")
+            if (found := weights.config("mm_diff").subject) != config.subject:
+                raise ValueError(
+                    f"{weights.folder}: its mm_diff reads {found!r}, expected subject {config.subject!r}"
+                )
             MMDiff.check(weights, method)
 
     @classmethod
-    def load_embedder(
-        cls, runtime: Runtime, method: MMDiffConfig
-    ) -> Callable[[Tensor, Sequence[str], Sequence[str]], Tensor]:
+    def load_embedder(cls, runtime: Runtime, method: MMDiffConfig) -> Callable[..., Tensor]:
         vision = runtime.weights.build("vision", runtime.device, runtime.dtype).eval().requires_grad_(False)
-        return lambda white, words, prompts: vision.hidden(white, -1 - TRAINABLE).flatten(1)  # (B, M * C)
+
+        def embed(
+            white: Tensor,
+            words: Sequence[str],
+            prompts: Sequence[str],
+            faces: tuple[Tensor, Tensor] | None = None,
+        ) -> Tensor:
+            states = vision.hidden(white, -1 - TRAINABLE).flatten(1)  # (B, M * C)
+            if faces is None:
+                return states
+            own, crops = faces
+            own = F.normalize(own, dim=1).to(states.dtype)  # (B, 512)
+            patches = vision.hidden(crops, PATCH_LAYER).flatten(1)  # (B, M * C)
+            return torch.cat([states, own, patches], dim=1)  # (B, 2 * M * C + 512)
+
+        return embed
 
     @classmethod
     def background(cls, config: MMDiffTrainingConfig) -> Literal["white", "noise"]:
         return config.background
+
+    @classmethod
+    def faces(cls, config: MMDiffTrainingConfig) -> bool:
+        return config.subject == "face"
 
     @classmethod
     def places(
@@ -197,10 +218,16 @@ class MMDiffTraining(DenoisingTraining):
 
     def _subjects(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings (B * n, P) and tokens (B, n, K, X)."""
-        count = batch["embedding"].shape[:2]  # B, n
-        states = batch["embedding"].flatten(0, 1).unflatten(1, (-1, self.vision_cfg.width))  # (B * n, M, C)
-        embedding, patches = self.tail(states.to(self.tail.norm.weight.dtype))
-        return embedding, self.adapter.head(embedding, patches).unflatten(0, count)
+        count, width = batch["embedding"].shape[:2], self.vision_cfg.width  # B, n
+        rows = batch["embedding"].flatten(0, 1).to(self.tail.norm.weight.dtype)  # (B * n, E)
+        own, faced = self.adapter.cfg.face_dim, self.config.subject == "face"
+        length = (rows.shape[1] - own) // 2 if faced else rows.shape[1]  # M * C
+        states, face, crop = rows.split([length, *((own, length) if faced else (0, 0))], dim=1)
+        embedding, patches = self.tail(states.unflatten(1, (-1, width)))  # (B * n, P), (B * n, M, C)
+        subject = embedding
+        if faced:
+            subject, patches = face, crop.unflatten(1, (-1, width))  # (B * n, 512), (B * n, M, C)
+        return embedding, self.adapter.head(subject, patches).unflatten(0, count)
 
     def subjects(
         self, batch: Batch, words: Sequence[str], prompts: Sequence[str]
@@ -242,7 +269,7 @@ def new_sizes(base: Base, vision: CLIPVision, config: MMDiffTrainingConfig) -> M
     if len(texts) > 1:
         loras[0] = TextLoRA(texts[0].layers - 1, texts[0].width, config.text_rank)
     return MMDiffSizes(
-        subject="cls",
+        subject=config.subject,
         embed_dim=cfg.projection or cfg.width,
         patch_dim=cfg.width,
         text_dims=tuple(text.width for text in texts),
