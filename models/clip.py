@@ -131,12 +131,14 @@ class _SelfAttention(nn.Module):
         return self.out_proj(merge_heads(attention(q, k, v, causal=causal)))  # (B, T, C)
 
 
-class _MLP(nn.Module):
-    def __init__(self, cfg: _BlockConfig) -> None:
+class MLP(nn.Module):
+    """Two layers with a nonlinearity between them."""
+
+    def __init__(self, width: int, hidden: int, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[cfg.act]
-        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
-        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+        self.act = act
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))  # (B, T, C)
@@ -150,7 +152,7 @@ class CLIPBlock(nn.Module):
         self.layer_norm1 = nn.LayerNorm(cfg.width, cfg.eps)
         self.self_attn = _SelfAttention(cfg)
         self.layer_norm2 = nn.LayerNorm(cfg.width, cfg.eps)
-        self.mlp = _MLP(cfg)
+        self.mlp = MLP(cfg.width, cfg.mlp, ACTIVATIONS[cfg.act])
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), causal)

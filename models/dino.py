@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attention, merge_heads, split_heads
+from models.clip import MLP
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,6 @@ class _Attention(nn.Module):
         return self.proj(merge_heads(attention(q, k, v)))  # (B, 1+N, C)
 
 
-class _MLP(nn.Module):
-    def __init__(self, cfg: DINOConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
-        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, 1+N, C)
-
-
 class _Block(nn.Module):
     """One pre-norm transformer block, (B, 1+N, C) -> (B, 1+N, C)."""
 
@@ -84,7 +75,7 @@ class _Block(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.width, cfg.eps)
         self.attn = _Attention(cfg)
         self.norm2 = nn.LayerNorm(cfg.width, cfg.eps)
-        self.mlp = _MLP(cfg)
+        self.mlp = MLP(cfg.width, cfg.mlp, F.gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

@@ -43,7 +43,7 @@ from moma.data.shards import Other, ShardWriter
 from moma.data.tables import OpenImagesConfig, Row, by_image, find_tables, select_rows
 from moma.data.triplets import HALF, subject_ends
 from moma.data.words import WORN_CLASSES
-from moma.inputs.preprocess import FORMATS, INPUT, find_mask, open_image, same_aspect
+from moma.inputs.preprocess import FORMATS, INPUT, encoded, find_mask, open_image, same_aspect
 from moma.sampling.device import DTYPES, set_precision
 from moma.weights.bundle import Bundle
 
@@ -247,11 +247,11 @@ def examine(task: Task, masks: Path, cfg: OpenImagesConfig) -> Outcome:
         scale = min(1, cfg.max_side / max(image.size))
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        data = _encode(image, "JPEG", quality=cfg.jpeg_quality)
+        data = encoded(image, "JPEG", quality=cfg.jpeg_quality)
     masks = []
     for mask, row in kept:
         mask_image = Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-        masks.append((_encode(mask_image, "PNG"), row))
+        masks.append((encoded(mask_image, "PNG"), row))
     if cfg.subjects > 1 and masks:
         outcome.samples.append(Sample(outcome.image_id, data, *masks[0], tuple(masks[1:])))
     else:
@@ -270,12 +270,6 @@ def _fault(mask: np.ndarray, size: tuple[int, int], cfg: OpenImagesConfig) -> st
         return "subject too large"
     edges = sum(bool(edge.any()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     return "touches the image's edges" if edges > cfg.max_edges else None
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def _ordered(

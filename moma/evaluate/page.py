@@ -4,7 +4,6 @@ The page opens from disk and needs no network.
 """
 
 import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from moma.app.files import write_bytes, write_text
 from moma.app.record import save_png
 from moma.evaluate.scores import Score, averages
 from moma.evaluate.tables import KINDS, REAL, Results, scores_csv, scores_json, tables_html, tables_markdown
-from moma.inputs.preprocess import on_white, open_image
+from moma.inputs.preprocess import encoded, on_white, open_image
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHART = "subjects.png"
@@ -158,7 +157,7 @@ def write_page(
         title=escape(f"Scores of {', '.join(results.methods) or 'real images'}"),
         tables=tables_html(results),
         notes=escape(results.notes),
-        chart=data_uri("png", _encode(_subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
+        chart=data_uri("png", encoded(_subjects_chart(results, cfg), "PNG")) if cfg.embed else CHART,
         facts="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.facts.items()),
         subjects=_options((name, name) for name in groups),
         kinds=_options((kind, KINDS[kind]) for kind in results.kinds),
@@ -263,13 +262,7 @@ def small_jpeg(file: Path, cfg: PageConfig) -> bytes:
     """A small copy as JPEG."""
     small = on_white(open_image(file))
     small.thumbnail((cfg.side, cfg.side))
-    return _encode(small, "JPEG", quality=cfg.quality)
-
-
-def _encode(image: Image.Image, format: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    return encoded(small, "JPEG", quality=cfg.quality)
 
 
 def data_uri(kind: str, data: bytes) -> str:

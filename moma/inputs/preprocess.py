@@ -5,13 +5,14 @@ No network is known here. Sizes are PIL's (width, height) as long as images are 
 Letters: H, W pixels of the input; S side of the square reference.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -409,6 +410,18 @@ def same_aspect(size: tuple[int, int], other: tuple[int, int], limits: InputConf
     scale = max(other) / max(size)
     rounded = all(abs(new - old * scale) <= max(1, scale) for old, new in zip(size, other, strict=True))
     return rounded or abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= limits.aspect_tolerance
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The file of an image.
+
+    Args:
+        image: any image.
+        kind: PIL's name of the format.
+        options: of `PIL.Image.Image.save`.
+    """
+    image.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
 
 
 def on_white(image: Image.Image) -> Image.Image:
