@@ -70,7 +70,8 @@ MUTATIONS = (
              "test_masks"),
     # steps, reference pass, conditioning
     Mutation("subject-at-the-wrong-timesteps", "moma/methods/moma/conditioning.py",
-             "t < self.method.subject_below_t", "t > self.method.subject_below_t", "test_golden test_pipeline"),
+             "t < self.method.subject_below_t", "t > self.method.subject_below_t",
+             "test_golden test_pipeline"),
     Mutation("reference-text-uncut", METHOD, "label.shape[1] - method.reference_text_cut", "label.shape[1]",
              "test_golden test_pipeline"),
     Mutation("reference-pass-not-at-0", METHOD, "t = torch.zeros(len(latent)", "t = torch.ones(len(latent)",
