@@ -1,17 +1,34 @@
 """The scorers of a bundle against its networks, called image by image."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from models.clip_image import clip_image
 from models.dino_image import dino_image
-from moma.evaluate.scorers import COLUMNS, ImageScorer, TextScorer, embed, load_scorers, measure, measure_real
+from moma.evaluate.rate import rate_parts
+from moma.evaluate.scorers import (
+    COLUMNS,
+    FaceScorer,
+    ImageScorer,
+    TextScorer,
+    embed,
+    load_scorers,
+    measure,
+    measure_real,
+)
+from moma.inputs.faces import EMBEDDING, Face
+from moma.inputs.segment import Segmenter
 from moma.weights.bundle import Bundle
 from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
+from tests.fake_sam import FlatSAM
 from tests.recipe import u8
 
 TEXTS = ["a cat in the snow", "a dog", "", "a vase on the beach at sunset " * 30]
@@ -113,3 +130,47 @@ def test_an_image_is_like_itself(scorers: list[ImageScorer]) -> None:
 def test_nothing_to_score(scorers: list[ImageScorer]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         scorers[0].embed_images([])
+
+
+# --- several subjects, and faces ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Likeness of mean colours."""
+
+    columns: tuple[str, ...] = ("colour",)
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        means = [np.asarray(image.convert("RGB"), np.float32).mean(axis=(0, 1)) for image in images]
+        return F.normalize(torch.tensor(np.stack(means)), dim=1)
+
+
+def plain(colour: str) -> list[Tensor]:
+    return [Colour().embed_images([Image.new("RGB", (8, 8), colour)])]
+
+
+def test_each_subject_is_compared_with_its_own_object() -> None:
+    """One object for each, whichever way the subjects are named; the image where there is no object."""
+    street = Image.new("RGB", (160, 120), "grey")
+    street.paste((200, 0, 0), (20, 40, 60, 80))
+    street.paste((0, 0, 200), (90, 40, 130, 80))
+    scorers, segmenter = [Colour()], Segmenter(FlatSAM())
+    for colours in (("red", "blue"), ("blue", "red")):
+        (value,) = rate_parts(street, [plain(c) for c in colours], scorers, segmenter).values()
+        assert value > 0.95
+    (value,) = rate_parts(street, [plain("red")] * 2, scorers, segmenter).values()
+    assert value < 0.9, "one object cannot be two subjects"
+    blank = Image.new("RGB", (160, 120), (200, 0, 0))
+    assert list(rate_parts(blank, [plain("red"), plain("blue")], scorers, segmenter).values()) == [
+        pytest.approx(0.5)
+    ]
+
+
+def test_an_image_without_a_face_is_like_no_other() -> None:
+    faces = {40: [torch.ones(EMBEDDING), torch.zeros(EMBEDDING)], 50: [-3 * torch.ones(EMBEDDING)], 60: []}
+    scorer = FaceScorer(lambda image: [Face(x, torch.zeros(5, 2)) for x in faces[image.width]])
+    rows = scorer.embed_images([Image.new("RGB", (width, 40)) for width in faces])
+    assert (rows @ rows.T).tolist() == [
+        pytest.approx(row, abs=1e-5) for row in ([1, -1, 0], [-1, 1, 0], [0, 0, 0])
+    ]

@@ -15,8 +15,10 @@ from moma.evaluate.options import Options, parse
 from moma.evaluate.page import write_outputs
 from moma.evaluate.plan import prepare
 from moma.evaluate.rate import embed_real, rate, rate_real
-from moma.evaluate.scorers import load_scorers
+from moma.evaluate.scorers import FaceScorer, load_scorers
 from moma.evaluate.world import mini_scorers
+from moma.inputs.faces import load_detector
+from moma.inputs.segment import Segmenter
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Runtime
 from moma.training.parallel import Ranks, start_ranks
@@ -34,19 +36,24 @@ def evaluate(options: Options, ranks: Ranks) -> None:
     """Draw on all ranks; score and write on the first."""
     runtime = Runtime.choose(None, str(ranks.device), options.dtype)
     plan = ranks.once(lambda: prepare(options, runtime))
+    facts = dict(plan.facts)
     for run in plan.runs:
-        draw(run, ranks)
+        if seconds := draw(run, ranks):
+            facts[f"speed {run.name}"] = f"{seconds:.3g} s per image on {ranks.device}, all but loading"
     if not ranks.main:
         return
     scorers = load_scorers(plan.scorers, ranks.device) if options.dataset else mini_scorers(plan.scorers)
+    if options.faces:
+        scorers.append(FaceScorer(load_detector()))
+    segmenter = plan.segmenter and Segmenter.load(plan.segmenter, ranks.device)
     real = embed_real(scorers, plan.subjects)
     scores = []
     for name, images in plan.images.items():
         print(f"{name}: scoring {len(images)} images", file=sys.stderr)
-        scores += rate(name, images, real, scorers, options.out)
+        scores += rate(name, images, real, scorers, options.out, segmenter)
     photos = {subject.name: subject.photos for subject in plan.subjects}
     write_outputs(
-        options.out, scores, rate_real(real, scorers, plan.subjects), plan.facts, photos, plan.dreambooth
+        options.out, scores, rate_real(real, scorers, plan.subjects), facts, photos, plan.dreambooth
     )
     print((options.out / "table.md").read_text(encoding="utf-8"))
     print(options.out / "index.html")

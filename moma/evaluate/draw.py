@@ -12,6 +12,7 @@ before, a batch in progress is split and continues in parts.
 
 import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
@@ -297,11 +298,15 @@ def batches(run: Run, absent: Sequence[Task], begun: Sequence[ResumeFile], size:
 # --- drawing -----------------------------------------------------------------------------------------
 
 
-def draw(run: Run, ranks: Ranks) -> None:
-    """Draw all missing images; each rank takes an equal, contiguous part of the batches."""
+def draw(run: Run, ranks: Ranks) -> float | None:
+    """Draw all missing images; each rank takes an equal, contiguous part of the batches.
+
+    Returns:
+        Seconds per image, with what is made of references and prompts; None if this rank has drawn none.
+    """
     absent, resume = ranks.once(lambda: _begin(run))
     if not absent:
-        return
+        return None
     pipe = load_pipeline(replace(run.runtime, device=ranks.device), run.name, run.config)
     size = pipe.max_batch(run.sample)
     if not run.batch_dependent:  # so that one step of a batch costs no more than one whole image
@@ -309,14 +314,16 @@ def draw(run: Run, ranks: Ranks) -> None:
     resume = ranks.once(lambda: _split(run, resume, size))
     todo = batches(run, absent, resume, size)
     own = todo[len(todo) * ranks.rank // ranks.world : len(todo) * (ranks.rank + 1) // ranks.world]
-    encode, wanted, done = _encoder(run, pipe, own), set(absent), 0
+    encode, wanted, done, start = _encoder(run, pipe, own), set(absent), 0, time.perf_counter()
     for batch in own:
         _draw_batch(run, pipe, encode, batch, wanted)
         done += len(batch)
         print(f"{run.name}: {done} of {sum(map(len, own))} images", file=sys.stderr)
+    seconds = (time.perf_counter() - start) / done if done else None
     ranks.gather(None)  # wait for all ranks
     if ranks.main:
         _remove_empty(run)
+    return seconds
 
 
 def _begin(run: Run) -> tuple[list[Task], list[ResumeFile]]:

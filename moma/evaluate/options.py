@@ -28,6 +28,7 @@ class Options:
     methods: Mapping[str, Path]  # name -> bundle
     images: Mapping[str, Path]  # name -> folder of images drawn elsewhere
     scorers: Path
+    faces: bool  # score the likeness of faces
     masks: Path | None
     pairs: bool  # two subjects per image
     subjects: int | None
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
         raise ValueError("which networks score? Give --scorers DIR, a bundle with DINO or CLIP")
     return Options(
         out=args.out, dataset=args.dataset, methods=methods, images=images, scorers=args.scorers or bundle,
+        faces=args.faces,
         masks=args.masks, pairs=args.pairs, subjects=args.subjects,
         prompts=args.prompts and tuple(args.prompts),
         device=args.device, dtype=args.dtype,
@@ -116,6 +118,7 @@ def _parser(description: str) -> Parser:
         " DIR/SUBJECT/PROMPT-N.png, PROMPT with - between words; may be repeated")  # fmt: skip
     add = parser.add_argument_group("the results").add_argument
     add("--scorers", type=Path, metavar="DIR", help="bundle with the networks that score (default: --bundle)")
+    add("--faces", action="store_true", help="also score the likeness of faces, by insightface")
     add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR", help="default: out/evaluation")
     advanced = parser.add_argument_group("advanced")
     add = advanced.add_argument

@@ -33,7 +33,7 @@ from moma.evaluate.rate import find_images
 from moma.evaluate.references import Masks, Reference, find_references
 from moma.evaluate.scorers import check_scorers
 from moma.evaluate.world import WorldEvaluation, check_world_scorers, write_world
-from moma.inputs.faces import find_face
+from moma.inputs.faces import find_face, load_detector
 from moma.inputs.preprocess import MaskSource, make_reference, open_image
 from moma.inputs.segment import segment_by
 from moma.methods import find_method
@@ -58,6 +58,7 @@ class Plan:
     facts: Mapping[str, str]
     dreambooth: frozenset[str]  # DreamBooth's own prompts, if the subjects are its own too
     scorers: Bundle
+    segmenter: Bundle | None  # finds each subject in an image of several
 
 
 def prepare(options: Options, runtime: Runtime) -> Plan:
@@ -72,6 +73,8 @@ def prepare(options: Options, runtime: Runtime) -> Plan:
     """
     scorers = Bundle.open(options.scorers)
     (check_scorers if options.dataset else check_world_scorers)(scorers)
+    if options.faces:
+        load_detector()
     subjects, masks = _open_subjects(options)
     for subject in subjects:
         plain_text(subject.name)
@@ -96,7 +99,10 @@ def prepare(options: Options, runtime: Runtime) -> Plan:
         or not is_dreambooth(subjects)
     )
     known = () if own else (p.text for s in subjects for p in prompts_for(s.word, s.word in LIVE, False))
-    return Plan(subjects, runs, images, _facts(options, subjects, runs), frozenset(known), scorers)
+    bundles = [scorers, *(run.runtime.weights for run in runs)]
+    segmenter = next((bundle for bundle in bundles if options.pairs and "sam" in bundle.networks), None)
+    facts = _facts(options, subjects, runs)
+    return Plan(subjects, runs, images, facts, frozenset(known), scorers, segmenter)
 
 
 def _open_subjects(options: Options) -> tuple[list[Subject], Path | None]:

@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from contextlib import suppress
+from itertools import groupby, permutations
 from pathlib import Path
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from moma.evaluate.protocol import SUFFIXES, Subject, Task
 from moma.evaluate.scorers import ImageScorer, embed, measure, measure_real
-from moma.evaluate.scores import Score
+from moma.evaluate.scores import Score, similarity
 from moma.inputs.preprocess import on_white, open_image
+from moma.inputs.segment import Segmenter
 
 LAYOUT = (
     "expected DIR/SUBJECT/PROMPT-N.png (or .jpg), PROMPT in lower case with - for anything but letters and"
@@ -55,6 +59,7 @@ def rate(
     real: Mapping[str, Sequence[Tensor]],
     scorers: Sequence[ImageScorer],
     out: Path,
+    segmenter: Segmenter | None = None,
 ) -> list[Score]:
     """A score for each image.
 
@@ -64,6 +69,7 @@ def rate(
         real: of `embed_real`.
         scorers: whose embeddings these are.
         out: folder that the scores' file names are relative to.
+        segmenter: also compares the part of an image that shows each of several subjects.
     """
     scores = []
     for subject, group in groupby(images, key=lambda task: task.subject):
@@ -72,11 +78,51 @@ def rate(
         prompts = [task.prompt for task in tasks]
         each = [measure(scorers, seen, real[one.name], prompts) for one in subject.each]
         rows = [_mean(row) for row in zip(*each, strict=True)]
+        if subject.parts and segmenter:
+            likeness = [real[one.name] for one in subject.each]
+            for task, row in zip(tasks, rows, strict=True):
+                row |= rate_parts(on_white(open_image(images[task])), likeness, scorers, segmenter)
         for task, row in zip(tasks, rows, strict=True):
             file = Path(os.path.relpath(images[task], out)).as_posix()
             facts = method, subject.name, subject.word, task.kind, task.prompt, task.number
             scores.append(Score(*facts, file, row))
     return scores
+
+
+def rate_parts(
+    image: Image.Image,
+    real: Sequence[Sequence[Tensor]],
+    scorers: Sequence[ImageScorer],
+    segmenter: Segmenter,
+) -> dict[str, float]:
+    """Column -> mean over the subjects of the likeness of the object that is each one's.
+
+    The objects go to the subjects as they are most alike by the first scorer, one to each; where there are
+    fewer objects than subjects, the whole image stands for another one.
+
+    Args:
+        image: RGB.
+        real: of each subject, (R, E) for each scorer.
+        scorers: whose embeddings these are.
+        segmenter: finds the objects.
+    """
+    crops, taken = [], []
+    with suppress(ValueError):  # it finds none
+        for found in segmenter.objects(image):
+            within = segmenter.cfg.inside * found.mask.sum()
+            if all((found.mask & mask).sum() < within for mask in taken):  # else a part of another
+                crops.append(image.crop(found.box))
+                taken.append(found.mask)
+    crops += [image] * max(0, len(real) - len(crops))
+    seen = embed(scorers, crops)  # of each scorer (C, E)
+    # Of each scorer (subjects, C).
+    alike = [torch.stack([similarity(own, one[i]) for one in real]) for i, own in enumerate(seen)]
+    every = torch.arange(len(real))
+    best = max(permutations(range(len(crops)), len(real)), key=lambda pick: alike[0][every, list(pick)].sum())
+    return {
+        f"{scorer.columns[0]}, SAM's objects": values[every, list(best)].mean().item()
+        for scorer, values in zip(scorers, alike, strict=True)
+    }
 
 
 def rate_real(

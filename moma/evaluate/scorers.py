@@ -21,6 +21,7 @@ from models.dino import DINO
 from models.dino_image import dino_image
 from models.tokenizers import ClipTokenizer
 from moma.evaluate.scores import prompt_similarity, real_similarity, similarity
+from moma.inputs.faces import EMBEDDING, Face
 from moma.weights.bundle import SCORERS, Bundle
 
 COLUMNS = {  # network of a bundle -> its measures: similarity to real images, then to the prompt
@@ -93,6 +94,19 @@ class CLIPScorer:
         return _unit(
             texts, lambda some: self.network.text_features(self.tokenizer.ids(some).to(device)), self.batch
         )
+
+
+@dataclass(frozen=True)
+class FaceScorer:
+    """ArcFace's embedding of an image's largest face; an image without a face is like no other."""
+
+    find: Callable[[Image.Image], Sequence[Face]]  # `load_detector`
+    columns: tuple[str, ...] = ("face ArcFace",)
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        found = [next(iter(self.find(image)), None) for image in images]
+        rows = [torch.zeros(EMBEDDING) if face is None else face.embedding for face in found]
+        return F.normalize(torch.stack(rows), dim=1)  # (N, E)
 
 
 @torch.no_grad()
