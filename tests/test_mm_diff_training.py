@@ -167,6 +167,8 @@ def test_absent_subjects(pairs: Path) -> None:
     alone = first | {"present": torch.tensor([[True, False]])}
     same(task.model(without), task.model(alone), 1e-4)
     assert not torch.allclose(task.model(without), task.model(first), atol=1e-3)
+    unread = first | {"places": first["places"] * torch.tensor([1, 0])[:, None]}
+    same(task.model(without), task.model(unread), 1e-4)
     dropped = batch_of(task, [1], drop=torch.tensor([True]))
     same(task.model(dropped), task.model(batch_of(task, [1], absent=torch.ones_like(gone))), 1e-5)
     silent = batch_of(task, [1], drop_text=torch.tensor([True]))

@@ -186,8 +186,9 @@ class MMDiffTraining(DenoisingTraining):
         embedding, tokens = self._subjects(batch)  # (B * n, P), (B, n, K, X)
         images = self.adapter.images(embedding)  # of each text encoder (B * n, W)
         b, n, k = tokens.shape[:3]
-        shown = batch["present"] & ~batch["drop"][:, None] & ~batch["absent"][:, :n]  # (B, n)
         places = batch["places"].unbind(dim=2)  # of each text encoder (B, n)
+        read = (places[0] > 0) | batch["drop_text"][:, None]  # (B, n)
+        shown = batch["present"] & read & ~batch["drop"][:, None] & ~batch["absent"][:, :n]  # (B, n)
         named = [shown & (place > 0) for place in places]  # (B, n) each
         # The others write what is there at BOS, where no word is.
         places = [place * here for place, here in zip(places, named, strict=True)]
