@@ -1,0 +1,1 @@
+"""A page to draw with, in the browser: `python -m moma.demo`."""

@@ -1,0 +1,303 @@
+"""The page: Gradio's components, and which of the studio's functions each of them calls."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from moma.app.options import subject_of_file
+from moma.app.record import Segmented
+from moma.demo.studio import Event, Form, Studio, Subject, lines_of
+from moma.methods import METHODS
+from moma.sampling.config import SampleConfig
+from moma.sampling.diffusion import SOLVERS
+
+SUBJECTS = 2
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+#previews img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+footer { display: none !important; }
+"""
+INTRO = """# MoMA
+Give an image of a subject, and a prompt that names it. Is the mask wrong? Click the subject, or paint it."""
+
+
+class Slot(NamedTuple):
+    """The components of one subject."""
+
+    image: gr.Image
+    word: gr.Textbox
+    shown: gr.Image
+    editor: gr.ImageEditor
+    mask: gr.State  # a Segmented
+
+
+def plain(act: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's mistake as a message on the page."""
+
+    @wraps(act)
+    def acted(*given: Any) -> Any:
+        try:
+            return act(*given)
+        except (ValueError, OSError) as error:
+            raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
+
+    return acted
+
+
+def theme() -> gr.Theme:
+    """With the system's fonts: the page needs no network."""
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page of a studio."""
+    stops: dict[str, threading.Event] = {}  # of each tab's drawing
+    with gr.Blocks(title="MoMA", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(INTRO)
+        with gr.Row():
+            with gr.Column(min_width=320):
+                slots = _slots(studio)
+                asked = _settings(studio)
+                with gr.Row():
+                    draw = gr.Button("Draw", variant="primary", min_width=90)
+                    strip = gr.Button("Strengths β", min_width=90)
+                    cancel = gr.Button("Cancel", variant="stop", min_width=90)
+                saved = gr.File(
+                    label="Drop a saved PNG to fill in its settings",
+                    elem_id="replay",
+                    file_types=[".png"],
+                    height=90,
+                )
+            with gr.Column(min_width=320):
+                status = gr.Markdown("", elem_id="status")
+                with gr.Row(elem_id="previews"):
+                    preview = gr.Image(
+                        label="predicted image", height=220, interactive=False, min_width=140, buttons=[]
+                    )
+                    m_gen = gr.Image(label="M_gen", height=220, interactive=False, min_width=140, buttons=[])
+                gallery = gr.Gallery(
+                    label="images, each with its settings inside",
+                    columns=4,
+                    object_fit="contain",
+                    buttons=["download", "fullscreen"],
+                    elem_id="results",
+                )
+        form = [part for slot in slots for part in (slot.image, slot.word, slot.mask)] + asked
+        results = [status, preview, m_gen, gallery]
+
+        def started(request: gr.Request) -> threading.Event:
+            return stops.setdefault(request.session_hash, threading.Event())
+
+        def drawn(given: Sequence[Any], request: gr.Request, strip: bool) -> Iterator[tuple]:
+            stop = started(request)
+            stop.clear()
+            wanted = plain(lambda: studio.requests(form_of(studio, given), strip))()
+            yield from shown(studio.draw(wanted, stop))
+
+        def on_draw(*given: Any, request: gr.Request) -> Iterator[tuple]:
+            yield from drawn(given, request, False)
+
+        def on_strip(*given: Any, request: gr.Request) -> Iterator[tuple]:
+            yield from drawn(given, request, True)
+
+        def on_cancel(request: gr.Request) -> None:
+            started(request).set()
+
+        def on_unload(request: gr.Request) -> None:
+            if stop := stops.pop(request.session_hash, None):
+                stop.set()
+
+        one = {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "hidden"}
+        running = [
+            draw.click(_taking_request(on_draw), form, results, **one),
+            strip.click(_taking_request(on_strip), form, results, **one),
+        ]
+        cancel.click(on_cancel, None, None, queue=False)
+        cancel.click(lambda: "stopped", None, status, cancels=running, queue=False)
+        page.unload(on_unload)
+        filled = [part for slot in slots for part in (slot.image, slot.word, slot.shown, slot.mask)]
+        saved.upload(plain(lambda file: fill(studio, file)), saved, [*filled, *asked, status])
+    return page
+
+
+def _taking_request(act: Callable[..., Iterator[tuple]]) -> Callable[..., Iterator[tuple]]:
+    """Gradio fills in the request by its annotation."""
+
+    def acted(request: gr.Request, *given: Any) -> Iterator[tuple]:
+        yield from act(*given, request=request)
+
+    return acted
+
+
+def _slots(studio: Studio) -> list[Slot]:
+    slots = []
+    with gr.Tabs():
+        for number in range(1, SUBJECTS + 1):
+            with gr.Tab(f"Subject {number}" + " (optional)" * (number > 1)):
+                slots.append(_slot(studio, number))
+    return slots
+
+
+def _slot(studio: Studio, number: int) -> Slot:
+    """One subject: drop an image, click it or paint over it, and see the mask."""
+    with gr.Row():
+        image = gr.Image(
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            height=240,
+            min_width=140,
+            label="image: drop one, click the subject",
+            elem_id=f"image-{number}",
+        )
+        shown = gr.Image(
+            label="mask: the subject is bright",
+            interactive=False,
+            height=240,
+            min_width=140,
+            buttons=[],
+            elem_id=f"mask-{number}",
+        )
+    word = gr.Textbox(
+        label="What is it? The word that prompts use", placeholder="cat", elem_id=f"word-{number}"
+    )
+    with gr.Accordion("Paint the mask", open=False):
+        editor = gr.ImageEditor(
+            type="pil",
+            sources=[],
+            layers=False,
+            label="paint over the subject",
+            height=380,
+            transforms=[],
+            brush=gr.Brush(default_size=24, colors=["#e69f00"], color_mode="fixed"),
+        )
+    mask = gr.State(None)
+
+    def on_image(file: str | None, said: str = "") -> tuple:
+        if file is None:
+            return None, None, None, said
+        path = studio.remember(Path(file))
+        background = {"background": studio.image(path), "layers": [], "composite": None}
+        try:
+            found, note = studio.find(path)
+        except ValueError as error:
+            gr.Warning(str(error))
+            return None, None, background, word_of(path) or said
+        if note:
+            gr.Warning(note)
+        return studio.shown(path, found), found, background, word_of(path) or said
+
+    def on_click(file: str, event: gr.SelectData) -> tuple:
+        path = studio.remember(Path(file))
+        found = plain(lambda: studio.pick(path, tuple(map(int, event.index))))()
+        return studio.shown(path, found), found
+
+    def on_paint(file: str | None, painting: dict | None, before: Segmented | None) -> tuple:
+        layers = [layer for layer in (painting or {}).get("layers") or [] if layer is not None]
+        found = studio.painted(Path(file), layers) if file and layers else None
+        return (gr.skip(), before) if found is None else (studio.shown(Path(file), found), found)
+
+    masks = {"concurrency_limit": 1, "concurrency_id": "mask", "show_progress": "minimal"}
+    outputs = [shown, mask, editor, word]
+    image.input(plain(on_image), [image, word], outputs, **masks)
+    files = [[str(EXAMPLES / f"{name}.png")] for name in ("cat", "dog", "car", "teapot")]
+    gr.Examples(files, [image], outputs, plain(on_image), run_on_click=True, label="example images")
+    image.select(on_click, image, [shown, mask], **masks)
+    editor.change(plain(on_paint), [image, editor, mask], [shown, mask], **masks)
+    return Slot(image, word, shown, editor, mask)
+
+
+def word_of(path: Path) -> str:
+    """The subject's word if its file's name is one."""
+    try:
+        return subject_of_file(path)
+    except ValueError:
+        return ""
+
+
+def _settings(studio: Studio) -> list[Any]:
+    """The components of `form_of`, in its order."""
+    base = SampleConfig()
+    prompt = gr.Textbox(
+        "a cat on the beach\na cat at sunset", lines=2, label="Prompts, one per line", elem_id="prompt"
+    )
+    with gr.Row():
+        strength = gr.Slider(
+            0,
+            1.5,
+            base.strength,
+            step=0.05,
+            info="1: new scene, 0.4: new texture",
+            label="strength β",
+            min_width=140,
+        )
+        seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=70, elem_id="seed")
+        count = gr.Slider(1, studio.cfg.images, 1, step=1, label="images per prompt", min_width=100)
+    with gr.Accordion("More settings", open=False):
+        negative = gr.Textbox("", label="what images should not show")
+        choices = [(entry.title, name) for name, entry in METHODS.items()]
+        method = gr.Dropdown(choices, value="moma", label="method")
+        with gr.Row():
+            steps = gr.Slider(1, 200, base.steps, step=1, label="steps", min_width=120, elem_id="steps")
+            solver = gr.Dropdown(list(SOLVERS), value=base.solver, label="solver", min_width=90)
+            guidance = gr.Slider(0, 20, base.guidance, step=0.5, label="guidance", min_width=120)
+    return [prompt, negative, seed, count, strength, method, steps, solver, guidance]
+
+
+def form_of(studio: Studio, given: Sequence[Any]) -> Form:
+    """What the components hold: image, word and mask of each subject, then those of `_settings`."""
+    subjects = []
+    for i in range(SUBJECTS):
+        file, word, mask = given[3 * i : 3 * i + 3]
+        if file is not None:
+            subjects.append(Subject(studio.remember(Path(file)), mask, " ".join((word or "").split())))
+    prompt, negative, seed, count, strength, method, steps, solver, guidance = given[3 * SUBJECTS :]
+    sample = SampleConfig(steps=int(steps), solver=solver, guidance=float(guidance), strength=float(strength))
+    return Form(tuple(subjects), lines_of(prompt), negative or "", int(seed or 0), int(count), method, sample)
+
+
+def fill(studio: Studio, file: str) -> list[Any]:
+    """What the components become for a saved image."""
+    form, notes = studio.replay(Path(file))
+    found: list[Any] = []
+    for i in range(SUBJECTS):
+        if i < len(form.subjects) and (one := form.subjects[i]).mask is not None:
+            found += [gr.Image(value=str(one.file)), one.word, studio.shown(one.file, one.mask), one.mask]
+        else:
+            word = form.subjects[i].word if i < len(form.subjects) else ""
+            found += [None, word, None, None]
+    s = form.sample
+    found += [
+        form.prompts[0],
+        form.negative,
+        form.seed,
+        1,
+        s.strength,
+        form.method,
+        s.steps,
+        s.solver,
+        s.guidance,
+    ]
+    return [*found, "settings filled in" + "".join(f"; {note}" for note in notes)]
+
+
+def shown(events: Iterator[Event]) -> Iterator[tuple]:
+    """A drawing's news as the values of status, preview, M_gen and gallery."""
+    images: list[str] = []
+    for event in events:
+        if event.error:
+            raise gr.Error(" ".join(event.text.split()), print_exception=False)
+        if event.saved:
+            images.append(str(event.saved))
+        bar = (
+            f"{event.text} <progress value='{event.done:.3f}' max='1'></progress>"
+            if event.done < 1
+            else event.text
+        )
+        news = event.preview or gr.skip(), event.m_gen or gr.skip()
+        yield bar or event.text, *news, list(images)

@@ -1,0 +1,296 @@
+"""What the page does: find masks, draw, stop, and read saved images again. It knows no Gradio."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moma.app.files import OUT_OF_MEMORY
+from moma.app.options import Request, records_of, weight_hashes
+from moma.app.record import MAX_SEED, InputFile, Segmented, follow, read_record, save_new
+from moma.app.sheets import mask_image
+from moma.app.subjects import ImageRequest, SubjectRequest, encode, find_faces, find_images, open_images
+from moma.inputs.preprocess import find_mask, on_white, open_image
+from moma.inputs.segment import Pick, Point, Segmenter
+from moma.load import load_pipeline
+from moma.methods import find_method
+from moma.methods.prompts import plain_text
+from moma.sampling.config import SampleConfig
+from moma.sampling.interface import Job, Runtime
+from moma.sampling.pipeline import Pipeline, Progress
+
+
+@dataclass(frozen=True)
+class StudioConfig:
+    """Limits and looks."""
+
+    images: int = 8  # of one drawing, at most
+    preview: float = 0.4  # seconds between previews, which take a call of the VAE's decoder each
+    dim: float = 0.25  # how bright the background is where a mask is shown
+    strengths: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # β of the strip
+
+
+class Subject(NamedTuple):
+    """A subject of the form."""
+
+    file: Path
+    mask: Segmented | None  # None until there is one
+    word: str
+
+
+class Form(NamedTuple):
+    """What is asked for."""
+
+    subjects: tuple[Subject, ...]
+    prompts: tuple[str, ...]
+    negative: str
+    seed: int
+    count: int  # images per prompt
+    method: str
+    sample: SampleConfig
+
+
+class Event(NamedTuple):
+    """News of a drawing: a preview, an image, or the end."""
+
+    text: str
+    done: float = 0.0  # share of the steps
+    preview: Image.Image | None = None
+    m_gen: Image.Image | None = None
+    saved: Path | None = None  # a finished image, with its settings
+    error: bool = False
+
+
+class Stopped(Exception):
+    """The drawing is not wanted any more."""
+
+
+@dataclass
+class Studio:
+    """One bundle, and one pipeline in memory. Drawings come one at a time; whoever calls sees to it."""
+
+    runtime: Runtime
+    out: Path
+    cfg: StudioConfig = field(default_factory=StudioConfig)
+    known: dict[str, Path] = field(default_factory=dict)  # sha256 of an image that was given -> where it is
+    _pipe: tuple[str, Pipeline] | None = None
+    _subjects: tuple[Any, Any] | None = None  # what was encoded last
+
+    # --- the subject ---------------------------------------------------------------------------------
+
+    @cached_property
+    def segmenter(self) -> Segmenter | None:
+        """SAM, if the bundle has it."""
+        has = "sam" in self.runtime.weights.networks
+        return Segmenter.load(self.runtime.weights, self.runtime.device) if has else None
+
+    def remember(self, file: Path) -> Path:
+        """The file's place; of a copy of a known one, the known one's."""
+        digest = InputFile.of(file).sha256
+        return self.known.setdefault(digest, file)
+
+    def image(self, file: Path) -> Image.Image:
+        """ValueError, in words for people, if it is none."""
+        return open_image(file, what=f"image {file.name!r}")
+
+    def find(self, file: Path) -> tuple[Segmented, str]:
+        """The subject's mask as sample.py finds it, and what to know about it.
+
+        ValueError where nothing tells where the subject is.
+        """
+        image, weights = self.image(file), self.runtime.weights
+        segment = self.segmenter.mask if self.segmenter else None
+        found = find_mask(image, segment=segment, plain_first=weights.familiar is not None)
+        notes = [found.doubt()] if found.doubt() else []
+        if weights.familiar and not weights.familiar.knows(image):
+            notes.append("this image is not of the kind that these weights know: no image will resemble it")
+        return Segmented.of(found.mask, found.source), "; ".join(notes)
+
+    def pick(self, file: Path, point: Point) -> Segmented:
+        """The mask of what is at a pixel; ValueError without SAM."""
+        if self.segmenter is None:
+            raise ValueError("these weights have no Segment Anything: paint the mask instead")
+        pick = Pick((point,))
+        return Segmented.of(self.segmenter.mask(self.image(file), pick), str(pick))
+
+    def painted(self, file: Path, layers: Sequence[Image.Image]) -> Segmented | None:
+        """The mask of what was painted on the image; None if nothing was."""
+        size = self.image(file).size
+        marks = [np.asarray(one.convert("RGBA").resize(size))[..., 3] > 127 for one in layers]  # (H, W)
+        inside = np.any(marks, axis=0) if marks else np.zeros(1, bool)
+        return Segmented.of(Image.fromarray(np.uint8(255) * inside), "painted") if inside.any() else None
+
+    def shown(self, file: Path, mask: Segmented) -> Image.Image:
+        """The image, its background dim."""
+        image = on_white(self.image(file))
+        mask_of = mask.image().resize(image.size)
+        return Image.composite(image, image.point(lambda value: int(value * self.cfg.dim)), mask_of)
+
+    # --- drawing -------------------------------------------------------------------------------------
+
+    def requests(self, form: Form, strip: bool = False) -> list[Request]:
+        """A request for each image, each a batch of its own, so that any of them can be drawn again.
+
+        Args:
+            form: what is asked for.
+            strip: one image at each strength, all from the same noise.
+
+        Raises:
+            ValueError: before any weight is read, for anything that cannot be drawn.
+        """
+        bundle, method = self.runtime.weights, find_method(form.method).method
+        for subject in form.subjects:
+            if subject.mask is None:
+                raise ValueError(f"where is the subject in {subject.file.name}? Click or paint it")
+            if not subject.word:
+                raise ValueError(f"what does {subject.file.name} show? Give its word, such as cat")
+        if not form.prompts:
+            raise ValueError("which image? Write a prompt that names the subject")
+        prompts = form.prompts[:1] if strip else form.prompts
+        seeds = range(form.seed, form.seed + (1 if strip else form.count))
+        strengths = self.cfg.strengths if strip else (form.sample.strength,)
+        if (count := len(prompts) * len(seeds) * len(strengths)) > max(self.cfg.images, len(strengths)):
+            raise ValueError(f"{count} images: expected at most {self.cfg.images} in one go")
+        if not 0 <= form.seed <= MAX_SEED - form.count:
+            raise ValueError(f"seed {form.seed}: expected 0 to {MAX_SEED - form.count}")
+        config = bundle.method_config(form.method)
+        method.check(bundle, config, encoders=True)
+        tokenizers, words = bundle.clip_tokenizers(), [subject.word for subject in form.subjects]
+        for prompt in prompts:
+            method.read(tokenizers, config, words, prompt)
+        sample = replace(form.sample.sized(bundle.image_size), batch_size=1)
+        for strength in strengths:
+            replace(sample, strength=strength).check(bundle.config("vae").factor)
+        subjects = tuple(
+            SubjectRequest(one.word, (ImageRequest(one.file, segmented=one.mask),)) for one in form.subjects
+        )
+        return [
+            Request(
+                method=form.method, config=config, subjects=subjects, images=((prompt, seed),), only=None,
+                negative=form.negative, sample=replace(sample, strength=strength), dtype="auto",
+            )
+            for prompt in prompts for seed in seeds for strength in strengths
+        ]  # fmt: skip
+
+    def pipeline(self, request: Request) -> Pipeline:
+        """The pipeline of the request's method; the one before is forgotten."""
+        if self._pipe is None or self._pipe[0] != request.method:
+            self._pipe = self._subjects = None  # their memory is free before the next weights load
+            self._pipe = request.method, load_pipeline(self.runtime, request.method, request.config)
+        return self._pipe[1]
+
+    def draw(self, requests: Sequence[Request], stop: threading.Event) -> Iterator[Event]:
+        """Draw in a thread of its own, and tell of it until it is done.
+
+        Args:
+            requests: of `requests`.
+            stop: once it is set, the drawing ends after the running step; so it does when nobody listens.
+        """
+        news: queue.Queue[Event | None] = queue.Queue()
+
+        def work() -> None:
+            try:
+                self._work(requests, stop, news)
+            except Stopped:
+                news.put(Event("stopped"))
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                short = OUT_OF_MEMORY.search(str(error)) or isinstance(error, MemoryError)
+                news.put(Event("not enough memory for this" if short else str(error), error=True))
+            finally:
+                news.put(None)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (event := news.get()) is not None:
+                yield event
+        finally:  # also where the page was closed
+            stop.set()
+            thread.join()
+
+    def _work(self, requests: Sequence[Request], stop: threading.Event, news: queue.Queue) -> None:
+        def check() -> None:
+            if stop.is_set():
+                raise Stopped
+
+        news.put(Event("loading the weights ..."))
+        pipe, bundle = self.pipeline(requests[0]), self.runtime.weights
+        check()
+        subjects, images = requests[0].subjects, open_images(requests[0].subjects)
+        faces = find_faces(subjects, images, pipe.method.needs_face(bundle))
+        found = find_images(subjects, images, faces, requests[0].config, self.runtime)
+        check()
+        if self._subjects is None or self._subjects[0] != subjects:
+            news.put(Event("looking at the subject ..."))
+            torch.manual_seed(0)  # as sample.py
+            with torch.no_grad():
+                self._subjects = subjects, encode(subjects, found, [{}] * len(found), pipe.method)
+        last = 0.0
+        for i, request in enumerate(requests):
+
+            def on_step(now: Progress, i: int = i) -> None:
+                nonlocal last
+                check()
+                done = (i + now.done / now.total) / len(requests)
+                text = f"image {i + 1} of {len(requests)}, step {now.done} of {now.total}"
+                if time.monotonic() - last < self.cfg.preview:
+                    return news.put(Event(text, done))
+                (seen,) = now.previews()
+                m_gen = None if now.m_gen is None else mask_image(now.m_gen[0][:1], seen.size)
+                news.put(Event(text, done, seen, m_gen))
+                last = time.monotonic()
+
+            ((prompt, seed),) = request.images
+            job = Job(self._subjects[1], prompt, seed, request.negative, request.strengths)
+            (result,) = pipe.run([job], request.sample, on_step)
+            (record,) = records_of(request, found, pipe, bundle)
+            saved = save_new(self.out, f"seed{seed}", result.image, record)
+            m_gen = None if result.m_gen is None else mask_image(result.m_gen, result.image.size)
+            news.put(Event("done", (i + 1) / len(requests), result.image, m_gen, saved))
+
+    # --- replay --------------------------------------------------------------------------------------
+
+    def replay(self, file: Path) -> tuple[Form, list[str]]:
+        """The form that draws a saved image again, and what it lacks; ValueError for another file."""
+        record = read_record(file)
+        subjects, notes = [], []
+        for subject in record.subjects:
+            one = subject.images[0]
+            place = self.known.get(one.file.sha256) or self._followed(one.file)
+            if place is None:
+                notes.append(f"drop {Path(one.file.path).name} as the subject {subject.word!r}")
+            mask = one.segmented
+            if one.mask is not None:
+                notes.append(f"paint the mask of {subject.word!r}: it was a file, {Path(one.mask.path).name}")
+            elif mask is None and place is not None:
+                mask, _ = self.find(place)
+            subjects.append(Subject(place or Path(), mask if place else None, subject.word))
+        bundle = self.runtime.weights
+        if record.method != bundle.method_config(record.method_name):
+            notes.append("the image was drawn with other fields of its method, which the page does not have")
+        if dict(record.weight_hashes) != weight_hashes(bundle, record.method_name, record.method):
+            notes.append(f"the image was drawn with other weights, {record.weights}")
+        form = Form(
+            tuple(subjects), (record.prompt,), record.negative, record.seed, 1, record.method_name,
+            record.sample,
+        )  # fmt: skip
+        return form, notes
+
+    def _followed(self, file: InputFile) -> Path | None:
+        place = follow(file.path)
+        same = place is not None and place.is_file() and InputFile.of(place).sha256 == file.sha256
+        return place if same else None
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    """The prompts of a text, one per line."""
+    lines = (plain_text(line).strip() for line in text.split("\n"))
+    return tuple(dict.fromkeys(line for line in lines if line))
