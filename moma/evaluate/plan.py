@@ -206,7 +206,7 @@ def _facts(options: Options, subjects: Sequence[Subject], runs: Sequence[Run]) -
     if runs:  # images drawn elsewhere have settings of their own
         told |= {
             "reference": shown[protocol.reference],
-            "text": f"methods that draw here read {SD_TEMPLATE!r}",
+            "text": f"methods that draw here read {SD_TEMPLATE!r}, MM-Diff the prompt alone",
             "strength": f"β = {protocol.context_strength:g}, for textures {protocol.texture_strength:g}",
         }
     told["scorers"] = str(options.scorers)
