@@ -150,11 +150,11 @@ def load_network(runtime: Runtime, name: str, keep: bool = False) -> nn.Module:
     Args:
         runtime: weights and machine.
         name: of the network.
-        keep: leave the UNet's weights as stored where that is fewer bits than it computes in.
+        keep: leave the weights as stored where that is fewer bits than it computes in.
     """
     weights, device, dtype = runtime.weights, runtime.device, runtime.dtype
     pack = runtime.pack and name == "unet"
-    if keep and pack and weights.nbytes([name], None) < weights.nbytes([name], dtype):
+    if keep and weights.nbytes([name], None) < weights.nbytes([name], dtype):
         return widen(weights.build(name, device).eval().requires_grad_(False), dtype)
     network = weights.build(name, device, dtype, mapped=not pack).eval().requires_grad_(False)
     return optimize_layout(network, device, dtype) if pack else network

@@ -1,7 +1,9 @@
 """How much memory is free, and whether to save it: LLaVA is streamed (models/weights/stream.py), the base's
 networks take turns (moma/sampling/turns.py)."""
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -74,6 +76,12 @@ def free_memory(device: torch.device) -> int | None:
         return available_ram()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def return_freed() -> None:
+    """Give the system back what was freed, where the C library (glibc) would keep it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_ram(root: Path = Path("/")) -> int | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moma.sampling.memory import return_freed
+
 
 class Turns:
     """Holds one network at a time."""
@@ -19,6 +21,7 @@ class Turns:
         """The holder's network; whichever was there before is freed first."""
         if self.holder is not holder:
             self.holder = self.network = None
+            return_freed()
             self.network, self.holder = holder.load(), holder
         return self.network
 
