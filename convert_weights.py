@@ -7,6 +7,7 @@
     python convert_weights.py --base-bundle weights/moma --llm-bits 8 --out weights/moma8
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
     python convert_weights.py --export-ip-adapter weights/moma --out moma_context.safetensors
+    python convert_weights.py --base-bundle weights/moma --lora style.safetensors:0.8 --out weights/styled
 
 The content of a source tells what it is: a Stable Diffusion 1.5 folder (diffusers) or single file (LDM, as on
 Civitai), SDXL likewise, a VAE folder or file, a CLIP folder, a LLaVA-1.5 folder (original or llava-hf),
@@ -66,6 +67,8 @@ from moma.weights.bundle import (
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
 from moma.weights.export import export_ip_adapter
+from moma.weights.lora import NETWORKS as LORA_NETWORKS
+from moma.weights.lora import merge_loras, parse_lora
 from moma.weights.mm_diff import PUBLIC, WORDS, encoders
 from moma.weights.refusals import side
 from moma.weights.sources import (
@@ -97,6 +100,7 @@ def convert(
     defaults: DefaultConfigs | None = None,
     say: Say = print,
     fetch: Callable[[], Sequence[Path]] | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> None:
     """Write a bundle from public checkpoints.
 
@@ -112,12 +116,14 @@ def convert(
         defaults: configs for networks that come without one.
         say: receives notes and the summary.
         fetch: gives more sources; called once the folder is this run's.
+        loras: files and weights of LoRAs to merge into the UNet and the text encoders.
 
     Raises: ValueError, with nothing written, for sources that cannot be used.
     """
     defaults = (defaults or DefaultConfigs()).with_base(base)
     with BundleWriter(out, defaults.image_size, overwrite) as writer:
-        _fill(writer, [*(fetch() if fetch else []), *paths], base, dtype, ema, llm, llm_bits, defaults, say)
+        paths = [*(fetch() if fetch else []), *paths]
+        _fill(writer, paths, base, dtype, ema, llm, llm_bits, loras, defaults, say)
     summarise(Bundle.open(out), say)
 
 
@@ -129,6 +135,7 @@ def _fill(
     ema: bool,
     llm: bool,
     llm_bits: int | None,
+    loras: Sequence[tuple[Path, float]],
     defaults: DefaultConfigs,
     say: Say,
 ) -> None:
@@ -142,6 +149,7 @@ def _fill(
         ema: see there.
         llm: see there.
         llm_bits: see there.
+        loras: see there.
         defaults: with the base's configs.
         say: receives notes.
     """
@@ -162,7 +170,7 @@ def _fill(
         networks |= mm_diff_encoders(networks, base)
     if llm_bits and "llava" not in networks:
         networks["llava"] = llava_of(base if llm else None)
-    if not networks:
+    if not networks and not loras:
         raise ValueError("nothing to convert: give at least one source")
     kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
     tokenizers = _choose_tokenizers(networks, kept, sources, base)
@@ -194,22 +202,26 @@ def _fill(
     dtypes = {name: None if name in SCORERS else dtype for name in networks}
     for name, network in networks.items():
         check_kinds(name, network, configs.get("unet"), dtypes[name])
+    known, record = {*kept}, {}
+    if loras:
+        networks, record = with_loras(loras, networks, kept, base, dtypes)
     if llm_bits:
         networks["llava"] = quantised(networks["llava"], llm_bits)
     if llm_bits in UNSAFE:
         say(f"note: {llm_bits} bits are unsafe: a real language model loses much of its prompt; use 8")
     _compare_towers(networks, sources, say)
-    sizes = {name: stored_bytes(network.tensors, dtypes[name]) for name, network in networks.items()}
+    sizes = {name: stored_bytes(network.tensors, dtypes.get(name)) for name, network in networks.items()}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
         writer.check_space(sum(sizes.values()))
         for name in network_kinds():  # in one order, whatever that of the sources
             if network := networks.get(name):
                 bar.set_postfix_str(name)
-                writer.add(name, network.config, network.tensors, network.source, dtypes[name], bar.update)
+                part = network.config, network.tensors, network.source, dtypes.get(name), bar.update
+                writer.add(name, *part, record.get(name, ()))
             elif name in kept:
                 writer.take(base, name)
         if base:
-            writer.take_companions(base, kept)
+            writer.take_companions(base, known)
         for name, path in tokenizers.items():
             writer.add_tokenizer(name, path)
         writer.method |= base.method if base else {}
@@ -225,6 +237,34 @@ def mm_diff_encoders(networks: Mapping[str, Network], base: Bundle | None) -> di
         clip = Network(base.config(PUBLIC), base.tensors(PUBLIC), str(base.folder))
     tensors = encoders(networks[WORDS].tensors, clip and (clip.config, clip.tensors))
     return {name: Network(clip.config.vision, own, networks[WORDS].source) for name, own in tensors.items()}
+
+
+def with_loras(
+    loras: Sequence[tuple[Path, float]],
+    networks: Mapping[str, Network],
+    kept: Mapping[str, Any],
+    base: Bundle | None,
+    dtypes: Mapping[str, torch.dtype | None],
+) -> tuple[dict[str, Network], dict[str, list[dict[str, Any]]]]:
+    """The networks and those of the base that LoRAs change, with the LoRAs in them, and a record for each.
+
+    Args:
+        loras: files and weights.
+        networks: of the sources, checked.
+        kept: configs of the base's networks that stay.
+        base: bundle with those.
+        dtypes: that networks are converted to.
+    """
+    there, before = {name: networks[name] for name in LORA_NETWORKS if name in networks}, {}
+    for name in (name for name in LORA_NETWORKS if name in kept):
+        there[name] = Network(kept[name], base.tensors(name), base.networks[name]["source"])
+        before[name] = base.networks[name].get("loras", [])
+    if "unet" not in there:
+        raise ValueError("--lora: no base to merge into; give its source or --base-bundle")
+    tensors = {name: network.tensors for name, network in there.items()}
+    changed, record = merge_loras(loras, tensors, there["unet"].config, dtypes)
+    result = {name: replace(there[name], tensors=own) for name, own in changed.items()}
+    return {**networks, **result}, {name: [*before.get(name, []), *own] for name, own in record.items()}
 
 
 def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
@@ -517,6 +557,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch scorers for"
         " evaluation (2.4 GB), or without --download sam for masks (0.4 GB) alone")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="merge a LoRA into UNet and text"
+        " encoders (weight: 1); may be repeated")  # fmt: skip
     add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
         " 8 halve its size and are recommended; 4 are unsafe")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
@@ -572,7 +614,9 @@ def _run(args: argparse.Namespace) -> None:
         fetched.extend(download(wanted, args.cache, llm) if extras else [])
         return fetched
 
-    convert(args.sources, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite, fetch=fetch)
+    loras = [parse_lora(text) for text in args.lora]
+    convert(args.sources, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite,
+        fetch=fetch, loras=loras)  # fmt: skip
     for folder in fetched if args.clean_cache else ():
         shutil.rmtree(folder)
 

@@ -1,7 +1,7 @@
 """A bundle: one folder with every network, its sizes and its tokenizers, in one format whatever the source.
 
     config.json      {"format", "version", "image_size", "method", "networks": {name: {"config", "files",
-                     "sha256", "source"}}}
+                     "sha256", "source", "loras" (what was merged into it)}}}
     <name>.safetensors, or <name>-00001-of-0000N.safetensors
     tokenizers/      vocab.json, merges.txt (CLIP), tokenizer.model (LLaMA)
 
@@ -510,6 +510,7 @@ class BundleWriter:
         source: str,
         dtype: torch.dtype | None = None,
         progress: Callable[[int], Any] | None = None,
+        loras: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write one network.
 
@@ -520,6 +521,7 @@ class BundleWriter:
             source: where they come from, for people.
             dtype: to store; None = as they are.
             progress: called with the bytes written.
+            loras: what was merged into it: file, sha256, weight.
         """
         hashes = write_safetensors(self.part, name, tensors, dtype, progress=progress)
         self.networks[name] = {
@@ -527,6 +529,7 @@ class BundleWriter:
             "files": list(hashes),
             "sha256": hashes,
             "source": source,
+            **({"loras": list(loras)} if loras else {}),
         }
 
     def take(self, base: Bundle, name: str) -> None:

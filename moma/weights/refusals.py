@@ -4,7 +4,7 @@ Every function raises ValueError with the reason, and reads no more than headers
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,10 +98,12 @@ def refuse_lora(path: Path, tensors: Tensors) -> None:
             low += inner == also and 2 * inner <= min(out, into)
     if named or (low and 2 * low > PAIRED * len(matrices)):
         what = named or next(iter(matrices))
-        raise ValueError(f"{path}: a LoRA or the like ({what}); merge it into a full checkpoint first")
+        raise ValueError(f"{path}: a LoRA or the like ({what}); merge a plain one into a base with --lora")
 
 
-def refuse_claims(path: Path, tensors: Tensors, scaling: float, sdxl: bool = False) -> None:
+def refuse_claims(
+    path: Path, tensors: Tensors, scaling: float, sdxl: bool = False, ignored: Sequence[str] = ()
+) -> None:
     """ValueError for a file that says, in it or beside it, that it is not like SD1.5, or like SDXL.
 
     Args:
@@ -109,6 +111,7 @@ def refuse_claims(path: Path, tensors: Tensors, scaling: float, sdxl: bool = Fal
         tensors: in it.
         scaling: of the VAE's latents.
         sdxl: what it is by its tensors.
+        ignored: keys of what it says.
     """
     if marker := next((key for key in tensors if MARKERS.fullmatch(key)), None):
         raise ValueError(f"{path}: {marker} tells of 'v_prediction' or the like, expected 'epsilon'")
@@ -119,6 +122,8 @@ def refuse_claims(path: Path, tensors: Tensors, scaling: float, sdxl: bool = Fal
         claims += [(file, *claim) for claim in CLAIM.findall(read_bytes(file).decode(errors="replace"))]
     for file, name, said in claims:
         key, text = name.lower().rpartition(".")[2].removeprefix("ss_"), said.strip().lower()
+        if key in ignored:
+            continue
         numbers = {**NUMBERS, "scale_factor": scaling, "scaling_factor": scaling}
         if _is_wrong(key, SDXL_NAMES.sub("", text) if sdxl else text, numbers):
             shown, version = said.strip()[:NAME_SHOWN], "XL 1.0" if sdxl else "1.5"
