@@ -18,7 +18,7 @@ ROOMS = (
     "moma/mini", "moma/bench", "",
 )  # fmt: skip
 FLAT = 6  # Python files that may lie flat in moma/
-OPTIONAL = {"insightface", "gradio"}  # packages of extras, imported where they are used
+OPTIONAL = {"insightface", "gradio", "transformers"}  # packages of extras, imported where they are used
 IMPORT_NAMES = {"pillow": "PIL"}  # of packages that are imported under another name
 
 
