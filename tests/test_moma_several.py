@@ -82,7 +82,9 @@ def several(impl: str, on: bool = True, **changes: Any) -> SeveralHook:
     label = torch.zeros(4, 2, 6)
     label[:, 0, 1] = label[:, 1, 3] = label[:, 1, 4] = 1
     rows = [SubjectRows([context[s]], [references[s]], beta / (s + 1)) for s in (0, 1)]
-    cond = SeveralConditioning([], None, label, rows, [torch.tensor([0.7])], allowed, None, method)
+    cond = SeveralConditioning(
+        [], None, label, rows, [torch.tensor([0.7])], allowed, None, frozenset({0}), method
+    )
     m_gen = torch.zeros(2, 2, 4, 4)
     m_gen[0, 0, :2], m_gen[0, 1, 3], m_gen[1, 0, :, 1:] = 0.6, 0.9, 0.5
     return cond.hook(500 if on else 990, m_gen)
@@ -140,7 +142,7 @@ def test_context_acts_inside_its_own_m_gen(impl: str, masked: bool) -> None:
 
 @pytest.mark.usefixtures("small_buckets")
 def test_key_scores_by_hand_and_where_they_are_asked() -> None:
-    """The mean over heads of log mean exp, in standard deviations of the foreground; gathering changes
+    """The mean over heads of log sum exp, in standard deviations of the foreground; gathering changes
     nothing."""
     q, keep = rand(2, 3, 16, 8, seed=1), torch.arange(9).expand(2, -1) < torch.tensor([[4], [9]])
     references = [ReferenceLayer(rand(2, 3, 9, 8, seed=s), rand(2, 3, 9, 8), keep) for s in (2, 3)]
@@ -150,7 +152,7 @@ def test_key_scores_by_hand_and_where_they_are_asked() -> None:
     for b, inside in ((0, slice(3, 9)), (1, slice(0, 5))):
         for s, one in enumerate(references):
             scores = q[b] @ one.k[b, :, keep[b]].mT / 8**0.5  # (H, N, M)
-            raw = scores.exp().mean(dim=-1).log().mean(dim=0)[inside]
+            raw = scores.exp().sum(dim=-1).log().mean(dim=0)[inside]
             same(found[b, s, inside], (raw - raw.mean()) / raw.std(correction=0), 1e-5)
             assert found[b, s].count_nonzero() == len(raw)
     asked = gate_inside(fore)
@@ -309,6 +311,23 @@ def test_graphs_change_nothing(pipe: Pipeline, jobs: list[Job], changes: dict[st
 def test_presets_draw_several(pipe: Pipeline, jobs: list[Job], preset: str) -> None:
     method = replace(PRESETS[preset], template="release", ownership="word", m_gen_eps=1e-8)
     assert latents(pipe.with_config(method), jobs[1:4], QUICK).isfinite().all()
+
+
+def test_each_subject_asks_its_own_question_once(
+    pipe: Pipeline, subjects: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the whole prompt and its own label, whatever the number of images."""
+    asked: list[tuple[str, str]] = []
+
+    def embed(self: Any, inputs: list[Any]) -> list[Tensor]:
+        asked.extend((one.word, one.prompt) for one in inputs)
+        return [torch.zeros(1, 64) + len(one.word) for one in inputs]
+
+    monkeypatch.setattr(type(pipe.method), "embed", embed)
+    cat, dog, _ = subjects
+    prepared = pipe.method.prepare([Job((dog, cat), BOTH, seed) for seed in range(3)])
+    assert asked == [("dog", BOTH), ("cat", BOTH)]
+    assert all(one.embeddings[0] is prepared[0].embeddings[0] for one in prepared)
 
 
 # --- words -------------------------------------------------------------------------------------------

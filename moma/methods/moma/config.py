@@ -72,10 +72,11 @@ class MethodConfig(ReferenceConfig):
     # words get most attention; "regions" = as the job's regions say, which every subject then needs. Under
     # the others, too, a region limits its subject.
     ownership: Literal["reference", "word", "regions"] = "reference"
-    # Self-attention layers (execution order) in which keys compete; None = all.
+    # Self-attention layers (execution order) in which keys compete; None = those of the finest grid, which
+    # tell subjects apart best (docs/several-subjects.md).
     ownership_layers: tuple[int, ...] | None = None
     # Side of the square of latents, an odd number, over which a cell's match is averaged.
-    ownership_blur: int = 3
+    ownership_blur: int = 5
     # Cells of one subject do not attend to those of another: their palettes mix less, and so do their shapes.
     subjects_apart: bool = False
 

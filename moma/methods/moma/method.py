@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from models.unet import KeysValues, attention_layers
+from models.unet import KeysValues, attention_grids, attention_layers
 from moma.inputs.preprocess import Reference
 from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import ReferenceLayer, side_by_side
@@ -29,6 +29,7 @@ from moma.methods.moma.several import (
     SeveralConditioning,
     Shown,
     allowed_of,
+    competing_layers,
     label_weights,
     reads_of,
     subject_rows,
@@ -365,6 +366,7 @@ class MoMA(TextToImage):
             [new.scale for new in self.adapter.subject],
             allowed_of(regions, grid).to(base.device),
             reads,
+            competing_layers(attention_grids(base.unet.cfg, grid), most, self.config),
             self.config,
         )
 

@@ -79,14 +79,8 @@ class SeveralConditioning(TextConditioning):
     lam: list[Tensor]  # L x λ (1,)
     allowed: Tensor  # bool (B, S, h, w): where each subject may be, nowhere if it is absent
     reads: Tensor | None  # float (R, P, h, w), 1 where a cell reads text p of P; None = there is one text
+    competing: frozenset[int]  # self-attention layers in which the subjects' keys compete
     method: MethodConfig
-
-    @property
-    def scored(self) -> list[bool]:
-        """For each layer whether the subjects' keys compete there."""
-        layers, chosen = range(len(self.lam)), self.method.ownership_layers
-        competing = self.method.ownership == "reference" and self.allowed.shape[1] > 1
-        return [competing and (chosen is None or i in chosen) for i in layers]
 
     @property
     def start(self) -> Tensor:
@@ -107,7 +101,7 @@ class SeveralConditioning(TextConditioning):
         if not self.method.context_masked:  # everywhere, where the context is that of one subject
             alone = present & (present.sum(dim=1, keepdim=True) == 1)  # (B, S, 1, 1)
             masks["context"] = torch.cat([given.masked_fill(alone, 1.0)] * self.rows_per_image)
-        if any(self.scored):
+        if self.competing:
             masks["foreground"] = foreground.amax(dim=1, keepdim=True)  # (B, 1, h, w)
         masks = {name: mask.to(self.lam[0].dtype) for name, mask in masks.items()}
         return SeveralHook(self, t < self.method.subject_below_t, masks)
@@ -115,8 +109,8 @@ class SeveralConditioning(TextConditioning):
     def next_state(self, maps: list[Tensor], grid: Grid) -> State:
         """Every M_gen for the next step, float32 (B, S, *grid)."""
         rest, words, scores = iter(maps), [], []
-        for scored in self.scored:
-            if scored:
+        for layer in range(len(self.lam)):
+            if layer in self.competing:
                 scores.append(next(rest))  # (B, S, h_l, w_l)
             words.append(next(rest))  # (R, S, h_l, w_l)
         present = self.allowed.any(dim=(2, 3), keepdim=True)  # (B, S, 1, 1)
@@ -215,6 +209,21 @@ def reads_of(regions: Sequence[Sequence[Region | None]], grid: Grid) -> Tensor:
     return torch.cat([~own.any(dim=1, keepdim=True), own], dim=1).float()
 
 
+def competing_layers(grids: Sequence[Grid], subjects: int, method: MethodConfig) -> frozenset[int]:
+    """The self-attention layers in which the keys of several subjects compete.
+
+    Args:
+        grids: of each layer.
+        subjects: S.
+        method: MoMA's config.
+    """
+    if method.ownership != "reference" or subjects < 2:
+        return frozenset()
+    if method.ownership_layers is not None:
+        return frozenset(method.ownership_layers)
+    return frozenset(i for i, grid in enumerate(grids) if grid == max(grids))
+
+
 def owned(m_gen: Tensor, scores: Tensor, allowed: Tensor) -> Tensor:
     """The foreground, each cell for its owner alone.
 
@@ -233,8 +242,8 @@ def owned(m_gen: Tensor, scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def key_scores(q: Tensor, references: Sequence[ReferenceLayer], foreground: Gate) -> Tensor:
-    """How well queries match each subject's keys: log of the mean over M_ref,s of exp(Q K'_s / √D), mean over
-    heads, in units of its standard deviation over the foreground.
+    """How well queries match each subject's keys: log of the sum over M_ref,s of exp(Q K'_s / √D), mean over
+    heads, less its mean over the foreground (and with it the number of keys), in its standard deviations.
 
     Args:
         q: (B, H, N, D).
@@ -245,7 +254,7 @@ def key_scores(q: Tensor, references: Sequence[ReferenceLayer], foreground: Gate
         float32 (B, S, N), 0 outside.
     """
     asked, inside = foreground.gather(q), (foreground.m_gen != 0)[..., 0]  # (B, H, Q, D), (B, 1, Q)
-    each = torch.stack([_log_mean_exp(asked, one) for one in references], dim=1)  # (B, S, Q)
+    each = torch.stack([_log_sum_exp(asked, one) for one in references], dim=1)  # (B, S, Q)
     count = inside.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1, 1)
     each = (each - (each * inside).sum(dim=-1, keepdim=True) / count) * inside
     deviation = (each.square().sum(dim=-1, keepdim=True) / count).sqrt()  # (B, S, 1)
@@ -254,15 +263,14 @@ def key_scores(q: Tensor, references: Sequence[ReferenceLayer], foreground: Gate
     return foreground.scatter_add(nothing, each.mT[:, None])[:, 0].mT  # (B, S, N)
 
 
-def _log_mean_exp(q: Tensor, reference: ReferenceLayer) -> Tensor:
-    """log mean exp(Q K' / √D) over M_ref, mean over heads: q (B, H, Q, D) -> (B, Q); 0 without any key."""
+def _log_sum_exp(q: Tensor, reference: ReferenceLayer) -> Tensor:
+    """log Σ exp(Q K' / √D) over M_ref, mean over heads, 0 without any key: q (B, H, Q, D) -> (B, Q)."""
     scores = q.float() @ reference.k.float().mT * q.shape[-1] ** -0.5  # (B, H, Q, M)
-    mask = reference.mask  # bool (B, 1, 1, M)
-    if mask is None:
-        mask = torch.ones_like(scores[:, :1, :1], dtype=torch.bool)
-    some = mask.any(dim=-1)[:, 0]  # (B, 1)
-    found = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).logsumexp(dim=-1).mean(dim=1)  # (B, Q)
-    return (found - mask.sum(dim=-1)[:, 0].clamp(min=1).log()).masked_fill(~some, 0.0)
+    if reference.mask is None:
+        return scores.logsumexp(dim=-1).mean(dim=1)
+    some = reference.mask.any(dim=-1)[:, 0]  # (B, 1)
+    scores = scores.masked_fill(~reference.mask, torch.finfo(scores.dtype).min)
+    return scores.logsumexp(dim=-1).mean(dim=1).masked_fill(~some, 0.0)  # (B, Q)
 
 
 def mean_score(scores: Sequence[Tensor], size: Grid) -> Tensor:
@@ -325,7 +333,7 @@ class SeveralHook:
         if self.subject_on:
             for one, gate in zip(cond.subjects, gates["subject"], strict=True):
                 z = add_subject(z, q, one.reference[layer], gate, cond.lam[layer], one.beta, impl)
-        if not cond.scored[layer]:
+        if layer not in cond.competing:
             return z, None
         rows = slice(len(q) - len(cond.allowed), None)  # the conditional ones
         references = [one.reference[layer].rows(rows) for one in cond.subjects]
