@@ -54,7 +54,7 @@ def options(folder: Path, out: str, steps: int, dtype: str = "fp32") -> list[str
     return ["mm-diff", *map(str, more), *(part for one in sets for part in ("--set", one))]
 
 
-@pytest.mark.parametrize("sdxl", [False, True])
+@pytest.mark.parametrize("sdxl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_train_export_draw(tmp_path: Path, sdxl: bool) -> None:
     if sdxl:
         build_tiny_bundle(tmp_path / "bundle", 0, TinyConfig(64, networks=tiny_sdxl()))
