@@ -25,6 +25,7 @@ from models.weights.loading import read_checkpoint
 from moma.app.record import CHUNK, read_record, read_stamp
 from moma.data.captions import read_captions, training_caption
 from moma.data.shards import read_shard
+from moma.evaluate.draw import ResumeFile
 from moma.evaluate.protocol import read_official
 from moma.inputs.preprocess import open_mask
 from moma.training.log import read_log
@@ -112,6 +113,16 @@ def colliding(count: int) -> bytes:
     return file.getvalue()
 
 
+def allocating(size: int) -> bytes:
+    """A torch file that asks for memory."""
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr(
+            "a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n" + pickle.dumps((size,), 2)[2:-1] + b"R."
+        )
+        archive.writestr("a/version", "3")
+    return file.getvalue()
+
+
 def safetensors(header: dict[str, object], values: bytes = b"") -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     return len(text).to_bytes(8, "little") + text + values
@@ -168,6 +179,9 @@ CASES: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
     "torch: one storage": (lambda: torch_file(views), read_all),
     "torch: one storage, old": (lambda: torch_file(views, _use_new_zipfile_serialization=False), read_all),
     "torch: one hash": (lambda: colliding(60_000), read_all),
+    "torch: memory": (lambda: allocating(10**13), read_all),
+    "resume: memory": (lambda: allocating(10**13), lambda path: ResumeFile.open(path, 50)),
+    "resume: one storage": (lambda: torch_file(views), lambda path: ResumeFile.open(path, 50)),
     "tar: long names": (lambda: member(b"L", 1900), lambda path: list(read_shard(path))),
     "tar: headers for all": (lambda: member(b"g", 1900), lambda path: list(read_shard(path))),
     "tar: size": (lambda: member(b"x", 1, 8 * 10**9), lambda path: list(read_shard(path))),

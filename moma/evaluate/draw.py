@@ -161,7 +161,8 @@ def _read(path: Path) -> tuple[tuple[str, ...], Step] | None:
     except FileNotFoundError:
         return None
     # A machine that crashed, or another version, left it.
-    except (RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, AttributeError):
+    except (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
+            UnpicklingError, ValueError):  # fmt: skip
         path.unlink()
         return None
 
