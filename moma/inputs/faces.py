@@ -142,7 +142,7 @@ def load_detector() -> Callable[[Image.Image], list[Face]]:
     except ImportError as error:
         raise ValueError(
             "finding a face needs the package insightface, whose models are for non-commercial research only:"
-            f" pip install insightface onnxruntime, or give the face in a file ({error})"
+            f" pip install insightface onnxruntime, or give the face in a file, --face-file ({error})"
         ) from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it lists its models
@@ -151,7 +151,7 @@ def load_detector() -> Callable[[Image.Image], list[Face]]:
     except Exception as error:  # of the network, the disk, onnxruntime: any kind
         raise ValueError(
             f"insightface cannot load its models {MODELS} ({' '.join(str(error).split())}): see its"
-            " documentation for how to get them, or give the face in a file"
+            " documentation for how to get them, or give the face in a file, --face-file"
         ) from None
 
     def detect(image: Image.Image) -> list[Face]:
