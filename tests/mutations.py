@@ -100,6 +100,17 @@ MUTATIONS = (
     Mutation("label-inside-other-words", METHOD,
              "[span for span in spans if not any(inside_word(text, place) for place in span)]",
              "spans", "test_prompts"),
+    # several subjects
+    Mutation("options-all-of-the-first-subject", "moma/app", "{name: column[i] for name",
+             "{name: column[0] for name", "test_sample_several"),
+    Mutation("strengths-of-subjects-alike", "moma/methods/mm_diff", "s / (max(each) or 1)", "1.0",
+             "test_mm_diff_drawing"),
+    Mutation("ip-adapter-reads-the-last-subject-alone", METHOD, "attention(q, *context[layer]) * strength",
+             "attention(q, *self.subjects[-1][0][layer]) * strength", "test_methods"),
+    Mutation("likeness-of-the-first-of-a-pair", "moma/evaluate", "prompts) for one in subject.each]",
+             "prompts) for one in subject.each[:1]]", "test_evaluate"),
+    Mutation("a-part-is-another-object", "moma/evaluate", "within = segmenter.cfg.inside * found.mask.sum()",
+             "within = 2 * found.mask.sum()", "test_scorers"),
     # sampler and solvers
     Mutation("guidance-from-the-wrong-row", SAMPLING,
              "unconditional + guidance * (conditional - unconditional)",

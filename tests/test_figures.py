@@ -222,6 +222,28 @@ def test_table_of_scores_beside_the_sheet(folder, judges, tmp_path, capsys):
         assert row[0] == column.name and [float(v) for v in row[1:]] == pytest.approx(means, abs=6e-4)
 
 
+def test_all_subjects_in_one_image(folder, judges, tmp_path):
+    """A row for each prompt, with both references; likeness is the mean over both."""
+    given = {"prompts": ("a {subject} in the snow", "a red {subject}"), "refs": (CAT, DOG)}
+    more = ("--together", "--method", "reference-attention", "--method", "text")
+    (drawn, plain), (_, request) = (
+        columns_of("methods", folder, *more, **given), request_of(options("methods", folder, *more, **given))
+    )  # fmt: skip
+    assert [wanted.prompt for wanted in request.wanted] == [
+        "a cat and a dog in the snow",
+        "a red cat and a dog",
+    ]
+    assert len(drawn.images) == 2 and far(drawn.images[0], plain.images[0]) > 0
+    dino, clip = load_scorers(Bundle.open(judges))
+    scores = figures.score(request, [drawn], [dino, clip])
+    photos = dino.embed_images([on_white(open_image(path)) for path in (CAT, DOG)])
+    seen = dino.embed_images(drawn.images)
+    mean = sum(score.values["DINO ViT-S/16"] for score in scores) / len(scores)
+    assert mean == pytest.approx((seen @ photos.T).mean().item(), abs=1e-5)
+    sheet = figures.sheet(request, [drawn, plain], by_photo=False)
+    assert sheet.width > sheet.height, "two references and two columns, two rows"
+
+
 def test_masks_are_sams_where_there_is_one(tmp_path, monkeypatch):
     """Asked for a photo without a mask or transparency, and after the checks."""
     cfg, weights = TinyConfig(), tmp_path / "weights"
@@ -232,9 +254,9 @@ def test_masks_are_sams_where_there_is_one(tmp_path, monkeypatch):
     street[:48], street[48:], street[32:64, 32:64] = (60, 120, 200), (90, 90, 90), (250, 30, 30)
     Image.fromarray(street).save(tmp_path / "car.png")
     args, request = request_of(options("context", weights, refs=(tmp_path / "car.png", CAT)))
-    assert [photo.mask is None for photo, _ in request.wanted] == [True, False] and not asked
+    assert [photo.mask is None for (photo,), _ in request.wanted] == [True, False] and not asked
     figures.check(args, request)
-    (car, prompt), cat = figures.with_masks(request).wanted
+    ((car,), prompt), cat = figures.with_masks(request).wanted
     assert len(asked) == 1 and cat == request.wanted[1] and prompt == "a car in the snow"
     red = np.zeros((96, 96), bool)
     red[32:64, 32:64] = True
@@ -251,7 +273,7 @@ def test_examples_are_drawn_where_nothing_is_given(folder):
         more = ["--bundle", folder] if what == "community" else []
         _, request = request_of(options(what, folder, *more, prompts=(), refs=()))
         assert len(request.wanted) == (16 if what in ("context", "texture") else 4)
-        assert request.wanted[-1].photo.word == "teapot" and "teapot" in request.wanted[-1].prompt
+        assert request.wanted[-1].words == ("teapot",) and "teapot" in request.wanted[-1].prompt
         assert len({prompt for _, prompt in request.wanted}) == len(request.wanted)
 
 

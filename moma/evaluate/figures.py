@@ -31,6 +31,7 @@ from moma.inputs.preprocess import find_mask, make_reference, on_white, open_ima
 from moma.inputs.segment import segment_by
 from moma.load import load_pipeline
 from moma.methods import METHODS, find_method
+from moma.methods.prompts import joined
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Job, Result, Runtime
@@ -74,10 +75,15 @@ class Photo:
 
 
 class Wanted(NamedTuple):
-    """A row: every column has an image of it."""
+    """A row: every column has an image of it, with one subject or with several."""
 
-    photo: Photo
+    photos: tuple[Photo, ...]
     prompt: str
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of the subjects."""
+        return tuple(photo.word for photo in self.photos)
 
 
 class Way(NamedTuple):
@@ -115,11 +121,11 @@ class Request:
     @property
     def photos(self) -> list[Photo]:
         """Each once."""
-        return list(dict.fromkeys(photo for photo, _ in self.wanted))
+        return list(dict.fromkeys(photo for wanted in self.wanted for photo in wanted.photos))
 
     def rows_of(self, photo: Photo) -> list[int]:
         """Positions in `wanted`."""
-        return [i for i, wanted in enumerate(self.wanted) if wanted.photo is photo]
+        return [i for i, wanted in enumerate(self.wanted) if photo in wanted.photos]
 
 
 class Column(NamedTuple):
@@ -142,7 +148,10 @@ def _make_jobs(pipe: Pipeline, request: Request) -> list[Job]:
         for photo in request.photos
     }
     beta = strength_for(pipe.method, request.sample.strength)
-    return [Job(subjects[photo], prompt, request.seed, strength=beta) for photo, prompt in request.wanted]
+    return [
+        Job(tuple(subjects[photo] for photo in photos), prompt, request.seed, strength=beta)
+        for photos, prompt in request.wanted
+    ]
 
 
 def _draw(column: str, pipe: Pipeline, jobs: Sequence[Job], request: Request) -> list[Result]:
@@ -221,14 +230,14 @@ def sheet(request: Request, columns: Sequence[Column], by_photo: bool) -> Image.
             rows.append([shown(photo), *drawn])
     else:
         rows = [
-            [shown(photo), *(cell(column.images[i], column.name, prompt) for column in columns)]
-            for i, (photo, prompt) in enumerate(request.wanted)
+            [*map(shown, photos), *(cell(column.images[i], column.name, prompt) for column in columns)]
+            for i, (photos, prompt) in enumerate(request.wanted)
         ]
     return contact_sheet(rows, replace(cfg.sheet, cell=side))
 
 
 def score(request: Request, columns: Sequence[Column], scorers: Sequence[ImageScorer]) -> list[Score]:
-    """A score for each image, column by column.
+    """A score for each image and each of its subjects, column by column.
 
     Args:
         request: what was drawn; a photo is the only real image of its subject.
@@ -252,9 +261,9 @@ def table(scores: Sequence[Score], request: Request) -> str:
     found, sample = averages(scores, "method"), request.sample
     heads = list(next(iter(found.values())).values)
     rows = [[name, *(f"{mean.values[head]:.3f}" for head in heads)] for (name,), mean in found.items()]
-    count = next(iter(found.values())).count
     note = (
-        f"Means over {count} images; each image is compared with one real image, the photo itself. "
+        f"Means over {len(request.wanted)} images; each is compared with one real image of each subject, the"
+        " photo itself. "
         f"{sample.steps} steps, guidance {sample.guidance:g}, seed {request.seed}."
     )
     return f"{markdown_table(['', *heads], rows)}\n{note}\n"
@@ -303,6 +312,7 @@ def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> 
         " files' names)")  # fmt: skip
     add("--mask", **files, metavar="FILE", help="its mask, for each --ref in turn (default: as sample.py"
         " finds it)")  # fmt: skip
+    add("--together", action="store_true", help="all subjects in each image, instead of one")
     add("--prompt", action="append", metavar="TEXT", help=f"for each subject, with {SUBJECT} for its word;"
         " may be repeated (default: prompts that MoMA-mini knows)")  # fmt: skip
     if name == "beta":
@@ -339,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "beta": lambda: beta(request, args.strengths),
     }
     columns = list(draw.get(args.what, lambda: methods(request))())
-    save_png(args.out, sheet(request, columns, figure.by_photo))
+    save_png(args.out, sheet(request, columns, figure.by_photo and not args.together))
     print(args.out)
     if scorers:
         text = table(score(request, columns, load_scorers(scorers, request.runtime.device)), request)
@@ -359,11 +369,13 @@ def request_of(args: argparse.Namespace, runtime: Runtime) -> Request:
         raise ValueError(f"--seed {args.seed}: expected 0 to {MAX_SEED}")
     ways = _ways(args, [replace(runtime, weights=Bundle.open(folder)) for folder in folders])
     photos, prompts = _open_photos(args, ways), args.prompt or figure.prompts
-    if args.ref or args.prompt or figure.by_photo:
-        pairs = list(product(photos, prompts))
+    if args.together:
+        pairs = [(tuple(photos), prompt) for prompt in prompts]
+    elif args.ref or args.prompt or figure.by_photo:
+        pairs = [((photo,), prompt) for photo, prompt in product(photos, prompts)]
     else:  # the examples, each in another scene
-        pairs = list(zip(photos, prompts, strict=True))
-    wanted = tuple(Wanted(photo, fill(prompt, photo.word)) for photo, prompt in pairs)
+        pairs = [((photo,), prompt) for photo, prompt in zip(photos, prompts, strict=True)]
+    wanted = tuple(Wanted(some, fill(prompt, joined([p.word for p in some]))) for some, prompt in pairs)
     strength = getattr(args, "strength", figure.strength)
     sample = replace(sample_config(args), strength=strength).sized(ways[0].runtime.weights.image_size)
     return Request(ways, wanted, args.seed, sample)
@@ -434,7 +446,8 @@ def with_masks(request: Request) -> Request:
         photo: photo if photo.mask else replace(photo, mask=find_mask(photo.image, segment=segment).mask)
         for photo in request.photos
     }
-    return replace(request, wanted=tuple(Wanted(found[photo], prompt) for photo, prompt in request.wanted))
+    wanted = (Wanted(tuple(found[photo] for photo in photos), prompt) for photos, prompt in request.wanted)
+    return replace(request, wanted=tuple(wanted))
 
 
 def fill(prompt: str, word: str) -> str:
@@ -446,10 +459,14 @@ def fill(prompt: str, word: str) -> str:
 def check(args: argparse.Namespace, request: Request) -> Bundle | None:
     """ValueError for anything that would fail later; returns the scorers' bundle, if there is one."""
     strengths = (request.sample.strength, *getattr(args, "strengths", ()))
-    prompts = [((photo.word,), prompt) for photo, prompt in request.wanted]
+    prompts = [(wanted.words, wanted.prompt) for wanted in request.wanted]
     for way in request.ways:
         bundle = way.runtime.weights
         check_drawable(way.method, bundle, request.sample, strengths, prompts)
+        if find_method(way.method).method.needs_face(bundle):
+            raise ValueError(
+                f"{way.method}: these weights draw people and need faces, which figures do not find"
+            )
         for photo in request.photos:
             if photo.mask:
                 make_reference(photo.image, photo.mask, bundle.image_size, way.config)
