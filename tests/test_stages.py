@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import moma
 from convert_weights import convert
+from models.attention import attention_probs
 from models.clip_image import clip_image
 from models.lora import LoRALinear
 from moma import DEFAULT, Job, Runtime, SampleConfig
 from moma.data.triplets import load, open_source
 from moma.inputs.preprocess import make_reference
 from moma.methods.ip_adapter import IPAdapterTraining
+from moma.methods.map_loss import map_loss
 from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.config import MethodConfig
 from moma.methods.moma.training import AdapterTraining, DecoderTraining, move
-from moma.sampling.diffusion import ScheduleConfig, alphas_cumprod
+from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
 from moma.sampling.interface import Batch
 from moma.training import denoising, features
 from moma.training.common import pack, unpack
@@ -548,6 +551,47 @@ def test_fields_of_the_loss(two: Callable[..., DenoisingTask]) -> None:
     weights, t = (0.1 * (1 - alphas) / alphas).clamp(max=1), batch["t"]
     assert (weights[t] < 1).any() and (weights[t] == 1).any()
     same(two(MOVED, snr_gamma=0.1).model(batch), plain.model(batch) * weights[t] / weights.mean())
+
+
+@pytest.mark.parametrize("form", ["balanced", "distance"])
+def test_label_maps_are_kept_to_the_mask(two: Callable[..., DenoisingTask], form: str) -> None:
+    """Eq. 1 plus the constraint on the attention of the label's tokens, below the finest grid."""
+    plain = two()
+    batch = first(plain, 4)
+    batch["drop_text"] = torch.tensor([False, False, False, True])
+    task = two(map_weight=3.0, map_form=form)
+    base, unpacked = task.model.trainable.base, task.model.unpacked(batch)
+    inputs = task.model.trainable.inputs(unpacked)
+    end = base.tokenizers[0].end_id
+    words = [ids[1 : ids.index(end)] for ids in batch["label_ids"].tolist()]
+    label = torch.tensor(
+        [
+            [float(i in word) for i in ids]
+            for ids, word in zip(unpacked["text_ids"].tolist(), words, strict=True)
+        ]
+    )  # (B, T)
+    x0 = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * base.vae.cfg.scaling
+    x_t = add_noise(x0, batch["noise"], task.model.alphas[batch["t"]][:, None, None, None])
+    maps: list[tuple[Tensor, tuple[int, int]]] = []
+
+    class Maps:
+        def self_attn(self, *args: object, **options: object) -> tuple[Tensor, None]:
+            return inputs.hook.self_attn(*args, **options)
+
+        def cross_attn(self, layer: int, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> object:
+            maps.append((attention_probs(q, k).mean(dim=1), grid))  # (B, N, T)
+            return inputs.hook.cross_attn(layer, q, k, v, grid)
+
+    base.unet(x_t, batch["t"], inputs.text, Maps(), inputs.added)
+    expected = []
+    for probs, grid in maps:
+        if grid != batch["mean"].shape[-2:]:
+            found = (probs * label[:, None]).sum(dim=2)[:, None, :, None]  # (B, 1, N, 1)
+            masks = F.interpolate(unpacked["m_gen"], grid, mode="bilinear", antialias=True)
+            expected.append(map_loss(found, masks, ~batch["drop_text"][:, None], form=form))
+    difference = task.model(batch) - plain.model(batch)
+    same(difference, 3 * torch.stack(expected).mean(dim=0), 1e-4)
+    assert difference[:3].all() and not difference[3]
 
 
 def test_move() -> None:

@@ -11,19 +11,21 @@ from hashlib import sha256
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip_image import clip_image
 from models.llava import Llava
 from models.lora import LoRALinear, add_lora, merged_tensors
 from moma.inputs.preprocess import Reference
+from moma.methods.map_loss import Form, map_loss
 from moma.methods.moma.adapter import Adapter, AdapterConfig
 from moma.methods.moma.attention import ReferenceLayer
 from moma.methods.moma.conditioning import MoMAHook, condition_rows, reference_features
 from moma.methods.moma.config import DEFAULT, MethodConfig
 from moma.methods.moma.feature_decoder import FeatureDecoder, instruction
 from moma.methods.moma.method import MoMA, MoMASubject, reference_latent
-from moma.sampling.config import check_types
+from moma.sampling.config import LARGEST, check_types
 from moma.sampling.interface import Batch, DenoisingTraining, Export, FeatureTraining, Runtime, StepInputs
 
 # What LoRA updates: every linear layer of LLaMA's blocks.
@@ -187,10 +189,16 @@ class AdapterTrainingConfig:
     # The reference is moved by up to this many latents each way against the target, so that K', V' are found
     # by what is there, not by where it is; 0 = the paper's text, which does not mention it.
     reference_shift: int = 0
+    # Weight of a constraint that keeps the label's attention, of which M_gen is made, to the target's mask
+    # (MM-Diff's, FastComposer's), so that words bind to their subjects; 0 = the paper, which has none.
+    map_weight: float = 0.0
+    map_form: Form = "balanced"  # FastComposer's, or Subject-Diffusion's "distance"
 
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""
         check_types(self)
+        if not 0 <= self.map_weight <= LARGEST:
+            raise ValueError(f"map_weight {self.map_weight}: expected a finite number, 0 or more")
         if self.subject_below_t < 1:
             raise ValueError(f"subject_below_t {self.subject_below_t}: expected 1 or more")
         if self.reference_shift < 0:
@@ -272,20 +280,40 @@ class AdapterTraining(DenoisingTraining):
         return {"shift": torch.randint(-far, far + 1, (2,), generator=generator)}  # latents down and right
 
     def inputs(self, batch: Batch) -> StepInputs:
-        """The sampler's conditioning of its conditional rows, with the target's mask as M_gen."""
+        """The sampler's conditioning of its conditional rows, with the target's mask as M_gen.
+
+        Its label makes no M_gen; it has tokens where their attention is constrained.
+        """
         text = batch["text"]
         cond = condition_rows(
             self.adapter,
             batch["embedding"],
             text,
             batch.get("added"),
-            text.new_zeros(text.shape[:2]),  # (B, T); no label: M_gen is given, not made
+            self._label(batch) if self.config.map_weight else text.new_zeros(text.shape[:2]),  # (B, T)
             self._reference(batch),
             (batch["t"] < self.config.subject_below_t).float(),  # (B,) β is 1 where the subject term acts
             self.method,
         )
         hook = MoMAHook(cond, subject_on=True, m_gen=batch["m_gen"].to(text.dtype))
         return StepInputs(text, cond.added, hook)
+
+    def _label(self, batch: Batch) -> Tensor:
+        """1 at the label's tokens (B, T), as the first tokenizer has them."""
+        tokenizers = self.base.tokenizers
+        parts = (batch[name].chunk(len(tokenizers), dim=1)[0] for name in ("text_ids", "label_ids"))
+        return label_places(*parts, tokenizers[0].end_id).to(batch["text"])  # (B, T)
+
+    def constraint(self, maps: Sequence[Tensor], batch: Batch) -> Tensor | float:
+        """The mean over all layers but the finest grid's, as MM-Diff has it."""
+        finest = batch["mean"].shape[-2:]
+        losses = []
+        for one in maps if self.config.map_weight else ():  # (B, 1, h_l, w_l)
+            if one.shape[-2:] != finest:
+                masks = F.interpolate(batch["m_gen"], one.shape[-2:], mode="bilinear", antialias=True)
+                present = one.detach().flatten(2).any(dim=2)  # (B, 1), False where the text was left out
+                losses.append(map_loss(one.flatten(2).mT[:, None], masks, present, form=self.config.map_form))
+        return self.config.map_weight * torch.stack(losses).mean(dim=0) if losses else 0.0
 
     def _reference(self, batch: Batch) -> list[ReferenceLayer]:
         """The reference pass (Sec. 3.3): K', V' and M_ref of every self-attention layer, B rows."""
@@ -320,6 +348,23 @@ class AdapterTraining(DenoisingTraining):
         return Export(
             {"adapter": (self.adapter.cfg, dict(self.adapter.named_parameters()))}, _changed(self.method)
         )
+
+
+def label_places(ids: Tensor, labels: Tensor, end: int) -> Tensor:
+    """1 at the tokens of every place where a text has its label, int64 (B, T).
+
+    Args:
+        ids: of texts, (B, T).
+        labels: of the labels alone, (B, T).
+        end: the token that ends a text.
+    """
+    found = torch.zeros_like(ids, device="cpu")
+    for row, text, label in zip(found, ids.tolist(), labels.tolist(), strict=True):
+        word = label[1 : label.index(end, 1)]  # 0 is BOS
+        for i in range(1, len(text) - len(word) + 1):
+            if text[i : i + len(word)] == word:
+                row[i : i + len(word)] = 1
+    return found.to(ids.device)
 
 
 def move(x: Tensor, shift: Tensor) -> Tensor:
