@@ -26,7 +26,7 @@ from tests.browser import chromium
 from tests.helpers import MINI, ROOT, image, mask
 
 PROMPT, WAIT = "a cat in the snow", 240_000  # milliseconds that a slow machine may take
-QUICK = SampleConfig(steps=2, height=64, width=64)
+QUICK = SampleConfig(steps=2)
 
 
 @pytest.fixture
@@ -64,6 +64,8 @@ def test_the_form_is_filled_by_what_was_drawn(studio: Studio, tmp_path: Path) ->
     found, notes = studio.replay(saved)
     assert found._replace(sample=asked.sample) == asked and not notes
     assert (found.sample.strength, found.sample.guidance, found.sample.steps) == (0.4, 3.0, 2)
+    (saved,) = [e.saved for e in drawn(studio, asked._replace(sample=replace(QUICK, width=96))) if e.saved]
+    assert len(studio.replay(saved)[1]) == 1  # the page has no width
     studio.known.clear()
     found, notes = studio.replay(saved)
     assert found.subjects[0].mask is None and "photo.png" in notes[0]

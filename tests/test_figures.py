@@ -272,7 +272,7 @@ def test_examples_are_drawn_where_nothing_is_given(folder):
     for what in figures.FIGURES:
         more = ["--bundle", folder] if what == "community" else []
         _, request = request_of(options(what, folder, *more, prompts=(), refs=()))
-        assert len(request.wanted) == (16 if what in ("context", "texture") else 4)
+        assert len(request.wanted) == {"context": 16, "texture": 16, "changes": 28}.get(what, 4)
         assert request.wanted[-1].words == ("teapot",) and "teapot" in request.wanted[-1].prompt
         assert len({prompt for _, prompt in request.wanted}) == len(request.wanted)
 

@@ -62,11 +62,12 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(min_width=320):
                 slots = _slots(studio)
-                asked = _settings(studio)
+                asked = _everyday(studio)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", min_width=90)
-                    strip = gr.Button("Strengths β", min_width=90)
+                    strip = gr.Button("β strip", min_width=90)
                     cancel = gr.Button("Cancel", variant="stop", min_width=90)
+                asked += _more()
                 saved = gr.File(
                     label="Drop a saved PNG to fill in its settings",
                     elem_id="replay",
@@ -82,7 +83,8 @@ def build(studio: Studio) -> gr.Blocks:
                     m_gen = gr.Image(label="M_gen", height=220, interactive=False, min_width=140, buttons=[])
                 gallery = gr.Gallery(
                     label="images, each with its settings inside",
-                    columns=4,
+                    columns=3,
+                    height=460,
                     object_fit="contain",
                     buttons=["download", "fullscreen"],
                     elem_id="results",
@@ -220,43 +222,42 @@ def word_of(path: Path) -> str:
         return ""
 
 
-def _settings(studio: Studio) -> list[Any]:
-    """The components of `form_of`, in its order."""
-    base = SampleConfig()
-    prompt = gr.Textbox(
-        "a cat on the beach\na cat at sunset", lines=2, label="Prompts, one per line", elem_id="prompt"
-    )
+def _everyday(studio: Studio) -> list[Any]:
+    """Prompt, seed, count and strength."""
+    text = "a cat on the beach\na cat at sunset"
+    prompt = gr.Textbox(text, lines=2, label="Prompts, one per line", elem_id="prompt")
+    info = "1 for a new scene, 0.4 for a new texture"
+    strength = gr.Slider(0, 1.5, SampleConfig().strength, step=0.05, label="strength β", info=info)
     with gr.Row():
-        strength = gr.Slider(
-            0,
-            1.5,
-            base.strength,
-            step=0.05,
-            info="1: new scene, 0.4: new texture",
-            label="strength β",
-            min_width=140,
+        seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=120, elem_id="seed")
+        count = gr.Number(
+            1, precision=0, minimum=1, maximum=studio.cfg.images, label="images per prompt", min_width=120
         )
-        seed = gr.Number(0, precision=0, minimum=0, label="seed", min_width=70, elem_id="seed")
-        count = gr.Slider(1, studio.cfg.images, 1, step=1, label="images per prompt", min_width=100)
+    return [prompt, seed, count, strength]
+
+
+def _more() -> list[Any]:
+    """The others, in the order of `form_of`."""
+    base = SampleConfig()
     with gr.Accordion("More settings", open=False):
         negative = gr.Textbox("", label="what images should not show")
         choices = [(entry.title, name) for name, entry in METHODS.items()]
         method = gr.Dropdown(choices, value="moma", label="method")
         with gr.Row():
-            steps = gr.Slider(1, 200, base.steps, step=1, label="steps", min_width=120, elem_id="steps")
-            solver = gr.Dropdown(list(SOLVERS), value=base.solver, label="solver", min_width=90)
-            guidance = gr.Slider(0, 20, base.guidance, step=0.5, label="guidance", min_width=120)
-    return [prompt, negative, seed, count, strength, method, steps, solver, guidance]
+            steps = gr.Slider(1, 200, base.steps, step=1, label="steps", min_width=140, elem_id="steps")
+            guidance = gr.Slider(0, 20, base.guidance, step=0.5, label="guidance", min_width=140)
+            solver = gr.Dropdown(list(SOLVERS), value=base.solver, label="solver", min_width=140)
+    return [negative, method, steps, guidance, solver]
 
 
 def form_of(studio: Studio, given: Sequence[Any]) -> Form:
-    """What the components hold: image, word and mask of each subject, then those of `_settings`."""
+    """What the components hold: image, word, mask of each subject, then `_everyday` and `_more`."""
     subjects = []
     for i in range(SUBJECTS):
         file, word, mask = given[3 * i : 3 * i + 3]
         if file is not None:
             subjects.append(Subject(studio.remember(Path(file)), mask, " ".join((word or "").split())))
-    prompt, negative, seed, count, strength, method, steps, solver, guidance = given[3 * SUBJECTS :]
+    prompt, seed, count, strength, negative, method, steps, guidance, solver = given[3 * SUBJECTS :]
     sample = SampleConfig(steps=int(steps), solver=solver, guidance=float(guidance), strength=float(strength))
     return Form(tuple(subjects), lines_of(prompt), negative or "", int(seed or 0), int(count), method, sample)
 
@@ -267,22 +268,13 @@ def fill(studio: Studio, file: str) -> list[Any]:
     found: list[Any] = []
     for i in range(SUBJECTS):
         if i < len(form.subjects) and (one := form.subjects[i]).mask is not None:
-            found += [gr.Image(value=str(one.file)), one.word, studio.shown(one.file, one.mask), one.mask]
+            found += [str(one.file), one.word, studio.shown(one.file, one.mask), one.mask]
         else:
             word = form.subjects[i].word if i < len(form.subjects) else ""
             found += [None, word, None, None]
     s = form.sample
-    found += [
-        form.prompts[0],
-        form.negative,
-        form.seed,
-        1,
-        s.strength,
-        form.method,
-        s.steps,
-        s.solver,
-        s.guidance,
-    ]
+    found += [form.prompts[0], form.seed, 1, s.strength]
+    found += [form.negative, form.method, s.steps, s.guidance, s.solver]
     return [*found, "settings filled in" + "".join(f"; {note}" for note in notes)]
 
 

@@ -254,7 +254,8 @@ class Studio:
             (record,) = records_of(request, found, pipe, bundle)
             saved = save_new(self.out, f"seed{seed}", result.image, record)
             m_gen = None if result.m_gen is None else mask_image(result.m_gen, result.image.size)
-            news.put(Event("done", (i + 1) / len(requests), result.image, m_gen, saved))
+            text = "done" if i + 1 == len(requests) else f"image {i + 1} of {len(requests)}"
+            news.put(Event(text, (i + 1) / len(requests), result.image, m_gen, saved))
 
     # --- replay --------------------------------------------------------------------------------------
 
@@ -278,6 +279,12 @@ class Studio:
             notes.append("the image was drawn with other fields of its method, which the page does not have")
         if dict(record.weight_hashes) != weight_hashes(bundle, record.method_name, record.method):
             notes.append(f"the image was drawn with other weights, {record.weights}")
+        s = record.sample
+        page = SampleConfig(s.steps, s.solver, s.guidance, strength=s.strength, batch_size=s.batch_size)
+        own = any(one.strength not in (None, s.strength) or one.region for one in record.subjects)
+        several = any(len(one.images) > 1 for one in record.subjects)
+        if s != page.sized(bundle.image_size) or own or several or len(record.batch) > 1:
+            notes.append("the page lacks some of its settings: sample.py --replay draws it bit for bit")
         form = Form(
             tuple(subjects), (record.prompt,), record.negative, record.seed, 1, record.method_name,
             record.sample,

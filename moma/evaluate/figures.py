@@ -1,8 +1,9 @@
 """The paper's figures and ablations on any bundle: `python -m moma.evaluate.figures masking --ref cat.png`.
 
 One command each: masking (Table 3, Fig. 9), beta (Table 4, Fig. 8), context and texture (Figs. 4, 5),
-community (Fig. 10), methods (Table 1). Without --ref it draws the repository's examples, without --prompt
-scenes and materials that MoMA-mini knows too. All images start from the same noise.
+changes and community (Fig. 10), methods (Table 1). Without --ref it draws the repository's examples, without
+--prompt scenes and materials that MoMA-mini knows too; of changes it knows none. All images start from the
+same noise.
 
 Letters: N images of one photo, E embedding.
 """
@@ -47,6 +48,14 @@ IN_SCENES = tuple(f"a {SUBJECT} {scene}" for scene in SCENES)
 OF_MATERIALS = tuple(
     f"{'an' if what[0] in 'aeiou' else 'a'} {what} {SUBJECT} {SCENES[0]}" for what in MATERIALS
 )
+# Fig. 10, upper row: accessories, poses, camera.
+CHANGES = tuple(
+    text.format(f"a {SUBJECT}")
+    for text in (
+        "{} wearing sunglasses", "{} wearing a red hat", "{} running", "{} lying on the floor",
+        "a close-up of {}", "{} seen from above", "{} seen from behind",
+    )
+)  # fmt: skip
 CONTEXT, TEXTURE = (ProtocolConfig().strength(kind) for kind in get_args(Kind))  # β of a scene, of a texture
 MASKS = {"full mask": "moma", "half mask": "half-mask", "no mask": "no-mask"}  # column -> method (Table 3)
 
@@ -287,7 +296,8 @@ FIGURES = {
     "beta": Figure("strengths of the subject (Table 4, Fig. 8)", IN_SCENES[:2] + OF_MATERIALS[:2], CONTEXT),
     "context": Figure("subjects in new scenes (Fig. 4)", IN_SCENES, CONTEXT, by_photo=True),
     "texture": Figure("subjects with new textures (Fig. 5)", OF_MATERIALS, TEXTURE, by_photo=True),
-    "community": Figure("several base models, a bundle for each (Fig. 10)", IN_SCENES, CONTEXT),
+    "changes": Figure("accessories, poses, camera (Fig. 10, above)", CHANGES, CONTEXT, by_photo=True),
+    "community": Figure("several base models, a bundle for each (Fig. 10, below)", IN_SCENES, CONTEXT),
     "methods": Figure("MoMA beside other methods (Table 1)", IN_SCENES, CONTEXT),
 }
 
@@ -314,7 +324,7 @@ def _add_options(parser: argparse.ArgumentParser, name: str, figure: Figure) -> 
         " finds it)")  # fmt: skip
     add("--together", action="store_true", help="all subjects in each image, instead of one")
     add("--prompt", action="append", metavar="TEXT", help=f"for each subject, with {SUBJECT} for its word;"
-        " may be repeated (default: prompts that MoMA-mini knows)")  # fmt: skip
+        " may be repeated (default: the figure's)")  # fmt: skip
     if name == "beta":
         strengths = FigureConfig().strengths
         add("--strengths", type=float, nargs="+", default=strengths, metavar="BETA",
