@@ -638,6 +638,23 @@ def make_ip_adapter(path: Path, scale: Scale) -> Path:
     return path
 
 
+def make_lora(path: Path, scale: Scale, rank: int = 2) -> Path:
+    """As kohya's scripts write it, of the UNet's cross-attention and the text encoder's."""
+    tensors: dict[str, LazyTensor] = {}
+    for start, name, ends in (
+        ("lora_unet_", "unet", ("attn2.to_k.weight", "attn2.to_out.0.weight")),
+        ("lora_te_text_model_", "text", ("self_attn.q_proj.weight",)),
+    ):
+        for key, shape in expected_shapes(name, getattr(scale, name), scale.unet).items():
+            if key.endswith(ends):
+                out, into = shape
+                layer = start + key.removesuffix(".weight").replace(".", "_")
+                shapes = {"lora_down.weight": (rank, into), "lora_up.weight": (out, rank), "alpha": ()}
+                tensors |= drawn({f"{layer}.{end}": size for end, size in shapes.items()}, torch.float16)
+    save(path, tensors)
+    return path
+
+
 def make_sam(path: Path, scale: Scale) -> Path:
     """sam_vit_b_01ec64.pth and its kind."""
     save(path, network("sam", scale.sam, scale, torch.float32))

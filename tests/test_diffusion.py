@@ -53,7 +53,23 @@ def test_ddim_equals_diffusers(steps: int, grid: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", ["even", "leading"])
+@pytest.mark.parametrize("end", ["first", "clean"])
+@pytest.mark.parametrize("steps", [1, 4, 8])  # where they do not divide 1000, theirs steps past its own grid
+def test_trailing_ddim_equals_diffusers(steps: int, end: str) -> None:
+    """As the recipes for few steps have it."""
+    cfg = ScheduleConfig(end=end)
+    scheduler = diffusers.DDIMScheduler(
+        **SD15, clip_sample=False, set_alpha_to_one=end == "clean", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps(cfg, steps, "ddim", "trailing")
+    found, path = noise(0), solver_steps(cfg, steps, "ddim", "trailing")
+    for step in path:
+        found, _ = SOLVERS["ddim"](found, eps_model(found, step.t), step, None)
+    torch.testing.assert_close(found, solve_with_diffusers(scheduler, noise(0)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", ["even", "leading", "trailing"])
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_dpm_equals_diffusers(steps: int, grid: str) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(**SD15, algorithm_type="dpmsolver++", solver_order=2)

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from models.weights.files import read_text
 from moma.app.files import Parser
@@ -53,8 +53,8 @@ MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds wou
 # Options whose values a replayed image provides.
 REPLAYED = (
     "point", "box", "object", "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength",
-    "guidance", "guidance_interval", "steps", "solver", "preset", "set", "batch_size", "method", "region",
-    "face_file", "face_number",
+    "guidance", "guidance_interval", "steps", "solver", "grid", "preset", "set", "batch_size", "method",
+    "region", "face_file", "face_number",
 )  # fmt: skip
 # Options that say the same thing of a subject in two ways.
 OF_ONE = (
@@ -185,6 +185,8 @@ def _advanced(group: argparse._ArgumentGroup) -> None:
     add("--steps", type=int, metavar="N", help=f"denoising steps (default: {base.steps})")
     add("--solver", choices=tuple(SOLVERS), help="ODE solver; dpm needs about half the steps of ddim"
         f" (default: {base.solver})")  # fmt: skip
+    add("--grid", choices=get_args(get_type_hints(SampleConfig)["grid"]), help="timesteps; trailing is for"
+        f" LoRAs for few steps (docs/sampling.md; default: {base.grid})")  # fmt: skip
     add(
         "--guidance",
         type=float,
@@ -344,7 +346,7 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         raise ValueError(f"--strength: {method} has none, leave it out")
     prompts = [*map(plain_text, args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     width, height = args.size or (None, None)
-    names = ("steps", "solver", "guidance", "guidance_interval", "batch_size")
+    names = ("steps", "solver", "grid", "guidance", "guidance_interval", "batch_size")
     given = {name: getattr(args, name) for name in names}
     alone = find_method(method).method.batch_dependent(config)
     if args.strength and len(args.strength) == 1 and args.strength[0] is not None:  # for all

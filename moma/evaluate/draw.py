@@ -79,7 +79,7 @@ class Run:
         if self.batch_dependent:
             sample["batch_size"] = self.sample.batch_size
         call = ScheduleConfig(), self.sample.steps, self.sample.solver
-        if timesteps(*call, "even") == timesteps(*call, "leading"):
+        if self.sample.grid != "trailing" and timesteps(*call, "even") == timesteps(*call, "leading"):
             del sample["grid"]
         names = ("context_strength", "texture_strength", "reference")
         return {

@@ -77,8 +77,9 @@ class SampleConfig:
     # Images per UNet call (two rows each). Only memory and speed depend on it, except where
     # MethodConfig.m_gen_norm is "batch".
     batch_size: int = 4
-    # Timesteps (`moma.sampling.diffusion.timesteps`): "leading" for images whose records name no grid.
-    grid: Literal["even", "leading"] = "even"
+    # Timesteps (`moma.sampling.diffusion.timesteps`): "leading" for images whose records name no grid,
+    # "trailing" for LoRAs for few steps.
+    grid: Literal["even", "leading", "trailing"] = "even"
 
     max_batch: ClassVar[int] = 1024
 

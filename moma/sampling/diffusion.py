@@ -71,13 +71,14 @@ def timesteps(cfg: ScheduleConfig, steps: int, solver: str = "ddim", grid: str =
         solver: a name of SOLVERS.
         grid: "even", in equal strides: 50 of "ddim" -> 981, 961, ..., 1; 20 of "dpm" -> 999, 949, ..., 49.
             "leading" = both solvers' as the release, with the stride rounded down: the same for "ddim" where
-            `steps` divides train_steps.
+            `steps` divides train_steps. "trailing" = from the top, for both: what models and LoRAs for few
+            steps were made for; the same as "even" for "dpm".
     """
     if not 1 <= steps < cfg.train_steps:
         raise ValueError(f"{steps} steps: expected 1 to {cfg.train_steps - 1}")
     if grid == "leading":
         return [i * (cfg.train_steps // steps) + cfg.steps_offset for i in reversed(range(steps))]
-    if solver == "dpm":
+    if solver == "dpm" or grid == "trailing":
         return [round(i * cfg.train_steps / steps) - 1 for i in range(steps, 0, -1)]
     return [i * cfg.train_steps // steps + cfg.steps_offset for i in reversed(range(steps))]
 
