@@ -38,6 +38,7 @@ from models.weights.loading import read_checkpoint
 from moma.app.options import OF_SUBJECTS
 from moma.app.record import CHUNK
 from moma.weights.bundle import Bundle
+from moma.weights.lora import parse_lora
 from moma.weights.tiny import build_tiny_bundle, build_tokenizers
 from tests import fuzz_images, fuzz_mm_diff
 from tests import make_checkpoints as checkpoints
@@ -111,6 +112,7 @@ def replaced(value: Any, path: Sequence[Any], new: Any) -> Any:
     return value
 
 
+Reader = Callable[[Path, Path, Path], None]  # of a file, beside a bundle, into a new one
 DELETED = object()
 LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 
@@ -194,6 +196,8 @@ OPTIONS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ["4", "0", "-64", "60", "64x", "x64", "99999", "8x8", "1x2x3", "1e2", "9" * 5000]),
     "--steps": (["1", "2", "30", "999"], ["0", "-5", "1000", "1e2", "x", "9" * 5000]),
     "--solver": (["ddim", "dpm"], ["euler", ""]),
+    "--grid": (["even", "trailing"], ["karras", ""]),
+    "--turns": (["auto", "off", "on"], ["2"]),
     "--negative": (["", "a dog", "zebra " * 200, "[x]"], ["\udce9"]),
     "--preset": (["default"], ["best", ""]),
     "--set": (["m_gen_threshold=0.3", "m_gen_layers=[0,1]", "geometry=crop", "m_gen_share=0"],
@@ -298,6 +302,7 @@ def sources(folder: Path) -> dict[str, Path]:
         "ckpt": checkpoints.make_ldm(folder / "m.ckpt", TINY),
         "ip_vision": checkpoints.make_ip_vision(folder / "ip_vision", TINY),
         "ip_adapter": checkpoints.make_ip_adapter(folder / "ip.bin", TINY),
+        "lora": checkpoints.make_lora(folder / "lora.safetensors", TINY),
         "sam": checkpoints.make_sam(folder / "sam.pth", TINY),
         "sam_hf": checkpoints.make_sam_hf(folder / "sam_hf", TINY),
         "dino": checkpoints.make_dino(folder / "dino.pth", TINY),
@@ -311,6 +316,13 @@ def convert_one(source: Path, base: Path, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     with contextlib.redirect_stderr(io.StringIO()):
         convert([source], out, Bundle.open(base), defaults=TINY_DEFAULTS, say=lambda _: None)
+
+
+def merge_one(lora: Path, base: Path, out: Path) -> None:
+    """Merge a LoRA into a bundle, likewise."""
+    shutil.rmtree(out, ignore_errors=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        convert([], out, Bundle.open(base), say=lambda _: None, loras=[parse_lora(str(lora))])
 
 
 def build_all(folder: Path) -> None:
@@ -365,7 +377,7 @@ def configs(rng: random.Random, folder: Path) -> Iterator[Case]:
 def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
     """Damaged checkpoint files, and whole ones with tensors that no network has."""
     made = sources(folder)
-    names = ("ldm", "ckpt", "moma", "ip_adapter", "sam", "dino")
+    names = ("ldm", "ckpt", "moma", "ip_adapter", "sam", "dino", "lora")
     contents = {name: {k: t.read().clone() for k, t in read_checkpoint(made[name]).items()} for name in names}
     # In LDM files, what is beside the networks is ignored, and in adapters' files what has other names.
     used = {}
@@ -373,27 +385,28 @@ def weights(rng: random.Random, folder: Path) -> Iterator[Case]:
         starts = LDM if name in ("ldm", "ckpt") else ("",)
         named = (key for key in found if key.removeprefix("state_dict.").startswith(starts))
         used[name] = [key for key in named if "position_ids" not in key and "llm_mapping.proj" not in key]
+    used["lora"] = [key for key in contents["lora"] if not key.endswith(".alpha")]  # which may be anything
     while True:
         name = rng.choice(names)
-        source = made[name]
+        source, read = made[name], merge_one if name == "lora" else convert_one
         file = folder / f"edited{source.suffix}"
         if rng.random() < 0.5:
             way, at, data = damaged(rng, source.read_bytes())
 
-            def run(file: Path = file, data: bytes = data) -> None:
+            def run(read: Reader = read, file: Path = file, data: bytes = data) -> None:
                 file.write_bytes(data)
-                convert_one(file, made["base"], folder / "out")
+                read(file, made["base"], folder / "out")
 
             yield Case(f"{name} {way} at {at}", run, way in ("cut", "empty", "other"))
             continue
         tensors, key, way, wrong = edited(rng, contents[name], used[name])
 
-        def run(file: Path = file, tensors: dict[str, torch.Tensor] = tensors) -> None:
+        def run(read: Reader = read, file: Path = file, tensors: dict[str, torch.Tensor] = tensors) -> None:
             if file.suffix == ".safetensors":
                 save_file(tensors, file)
             else:
                 torch.save(tensors, file)
-            convert_one(file, made["base"], folder / "out")
+            read(file, made["base"], folder / "out")
 
         yield Case(f"{name} {key} {way}", run, wrong)
 
