@@ -411,3 +411,10 @@ def test_mask_image():
     assert np.array_equal(np.asarray(mask_image(mask)), [[0, 128], [255, 255]])
     large = np.asarray(mask_image(mask[None], (4, 4)))
     assert np.array_equal(large, np.array([[0, 128], [255, 255]]).repeat(2, 0).repeat(2, 1))
+
+
+def test_masks_of_several_subjects_have_their_own_colours():
+    masks = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 0.5, 0.0]]])  # (2, 1, 3)
+    first, second, nobody = np.asarray(mask_image(masks))[0].tolist()
+    assert first == [255, 0, 0] and max(second) == 128 and second[0] < 128 and nobody == [0, 0, 0]
+    assert mask_image(masks[None], (6, 2)).size == (6, 2)

@@ -115,7 +115,7 @@ def test_one_strength_is_for_all(files: Path) -> None:
 # --- drawing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["mm-diff", "reference-attention"])
+@pytest.mark.parametrize("method", ["moma", "mm-diff", "reference-attention"])
 def test_a_pair_is_drawn_and_replayed(
     files: Path, weights: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,13 +123,16 @@ def test_a_pair_is_drawn_and_replayed(
     args = [*line(PAIR, files), "--weights", weights, "--method", method, *FAST]
     args += ["--prompt", "a house with a cat and a dog in the snow"]
     out, again, alone = (files / name for name in ("out", "again", "alone"))
-    assert run(*args, "--num", 3, "--batch-size", 2, "--out", out) == 0
+    assert run(*args, "--num", 3, "--batch-size", 2, "--debug", "--out", out) == 0
     first = only(out, "*-seed1.png")
     assert first.name == "a-house-with-a-cat-and-a-dog-in-the-snow-seed1.png"
     assert only(out, "*sheet.png").name == "cat-and-dog-sheet.png"
     assert len(list(out.glob("dog-mask*.png"))) == 2
     # A row for each of three images with their masks, and one for the drawings.
-    assert Image.open(only(out, "*sheet.png")).size == (12 + 3 * 268, 12 + 4 * 302)
+    assert Image.open(only(out, "*sheet.png")).size == (
+        12 + (6 if method == "moma" else 3) * 268,
+        12 + 4 * 302,
+    )
     cat, dog = read_record(first).subjects
     assert (cat.word, len(cat.images), dog.word, len(dog.images)) == ("cat", 1, "dog", 2)
     assert Path(dog.images[1].file.path).name == Path(dog.images[1].mask.path).name == "1.png"

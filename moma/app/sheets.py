@@ -116,7 +116,7 @@ def numbered(
     cfg = cfg or NumberedConfig()
     canvas = _fitted(image, cfg.side)
     inside = [np.asarray(mask) > 127 for mask in draw_masks(canvas.size)]  # (H, W) each
-    colours = [tuple(int(255 * v) for v in hsv_to_rgb(i * cfg.hue % 1, 1, 1)) for i in range(len(inside))]
+    colours = [tuple(int(255 * v) for v in colour) for colour in _colours(len(inside), cfg.hue)]
     pixels = np.array(canvas)  # (H, W, 3)
     for mask, colour in reversed(list(zip(inside, colours, strict=True))):
         pixels[outline(mask, cfg.line)] = colour
@@ -144,7 +144,22 @@ def _place(mask: np.ndarray, coarse: int) -> tuple[int, int] | None:
 
 
 def mask_image(mask: Tensor, size: tuple[int, int] | None = None) -> Image.Image:
-    """A mask (1, h, w) or (1, 1, h, w) in [0, 1] as a grey image, enlarged to `size` (width, height)."""
-    values = mask.detach().float().cpu().numpy().reshape(mask.shape[-2:])  # (h, w)
-    image = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+    """Masks as an image: one in grey, those of several subjects each in its own colour.
+
+    Args:
+        mask: (S, h, w) or (1, S, h, w) in [0, 1].
+        size: (width, height) to enlarge it to.
+    """
+    values = mask.detach().float().cpu().numpy().reshape(-1, *mask.shape[-2:]).clip(0, 1)  # (S, h, w)
+    values = (
+        values[0]
+        if len(values) == 1
+        else np.tensordot(values, _colours(len(values), NumberedConfig.hue), (0, 0)).clip(0, 1)
+    )
+    image = Image.fromarray((values * 255).round().astype(np.uint8))  # (h, w) or (h, w, 3)
     return image if size is None else image.resize(size, Image.Resampling.NEAREST)
+
+
+def _colours(count: int, step: float) -> np.ndarray:
+    """Colours that tell things apart, (count, 3) in [0, 1]; step: between their hues, in turns."""
+    return np.array([hsv_to_rgb(i * step % 1, 1, 1) for i in range(count)])

@@ -244,7 +244,7 @@ class Studio:
                 if time.monotonic() - last < self.cfg.preview:
                     return news.put(Event(text, done))
                 (seen,) = now.previews()
-                m_gen = None if now.m_gen is None else mask_image(now.m_gen[0][:1], seen.size)
+                m_gen = None if now.m_gen is None else mask_image(now.m_gen[0], seen.size)
                 news.put(Event(text, done, seen, m_gen))
                 last = time.monotonic()
 
