@@ -20,7 +20,7 @@ from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.golden_files import golden
 from tests.helpers import far, image, mask, same
 from tests.recipe import normal
-from tests.training_data import Drawing, write_bundle, write_data
+from tests.training_data import write_bundle, write_data, write_pairs
 
 
 @pytest.mark.parametrize("normalise", [False, True])
@@ -84,20 +84,6 @@ def test_train_export_draw(tmp_path: Path, sdxl: bool) -> None:
 
 
 # --- several subjects ----------------------------------------------------------------------------------
-
-
-def write_pairs(folder: Path) -> Path:
-    """Images of two cats, one of whom is black, and of a cat alone."""
-    folder.mkdir()
-    discs = [Drawing("cat", (20, 20), 10, 1), Drawing("cat", (40, 44), 12, 2)]
-    (photo, left), (_, right) = (disc.image() for disc in discs)
-    for name, one in (("photo", photo), ("left", left), ("right", right)):
-        one.save(folder / f"{name}.png")
-    one = {"image": "photo.png", "mask": "left.png", "label": "cat"}
-    two = one | {"caption": "a cat and a black cat", "others": [{"mask": "right.png", "label": "black cat"}]}
-    lines = [{"caption": "a cat in the snow", **one}, two, {"caption": "a cat", **one}]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
 
 
 def task_of(folder: Path, *sets: str) -> DenoisingTask:

@@ -55,3 +55,17 @@ def write_data(folder: Path, count: int, broken: int | None = None) -> Path:
 def write_bundle(folder: Path, seed: int = 0) -> Path:
     build_tiny_bundle(folder, seed, TinyConfig(image_size=SIDE))
     return folder
+
+
+def write_pairs(folder: Path) -> Path:
+    """Images of two cats, one of whom is black, and of a cat alone."""
+    folder.mkdir()
+    discs = [Drawing("cat", (20, 20), 10, 1), Drawing("cat", (40, 44), 12, 2)]
+    (photo, left), (_, right) = (disc.image() for disc in discs)
+    for name, one in (("photo", photo), ("left", left), ("right", right)):
+        one.save(folder / f"{name}.png")
+    one = {"image": "photo.png", "mask": "left.png", "label": "cat"}
+    two = one | {"caption": "a cat and a black cat", "others": [{"mask": "right.png", "label": "black cat"}]}
+    lines = [{"caption": "a cat in the snow", **one}, two, {"caption": "a cat", **one}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder

@@ -11,7 +11,7 @@ from moma.methods.ip_adapter import IPAdapterMethod, IPAdapterTraining
 from moma.methods.mm_diff.method import MMDiff
 from moma.methods.mm_diff.training import MMDiffTraining
 from moma.methods.moma.method import MoMA
-from moma.methods.moma.training import AdapterTraining, DecoderTraining
+from moma.methods.moma.training import AdapterTraining, DecoderTraining, SeveralTraining
 from moma.methods.reference_attention import ReferenceAttention
 from moma.methods.text import TextToImage
 from moma.sampling.interface import Method, Training
@@ -28,7 +28,11 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "moma": Entry(MoMA, "MoMA", trainings={"stage1": DecoderTraining, "stage2": AdapterTraining}),
+    "moma": Entry(
+        MoMA,
+        "MoMA",
+        trainings={"stage1": DecoderTraining, "stage2": AdapterTraining, "several": SeveralTraining},
+    ),
     "ip-adapter": Entry(IPAdapterMethod, "IP-Adapter", trainings={"": IPAdapterTraining}),
     "mm-diff": Entry(MMDiff, "MM-Diff", trainings={"": MMDiffTraining}),
     "text": Entry(TextToImage, "text only"),

@@ -31,7 +31,7 @@ from moma.app.files import write_text
 from moma.data.shards import Raw
 from moma.data.triplets import SkipLog, Source, load, too_many
 from moma.inputs.preprocess import ReferenceConfig
-from moma.methods.prompts import sd_prompt
+from moma.methods.prompts import joined, sd_prompt
 from moma.sampling.interface import DenoisingTraining, Runtime, text_networks
 from moma.training.common import Prepare, Sample, to_pixels
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
@@ -93,7 +93,8 @@ class Encoder:
 
     def text(self, sample: Sample) -> str:
         """What the text encoders read of a sample."""
-        return sample.caption if self.captions_alone else sd_prompt(sample.label, sample.caption)
+        words = [one.label for one in (sample, *sample.others)]
+        return sample.caption if self.captions_alone else sd_prompt(joined(words), sample.caption)
 
     def words(self, sample: Sample) -> Tensor:
         """The token of each subject's word by each tokenizer, int32 (n, K)."""
