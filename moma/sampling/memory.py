@@ -80,7 +80,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def return_freed() -> None:
     """Give the system back what was freed, where the C library (glibc) would keep it."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # the last on Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
