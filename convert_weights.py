@@ -598,7 +598,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.export_ip_adapter:
         if args.sources or args.base_bundle or args.download or args.extras:
             raise ValueError("--export-ip-adapter takes a bundle alone: leave out sources and other bundles")
-        return export_ip_adapter(args.export_ip_adapter, args.out)
+        export_ip_adapter(args.export_ip_adapter, args.out)
+        return print(args.out)
     check_target(args.out, args.overwrite)
     if args.llm_bits and args.no_llm:
         raise ValueError("--llm-bits quantises LLaVA, which --no-llm leaves out; give one of them")

@@ -88,6 +88,7 @@ ROOMS = (
     Group("moma/data/", ("moma/data/**.py",), ("moma/data/**.py",)),
     Group("moma/training/", ("moma/training/**.py",), ("moma/training/**.py",)),
     Group("moma/evaluate/", ("moma/evaluate/**.py", "moma/estimates.py"), ("moma/evaluate/**.py",)),
+    Group("moma/demo/", (), ("moma/demo/**.py",)),
     Group("moma/mini/, moma/world/", ("moma/mini/**.py",), ("moma/mini/**.py", "moma/world/**.py")),
     Group("moma/bench/", ("moma/bench/**.py", "moma/rounding.py"), ("moma/bench/**.py",)),
     Group("commands, examples/", ("*.py", "examples/*.py"), ("*.py", "examples/*.py")),
