@@ -137,7 +137,7 @@ class Result:
 
     @property
     def m_gen(self) -> Tensor | None:
-        """MoMA's last mask, float32 (1, h, w); None where a method makes none."""
+        """MoMA's last mask of each subject, float32 (S, h, w); None where a method makes none."""
         return self.state["m_gen"][0] if "m_gen" in self.state else None
 
 
