@@ -61,7 +61,9 @@ def test_diffusers_draws_with_it_what_is_drawn_here(folder: str, pipe: Pipeline,
     schedule = solver_steps(pipe.base.schedule, STEPS, "ddim", "leading")
 
     def drawn(scale: float) -> torch.Tensor:
-        conditioning = ImageConditioning(pipe.base.unet.text_kv(text), None, context, scale)
+        conditioning = ImageConditioning(
+            pipe.base.unet.text_kv(text), None, [(context, torch.ones(2, 1, 1, 1))], scale
+        )
         *_, last = denoise(pipe.base.unet, conditioning, schedule, x, GUIDANCE, "ddim")
         return last.latents
 
