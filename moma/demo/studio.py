@@ -253,7 +253,7 @@ class Studio:
             (result,) = pipe.run([job], request.sample, on_step)
             (record,) = records_of(request, found, pipe, bundle)
             saved = save_new(self.out, f"seed{seed}", result.image, record)
-            m_gen = None if result.m_gen is None else mask_image(result.m_gen[:1], result.image.size)
+            m_gen = None if result.m_gen is None else mask_image(result.m_gen, result.image.size)
             text = "done" if i + 1 == len(requests) else f"image {i + 1} of {len(requests)}"
             news.put(Event(text, (i + 1) / len(requests), result.image, m_gen, saved))
 
