@@ -203,7 +203,6 @@ def peft_metadata(given: Factors) -> str:
 @pytest.mark.parametrize("layout", ["kohya", "kohya, original UNet", "diffusers' first", "peft in diffusers"])
 def test_diffusers_merges_the_same(bundle: Bundle, tmp_path: Path, layout: str) -> None:
     """load_lora_weights and fuse_lora, every tensor of every network."""
-    pytest.importorskip("peft")
     # Of kohya's names, theirs knows the original UNet's for SDXL alone, and add_embedding in these alone.
     if layout == "kohya, original UNet" and "text_2" not in bundle.networks:
         pytest.skip("not read by diffusers")
