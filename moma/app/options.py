@@ -124,8 +124,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         given = [name for name in REPLAYED if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
-    elif args.list_objects and len(args.ref or ()) > 1:
-        raise ValueError(f"--list-objects: {len(args.ref)} --ref, expected one")
+    elif args.list_objects and len(args.ref or ()) != 1:
+        raise ValueError(f"--list-objects: {len(args.ref or ())} --ref, expected one")
     elif args.ref is None and not (
         args.method and 0 in find_method(args.method).method.subjects and args.prompt
     ):
