@@ -51,7 +51,7 @@ def face_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(tmp_path: Path) -> Path:
     """A cat, a folder of two dogs with their masks, and what cannot be used."""
     shutil.copy(CAT, tmp_path / "cat.png")
-    for folder in ("dog", "masks", "few", "empty", "old"):
+    for folder in ("dog", "masks", "few", "empty", "old", "twice"):
         (tmp_path / folder).mkdir()
     for i in range(2):
         image(i).save(tmp_path / "dog" / f"{i}.png")
@@ -59,6 +59,8 @@ def files(tmp_path: Path) -> Path:
         mask.paste(255, (8, 8, 20, 24))
         mask.save(tmp_path / "masks" / f"{i}.png")
     shutil.copy(tmp_path / "masks" / "0.png", tmp_path / "few" / "0.png")
+    for name in ("0.png", "1.bmp", "1.png"):
+        shutil.copy(tmp_path / "masks" / "0.png", tmp_path / "twice" / name)
     (tmp_path / "dog" / ".hidden").touch()
     shutil.copytree(tmp_path / "dog", tmp_path / "old" / "dog")
     (tmp_path / "old" / "dog" / "notes.txt").write_text("not an image")
@@ -217,6 +219,7 @@ MISTAKES = {
     f"{TWO} --list-objects": "--list-objects",
     "--ref {}/cat.png --ref {}/dog --mask {}/black.png --mask {}/masks --method mm-diff": "mask",
     "--ref {}/cat.png --ref {}/dog --mask - --mask {}/few --method mm-diff": "1.png",
+    "--ref {}/cat.png --ref {}/dog --mask - --mask {}/twice --method mm-diff": "2 files for 1.png",
     "--ref {}/cat.png --ref {}/dog --mask - --mask {}/white.png --method mm-diff": "white.png",
     "--ref {}/cat.png --ref {}/dog --mask {}/masks --method mm-diff": "--mask: 1",
     "--ref {}/cat.png --ref {}/empty --method mm-diff": "empty",
@@ -224,6 +227,7 @@ MISTAKES = {
     "--ref {}/cat.png --ref {}/few --method mm-diff --box - --box 1,2,3,99": "1,2,3,99",
     " ".join(["--ref {}/cat.png"] * 9) + " --method mm-diff": "9 subjects",
     "--ref {}/cat.png --list-objects --ref {}/cat.png": "--list-objects",
+    "--list-objects --method text --prompt cat": "--list-objects",
 }
 
 

@@ -78,16 +78,20 @@ def partners(option: str, given: Path | None, ref: Path, files: Sequence[Path]) 
         files: `images_of` it.
 
     Raises:
-        ValueError: where an image has no file of its name.
+        ValueError: where an image has not one file of its name.
     """
     if given is None or not ref.is_dir():
         return [given] * len(files)
     if not given.is_dir():
         raise ValueError(f"{option} {given}: {ref} is a folder, expected a folder with a file for each image")
-    named = {path.stem: path for path in images_of(given)}
-    if missing := [path.name for path in files if path.stem not in named]:
-        raise ValueError(f"{option} {given}: has no file for {missing[0]}, expected one of the same name")
-    return [named[path.stem] for path in files]
+    found = []
+    for path in files:
+        named = [other for other in images_of(given) if other.stem == path.stem]
+        if len(named) != 1:
+            count = len(named) or "no"
+            raise ValueError(f"{option} {given}: has {count} files for {path.name}, expected one of its name")
+        found.append(named[0])
+    return found
 
 
 def find_images(
