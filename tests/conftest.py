@@ -29,7 +29,7 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A tiny bundle."""
-    from moma.weights.tiny import build_tiny_bundle  # torch reads the number of threads when it is imported
+    from tests.tiny import build_tiny_bundle  # torch reads the number of threads when it is imported
 
     path = tmp_path_factory.mktemp("weights") / "tiny"
     build_tiny_bundle(path)

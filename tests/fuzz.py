@@ -39,11 +39,12 @@ from moma.app.options import OF_SUBJECTS
 from moma.app.record import CHUNK
 from moma.weights.bundle import Bundle
 from moma.weights.lora import parse_lora
-from moma.weights.tiny import build_tiny_bundle, build_tokenizers
+from moma.weights.tiny import build_tokenizers
 from tests import fuzz_images, fuzz_mm_diff
 from tests import make_checkpoints as checkpoints
 from tests.fuzz_weights import damaged, edited
 from tests.make_checkpoints import TINY, TINY_DEFAULTS
+from tests.tiny import build_tiny_bundle
 
 SECONDS = 2.0  # of CPU time that a case may take
 STOPPED = 130  # a command's exit status when it was stopped before its work

@@ -13,7 +13,7 @@ from models.weights.loading import in_memory
 from moma.methods.moma.adapter import AdapterConfig
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, BundleWriter, expected_shapes
 from moma.weights.export import public_tensors
-from moma.weights.tiny import TinyConfig, draw
+from moma.weights.tiny import draw
 
 WIDTH = 24  # of the public image encoder's embeddings; the MoMA adapter's differ
 
@@ -42,7 +42,7 @@ def build_ip_bundle(base: str, target: Path, keep: Sequence[str], trained: bool 
             writer.add_tokenizer(name, bundle.tokenizer(name))
         for name, config in sizes.items():
             shapes = expected_shapes(name, config, unet)
-            tensors = {key: draw(key, shape, generator, TinyConfig()) for key, shape in shapes.items()}
+            tensors = {key: draw(key, shape, generator) for key, shape in shapes.items()}
             lazy = {key: in_memory(value, target) for key, value in tensors.items()}
             writer.add(name, config, lazy, "pseudo-random")
 

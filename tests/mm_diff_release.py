@@ -10,7 +10,8 @@ from moma import Bundle
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA
 from moma.methods.mm_diff.keymap import official
 from moma.weights.bundle import expected_shapes
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, fill, tiny_sdxl
+from moma.weights.tiny import fill
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 
 Files = dict[str, dict]
 VISION = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14, projection=24)

@@ -19,8 +19,8 @@ from moma.bench.curves import curves, curves_image
 from moma.bench.measure import Bench, BenchConfig, Part, Ratio
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.helpers import Rerun
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 SMALL = BenchConfig(
     unet=UNetConfig(

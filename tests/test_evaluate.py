@@ -23,11 +23,11 @@ from moma.methods import METHODS, Entry
 from moma.methods.text import TextToImage
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from moma.world.classifiers import draw_all
 from moma.world.words import words_of
 from moma.world.world import DEFAULT, SCENES, prompt, spec
 from tests.helpers import MINI, image, mask
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 
 FEW = ["--prompts", "2", "1", "--per-prompt", "1", "--device", "cpu", "--dtype", "fp32"]
 

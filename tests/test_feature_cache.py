@@ -15,7 +15,7 @@ from moma import DEFAULT, Bundle, MethodConfig, Runtime
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.feature_cache import FeatureCache, cached_features
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
-from moma.weights.tiny import build_tiny_bundle
+from tests.tiny import build_tiny_bundle
 
 
 @pytest.fixture(scope="module")

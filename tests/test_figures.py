@@ -22,9 +22,9 @@ from moma.methods import METHODS, Entry
 from moma.methods.moma.method import MoMA
 from moma.methods.text import TextToImage
 from moma.weights.bundle import SAMPLING
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.fake_sam import SMALL, FlatSAM
 from tests.ip_adapter_case import build_ip_bundle
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CAT, DOG = EXAMPLES / "cat.png", EXAMPLES / "dog.png"

@@ -19,8 +19,8 @@ from models.weights import keymaps
 from models.weights.loading import LazyTensor
 from moma import Bundle
 from moma.weights.lora import merge_loras, parse_lora
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.make_checkpoints import clip_json, converted, unet_json
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 
 RANK, ALPHA, WEIGHT = 3, 1.5, 0.7
 TEXTS = {"text": "text_encoder", "text_2": "text_encoder_2"}

@@ -18,11 +18,11 @@ from moma.mini import approximations, report
 from moma.sampling.base import NETWORKS
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.sampler import denoise
-from moma.weights.tiny import build_tiny_bundle
 from moma.world import classifiers, world
 from moma.world.measures import iou, retrieved
 from tests.helpers import ROOT
 from tests.ip_adapter_case import build_ip_bundle
+from tests.tiny import build_tiny_bundle
 
 SMALL = world.WorldConfig(identities=40, unseen_identities=30)
 

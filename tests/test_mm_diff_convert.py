@@ -12,9 +12,9 @@ from convert_weights import convert as convert_weights
 from moma import Bundle, Job
 from moma.inputs.faces import Face
 from moma.methods.mm_diff.adapter import MMDiffAdapter
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.helpers import image, latents, mask, same
 from tests.mm_diff_release import Files, base_bundle, released, small_adapter, write
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from moma.inputs.faces import Face
 from moma.methods.map_loss import map_loss
 from moma.methods.mm_diff.method import MMDiff
 from moma.training.denoising import DenoisingTask, build
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.golden_files import golden
 from tests.helpers import far, image, mask, same
 from tests.recipe import normal
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.training_data import write_bundle, write_data, write_pairs
 
 

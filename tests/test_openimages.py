@@ -21,7 +21,7 @@ from moma.data.tables import FLAGS, OpenImagesConfig
 from moma.data.triplets import ShardSource, load
 from moma.data.words import HUMAN_CLASSES, WORN_CLASSES
 from moma.methods.prompts import check_prompt
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 CLASSES = {
     "/m/01yrx": "Cat",

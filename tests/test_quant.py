@@ -38,10 +38,10 @@ from moma.sampling.interface import Runtime
 from moma.training import denoising
 from moma.training.config import Choices, DenoisingConfig, TrainConfig
 from moma.weights.bundle import Bundle, config_from_json
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import real
 from tests.helpers import MINI, ROOT
 from tests.make_checkpoints import TINY, make_clip, make_llava
+from tests.tiny import TinyConfig, build_tiny_bundle
 from tests.training_data import write_data
 
 BITS = sorted(PRESETS)

@@ -21,11 +21,11 @@ from moma.app.options import SCENES
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
 from moma.methods.moma.feature_decoder import FeatureDecoder
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests import recipe
 from tests.fake_sam import SMALL, FlatSAM
 from tests.helpers import ROOT, first_version, only, pixels
 from tests.helpers import run_sample as run
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 CAT = ROOT / "examples" / "cat.png"
 FAST = ["--steps", "3", "--dtype", "fp32"]

@@ -16,10 +16,10 @@ from moma.inputs.faces import EMBEDDING, TEMPLATE
 from moma.inputs.segment import Segmenter
 from moma.methods.mm_diff.adapter import MMDiffSizes
 from moma.methods.mm_diff.method import PATCHES, WORDS
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.fake_sam import SMALL, FlatSAM
 from tests.helpers import ROOT, image, only, pixels
 from tests.helpers import run_sample as run
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 CAT = ROOT / "examples" / "cat.png"
 FAST = ["--steps", "2", "--dtype", "fp32", "--cache", "off"]

@@ -27,9 +27,9 @@ from moma.evaluate.scorers import (
 from moma.inputs.faces import EMBEDDING, Face
 from moma.inputs.segment import Segmenter
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 from tests.fake_sam import FlatSAM
 from tests.recipe import u8
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_scorers
 
 TEXTS = ["a cat in the snow", "a dog", "", "a vase on the beach at sunset " * 30]
 

@@ -28,10 +28,10 @@ from moma.training.config import Choices, DenoisingConfig, FeatureConfig, TrainC
 from moma.training.denoising import DenoisingTask
 from moma.training.task import Task
 from moma.weights.bundle import expected_shapes
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.helpers import condition, image, latents, mask, same
 from tests.ip_adapter_case import build_ip_bundle, public_layout
 from tests.make_checkpoints import clip_json, unet_json, vae_json
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.training_data import SIDE as TRAINED
 from tests.training_data import write_data
 

@@ -19,8 +19,8 @@ from moma import Job, MethodConfig, SampleConfig, load
 from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, MLLMInput
 from moma.sampling.memory import CPU_LATENTS, MARGIN, available_ram, choose_saving, max_batch
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.helpers import feature_decoder
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 CPU = torch.device("cpu")
 BLOCKS = 4

@@ -9,8 +9,9 @@ import torch
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from moma.methods.moma.feature_decoder import instruction
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import SOURCE, TinyConfig, build_tiny_bundle, build_tokenizers
+from moma.weights.tiny import SOURCE, PseudoRandomConfig, build_tokenizers
 from tests.helpers import ROOT
+from tests.tiny import build_tiny_bundle
 
 TEXT = "Photo of a teddy bear's Ünïcode 猫 🐈, 2 cats!"
 
@@ -35,7 +36,7 @@ def test_reference_has_an_effect(bundle):
     """λ is not 0, the projections are not 0."""
     adapter = bundle.build("adapter")
     for layer in adapter.subject:
-        assert layer.scale.item() == TinyConfig().subject_scale != 0
+        assert layer.scale.item() == PseudoRandomConfig.subject_scale != 0
         assert layer.to_v.weight.std() > 0
 
 

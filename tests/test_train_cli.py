@@ -13,7 +13,7 @@ from models.weights.loading import read_checkpoint
 from moma.training.config import DataConfig
 from moma.training.log import read_log
 from moma.weights.bundle import Bundle
-from moma.weights.tiny import build_tiny_bundle
+from tests.tiny import build_tiny_bundle
 
 QUICK = ["--steps", "2", "--batch-size", "1", "--dtype", "fp32", "--device", "cpu", "--workers", "0"]
 QUICK += ["--set", "validation_samples=2", "--set", "warmup=1", "--set", "save_every=1"]

@@ -16,8 +16,8 @@ from models.weights.widen import widen
 from moma import Bundle, Job, Pipeline, Runtime
 from moma.methods.text import TextToImage
 from moma.sampling.base import Base
-from moma.weights.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 from tests.helpers import QUICK, image, mask
+from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 
 ORDER = {"sd15": ["text", "unet", "vae"], "sdxl": ["text", "text_2", "unet", "vae"]}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 SIDE = 64  # pixels: 8x8 latents
 SCENES = ("in the snow", "on the beach at sunset")

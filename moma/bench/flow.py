@@ -43,7 +43,7 @@ from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.sampling.memory import Toggle, max_batch
 from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
-from moma.weights.tiny import SOURCE, TinyConfig, build_tokenizers, draw
+from moma.weights.tiny import SOURCE, build_tokenizers, draw
 
 SCRIPT = Path(__file__).parents[2] / "sample.py"
 PEAK_MEMORY = re.compile(r"peak memory ([\d.]+) GB")  # last line of sample.py
@@ -84,7 +84,7 @@ def build_bundle(folder: Path, size: int, networks: Mapping[str, Any]) -> None:
 
     @lru_cache(maxsize=4)  # the next block has weights of the same shapes
     def values(ending: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return draw(ending, shape, torch.Generator().manual_seed(0), TinyConfig()).to(kind)
+        return draw(ending, shape, torch.Generator().manual_seed(0)).to(kind)
 
     def lazy(key: str, shape: tuple[int, ...], file: Path) -> LazyTensor:
         return LazyTensor(shape, kind, file, lambda: values(f".{key.rpartition('.')[2]}", shape))

@@ -1,13 +1,9 @@
-"""A complete MoMA bundle that builds in seconds: real networks, small, with pseudo-random weights.
-
-Its images are noise. Tests use it.
-"""
+"""Pseudo-random weights, and small tokenizers that are learned in a second."""
 
 import io
 import json
 import math
-import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +12,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from models.dino import DINOConfig
-from models.llama import LlamaConfig
-from models.llava import LlavaConfig
+from models.clip import CLIPConfig
 from models.tokenizers import BEGIN, CLIP_WORDS, END
-from models.unet import UNetConfig
-from models.vae import SDXL as VAE_SDXL
-from models.vae import VAEConfig
 from models.weights.files import read_object
-from models.weights.loading import in_memory
-from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import instruction
 from moma.methods.prompts import sd_prompt
-from moma.sampling.base import SIZES
-from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, BundleWriter, expected_shapes
+from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER
 
 SOURCE = "pseudo-random weights, for tests and demonstrations: images are noise"
 SUBJECTS = (
@@ -45,84 +32,13 @@ SCENES = (
 )  # fmt: skip
 
 
-def _networks() -> dict[str, Any]:
-    """Sizes as small as the real structure allows; `with_vocabularies` sets the vocabularies."""
-    vision = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14)
-    llama = LlamaConfig(width=64, layers=2, heads=4, mlp=128, lm_head=False)
-    unet = UNetConfig(
-        channels=(32, 64, 64), depth=(1, 1, 0), heads=(4, 4, 4), context_dim=(32, 32, 32), norm_groups=8
-    )
-    return {
-        "unet": unet,
-        "vae": VAEConfig(channels=(16, 16, 32, 32), resnets=1, norm_groups=8),
-        "text": CLIPTextConfig(width=32, layers=2, heads=4, mlp=64),
-        "vision": vision,
-        "llava": LlavaConfig(llama=llama, vision=vision),
-        "adapter": AdapterConfig(mllm_dim=llama.width, embed_dim=32, learnable_token=True),
-    }
-
-
-def tiny_sdxl() -> dict[str, Any]:
-    """Networks for `TinyConfig.networks` on a base like SDXL: two text encoders, pooled text and sizes."""
-    networks = _networks()
-    text, second = (
-        networks["text"],
-        CLIPTextConfig(width=48, layers=3, heads=4, mlp=64, act="gelu", projection=40, pad="!"),
-    )
-    unet = replace(
-        networks["unet"],
-        depth=(0, 1, 2),
-        mid_depth=2,
-        context_dim=(text.width + second.width,) * 3,
-        linear_projection=True,
-        added_cond_dim=second.projection + SIZES * 16,
-    )
-    vae = replace(networks["vae"], scaling=VAE_SDXL.scaling)
-    return networks | {"unet": unet, "vae": vae, "text_2": second}
-
-
-def tiny_scorers() -> dict[str, Any]:
-    """Sizes of scorers to add to `TinyConfig.networks`."""
-    sizes = {"width": 32, "layers": 2, "heads": 4, "mlp": 64}
-    return {
-        "dino_s16": DINOConfig(**sizes, image_size=32, patch=16),
-        "clip_b32": CLIPConfig(
-            CLIPTextConfig(**sizes, projection=16),
-            CLIPVisionConfig(**sizes, projection=16, image_size=32, patch=16),
-        ),
-    }
-
-
 @dataclass(frozen=True)
-class TinyConfig:
-    """Sizes of the tiny bundle."""
+class PseudoRandomConfig:
+    """Numbers of the tokenizers and of the weights."""
 
-    image_size: int = 128  # pixels: 16x16 latents
     clip_merges: int = 300  # merges of the CLIP tokenizer
     llama_pieces: int = 500  # of the sentencepiece model, 259 of them bytes and control tokens
-    networks: dict[str, Any] = field(default_factory=_networks)
     subject_scale: float = 0.5  # λ of every layer; 0 would hide the reference
-
-
-def build_tiny_bundle(folder: str | Path, seed: int = 0, cfg: TinyConfig | None = None) -> None:
-    """Write a bundle of real networks with pseudo-random weights; it appears only when it is complete.
-
-    Args:
-        folder: new or empty, else ValueError.
-        seed: of the weights.
-        cfg: sizes.
-    """
-    cfg, generator = cfg or TinyConfig(), torch.Generator().manual_seed(seed)
-    with BundleWriter(folder, cfg.image_size) as writer, tempfile.TemporaryDirectory() as drafts:
-        build_tokenizers(drafts, cfg)
-        for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
-            writer.add_tokenizer(name, Path(drafts, name))
-        networks = with_vocabularies(cfg.networks, Path(drafts))
-        for name, config in networks.items():
-            shapes = expected_shapes(name, config, networks["unet"])
-            tensors = {key: draw(key, shape, generator, cfg) for key, shape in shapes.items()}
-            lazy = {key: in_memory(value, writer.part) for key, value in tensors.items()}
-            writer.add(name, config, lazy, SOURCE)
 
 
 def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, Any]:
@@ -137,17 +53,16 @@ def with_vocabularies(networks: dict[str, Any], tokenizers: Path) -> dict[str, A
     return networks | scorers | texts | {"llava": replace(llava, llama=llama)}
 
 
-def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: TinyConfig) -> Tensor:
+def draw(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw a parameter, float32, with variance 1 / fan-in so that activations keep their scale.
 
     Args:
         key: its name, which tells scales, biases and norms.
         shape: of the parameter.
         generator: on the CPU.
-        cfg: has the value of λ.
     """
     if key.endswith(".scale"):
-        return torch.full(shape, cfg.subject_scale)
+        return torch.full(shape, PseudoRandomConfig.subject_scale)
     if key.endswith("bias"):
         return torch.zeros(shape)
     if key.endswith("weight") and len(shape) == 1:  # of a normalisation
@@ -155,9 +70,9 @@ def draw(key: str, shape: tuple[int, ...], generator: torch.Generator, cfg: Tiny
     return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
 
-def build_tokenizers(folder: str | Path, cfg: TinyConfig | None = None) -> None:
+def build_tokenizers(folder: str | Path) -> None:
     """Learn both tokenizers from SUBJECTS and SCENES, reproducibly. Both fall back to bytes."""
-    cfg = cfg or TinyConfig()
+    cfg = PseudoRandomConfig()
     pairs = [(subject, f"a {subject} {scene}") for subject in SUBJECTS for scene in SCENES]
     texts = [sd_prompt(*pair) for pair in pairs]
     instructions = [instruction(*pair).replace("<image>", "") for pair in pairs]
