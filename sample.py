@@ -9,8 +9,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moma import Job, Pipeline, Result, Runtime, SampleConfig, Segmenter, load_pipeline, set_precision
+from moma.app.batch import (
+    CHUNK,
+    Failures,
+    Plan,
+    each_subject,
+    one_bar,
+    there,
+    with_masks,
+    with_word,
+    write_index,
+)
 from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, records_of, request_of_args, request_of_record
-from moma.app.record import Record, compared, follow, read_record, save_new, short_path
+from moma.app.record import Record, compared, follow, read_record, read_stamp, save_new, save_png, short_path
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
 from moma.app.subjects import FoundImage, encode, find_faces, find_images, open_images
-from moma.inputs.preprocess import on_white, open_image
+from moma.inputs.preprocess import Reference, on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
@@ -51,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     bundle = Bundle.open(find_weights(args, record))
     if args.list_objects:
         return _list_objects(args, bundle)
+    if args.batch_refs:
+        return _draw_many(args, bundle)
     request = request_of_args(args, bundle) if record is None else request_of_record(record, args, bundle)
-    runtime = Runtime.choose(
-        bundle, args.device, request.dtype,
-        stream=args.stream, turns=args.turns, cuda_graph=args.cuda_graph, tiles=args.tiles, encoders=False,
-    )  # fmt: skip
+    runtime = _choose_runtime(args, bundle, request.dtype)
     images = open_images(request.subjects)
     texts = _check(request, runtime, images, args)  # nothing has been loaded so far
+    _note_weights(bundle)
 
     found = _find_subjects(request, runtime, images, args)
     features = precompute(request, runtime, found, args)
@@ -84,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(compared(drawn[0][1].image, args.replay))
     seconds = (time.perf_counter() - loaded) / len(jobs)
     print(f"{seconds:.2f} s per image, peak memory {_peak_memory(pipe.device)}")
+
+
+def _choose_runtime(args: argparse.Namespace, bundle: Bundle, dtype: str) -> Runtime:
+    toggles = {name: getattr(args, name) for name in ("stream", "turns", "cuda_graph", "tiles")}
+    return Runtime.choose(bundle, args.device, dtype, **toggles, encoders=False)
 
 
 # --- weights -----------------------------------------------------------------------------------------
@@ -155,12 +173,15 @@ def _check(
     check_writable("--out", args.out)
     if args.cache is not None and str(args.cache) != NO_CACHE:
         check_writable("--cache", args.cache)
-    if note := NOTES.get(bundle.networks["unet"]["source"]):
-        print(f"note: {note}; README.md says how to get the full model")
     for one, image in zip(asked, images, strict=True):
         if (known := bundle.familiar) and not known.knows(image):
             print(f"note: {one.file} is not of the kind these weights know: no image will resemble it")
     return texts
+
+
+def _note_weights(bundle: Bundle) -> None:
+    if note := NOTES.get(bundle.networks["unet"]["source"]):
+        print(f"note: {note}; README.md says how to get the full model")
 
 
 def _check_sam(who: str, bundle: Bundle) -> None:
@@ -205,15 +226,30 @@ def precompute(
     request: Request, runtime: Runtime, found: Sequence[FoundImage], args: argparse.Namespace
 ) -> Sequence[Mapping[str, Tensor]]:
     """What the method's encoders make of each image and the prompts; they are freed before the UNet loads."""
-    if not found:
+    prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
+    return _encode_early(request, runtime, [(one.reference, one.word, prompts) for one in found], args)
+
+
+def _encode_early(
+    request: Request,
+    runtime: Runtime,
+    references: Sequence[tuple[Reference, str, Sequence[str]]],
+    args: argparse.Namespace,
+) -> Sequence[Mapping[str, Tensor]]:
+    """Of each reference, as `Method.precompute` takes them.
+
+    Args:
+        request: of one of them: its method and config.
+        runtime: weights and machine.
+        references: of any number of subjects.
+        args: where the cache is.
+    """
+    if not references:
         return []
     start = time.perf_counter()
     cache = None if str(args.cache) == NO_CACHE else args.cache or user_cache() / "embeddings"
-    prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
     method = find_method(request.method).method
-    features, how = method.precompute(
-        runtime, request.config, [(one.reference, one.word) for one in found], prompts, cache
-    )
+    features, how = method.precompute(runtime, request.config, references, cache)
     _free_accelerator(runtime.device)
     if how:
         print(f"decoded in {time.perf_counter() - start:.1f} s ({how})")
@@ -266,6 +302,158 @@ def _make_jobs(
         "regions": request.regions,
     }
     return [Job(prompt=prompt, seed=seed, text=texts[prompt], **same) for prompt, seed in request.images]
+
+
+# --- many references ---------------------------------------------------------------------------------
+
+
+def _draw_many(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Draw every subject of --batch-refs; the networks are loaded once, and one subject's mistakes stop no
+    other."""
+    each, failures = each_subject(args), Failures()
+    runtime = _choose_runtime(args, bundle, args.dtype)
+    check_writable("--out", args.out)
+    plans = _plan(each, bundle, runtime, failures)
+    todo = {name: plan for name, plan in plans.items() if plan.missing}
+    print(
+        f"{len(todo)} subjects to draw, {len(plans) - len(todo)} are there, {len(failures.reasons)} cannot be"
+    )
+    try:
+        if todo:
+            features = _encode_many(todo, runtime, args)
+            request = next(iter(todo.values())).request
+            pipe = load_pipeline(runtime, request.method, request.config)
+            with one_bar([len(plan.missing) for plan in todo.values()]) as bars:
+                for (name, plan), advance in zip(todo.items(), bars, strict=True):
+                    with failures.told(name):
+                        _draw_plan(plan, pipe, runtime, features[name], advance)
+    finally:  # after Ctrl-C, too
+        sheets = []
+        for name, plan in plans.items():
+            with failures.told(name):
+                sheets += [(plan, _plan_sheet(plan, runtime))] if plan.there else []
+        print(write_index(args.out, sheets, failures.reasons))
+    failures.check(len(each))
+
+
+def _plan(
+    each: Mapping[str, argparse.Namespace], bundle: Bundle, runtime: Runtime, failures: Failures
+) -> dict[str, Plan]:
+    """What is to be drawn of each subject that can be; SAM is asked after everything else was checked."""
+    checked: dict[str, tuple[argparse.Namespace, Request, dict[str, Any]]] = {}
+    for name, args in each.items():
+        with failures.told(name):
+            request = with_word(request_of_args(args, bundle))
+            images = open_images(request.subjects)
+            texts = _check(request, runtime, images, args)
+            with suppress(_LaterError):
+                _find(request, runtime, images, _later)
+            checked[name] = args, request, texts
+    if not checked:
+        failures.check(len(each))
+    _note_weights(bundle)
+    load = cache(lambda: Segmenter.load(bundle, runtime.device))
+    plans = {}
+    for name, (args, request, texts) in checked.items():
+        with failures.told(name):
+            found = _find(request, runtime, open_images(request.subjects), load)
+            records = records_of(request, found, runtime, bundle)
+            kept = with_masks(request, found)
+            plans[name] = Plan(args, kept, texts, records, there(args.out, records))
+    load.cache_clear()
+    _free_accelerator(runtime.device)
+    if not plans:
+        failures.check(len(each))
+    return plans
+
+
+class _LaterError(Exception):
+    """SAM is needed, and not yet to be loaded."""
+
+
+def _later() -> Segmenter:
+    raise _LaterError
+
+
+def _find(
+    request: Request,
+    runtime: Runtime,
+    images: Sequence[Image.Image],
+    load: Callable[[], Segmenter] | None = None,
+) -> list[FoundImage]:
+    """`find_images` with its faces; nothing is kept.
+
+    Args:
+        request: what is drawn.
+        runtime: weights and machine.
+        images: of the subjects.
+        load: gives SAM.
+    """
+    needed = find_method(request.method).method.needs_face(runtime.weights)
+    faces = find_faces(request.subjects, images, needed)
+    return find_images(request.subjects, images, faces, request.config, runtime, load)
+
+
+def _encode_many(
+    plans: Mapping[str, Plan], runtime: Runtime, args: argparse.Namespace
+) -> dict[str, Sequence[Mapping[str, Tensor]]]:
+    """`_encode_early` of each subject's images, of some subjects at a time, so that memory stays small."""
+    features: dict[str, Sequence[Mapping[str, Tensor]]] = {}
+    names = list(plans)
+    for start in range(0, len(names), CHUNK):
+        some, references = names[start : start + CHUNK], []
+        for name in some:
+            request = plans[name].request
+            prompts = list(dict.fromkeys(prompt for prompt, _ in request.images))
+            for one in _find(request, runtime, open_images(request.subjects)):
+                small = replace(one.reference, original=one.reference.photo)
+                references.append((small, one.word, prompts))
+        rest = iter(_encode_early(request, runtime, references, args))
+        for name in some:
+            features[name] = [next(rest) for one in plans[name].request.subjects for _ in one.images]
+    return features
+
+
+def _draw_plan(
+    plan: Plan,
+    pipe: Pipeline,
+    runtime: Runtime,
+    features: Sequence[Mapping[str, Tensor]],
+    advance: Callable[[Progress], None],
+) -> None:
+    """Draw what a subject's folder does not have, and add it to `plan.there`.
+
+    Args:
+        plan: of the subject.
+        pipe: what draws it.
+        runtime: weights and machine.
+        features: of `_encode_many`.
+        advance: called after each step.
+    """
+    request, missing = plan.request, plan.missing
+    found = _find(request, runtime, open_images(request.subjects))
+    records = records_of(request, found, pipe, runtime.weights)
+    jobs = _make_jobs(request, pipe, found, features, plan.texts)
+    results = pipe.run([jobs[i] for i in missing], request.sample, advance)
+    for i, result in zip(missing, results, strict=True):
+        if i not in plan.there:
+            stem = f"{_stem(request.words, jobs[i].prompt)}-seed{jobs[i].seed}"
+            plan.there[i] = save_new(plan.folder, stem, result.image, records[i])
+            tqdm.write(str(plan.there[i]))
+
+
+def _plan_sheet(plan: Plan, runtime: Runtime) -> Path:
+    """The subject's contact sheet, made anew where its images are others now."""
+    path = plan.folder / f"{_slug(plan.request.words[0])}-sheet.png"
+    stamp = plan.stamp
+    if read_stamp(path) != stamp:
+        found = _find(plan.request, runtime, open_images(plan.request.subjects))
+        drawn = [
+            (Job((), *plan.request.images[i]), Result(open_image(file), torch.empty(0)))
+            for i, file in sorted(plan.there.items())
+        ]
+        save_png(path, _sheet(found, drawn, debug=False), stamp=stamp)
+    return path
 
 
 # --- results -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from moma.methods.prompts import plain_text
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
 from moma.sampling.device import DTYPES, choose_device, dtype_name
 from moma.sampling.diffusion import SOLVERS
-from moma.sampling.interface import Region, check_regions
+from moma.sampling.interface import Region, Runtime, check_regions
 from moma.sampling.memory import Toggle
 from moma.sampling.pipeline import Pipeline
 from moma.weights.bundle import Bundle
@@ -68,6 +68,7 @@ CONTRADICTIONS = (
     ("list_objects", "box"),
     ("list_objects", "object"),
     ("list_objects", "replay"),
+    *(("batch_refs", name) for name in ("ref", "replay", "list_objects", "point", "box")),
 )
 # Options that are given for each subject, and those of them that are about a single image.
 OF_SUBJECTS = (
@@ -126,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
     elif args.list_objects and len(args.ref or ()) != 1:
         raise ValueError(f"--list-objects: {len(args.ref or ())} --ref, expected one")
-    elif args.ref is None and not (
+    elif not (args.ref or args.batch_refs) and not (
         args.method and 0 in find_method(args.method).method.subjects and args.prompt
     ):
         raise ValueError("which subject? Give an image of it with --ref FILE")
@@ -143,6 +144,8 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--ref", **each, type=Path, metavar="FILE|DIR", help="image of the subject, or a folder of images of"
         " it; repeated, each is a subject, and the options below, given as often, go to each in turn, with"
         f" {NONE} for none")  # fmt: skip
+    add("--batch-refs", type=Path, metavar="DIR", help="draw each file or folder in DIR as a subject"
+        " of its own; run again, it goes on where it was stopped (docs/sampling.md)")  # fmt: skip
     add("--subject", **each, type=or_none(str), metavar="WORD", help="what the subject is, e.g. cat (default:"
         " the name of its file or folder)")  # fmt: skip
     add("--mask", **each, type=or_none(Path), metavar="FILE|DIR", help="mask of the subject, white on black;"
@@ -477,13 +480,15 @@ def weight_hashes(bundle: Bundle, method: str, config: Any) -> dict[str, str]:
     return bundle.hashes_of(*(name for name in names if name in bundle.networks))
 
 
-def records_of(request: Request, found: Sequence[FoundImage], pipe: Pipeline, bundle: Bundle) -> list[Record]:
+def records_of(
+    request: Request, found: Sequence[FoundImage], pipe: Pipeline | Runtime, bundle: Bundle
+) -> list[Record]:
     """The settings of each of the request's images.
 
     Args:
         request: what is drawn.
         found: every image of its subjects.
-        pipe: what draws it.
+        pipe: what draws it, or will.
         bundle: the pipeline's weights.
     """
     size = request.sample.batch_size

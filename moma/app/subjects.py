@@ -4,7 +4,7 @@ A subject is a file, or a folder of images of it. Whatever can be wrong with one
 read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,7 @@ def find_images(
     faces: Sequence[Face | None],
     config: ReferenceConfig,
     runtime: Runtime,
+    load: Callable[[], Segmenter] | None = None,
 ) -> list[FoundImage]:
     """Where the subjects are; SAM is loaded once, after everything that needs no SAM was checked.
 
@@ -109,6 +110,7 @@ def find_images(
         faces: likewise (`find_faces`).
         config: how references are made.
         runtime: weights, which may have SAM, and machine.
+        load: gives SAM where the caller keeps it.
 
     Raises:
         ValueError: for an image without a usable mask.
@@ -138,7 +140,7 @@ def find_images(
             if found.mask:
                 done[i] = made(i, found)
     if len(done) < len(asked):
-        segment = Segmenter.load(weights, runtime.device).mask
+        segment = (load() if load else Segmenter.load(weights, runtime.device)).mask
         for i, (_, one) in enumerate(asked):
             if i not in done and one.pick:  # whatever else the image says
                 done[i] = made(i, FoundMask(segment(images[i], one.pick), "sam"))

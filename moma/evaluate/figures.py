@@ -9,7 +9,6 @@ Letters: N images of one photo, E embedding.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from moma.inputs.preprocess import find_mask, make_reference, on_white, open_ima
 from moma.inputs.segment import segment_by
 from moma.load import load_pipeline
 from moma.methods import METHODS, find_method
-from moma.methods.prompts import joined
+from moma.methods.prompts import SUBJECT, fill, joined
 from moma.sampling.config import SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Job, Result, Runtime
@@ -42,7 +41,6 @@ from moma.weights.bundle import Bundle
 EXAMPLES = [
     Path(__file__).parents[2] / "examples" / f"{word}.png" for word in ("cat", "dog", "car", "teapot")
 ]
-SUBJECT = "{subject}"  # placeholder for the subject's word in a prompt
 MATERIALS = ("wooden", "golden", "stone", "icy")
 IN_SCENES = tuple(f"a {SUBJECT} {scene}" for scene in SCENES)
 OF_MATERIALS = tuple(
@@ -458,12 +456,6 @@ def with_masks(request: Request) -> Request:
     }
     wanted = (Wanted(tuple(found[photo] for photo in photos), prompt) for photos, prompt in request.wanted)
     return replace(request, wanted=tuple(wanted))
-
-
-def fill(prompt: str, word: str) -> str:
-    """Put a subject's word into a prompt; "a {subject}" becomes "an ..." where it must."""
-    article = "an" if word[:1].lower() in "aeiou" else "a"
-    return re.sub(rf"\ba {re.escape(SUBJECT)}", f"{article} {SUBJECT}", prompt).replace(SUBJECT, word)
 
 
 def check(args: argparse.Namespace, request: Request) -> Bundle | None:

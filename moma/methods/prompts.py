@@ -32,6 +32,7 @@ FOREIGN = re.compile(
 ARTICLE = re.compile(r"\b(?:an?|the)\s+(?:(?!(?:an?|the|and|or|with)\b)[\w-]+\s+){0,3}$", re.IGNORECASE)
 AND = r"\s*(?:,\s*and|,|&|\b(?:and|with|beside))"
 AND_AFTER, AND_BEFORE = re.compile(AND + r"\s+", re.IGNORECASE), re.compile(AND + r"\s*$", re.IGNORECASE)
+SUBJECT = "{subject}"  # placeholder for the subject's word in a prompt
 LONGEST = 10_000  # characters of a prompt; the text encoder reads some hundred
 
 LabelTokens = Literal["phrase", "first_piece"]
@@ -289,3 +290,9 @@ def word_ends(words: Sequence[str], text: str) -> list[int | None]:
             taken.append(free[0])
             ends[i] = free[0][1]
     return ends
+
+
+def fill(prompt: str, word: str) -> str:
+    """Put a subject's word into a prompt; "a {subject}" becomes "an ..." where it must."""
+    article = "an" if word[:1].lower() in "aeiou" else "a"
+    return re.sub(rf"\ba {re.escape(SUBJECT)}", f"{article} {SUBJECT}", prompt).replace(SUBJECT, word)

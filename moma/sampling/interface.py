@@ -287,8 +287,7 @@ class Method(ABC):
         cls,
         runtime: Runtime,
         config: Any,
-        references: Sequence[tuple[Any, str]],
-        prompts: Sequence[str],
+        references: Sequence[tuple[Any, str, Sequence[str]]],
         cache: Path | None,
     ) -> tuple[list[dict[str, Tensor]], str]:
         """What encoders that need not stay beside the base make of subjects, for `encode_reference`.
@@ -296,8 +295,8 @@ class Method(ABC):
         Args:
             runtime: weights and machine.
             config: the method's.
-            references: `moma.inputs.preprocess.Reference` of each image of a subject, and what it shows.
-            prompts: that will be drawn.
+            references: `moma.inputs.preprocess.Reference` of each image of a subject, what it shows, and the
+                prompts that will be drawn of it.
             cache: folder for results, None = none.
 
         Returns:

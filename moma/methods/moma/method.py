@@ -130,18 +130,19 @@ class MoMA(TextToImage):
         cls,
         runtime: Runtime,
         config: MethodConfig,
-        references: Sequence[tuple[Reference, str]],
-        prompts: Sequence[str],
+        references: Sequence[tuple[Reference, str, Sequence[str]]],
         cache: Path | None,
     ) -> tuple[list[dict[str, Tensor]], str]:
         """The feature decoder's embeddings, by an MLLM that is freed on return (`Method.precompute`)."""
-        inputs = [MLLMInput(one.white, word, prompt) for one, word in references for prompt in prompts]
+        inputs = [
+            MLLMInput(one.white, word, prompt) for one, word, prompts in references for prompt in prompts
+        ]
         kept = None if cache is None else FeatureCache.of(cache, runtime, config)
         found, how = cached_features(
             inputs, kept, lambda: FeatureDecoder.load(runtime, config, None, ("adapter",))
         )
-        rows = (found[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(references)))
-        return [dict(zip(prompts, row, strict=True)) for row in rows], how
+        rest = iter(found)
+        return [{prompt: next(rest) for prompt in prompts} for _, _, prompts in references], how
 
     def encode_reference(
         self,
