@@ -88,6 +88,14 @@ class Released(nn.Module):
         names = sorted(unet.attn_processors, key=execution_order)
         self.layers = list(zip(names[::2], names[1::2], strict=True))  # self- and cross-attention
 
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, hook: ReferenceHook | MoMAHook, added: None = None
     ) -> tuple[Tensor, Sequence[Any]]:
