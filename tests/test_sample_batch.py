@@ -13,10 +13,10 @@ import sample
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
 from moma.sampling.pipeline import Pipeline
-from moma.weights.tiny import TinyConfig, build_tiny_bundle
 from tests.fake_sam import SMALL, FlatSAM
 from tests.helpers import ROOT, exit_status, fork, image, only, pixels
 from tests.helpers import run_sample as run
+from tests.tiny import TinyConfig, build_tiny_bundle
 
 FAST = ["--steps", "2", "--dtype", "fp32", "--cache", "off", "--size", "64", "--prompt", "a {subject} at sea"]
 
