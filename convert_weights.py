@@ -578,7 +578,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="fetch from another repository where the first does not answer")  # fmt: skip
     add("--export-ip-adapter", type=Path, metavar="BUNDLE", help="write the context branch of a bundle's"
         " adapter as an IP-Adapter file for other programs to --out FILE.safetensors instead")  # fmt: skip
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    defaults = {"out": args.out, "export_ip_adapter": args.export_ip_adapter, "sources": []}
+    given = [
+        name for name in vars(args) if getattr(args, name) != defaults.get(name, parser.get_default(name))
+    ]
+    if args.export_ip_adapter and given:
+        raise ValueError(f"--export-ip-adapter takes a bundle and --out alone: leave out {', '.join(given)}")
+    return args
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -596,8 +603,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if args.export_ip_adapter:
-        if args.sources or args.base_bundle or args.download or args.extras:
-            raise ValueError("--export-ip-adapter takes a bundle alone: leave out sources and other bundles")
         export_ip_adapter(args.export_ip_adapter, args.out)
         return print(args.out)
     check_target(args.out, args.overwrite)

@@ -89,6 +89,15 @@ def test_files_that_cannot_be_written_are_refused(folder: str, tmp_path: Path, n
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"there.safetensors": "mine"}
 
 
+@pytest.mark.parametrize("given", ["x.bin", "--lora x", "--overwrite", "--dtype fp32", "--with sam"])
+def test_what_the_export_has_no_use_for_is_refused(folder: str, tmp_path: Path, given: str, capsys) -> None:
+    out = tmp_path / "a.safetensors"
+    args = ["--export-ip-adapter", folder, "--out", str(out), *given.split()]
+    assert convert_weights.main(args) == 2 and not out.exists()
+    printed = capsys.readouterr().err
+    assert "--export-ip-adapter" in printed and printed.count("\n") == 1
+
+
 def test_a_bundle_without_momas_adapter_is_refused(folder: str, tmp_path: Path, capsys) -> None:
     build_ip_bundle(folder, bundle := tmp_path / "ip", ("unet", "vae", "text"))
     assert export(bundle, tmp_path / "out" / "x.safetensors") == 2
