@@ -134,6 +134,20 @@ def test_wrong_options_are_refused_before_anything_is_written(
     assert options[1] in capsys.readouterr().err and not out.exists()
 
 
+def test_pairs_are_told_from_photos_that_are_elsewhere(evaluation: Path, tmp_path: Path, capsys) -> None:
+    pairs, pair = tmp_path / "pairs", "-and-".join(SUBJECTS[:2])
+    scores = json.loads((evaluation / "scores.json").read_text())
+    for row in scores["scores"]:
+        row["subject"] = pair
+    pairs.mkdir()
+    (pairs / "scores.json").write_text(json.dumps(scores))
+    args = ["--from", str(pairs), "--trials", "1", "--out", str(tmp_path / "out"), "--dataset"]
+    for photos, told in ((evaluation / "world" / "photos", "--pairs"), (tmp_path / "no", "--dataset")):
+        assert run([*args, str(photos)]) == 2
+        printed = capsys.readouterr().err
+        assert told in printed and pair in printed and not (tmp_path / "out").exists()
+
+
 def test_a_study_is_not_overwritten(evaluation: Path, tmp_path: Path) -> None:
     make(evaluation, tmp_path)
     assert run(["--from", str(evaluation), "--out", str(tmp_path), "--trials", "8"]) == 2

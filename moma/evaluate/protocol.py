@@ -24,6 +24,7 @@ from models.weights.files import read_json, read_text
 Kind = Literal["context", "texture"]
 References = Literal["first", "each"]
 
+AND = "-and-"  # between the names of a pair
 CLASSES = {
     "backpack": "backpack", "backpack_dog": "backpack", "bear_plushie": "stuffed animal",
     "berry_bowl": "bowl", "can": "can", "candle": "candle", "cat": "cat", "cat2": "cat", "clock": "clock",
@@ -236,7 +237,7 @@ def _pair(*both: Subject) -> Subject:
     )
     words = " and ".join(f"{'an' if one.word[:1].lower() in 'aeiou' else 'a'} {one.word}" for one in both)
     return Subject(
-        "-and-".join(one.name for one in both),
+        AND.join(one.name for one in both),
         " and ".join(one.word for one in both),
         tuple(photo for one in both for photo in one.photos),
         tuple(Prompt(text.format(words), "context") for text in first if text in second),

@@ -21,7 +21,7 @@ from models.weights.files import read_json, read_object
 from moma.app.files import Parser, check_writable, exit_status, write_text
 from moma.evaluate.options import WORLD
 from moma.evaluate.page import PageConfig, data_uri, small_jpeg
-from moma.evaluate.protocol import Kind, References, images_in
+from moma.evaluate.protocol import AND, Kind, References, images_in
 from moma.evaluate.votes import FORMAT, VERSION, Trial, read_votes, table
 from moma.sampling.config import check_types
 
@@ -236,6 +236,8 @@ def make(args: Any) -> None:
     trials = choose(images, kinds, group, cfg)
     dataset = args.dataset or args.folder / WORLD / "photos"
     if absent := [shown.subject for shown, _ in trials if not (dataset / shown.subject).is_dir()]:
+        if all((dataset / one).is_dir() for one in absent[0].split(AND)):
+            raise ValueError(f"{absent[0]}: a pair; a study is of images of one subject, expected no --pairs")
         raise ValueError(
             f"{dataset / absent[0]}: no such folder; name the evaluation's photos with --dataset"
         )
