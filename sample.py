@@ -35,7 +35,17 @@ from moma.app.batch import (
 )
 from moma.app.files import check_writable, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, records_of, request_of_args, request_of_record
-from moma.app.record import Record, compared, follow, read_record, read_stamp, save_new, save_png, short_path
+from moma.app.record import (
+    Record,
+    check_fits,
+    compared,
+    follow,
+    read_record,
+    read_stamp,
+    save_new,
+    save_png,
+    short_path,
+)
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
 from moma.app.subjects import FoundImage, encode, find_faces, find_images, open_images
 from moma.inputs.preprocess import Reference, on_white, open_image
@@ -73,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _note_weights(bundle)
 
     found = _find_subjects(request, runtime, images, args)
+    check_fits(records_of(request, found, runtime, bundle), args.format)
     features = precompute(request, runtime, found, args)
     start = time.perf_counter()
     pipe = load_pipeline(runtime, request.method, request.config)
@@ -87,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
             if request.only in (None, i):
                 stem = f"{_stem(request.words, jobs[i].prompt)}-seed{jobs[i].seed}"
-                tqdm.write(str(save_new(args.out, stem, result.image, records[i])))
+                tqdm.write(str(save_new(args.out, stem, result.image, records[i], args.format)))
                 drawn.append((jobs[i], result))
     finally:  # what was drawn before a mistake or Ctrl-C, too
         if drawn and (record is None or args.debug):
@@ -358,8 +369,9 @@ def _plan(
         with failures.told(name):
             found = _find(request, runtime, open_images(request.subjects), load)
             records = records_of(request, found, runtime, bundle)
+            check_fits(records, args.format)
             kept = with_masks(request, found)
-            plans[name] = Plan(args, kept, texts, records, there(args.out, records))
+            plans[name] = Plan(args, kept, texts, records, there(args.out, records, args.format))
     load.cache_clear()
     _free_accelerator(runtime.device)
     if not plans:
@@ -438,7 +450,7 @@ def _draw_plan(
     for i, result in zip(missing, results, strict=True):
         if i not in plan.there:
             stem = f"{_stem(request.words, jobs[i].prompt)}-seed{jobs[i].seed}"
-            plan.there[i] = save_new(plan.folder, stem, result.image, records[i])
+            plan.there[i] = save_new(plan.folder, stem, result.image, records[i], plan.args.format)
             tqdm.write(str(plan.there[i]))
 
 

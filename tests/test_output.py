@@ -1,4 +1,4 @@
-"""Records in PNG files, and contact sheets."""
+"""Records in image files, and contact sheets."""
 
 import json
 import os
@@ -10,17 +10,21 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from moma.app.chart import fit, wrap
 from moma.app.record import (
     CHUNK,
+    JPEG_BYTES,
+    OUTPUTS,
+    RECORD_BYTES,
     ImageRecord,
     InputFile,
     Record,
     Segmented,
     SubjectRecord,
+    check_fits,
     compared,
     face_of_text,
     face_text,
@@ -418,3 +422,49 @@ def test_masks_of_several_subjects_have_their_own_colours():
     first, second, nobody = np.asarray(mask_image(masks))[0].tolist()
     assert first == [255, 0, 0] and max(second) == 128 and second[0] < 128 and nobody == [0, 0, 0]
     assert mask_image(masks[None], (6, 2)).size == (6, 2)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_lossy_files_hold_settings(tmp_path, kind):
+    record = replace(a_record(), negative="Bär 🐻 \udce9")
+    path = save_new(tmp_path, "cat", IMAGE, record, kind)
+    assert path.suffix == OUTPUTS[kind].suffix and read_record(path) == record
+    with Image.open(path) as saved:
+        assert saved.format == OUTPUTS[kind].name
+        saved.save(tmp_path / f"edited{path.suffix}")
+    with pytest.raises(ValueError, match="edited"):  # without its settings
+        read_record(tmp_path / f"edited{path.suffix}")
+    assert "identical" in (text := compared(IMAGE, path)) and OUTPUTS[kind].name in text
+    assert "identical" not in compared(IMAGE.transpose(Image.Transpose.FLIP_TOP_BOTTOM), path)
+    assert save_new(tmp_path, "cat", IMAGE, record, kind).stem == "cat-2"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_damaged_and_foreign_comments_are_refused(tmp_path, kind):
+    output = OUTPUTS[kind]
+    size = 60_000 if kind == "jpeg" else RECORD_BYTES + 1
+    for i, comment in enumerate(
+        (b"UNICODE\0{}", b"ASCII\0\0\0{", b"ASCII\0\0\0" + b"[" * size, b"ASCII\0\0\0\xff")
+    ):
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        IMAGE.save(path := tmp_path / f"{i}{output.suffix}", output.name, exif=exif)
+        with pytest.raises(ValueError, match=path.name):
+            read_record(path)
+    whole = save_new(tmp_path, "cat", IMAGE, a_record(), kind).read_bytes()
+    for cut in (10, 40, 300, 900):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=path.name):
+            read_record(path)
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path):
+    record = replace(a_record(), negative="x" * JPEG_BYTES)
+    with pytest.raises(ValueError, match="jpeg"):
+        check_fits([a_record(), record], "jpeg")
+    for kind in ("png", "webp"):
+        check_fits([record], kind)
+        assert read_record(save_new(tmp_path, "cat", IMAGE, record, kind)) == record
+    most = replace(record, negative="x" * (JPEG_BYTES - len(a_record().to_json()) - 100))
+    check_fits([most], "jpeg")
+    assert read_record(save_new(tmp_path, "cat", IMAGE, most, "jpeg")) == most

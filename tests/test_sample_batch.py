@@ -177,3 +177,10 @@ def test_sam_is_loaded_once_and_only_after_the_checks(tmp_path, monkeypatch, cap
     assert run(*line) == 2 and len(drawn(tmp_path / "out")) == 2 and len(loads) == 1
     record = read_record(only(tmp_path / "out" / "dog", "*-seed0.png"))
     assert record.subjects[0].images[0].segmented
+
+
+def test_other_formats_are_not_there_yet(draw, tmp_path):
+    assert draw() == 0 and draw("--format", "webp") == 0
+    out = tmp_path / "out"
+    assert len(drawn(out)) == 3 and len([*out.rglob("*-seed0.webp")]) == 3
+    assert read_record(only(out / "cat", "*.webp")) == read_record(only(out / "cat", "*-seed0.png"))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models.weights.files import SYSTEM
 from moma.app.files import write_text
 from moma.app.options import Request
-from moma.app.record import Record, read_record
+from moma.app.record import OUTPUTS, Record, read_record
 from moma.app.subjects import FoundImage, images_of
 from moma.methods.prompts import fill
 
@@ -161,16 +161,17 @@ def _settings(record: Record) -> Record:
     return replace(record, device="", versions={})
 
 
-def there(folder: Path, records: Sequence[Record]) -> dict[int, Path]:
+def there(folder: Path, records: Sequence[Record], kind: str) -> dict[int, Path]:
     """Which images a folder has already: number -> file, by the settings in the files, not by names.
 
     Args:
         folder: of a subject.
         records: of the images that are asked for.
+        kind: of files that are asked for, a name of `OUTPUTS`.
     """
     wanted = {_settings(Record.from_json(one.to_json())).to_json(): i for i, one in enumerate(records)}
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob("*-seed*.*")):
+    for path in sorted(folder.glob(f"*-seed*{OUTPUTS[kind].suffix}")):
         try:
             i = wanted.get(_settings(read_record(path)).to_json())
         except ValueError:  # damaged, or something else

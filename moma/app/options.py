@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from models.weights.files import read_text
 from moma.app.files import Parser
-from moma.app.record import MIN_SIDE, InputFile, Record, SubjectRecord, follow, short_path
+from moma.app.record import MIN_SIDE, OUTPUTS, InputFile, Record, SubjectRecord, follow, short_path
 from moma.app.subjects import FoundImage, ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; ValueError for options that contradict each other or lack something."""
     parser = Parser(
         description="Draw new images of the subject of one image.",
-        epilog="Each PNG holds its settings; --replay draws it again from them.",
+        epilog="Each image holds its settings; --replay draws it again from them.",
     )
     _everyday(parser)
     _advanced(parser.add_argument_group("advanced"))
@@ -179,7 +179,9 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=tuple(METHODS), help="how the subject is drawn (default: moma)")
     add("--weights", type=Path, metavar="DIR", help="bundle folder (default: weights/moma or weights/mini)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)")
-    add("--replay", type=Path, metavar="PNG", help="draw an image again from the settings inside it")
+    add("--format", choices=tuple(OUTPUTS), default="png", help="of the images; jpeg and webp lose details"
+        " and hold the settings, too (default: png)")  # fmt: skip
+    add("--replay", type=Path, metavar="FILE", help="draw an image again from the settings inside it")
 
 
 def _advanced(group: argparse._ArgumentGroup) -> None:

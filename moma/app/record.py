@@ -1,11 +1,14 @@
-"""PNG files that hold the settings they were made with: a `Record` as JSON in an iTXt chunk."""
+"""Images that hold the settings they were made with: a `Record` as JSON.
+
+PNG has it in an iTXt chunk, JPEG and WebP in Exif's UserComment.
+"""
 
 import base64
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.weights.files import atomic_write, check_file, parse_json
@@ -26,10 +29,30 @@ from moma.sampling.interface import Region, check_regions
 CHUNK = "moma"  # key of the PNG text chunk
 STAMP = "moma-stamp"  # another key: a text that identifies a file's origin
 FORMAT, VERSION = "moma-picture", 2
-RECORDS = ("PNG",)  # formats of files that hold settings
+PNG = ("PNG",)
+RECORDS = ("PNG", "JPEG", "WEBP")  # formats of files that hold settings
+COMMENT = b"ASCII\0\0\0"  # how Exif's UserComment says what follows
+RECORD_BYTES = 2**20  # of settings in Exif: PIL's limit for a text of a PNG
+JPEG_BYTES = 65_000  # of settings in JPEG, whose segments have 65,533 bytes
 FILE_BYTES = 2**29  # of a file that an image is made from: 80 megapixels take as much in most formats
 MAX_SEED = 2**63 - 1  # of a record: what torch's generators take
 MIN_SIDE = 32  # pixels of an image; nothing can be recognised in less
+
+
+@dataclass(frozen=True)
+class Output:
+    """A format that images are written in, with PIL's options."""
+
+    name: str  # PIL's
+    suffix: str
+    options: Mapping[str, Any]
+
+
+OUTPUTS = {
+    "png": Output("PNG", ".png", {}),
+    "jpeg": Output("JPEG", ".jpg", {"quality": 95, "subsampling": 0}),
+    "webp": Output("WEBP", ".webp", {"quality": 95}),
+}
 
 
 def short_path(path: str | Path) -> str:
@@ -97,7 +120,7 @@ class Segmented:
             png = io.BytesIO(base64.b64decode(self.png, validate=True))
         except ValueError as error:
             raise ValueError(f"the mask in the image's settings is damaged ({error})") from None
-        return open_mask(png, replace(INPUT, min_side=1), "the mask in the image's settings", RECORDS)
+        return open_mask(png, replace(INPUT, min_side=1), "the mask in the image's settings", PNG)
 
 
 @dataclass(frozen=True)
@@ -226,10 +249,16 @@ def _update(data: dict[str, Any]) -> None:
     data["subjects"] = [] if image["file"] is None else [{"word": word, "images": [image]}]
 
 
-def free_path(folder: Path, stem: str) -> Path:
-    """A PNG path that nothing had, reserved by an empty file, so that runs may share a folder."""
+def free_path(folder: Path, stem: str, suffix: str = ".png") -> Path:
+    """A path that nothing had, reserved by an empty file, so that runs may share a folder.
+
+    Args:
+        folder: for the file.
+        stem: of its name.
+        suffix: of its name, with a dot.
+    """
     for n in count(1):
-        path = folder / f"{stem}-{n}.png" if n > 1 else folder / f"{stem}.png"
+        path = folder / f"{stem}-{n}{suffix}" if n > 1 else folder / f"{stem}{suffix}"
         try:
             path.touch(exist_ok=False)
             return path
@@ -238,22 +267,54 @@ def free_path(folder: Path, stem: str) -> Path:
     raise AssertionError
 
 
-def save_new(folder: Path, stem: str, image: Image.Image, record: Record | None = None) -> Path:
-    """Write a PNG under a name of its own, and return it.
+def save_new(
+    folder: Path, stem: str, image: Image.Image, record: Record | None = None, kind: str = "png"
+) -> Path:
+    """Write an image under a name of its own, and return it.
 
     Args:
         folder: for the file.
         stem: of its name; a number follows where it is taken.
         image: any image.
         record: for `read_record`.
+        kind: a name of `OUTPUTS`.
     """
-    path = free_path(folder, stem)
+    output = OUTPUTS[kind]
+    path = free_path(folder, stem, output.suffix)
     try:
-        save_png(path, image, record)
+        if kind == "png":
+            save_png(path, image, record)
+        else:
+            with atomic_write(path) as part:
+                image.save(part, output.name, exif=_exif(record), **output.options)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def _comment(record: Record) -> bytes:
+    """A record as Exif's UserComment: JSON whose other characters are escaped."""
+    return COMMENT + json.dumps(json.loads(record.to_json())).encode("ascii")
+
+
+def _exif(record: Record | None) -> Image.Exif:
+    exif = Image.Exif()
+    if record is not None:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _comment(record)
+    return exif
+
+
+def check_fits(records: Sequence[Record], kind: str) -> None:
+    """ValueError if a file cannot hold the settings, which may have masks in them.
+
+    Args:
+        records: of the images.
+        kind: a name of `OUTPUTS`.
+    """
+    limit = {"png": None, "jpeg": JPEG_BYTES, "webp": RECORD_BYTES}[kind]
+    if limit and (size := max(len(_comment(one)) for one in records)) > limit:
+        raise ValueError(f"--format {kind}: {size:,} bytes of settings, it holds {limit:,}; take png")
 
 
 def save_png(
@@ -279,7 +340,7 @@ def save_png(
 def read_stamp(path: Path) -> str | None:
     """The stamp of a PNG file; None if there is no intact image, "" if it has no stamp."""
     try:
-        with Image.open(path, formats=RECORDS) as image:
+        with Image.open(path, formats=PNG) as image:
             image.load()
             return str(image.info.get(STAMP, ""))
     except Exception:  # PIL's readers raise many kinds of errors for damaged files
@@ -287,36 +348,61 @@ def read_stamp(path: Path) -> str | None:
 
 
 def read_record(path: str | Path) -> Record:
-    """The record in a PNG of `save_png`; ValueError for any other file."""
+    """The record in an image of `save_new` or `save_png`; ValueError for any other file."""
     path = Path(path)
     try:
         check_file(path)
+        if (size := path.stat().st_size) > FILE_BYTES:
+            raise ValueError(f"{path}: {size:,} bytes, expected at most {FILE_BYTES:,}")
     except ValueError as error:
         raise ValueError(f"image {error}") from None
     what = f"image {str(path)!r}"
     try:
         with Image.open(path, formats=RECORDS) as image:
-            text = image.info.get(CHUNK)
+            text = image.info.get(CHUNK) if image.format == "PNG" else _read_comment(image)
     except Exception:  # PIL's readers raise many kinds of errors for damaged files
-        raise ValueError(f"{what} is not an image: expected a PNG of sample.py") from None
+        raise ValueError(f"{what} is not an image: expected a PNG, JPEG or WebP of sample.py") from None
     if not isinstance(text, str):
-        raise ValueError(f"{what} has no settings in it: expected an unedited PNG of sample.py")
+        raise ValueError(f"{what} has no settings in it: expected an unedited file of sample.py")
     try:
         return Record.from_json(text)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
 
 
+def _read_comment(image: Image.Image) -> str | None:
+    """What Exif's UserComment says in ASCII, within bounds."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or not comment.startswith(COMMENT) or len(comment) > RECORD_BYTES:
+        return None
+    return comment.removeprefix(COMMENT).decode("ascii")
+
+
 def compared(image: Image.Image, path: Path) -> str:
-    """What an image is to a PNG that it repeats, in words: identical, or by how much it differs."""
+    """What an image is to the file that it repeats, in words: identical, or by how much it differs.
+
+    JPEG and WebP lose details; there the image is compared as it is after the same compression.
+    """
+    how = ""
     try:
         with Image.open(path, formats=RECORDS) as other:
+            if other.format != "PNG":
+                how = f" after the same {other.format} compression"
+                image = _compressed(image, other.format)
             if (other.size, other.mode) != (image.size, image.mode):
                 return f"differs from {path}: {other.size} {other.mode}, now {image.size} {image.mode}"
             gap = np.abs(np.asarray(image, dtype=np.int16) - np.asarray(other, dtype=np.int16))  # (H, W, 3)
     except Exception as error:  # as above: the drawing is there, whatever the file is
         return f"cannot be compared with {path}: its pixels are damaged ({error})"
     if not gap.any():
-        return f"identical to {path}"
+        return f"identical to {path}{how}"
     share = gap.any(axis=2).mean()
-    return f"differs from {path} in {share:.2%} of the pixels, by {gap.max()} of 255 at most"
+    return f"differs from {path} in {share:.2%} of the pixels, by {gap.max()} of 255 at most{how}"
+
+
+def _compressed(image: Image.Image, name: str) -> Image.Image:
+    """As a file of one of PIL's formats in `OUTPUTS` shows it."""
+    (output,) = (one for one in OUTPUTS.values() if one.name == name)
+    file = io.BytesIO()
+    image.save(file, name, **output.options)
+    return Image.open(file, formats=[name])
