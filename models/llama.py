@@ -126,15 +126,17 @@ class _SelfAttention(nn.Module):
         return self.o_proj(merge_heads(out)), (k, v)  # (B, T, C)
 
 
-class _MLP(nn.Module):
-    def __init__(self, cfg: LlamaConfig) -> None:
+class GatedMLP(nn.Module):
+    """Two layers with a gate between them, (..., width) -> (..., out)."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.mlp, bias=False)
-        self.down_proj = nn.Linear(cfg.mlp, cfg.width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (..., out)
 
 
 class LlamaBlock(nn.Module):
@@ -145,7 +147,7 @@ class LlamaBlock(nn.Module):
         self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
         self.self_attn = _SelfAttention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
-        self.mlp = _MLP(cfg)
+        self.mlp = GatedMLP(cfg.width, cfg.mlp, cfg.width)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C); mask: bool, broadcastable to (B, H, T, T); None = causal."""

@@ -93,7 +93,7 @@ MUTATIONS = (
              "torch.cat(x.chunk(2))", "test_golden test_pipeline"),
     Mutation("reference-noised-too-much", METHOD, "noises[1], alphas_cumprod(schedule)[0]",
              "noises[1], alphas_cumprod(schedule)[1]", "test_golden test_pipeline"),
-    Mutation("mapping-gates-swapped", METHOD, "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+    Mutation("mapping-gates-swapped", "models/llama.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)",
              "F.silu(self.up_proj(x)) * self.gate_proj(x)", "test_golden test_llava"),
     Mutation("label-positions-off-by-one", METHOD, "[i for i, token in enumerate(encoding.ids) if",
              "[i + 1 for i, token in enumerate(encoding.ids) if", "test_prompts"),

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.llama import LlamaBlock, LlamaConfig, RMSNorm, rope_at
+from models.llama import GatedMLP, LlamaBlock, LlamaConfig, RMSNorm, rope_at
 from models.weights.quant import PRESETS, QuantConfig, quantise, use_quantised_layers
 from moma.app.files import exit_status
 from moma.inputs.preprocess import make_reference
-from moma.methods.moma.adapter import AdapterConfig, Mapping
+from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.mini.report import ReportConfig, make_pairs
 from moma.sampling.device import set_precision
@@ -131,7 +131,8 @@ def full_size(blocks: int, cfg: RoundingConfig) -> Iterator[str]:
     Yields a line per block: cosine of the last token's embedding, and of the states of all tokens.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    mapping = Mapping(AdapterConfig(mllm_dim=cfg.llama.width)).bfloat16()
+    sizes = AdapterConfig(mllm_dim=cfg.llama.width)
+    mapping = GatedMLP(sizes.mllm_dim, sizes.embed_dim, sizes.embed_dim).bfloat16()
     fill(mapping, generator)
     norm = RMSNorm(cfg.llama.width, cfg.llama.eps)
     rope = rope_at(torch.arange(cfg.tokens)[None], cfg.llama)  # (1, 1, T, D)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import split_heads
+from models.llama import GatedMLP
 from models.unet import AttentionLayer, KeysValues, UNet, UNetConfig, attention_layers
 from moma.methods.moma.config import MethodConfig
 
@@ -23,19 +23,6 @@ class AdapterConfig:
     embed_dim: int = 1024  # width of the CLIP image embedding that the decoder predicts (Eq. 4)
     tokens: int = 4  # context tokens made of one embedding, as in IP-Adapter
     learnable_token: bool = False  # a new input embedding ends the instruction (paper); False: the word `*`
-
-
-class Mapping(nn.Module):
-    """MLLM hidden state (B, mllm_dim) -> image embedding (B, E). Official: LlamaMLP_mapping."""
-
-    def __init__(self, cfg: AdapterConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.mllm_dim, cfg.embed_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.mllm_dim, cfg.embed_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.embed_dim, cfg.embed_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, E)
 
 
 class Projector(nn.Module):
@@ -77,7 +64,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.layers = attention_layers(unet_cfg)
-        self.mapping = Mapping(cfg)
+        # MLLM hidden state (B, mllm_dim) -> image embedding (B, E); official: LlamaMLP_mapping
+        self.mapping = GatedMLP(cfg.mllm_dim, cfg.embed_dim, cfg.embed_dim)
         self.projector = Projector(cfg, self.layers[0].context_dim)
         self.context = nn.ModuleList(ContextProjection(layer) for layer in self.layers)
         self.subject = nn.ModuleList(SubjectProjection(layer) for layer in self.layers)
