@@ -134,6 +134,11 @@ def finite(tensor: LazyTensor) -> LazyTensor:
     return replace(tensor, read=read)
 
 
+def below(prefix: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Concatenate along the first dimension; ValueError if the other dimensions differ."""
     first = parts[0]

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from models.llama import Llama, LlamaConfig
 from models.llava import Llava, LlavaConfig
-from models.weights.loading import LazyTensor, does_not_fit, sized_by, state_dict_mismatch
+from models.weights.loading import LazyTensor, below, does_not_fit, sized_by, state_dict_mismatch
 from models.weights.quant import quantise_as_configured
 
 PAGE = 4096  # bytes, the smallest page in use: touching one byte per page reads a mapped file
@@ -44,8 +44,8 @@ class StreamedLlama(Llama):
             super().__init__(cfg)
             quantise_as_configured(self)
         self.embed_tokens = EmbeddingRows(tensors["embed_tokens.weight"], dtype)
-        self.blocks = [_below(tensors, f"layers.{i}.") for i in range(cfg.layers)]
-        self.final_norm = _below(tensors, "norm.")
+        self.blocks = [below(f"layers.{i}.", tensors) for i in range(cfg.layers)]
+        self.final_norm = below("norm.", tensors)
         self.device, self.dtype = device, dtype
         # one stream for all reads, as memory that a stream has used is not given to another one
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -107,7 +107,7 @@ class StreamedLlava(Llava):
         stored = {name for name, _ in self.named_buffers()}  # codes and scales keep their dtype
         tensors = {name: replace(tensor, castable=name not in stored) for name, tensor in tensors.items()}
         self.front = {name: t for name, t in tensors.items() if name.startswith(("tower.", "projector."))}
-        self.llama = StreamedLlama(cfg.llama, _below(tensors, "llama."), device, dtype)
+        self.llama = StreamedLlama(cfg.llama, below("llama.", tensors), device, dtype)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         return self.encode_each([pixels])[0]
@@ -184,8 +184,3 @@ def _read_ahead(
 def _cast(tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
     values = tensor.read()
     return values.to(dtype) if tensor.castable and values.is_floating_point() else values
-
-
-def _below(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
-    """The tensors whose names start with the prefix, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from models.clip import CLIPConfig
 from models.unet import SDXL, UNetConfig, attention_layers
 from models.weights.keymaps import CLIP_VISION, convert
-from models.weights.loading import LazyTensor, read_checkpoint, some_names
+from models.weights.loading import LazyTensor, below, read_checkpoint, some_names
 from moma.methods.mm_diff.adapter import MMDiffSizes, TextLoRA
 from moma.methods.mm_diff.keymap import official
 from moma.methods.mm_diff.method import PATCHES, WORDS
@@ -46,7 +46,7 @@ def read_mm_diff(path: Path, unet: UNetConfig) -> tuple[MMDiffSizes, Tensors, Te
         for file, start in FILES.items()
         for key, tensor in read_checkpoint(path / file).items()
     }
-    vision = {key.removeprefix(ENCODER): t for key, t in tensors.items() if key.startswith(ENCODER)}
+    vision = below(ENCODER, tensors)
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(ENCODER)}
     layers = len({key.split(".")[1] for key in rest if key.startswith("unet_adapter.")}) // 2
     fitting = [cfg for cfg in (unet, SDXL) if len(attention_layers(cfg)) == layers]
@@ -124,5 +124,5 @@ def encoders(trained: Tensors, public: tuple[CLIPConfig, Tensors] | None) -> dic
             "mm_diff: needs CLIP ViT-L/14, whose image encoder it uses as it is and, in part, trained; give"
             " the folder of openai/clip-vit-large-patch14 as a source too"
         )
-    tower = {key.removeprefix(TOWER): t for key, t in public[1].items() if key.startswith(TOWER)}
+    tower = below(TOWER, public[1])
     return {PATCHES: tower, WORDS: {**tower, **trained}}

@@ -27,6 +27,7 @@ from models.weights.files import read_bytes, read_object, read_text, visible
 from models.weights.keymaps import Table
 from models.weights.loading import (
     LazyTensor,
+    below,
     joined,
     pick_weights,
     read_checkpoint,
@@ -231,11 +232,6 @@ def _inside(path: Path) -> Path:
         case [only] if only.is_dir() and only.name != "unet":
             return _inside(only)
     return path
-
-
-def below(prefix: str, tensors: Tensors) -> dict[str, LazyTensor]:
-    """The tensors whose names start with the prefix, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def read_config(path: Path, parse: Callable[..., Any], *more: Any) -> Any:
