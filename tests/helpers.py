@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import sample
 from moma import DEFAULT, Bundle, Job, MethodConfig, MoMASubject, Pipeline, Runtime, SampleConfig
@@ -19,6 +19,7 @@ from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
 from moma.methods.text import TextConditioning
 from moma.sampling.cuda_graphs import Output, Run
 from moma.sampling.memory import Toggle
+from moma.training.task import Batch, Task
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "weights" / "mini"
@@ -150,3 +151,19 @@ def pixels(path: Path) -> np.ndarray:
 def only(folder: Path, pattern: str) -> Path:
     (found,) = folder.glob(pattern)
     return found
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def steps(task: Task, batch: Batch, count: int, lr: float) -> list[float]:
+    """Adam without decay, so that a parameter whose gradient is zero stays as it is."""
+    optimizer, losses = torch.optim.Adam(trained(task.model).values(), lr), []
+    for _ in range(count):
+        loss = task.model(batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

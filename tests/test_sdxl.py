@@ -28,7 +28,7 @@ from moma.training.config import Choices, DenoisingConfig, FeatureConfig, TrainC
 from moma.training.denoising import DenoisingTask
 from moma.training.task import Task
 from moma.weights.bundle import expected_shapes
-from tests.helpers import condition, image, latents, mask, same
+from tests.helpers import condition, image, latents, mask, same, steps
 from tests.ip_adapter_case import build_ip_bundle, public_layout
 from tests.make_checkpoints import clip_json, unet_json, vae_json
 from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
@@ -125,17 +125,8 @@ def denoising_task(kind: type, bundle: Bundle, method: Any, data: Path, cache: P
     return denoising.build(Choices(kind, TrainConfig(), options, kind.Config(), method), runtime, data)
 
 
-def train(task: Task, count: int = 3, lr: float = 1e-2) -> list[float]:
-    parameters = [p for p in task.model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.Adam(parameters, lr), []
-    batch = next(task.batches(2, 0, 1, {}))[0]
-    for _ in range(count):
-        loss = task.model(batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+def train(task: Task) -> list[float]:
+    return steps(task, next(task.batches(2, 0, 1, {}))[0], 3, 1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from moma.training.denoising import DenoisingTask, draw
 from moma.training.features import FeatureTask
 from moma.training.task import Task
 from moma.weights.bundle import Bundle
-from tests.helpers import condition, embed
+from tests.helpers import condition, embed, steps, trained
 from tests.training_data import SIDE, write_bundle, write_data
 
 CPU = torch.device("cpu")
@@ -112,22 +112,6 @@ def ip(folder: Path) -> Callable[..., DenoisingTask]:
 
 def first(task: Task, size: int = 8) -> Batch:
     return next(task.batches(size, 0, 1, {}))[0]
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def steps(task: Task, batch: Batch, count: int, lr: float) -> list[float]:
-    """Adam without decay, so that a parameter whose gradient is zero stays as it is."""
-    optimizer, losses = torch.optim.Adam(trained(task.model).values(), lr), []
-    for _ in range(count):
-        loss = task.model(batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def changed_by_two_steps(task: Task) -> tuple[set[str], set[str]]:
