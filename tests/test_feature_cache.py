@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from moma import DEFAULT, Bundle, MethodConfig, Runtime
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.feature_cache import FeatureCache, cached_features
-from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
+from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, FeatureDecoder, MLLMInput
 from tests.tiny import build_tiny_bundle
 
 
@@ -80,6 +81,21 @@ def test_only_what_is_missing_is_computed(folders: list[Path], tmp_path: Path) -
 
     both, _ = cached_features(INPUTS, cache, watched)
     assert asked == [1] and torch.equal(both[0], expected[0]) and not torch.equal(both[0], both[1])
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(folders: list[Path], tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, folders[0])
+    many = [MLLMInput(INPUTS[0].white, "cat", f"a cat {i}") for i in range(MAX_MLLM_BATCH + 1)]
+
+    class Stopped(FeatureDecoder):
+        def encode_features(self, inputs: Sequence[MLLMInput]) -> list[Tensor]:
+            if many[-1] in inputs:
+                raise KeyboardInterrupt
+            return super().encode_features(inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(many, cache, lambda: Stopped(**vars(decoder(folders[0]))))
+    assert [cache.get(one) is not None for one in many] == [True] * MAX_MLLM_BATCH + [False]
 
 
 def test_any_change_misses(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

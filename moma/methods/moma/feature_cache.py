@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.methods.moma.config import MethodConfig
-from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput, instruction
+from moma.methods.moma.feature_decoder import MAX_MLLM_BATCH, FeatureDecoder, MLLMInput, instruction
 from moma.sampling.interface import Runtime
 
 VERSION = 1  # of the files, and of the computation: higher when the same inputs give other bits
@@ -106,10 +106,12 @@ def cached_features(
     if not missing:
         return found, f"kept in {cache.folder}"
     decoder = load()
-    for i, embedding in zip(missing, decoder.encode_features([inputs[i] for i in missing]), strict=True):
-        found[i] = embedding
-        if cache is not None:
-            cache.put(inputs[i], embedding)
+    for start in range(0, len(missing), MAX_MLLM_BATCH):  # a run that is stopped keeps what it has
+        group = missing[start : start + MAX_MLLM_BATCH]
+        for i, embedding in zip(group, decoder.encode_features([inputs[i] for i in group]), strict=True):
+            found[i] = embedding
+            if cache is not None:
+                cache.put(inputs[i], embedding)
     return found, decoder.how
 
 
