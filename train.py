@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="TRAINING|export")
     for name, (_, training) in all_trainings().items():
         command = commands.add_parser(name, help=training.about, description=f"Train {training.about}.")
-        _add_training(command, training, Path("out", name.replace(":", "-")))
+        _add_training(command, training, _folder(name))
     add = commands.add_parser("export", help="write the weights of a checkpoint for a bundle").add_argument
     add("run", type=Path, metavar="DIR", help="--out of the training")
     add("--bundle", type=Path, required=True, metavar="DIR", help="bundle that the training started from")
@@ -83,9 +83,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_training(parser: argparse.ArgumentParser, training: type[Training], out: Path) -> None:
+def _folder(training: str) -> str:
+    """The name of a training's default folders: what the frozen networks compute differs as well."""
+    return training.replace(":", "-")
+
+
+def _add_training(parser: argparse.ArgumentParser, training: type[Training], folder: str) -> None:
     """Options that are fields of a config have the field's name and its default, here None."""
-    add, number = parser.add_argument, {"type": int, "metavar": "N"}
+    add, number, out = parser.add_argument, {"type": int, "metavar": "N"}, Path("out", folder)
     add("--bundle", type=Path, required=True, metavar="DIR", help="bundle to start from")
     add("--data", required=True, metavar="PLACE", help="folder with metadata.jsonl or *.tar, or a pattern")
     add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the results (default: {out})")
@@ -105,7 +110,7 @@ def _add_training(parser: argparse.ArgumentParser, training: type[Training], out
         add("--workers", **number, help=f"processes that decode images (default: {FeatureConfig.workers})")
     else:
         add("--cache", metavar="DIR", help="folder for what the frozen networks compute once"
-            f" (default: {DenoisingConfig.cache})")  # fmt: skip
+            f" (default: {DenoisingConfig.cache}/{folder})")  # fmt: skip
         add("--workers", **number, dest="cache_workers", help="threads that decode images for the cache"
             f" (default: {DenoisingConfig.cache_workers})")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
@@ -156,6 +161,8 @@ def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
             raise ValueError(f"--set {option}: expected one of {', '.join(expected)}")
         given[found[0]][field] = value
     stage = training.Config(**given["stage"])
+    if kinds["data"] is DenoisingConfig:
+        given["data"].setdefault("cache", f"{DenoisingConfig.cache}/{_folder(args.command)}")
     return Choices(
         training,
         TrainConfig(**{"lr": training.learning_rate(stage), **given["train"]}),

@@ -165,6 +165,18 @@ def test_data_that_changed_is_no_continuation(place, trained, tmp_path, capsys):
     assert train.run([*again, "--change", "data"]) == 0
 
 
+def test_each_training_has_a_cache_of_its_own(place):
+    where = ["--bundle", str(place / "tiny"), "--data", str(place / "data")]
+
+    def folder(name: str, *more: str) -> str:
+        args = train.parse_args([name, *where, *more])
+        return train.choices_of(args, Bundle.open(place / "tiny")).data.cache
+
+    names = ("moma:stage2", "moma:several", "ip-adapter", "mm-diff")
+    assert len({folder(name) for name in names}) == len(names)
+    assert folder("ip-adapter", "--cache", "mine") == folder("mm-diff", "--set", "cache=mine") == "mine"
+
+
 def test_ambiguous_field(place, capsys):
     where = ["--bundle", str(place / "tiny"), "--data", str(place / "data")]
     assert train.run(["moma:stage2", *where, "--set", "subject_below_t=9"]) == 2
