@@ -414,13 +414,15 @@ def red(reference) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(120, 80), (80, 120), (121, 79), (300, 70), (90, 90)])
 @pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
-def test_geometry_keeps_mask_on_the_subject(size, geometry):
-    reference = make_reference(scene(*size), disc(*size), 128, ReferenceConfig(geometry=geometry))
+@pytest.mark.parametrize("wanted", [(128, 128), (192, 96), (104, 160)])
+def test_geometry_keeps_mask_on_the_subject(size, geometry, wanted):
+    reference = make_reference(scene(*size), disc(*size), wanted, ReferenceConfig(geometry=geometry))
+    assert reference.photo.size == wanted and reference.image.shape[-2:] == wanted[::-1]
     mask, subject = reference.mask[0, 0].numpy() > 0, red(reference)
     assert (mask & subject).sum() / (mask | subject).sum() > 0.93
     rows, columns = np.nonzero(mask)
     aspect = (columns.max() - columns.min() + 1) / (rows.max() - rows.min() + 1)
-    expected = size[1] / size[0] if geometry == "squash" else 1
+    expected = size[1] / size[0] * wanted[0] / wanted[1] if geometry == "squash" else 1
     assert aspect == pytest.approx(expected, rel=0.08)  # the disc stays round unless squashed
 
 

@@ -1,8 +1,8 @@
-"""From a file to what the networks see: open the image, find its subject, make it square.
+"""From a file to what the networks see: open the image, find its subject, bring both to their shape.
 
 No network is known here. Sizes are PIL's (width, height) as long as images are PIL images.
 
-Letters: H, W pixels of the input; S side of the square reference.
+Letters: H, W pixels of the input; S side of the square reference, S x T pixels of one that is not square.
 """
 
 import io
@@ -56,7 +56,7 @@ class InputConfig:
     outline_cut: float = 0.5  # of its own size may lie along the border; more is a hand that reaches in
     border_side: int = 1024  # pixels; larger images are scaled down to find their background, for speed
     crop_stray: float = 0.002  # share of subject pixels ignored beyond each side of its box: specks
-    crop_margin: float = 0.1  # of the subject's longer side, left free on each side by geometry "crop"
+    crop_margin: float = 0.1  # of the smallest square around the subject, left free on each side by "crop"
     inverted_border: float = 0.5  # of the border; a mask that covers more may be the background's
     note_side: int = 256  # pixels; larger masks are scaled down to measure them
     pixels: PixelConfig = PIXELS
@@ -80,9 +80,9 @@ class ReferenceConfig:
     mask_binarise_above: float = 0.5
     # A mask without any subject: "error", or (release) attend to every background key alike.
     empty_mask: Literal["error", "mean"] = "error"
-    # How an image that is not square becomes square: "pad" repeats the edge, "crop" takes the square around
-    # the subject, "cover" the largest one within the image with the subject in it, "squash" (release) ignores
-    # the aspect ratio.
+    # How an image that is not square becomes square (a target may have another shape): "pad" repeats the
+    # edge, "crop" takes the square around the subject, "cover" the largest one within the image with the
+    # subject in it, "squash" (release) ignores the aspect ratio.
     geometry: Geometry = "pad"
 
 
@@ -116,7 +116,7 @@ class FoundMask(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A subject's image, ready for the networks; all parts but `original` show the same square."""
+    """A subject's image, ready for the networks; all parts but `original` show the same."""
 
     image: Tensor  # (1, 3, S, S) float32 in [-1, 1]: what the VAE encodes
     mask: Tensor  # (1, 1, S, S) float32, 0 or 1: M_ref
@@ -268,12 +268,12 @@ def find_mask(
 def make_reference(
     image: Image.Image,
     mask: Image.Image,
-    size: int,
+    size: int | tuple[int, int],
     cfg: ReferenceConfig = REFERENCE,
     limits: InputConfig = INPUT,
     chosen_by: Image.Image | None = None,
 ) -> Reference:
-    """The square reference of an image and its mask.
+    """The reference of an image and its mask, a square or of another shape.
 
     Resizing is PIL's antialiased bilinear, as in the release (Dataset_evaluate_MoMA); with the preset
     "release" the tensors are the same bit for bit.
@@ -281,14 +281,15 @@ def make_reference(
     Args:
         image: RGB or RGBA (transparent parts become white).
         mask: mode L, 255 = subject, of the same aspect ratio.
-        size: side S of the square, pixels.
+        size: side S of the square, or width T and height S of another shape, pixels.
         cfg: geometry, threshold and background; a method's config has these fields.
         limits: margins of geometry "crop", tolerance of the aspect ratio.
-        chosen_by: a mask of the image's size that the square is chosen by instead.
+        chosen_by: a mask of the image's size that the square (or window) is chosen by instead.
     Raises:
         ValueError: the mask has another shape than the image; it covers nothing or everything, unless
             `cfg.empty_mask` is "mean".
     """
+    size = (size, size) if isinstance(size, int) else size
     original, image = image, image if image.mode == "RGB" else on_white(image)
     mask = mask if mask.mode == "L" else mask.convert("L")
     if not same_aspect(image.size, mask.size, limits):
@@ -300,18 +301,19 @@ def make_reference(
     if np.asarray(mask).min() > threshold and cfg.empty_mask == "error":
         raise ValueError("the mask covers the whole image: white should be the subject only")
     if cfg.geometry == "squash":
-        photo, soft = (x.resize((size, size), Image.Resampling.BILINEAR) for x in (image, mask))
+        photo, soft = (x.resize(size, Image.Resampling.BILINEAR) for x in (image, mask))
     else:
         if mask.size != image.size:
             mask = mask.resize(image.size, Image.Resampling.BILINEAR)
         if cfg.geometry == "pad":
-            square = _whole(image.size)
+            window = _whole(image.size, size[0] / size[1])
         else:
-            square = (_around if cfg.geometry == "crop" else _within)(chosen_by or mask, threshold, limits)
-        photo, soft = _cut(image, square, size, "edge"), _cut(mask, square, size, "constant")
+            choose = _around if cfg.geometry == "crop" else _within
+            window = choose(chosen_by or mask, size[0] / size[1], threshold, limits)
+        photo, soft = _cut(image, window, size, "edge"), _cut(mask, window, size, "constant")
     subject = np.asarray(soft) > threshold  # (S, S)
     if not subject.any() and cfg.empty_mask == "error":
-        raise ValueError(f"the mask has no subject left at {size}x{size}: white should be the subject")
+        raise ValueError(f"the mask has no subject left at {size[0]}x{size[1]}: white should be the subject")
     white = Image.fromarray(np.where(subject[..., None], np.asarray(photo), np.uint8(255)))  # (S, S) RGB
     seen = np.asarray(white if cfg.reference_background == "white" else photo)  # (S, S, 3)
     return Reference(
@@ -330,28 +332,35 @@ def on_noise(reference: Reference, seed: int) -> Image.Image:
     return Image.fromarray(np.where(reference.mask[0, 0, :, :, None].numpy() > 0, photo, noise))
 
 
-class _Square(NamedTuple):
-    """A square in pixels of the image; it may extend beyond it."""
+class _Window(NamedTuple):
+    """A part of the image in its pixels, of the reference's aspect; it may extend beyond it."""
 
     left: float
     top: float
-    side: float
+    width: float
+    height: float
 
 
-def _whole(size: tuple[int, int]) -> _Square:
-    """The smallest square around the whole image, centred."""
-    side = max(size)
-    return _Square((size[0] - side) / 2, (size[1] - side) / 2, side)
+def _covering(width: float, height: float, aspect: float) -> tuple[float, float]:
+    """Width and height of the smallest window that holds so much; aspect: its width / height."""
+    return max(width, height * aspect), max(height, width / aspect)
 
 
-def _around(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
-    """The square around the subject with a margin; around the whole image if there is no subject."""
+def _whole(size: tuple[int, int], aspect: float) -> _Window:
+    """The smallest window around the whole image, centred."""
+    width, height = _covering(*size, aspect)
+    return _Window((size[0] - width) / 2, (size[1] - height) / 2, width, height)
+
+
+def _around(mask: Image.Image, aspect: float, threshold: float, limits: InputConfig) -> _Window:
+    """The window around the subject with a margin; around the whole image if there is no subject."""
     inside = np.asarray(mask) > threshold  # (H, W)
     if not inside.any():
-        return _whole(mask.size)
+        return _whole(mask.size, aspect)
     (x0, x1), (y0, y1) = (_box_side(inside.sum(axis), limits.crop_stray) for axis in (0, 1))
-    side = (max(x1 - x0, y1 - y0) + 1) * (1 + 2 * limits.crop_margin)
-    return _Square((x0 + x1 + 1 - side) / 2, (y0 + y1 + 1 - side) / 2, side)
+    sides = _covering(x1 - x0 + 1, y1 - y0 + 1, aspect)
+    width, height = (side * (1 + 2 * limits.crop_margin) for side in sides)
+    return _Window((x0 + x1 + 1 - width) / 2, (y0 + y1 + 1 - height) / 2, width, height)
 
 
 def _box_side(counts: np.ndarray, stray: float) -> list[float]:
@@ -367,35 +376,38 @@ def _box_side(counts: np.ndarray, stray: float) -> list[float]:
     return found
 
 
-def _within(mask: Image.Image, threshold: float, limits: InputConfig) -> _Square:
-    """The largest square within the image, moved from its middle until the subject's box is inside.
+def _within(mask: Image.Image, aspect: float, threshold: float, limits: InputConfig) -> _Window:
+    """The largest window within the image, moved from its middle until the subject's box is inside.
 
     Where the box is larger, the middle of the box is shown.
     """
-    side = min(mask.size)
+    width, height = mask.size
+    sides = min(width, height * aspect), min(height, width / aspect)
     corner = []
     inside = np.asarray(mask) > threshold  # (H, W)
-    for axis, length in enumerate(mask.size):
+    for axis, (length, side) in enumerate(zip(mask.size, sides, strict=True)):
         places = np.flatnonzero(inside.any(axis))
         low, high = (places.min(), places.max() + 1) if len(places) else (0, length)
         start = (length - side) / 2
         start = min(max(start, high - side), low) if high - low <= side else (low + high - side) / 2
         corner.append(float(min(max(start, 0), length - side)))
-    return _Square(*corner, side)
+    return _Window(*corner, *sides)
 
 
-def _cut(image: Image.Image, square: _Square, size: int, fill: Literal["edge", "constant"]) -> Image.Image:
-    """The square as an image of side `size`; beyond the image, `fill` repeats its edge or is 0."""
+def _cut(
+    image: Image.Image, window: _Window, size: tuple[int, int], fill: Literal["edge", "constant"]
+) -> Image.Image:
+    """The window as an image of `size`; beyond the image, `fill` repeats its edge or is 0."""
     spans, inside = [], []
-    for start, length in zip((square.left, square.top), image.size, strict=True):
-        low, high = max(start, 0), min(start + square.side, length)
-        first, last = (round((x - start) * size / square.side) for x in (low, high))
-        spans.append((min(first, size - 1), max(last, first + 1)))  # at least one pixel of a thin image
+    for start, side, length, wanted in zip(window[:2], window[2:], image.size, size, strict=True):
+        low, high = max(start, 0), min(start + side, length)
+        first, last = (round((x - start) * wanted / side) for x in (low, high))
+        spans.append((min(first, wanted - 1), max(last, first + 1)))  # at least one pixel of a thin image
         inside.append((low, high))
     (left, right), (top, bottom) = spans
     (x0, x1), (y0, y1) = inside
     part = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
-    widths = [(top, size - bottom), (left, size - right), (0, 0)][: np.asarray(part).ndim]
+    widths = [(top, size[1] - bottom), (left, size[0] - right), (0, 0)][: np.asarray(part).ndim]
     return Image.fromarray(np.pad(np.asarray(part), widths, mode=fill))
 
 
