@@ -41,9 +41,9 @@ def task_of(folder: Path, *sets: str) -> DenoisingTask:
     return build(train.choices_of(args, bundle), runtime, folder / "data")
 
 
-def batch_of(task: DenoisingTask) -> dict[str, torch.Tensor]:
-    """All samples, with nothing dropped."""
-    batch = task._batch(task.data, torch.arange(3), torch.arange(3), 0)
+def batch_of(task: DenoisingTask, index: tuple[int, ...] = (0, 1, 2)) -> dict[str, torch.Tensor]:
+    """Samples with nothing dropped, each with the random numbers of its place in the data."""
+    batch = task._batch(task.data, torch.tensor(index), torch.tensor(index), 0)
     return batch | {name: torch.zeros_like(batch[name]) for name in ("drop", "drop_text")}
 
 
@@ -88,6 +88,14 @@ def test_each_word_has_its_place(folder: Path) -> None:
     assert difference.all()
     batch["drop_text"] = torch.tensor([False, True, False])
     assert not (task.model(batch) - plain.model(batch)).detach()[1]
+
+
+@torch.no_grad()
+def test_a_batch_is_its_singles(folder: Path) -> None:
+    """Under the constraint, too, where a sample of one subject is padded."""
+    task = task_of(folder, "map_weight=3.0")
+    singles = torch.cat([task.model(batch_of(task, (i,))) for i in range(3)])
+    same(task.model(batch_of(task)), singles)
 
 
 def test_trains_exports_draws(folder: Path, tmp_path: Path) -> None:

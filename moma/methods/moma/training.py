@@ -393,7 +393,7 @@ class SeveralTraining(AdapterTraining):
             own = [layer.rows(slice(s, None, n)) for layer in layers]
             own = [drop_background(layer) for layer in own] if fused else own
             subjects.append(SubjectRows(self.adapter.context_keys_values(embedding[:, s]), own, acts))
-        places = batch["places"][..., 0]  # (B, n)
+        places = batch["places"][..., 0] * present  # (B, n), 0 where there is no word
         label = F.one_hot(places, text.shape[1]) * (places > 0)[..., None]  # (B, n, T)
         cond = SeveralConditioning(
             text,
