@@ -71,7 +71,7 @@ def test_training_is_the_samplers_computation(folder: Path, impl: str) -> None:
         cond = condition(pipe, [Job(tuple(subjects), caption, 0)], SampleConfig()).conditional()
         x0 = (batch["mean"] + batch["std"] * batch["posterior_noise"])[i : i + 1] * pipe.base.vae.cfg.scaling
         alpha, noise = model.alphas[batch["t"][i]], batch["noise"][i : i + 1]
-        hook = cond.hook(int(batch["t"][i]), unpack(batch["m_gen"], SIDE)[i : i + 1, : len(subjects)])
+        hook = cond.hook(int(batch["t"][i]), unpack(batch["m_gen"], SIDE, SIDE)[i : i + 1, : len(subjects)])
         x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
         eps = pipe.base.unet(x_t, batch["t"][i : i + 1], cond.text, hook)[0]
         same(losses[i], (eps - noise).square().mean(), 1e-5)

@@ -172,7 +172,7 @@ def test_stage_2_is_the_samplers_computation(bundle: Bundle, data: Path, tmp_pat
         t, alpha = int(batch["t"][0]), task.model.alphas[batch["t"][0]]
         x0 = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * pipe.base.vae.cfg.scaling
         x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * batch["noise"]
-        hook = replace(cond.hook(t, unpack(batch["m_gen"], TRAINED)), subject_on=True)
+        hook = replace(cond.hook(t, unpack(batch["m_gen"], TRAINED, TRAINED)), subject_on=True)
         rows = torch.cat([x_t, x_t])
         eps = pipe.base.unet(rows, torch.tensor([t, t]), cond.text, hook, cond.added)[0][1:]
         same(task.model(batch)[0], (eps - batch["noise"]).square().mean(), 1e-5)

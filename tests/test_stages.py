@@ -433,7 +433,7 @@ def test_training_is_the_samplers_computation(
         alpha = task.model.alphas[t]
         x0 = (batch["mean"] + batch["std"] * batch["posterior_noise"])[i : i + 1] * pipe.base.vae.cfg.scaling
         x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-        hook = cond.hook(t, unpack(batch["m_gen"], SIDE)[i : i + 1])
+        hook = cond.hook(t, unpack(batch["m_gen"], SIDE, SIDE)[i : i + 1])
         assert hook.subject_on == (t < 950)
         hook = replace(hook, subject_on=True)  # training has the term at all timesteps
         eps = pipe.base.unet(torch.cat([x_t, x_t]), torch.tensor([t, t]), cond.text, hook)[0][1:]
@@ -492,11 +492,11 @@ def test_dropped_text(two: Callable[..., DenoisingTask]) -> None:
     shares = {"drop_context": 0.2, "drop_text": 0.3, "drop_both": 0.1}
     task, whole = two(MOVED, **shares), two(MOVED)
     numbers = torch.arange(4000)
-    found = draw(numbers, 0, (1, 1, 1), task.model.options, task.model.trainable)
+    found = draw(numbers, 0, ((1, 1, 1),) * 2, task.model.options, task.model.trainable)
     image, text = found["drop"], found["drop_text"]
     for chosen, share in zip((image & ~text, text & ~image, image & text), shares.values(), strict=True):
         assert abs(chosen.float().mean() - share) < 0.03
-    plain = draw(numbers, 0, (1, 1, 1), whole.model.options, task.model.trainable)
+    plain = draw(numbers, 0, ((1, 1, 1),) * 2, whole.model.options, task.model.trainable)
     assert torch.equal(plain["t"], found["t"]) and not plain["drop"].any() and not plain["drop_text"].any()
 
     batch = first(whole)
@@ -596,7 +596,7 @@ def test_the_reference_is_moved(two: Callable[..., DenoisingTask]) -> None:
     assert all(torch.equal(before[name], batch[name]) for name in before if name != "shift")
     model = moving.model
     assert not torch.isclose(model(batch), still.model(before)).all()
-    m_ref = unpack(batch["m_ref"], SIDE)  # (B, 1, S, S)
+    m_ref = unpack(batch["m_ref"], SIDE, SIDE)  # (B, 1, S, S)
     scale = SIDE // batch["mean"].shape[-1]
     by_hand = batch | {
         "ref_mean": move(batch["ref_mean"], batch["shift"]),

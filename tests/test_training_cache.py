@@ -96,7 +96,7 @@ def test_holds_what_the_pipeline_computes(bundle: Bundle, data: Path, cache: Cac
             mean, std = pipe.base.vae.encode(square.image)
             same(batch[f"{prefix}mean"][i], mean[0])
             same(batch[f"{prefix}std"][i], std[0])
-            assert torch.equal(unpack(batch[m], SIDE)[i], square.mask[0])
+            assert torch.equal(unpack(batch[m], SIDE, SIDE)[i], square.mask[0])
         for name, text in (("text", sd_prompt(triplet.label, triplet.caption)), ("label", triplet.label)):
             assert batch[f"{name}_ids"][i].tolist() == pipe.base.tokenizers[0].ids([text])[0].tolist()
 
@@ -386,7 +386,7 @@ def test_mirrored_images(bundle: Bundle, data: Path, tmp_path: Path) -> None:
     assert len(both) == 2 * (COUNT - 1)
     plain, other = both.batch(torch.arange(0, len(both), 2)), both.batch(torch.arange(1, len(both), 2))
     for name in ("m_gen", "m_ref"):
-        assert torch.equal(unpack(plain[name], SIDE).flip(-1), unpack(other[name], SIDE))
+        assert torch.equal(unpack(plain[name], SIDE, SIDE).flip(-1), unpack(other[name], SIDE, SIDE))
     assert torch.equal(plain["text_ids"], other["text_ids"])
     image = make_reference(*[ImageOps.mirror(Image.open(data / f"0{x}.png")) for x in ("", "_mask")], SIDE)
     same(other["mean"][0], moma_encoder(bundle).vae.encode(image.image)[0][0])

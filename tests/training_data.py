@@ -21,10 +21,11 @@ class Drawing:
     centre: tuple[int, int]
     radius: int
     seed: int
+    width: int = SIDE
 
     def image(self) -> tuple[Image.Image, Image.Image]:
         colours = np.random.default_rng(self.seed).integers(0, 256, (2, 3))
-        y, x = np.ogrid[:SIDE, :SIDE]
+        y, x = np.ogrid[:SIDE, : self.width]
         inside = (y - self.centre[0]) ** 2 + (x - self.centre[1]) ** 2 < self.radius**2
         pixels = np.where(inside[..., None], colours[0], colours[1])
         return Image.fromarray(pixels.astype(np.uint8)), Image.fromarray(np.uint8(255) * inside)
@@ -57,10 +58,11 @@ def write_bundle(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_pairs(folder: Path) -> Path:
-    """Images of two cats, one of whom is black, and of a cat alone."""
+def write_pairs(folder: Path, width: int = SIDE) -> Path:
+    """Images of two cats, one of whom is black, and of a cat alone; in wide ones they are farther apart."""
     folder.mkdir()
-    discs = [Drawing("cat", (20, 20), 10, 1), Drawing("cat", (40, 44), 12, 2)]
+    places = (20, 20), (40, 44 + (width - SIDE) // 2)
+    discs = [Drawing("cat", place, 10 + 2 * i, 1 + i, width) for i, place in enumerate(places)]
     (photo, left), (_, right) = (disc.image() for disc in discs)
     for name, one in (("photo", photo), ("left", left), ("right", right)):
         one.save(folder / f"{name}.png")

@@ -86,7 +86,7 @@ def make_training(bench: Bench, batch: int = 1) -> Training:
         "ref_mean": rand(*latents), "ref_std": rand(*latents).abs(), "m_gen": masks, "m_ref": masks,
         "text": rand(*states).to(runtime.dtype), "label": rand(*states).to(runtime.dtype),
     }  # fmt: skip
-    drawn = draw(torch.arange(batch), cfg.seed, latents[1:], options, trainable)
+    drawn = draw(torch.arange(batch), cfg.seed, (latents[1:],) * 2, options, trainable)
     samples |= {name: value.to(runtime.device) for name, value in drawn.items()}
     return Training(Denoising(trainable, options).to(runtime.device), samples, runtime.dtype)
 

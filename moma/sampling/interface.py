@@ -443,11 +443,11 @@ class DenoisingTraining(Training):
         drop, drop_text    bool (B,): samples without their subject, or without their text
         added, label_added  the same texts' added conditioning (B, A), where the UNet has one
         embedding          (B, E) of the reference, zeroed in some samples; if the training asks for it
-        m_gen              the target's mask, float32 (B, 1, S, S) in {0, 1}
+        m_gen              the target's mask, float32 (B, 1, H, W) in {0, 1}, in the target's pixels
         t                  timesteps (B,)
         ref_mean, ref_std  the autoencoder's posterior of the reference, (B, Z, h, w)
-        m_ref              its mask, float32 (B, 1, S, S) in {0, 1}
-        ref_posterior_noise, ref_noise  float32 (B, Z, h, w)
+        m_ref              its mask, float32 (B, 1, S, S) in {0, 1}, in the reference's pixels
+        ref_posterior_noise, ref_noise  float32, as ref_mean
         number             (B,), of the sample in the run
 
     and what `draw` adds. A training that takes `several` subjects of a sample gets, instead of text states,

@@ -6,10 +6,11 @@
 Every file appears when it is complete, so that an interrupted build continues. Each knows its own hash and
 that of the data it was made of: what is damaged, or whose data has changed or come back, is made again.
 
-A training that takes several subjects of a sample has tables of subjects (O of them) and their counts.
+A training that takes several subjects of a sample has tables of subjects (O of them) and their counts; so has
+one whose targets have another shape than the references, with one subject each.
 
-Letters: B samples, P images, O subjects, Z latent channels, h w latents, S side of an image, s side of the
-image tower's, T text tokens, K tokenizers, E embedding.
+Letters: B samples, P images, O subjects, Z latent channels, h w latents, S side of a reference, H W sides of
+a target, s side of the image tower's, T text tokens, K tokenizers, E embedding.
 """
 
 import json
@@ -37,10 +38,11 @@ from moma.training.common import Prepare, Sample, to_pixels
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 
 MANIFEST, VERSION = "cache.json", 2
+TARGET = "target's width and height"  # in the identity, where they are not the references'
 NETWORKS = ("vae",)  # that every cache depends on
 TABLES = ("embedding", "mean", "std", "mask", "text", "label")
 SAMPLES = ("mean", "std", "text")  # tables of samples where the others are of subjects
-SUBJECTS = ("embedding", "ref_mean", "ref_std", "m_gen", "m_ref", "label", "word")
+SUBJECTS = ("embedding", "ref_mean", "ref_std", "m_gen", "m_ref", "label")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Encoder:
         return self.embedder(white.to(self.device, self.dtype), words, prompts, **faces)  # (B, E)
 
     def latents(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """uint8 (3, S, S) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
+        """uint8 (3, H, W) each -> the VAE posterior's mean and standard deviation, each (B, Z, h, w)."""
         return self.vae.encode(to_pixels(torch.stack(list(images)).to(self.device)).to(self.dtype))
 
     def text(self, sample: Sample) -> str:
@@ -120,6 +122,7 @@ def identity(
     flip: bool = False,
     background: str = "white",
     faces: bool = False,
+    target: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """All that the tensors of a cache depend on besides the content of the data; JSON.
 
@@ -133,6 +136,7 @@ def identity(
         flip: whether it holds mirrored images, too.
         background: of what image encoders see.
         faces: whether it holds those of people.
+        target: width and height of the targets, None = the references'.
 
     Raises:
         ValueError: for a bundle that lacks a network.
@@ -152,6 +156,7 @@ def identity(
         **({"subjects": "all"} if kind.several else {}),
         **({"background": background} if background != "white" else {}),
         **({"faces": "aligned"} if faces else {}),
+        **({TARGET: list(target)} if target else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "samples per part": cfg.part,
         "mirrored": flip,
@@ -282,14 +287,14 @@ class _Building:
 
     def make(self, missing: Sequence[tuple[int, list[str], set[int]]], networks: Encoder) -> None:
         """Read shards and write what is missing."""
-        rows = _Rows(networks, self.cfg.batch, self.prepare.several)
+        rows = _Rows(networks, self.cfg.batch, self.prepare)
         skips = SkipLog(lambda text: None, self.cfg.max_skipped, slack=self.cfg.early)
         bar = tqdm(unit=" samples", disable=self.rank > 0)
         with ThreadPoolExecutor(self.cfg.workers) as pool, bar:
             for found in self._ahead(self._read(missing), pool):
                 if isinstance(found, _End):
                     rows.save(self.folder, found, self.mark)
-                    rows = _Rows(networks, self.cfg.batch, self.prepare.several)
+                    rows = _Rows(networks, self.cfg.batch, self.prepare)
                     continue
                 bar.update()
                 skips.add(found.skipped, delivered=len(found.samples))
@@ -345,11 +350,11 @@ class _Tried(NamedTuple):
 
 
 class _Rows:
-    """The content of a file while it is made. Images are stored once: a sample's target and reference are
-    rows of the same tables."""
+    """The content of a file while it is made. Images are stored once: where a sample's target and reference
+    can be the same, they are rows of the same tables."""
 
-    def __init__(self, networks: Encoder, batch: int, several: bool) -> None:
-        self.networks, self.batch, self.several = networks, batch, several
+    def __init__(self, networks: Encoder, batch: int, prepare: Prepare) -> None:
+        self.networks, self.batch, self.prepare = networks, batch, prepare
         self.waiting: list[Sample] = []
         self.tried: list[_Tried] = []
         self.tables: dict[str, list[Tensor]] = {}
@@ -364,7 +369,7 @@ class _Rows:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[Sample]) -> None:
-        rows = self._subject_rows(samples) if self.several else self._rows(samples)
+        rows = self._subject_rows(samples) if self.prepare.apart else self._rows(samples)
         for name, values in rows.items():
             self.tables.setdefault(name, []).append(values.cpu())
 
@@ -372,19 +377,21 @@ class _Rows:
         """Tables of samples and of all their subjects."""
         every = [one for sample in samples for one in (sample, *sample.others)]
         targets, references = [sample.image for sample in samples], [one.reference for one in every]
-        mean, std = self.networks.latents([*targets, *references])  # 2 x (B + O, Z, h, w)
-        count = len(samples)
+        if self.prepare.target:
+            target, reference = map(self.networks.latents, (targets, references))  # 2 x (B | O, Z, h, w)
+        else:
+            both = self.networks.latents([*targets, *references])  # 2 x (B + O, Z, h, w)
+            target, reference = zip(*(x.split([len(samples), len(every)]) for x in both), strict=True)
+        words = [self.networks.words(sample) for sample in samples] if self.prepare.several else []
         return {
             "embedding": self.networks.embed(every),  # (O, E)
-            "mean": mean[:count],
-            "std": std[:count],
-            "ref_mean": mean[count:],
-            "ref_std": std[count:],
-            "m_gen": torch.stack([one.m_gen for one in every]),  # (O, S * S / 8)
-            "m_ref": torch.stack([one.m_ref for one in every]),
+            **dict(zip(("mean", "std"), target, strict=True)),
+            **dict(zip(("ref_mean", "ref_std"), reference, strict=True)),
+            "m_gen": torch.stack([one.m_gen for one in every]),  # (O, H * W / 8)
+            "m_ref": torch.stack([one.m_ref for one in every]),  # (O, S * S / 8)
             "text": self.networks.ids([self.networks.text(s) for s in samples]),  # (B, K*T)
             "label": self.networks.ids([one.label for one in every]),  # (O, K*T)
-            "word": torch.cat([self.networks.words(sample) for sample in samples]),  # (O, K)
+            **({"word": torch.cat(words)} if words else {}),  # (O, K)
             "count": torch.tensor([1 + len(sample.others) for sample in samples]),  # (B,)
         }
 
@@ -531,13 +538,14 @@ class Cache:
         size = sum(tensor.nbytes for content in contents for tensor in content.values())
         self.skipped: dict[str, str] = dict(manifest["skipped"])  # key -> reason
         self.names = [tuple(sample) for path in files for sample in _read_part(path).samples]
-        several = "subjects" in expected
+        self.several = "subjects" in expected
+        apart = self.several or TARGET in expected
+        names = (*SAMPLES, *SUBJECTS, *(["word"] if self.several else [])) if apart else TABLES
         self.tables = {
-            name: _Table([content[name].read() for content in contents], size <= cfg.memory)
-            for name in ((*SAMPLES, *SUBJECTS) if several else TABLES)
+            name: _Table([content[name].read() for content in contents], size <= cfg.memory) for name in names
         }
-        self.counts = torch.cat([content["count"].read() for content in contents]) if several else None
-        if several:
+        self.counts = torch.cat([content["count"].read() for content in contents]) if apart else None
+        if apart:
             self.first = self.counts.cumsum(0) - self.counts  # (len(self),), each sample's row of subjects
             return
         starts = torch.tensor([0, *(content["mean"].shape[0] for content in contents)]).cumsum(0)
@@ -555,8 +563,8 @@ class Cache:
 
         Returns:
             embedding (B, E); mean, std (B, Z, h, w) of the target and ref_mean, ref_std of the reference;
-            m_gen, m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, K*T), of the prompt and of the
-            label alone. Of several subjects: `DenoisingTraining`.
+            m_gen (B, H * W / 8), m_ref (B, S * S / 8), packed; text_ids, label_ids int64 (B, K*T), of the
+            prompt and of the label alone. Of several subjects: `DenoisingTraining`.
         """
         if self.counts is not None:
             return self._subjects(index)
@@ -579,7 +587,10 @@ class Cache:
         number = torch.arange(int(counts.max()))  # (n,)
         rows = self.first[index][:, None] + torch.minimum(number, counts[:, None] - 1)  # (B, n)
         tables = {name: self.tables[name].rows(index) for name in SAMPLES}
-        for name in SUBJECTS:
-            tables[name] = self.tables[name].rows(rows.flatten()).unflatten(0, rows.shape)  # (B, n, ...)
+        for name in (name for name in self.tables if name not in SAMPLES):
+            own = self.tables[name].rows(rows.flatten()).unflatten(0, rows.shape)  # (B, n, ...)
+            tables[name] = own if self.several else own[:, 0]
         ids = {f"{name}_ids": tables.pop(name).long() for name in ("text", "label")}
+        if not self.several:
+            return tables | ids
         return tables | ids | {"places": tables.pop("word").long(), "present": number < counts[:, None]}

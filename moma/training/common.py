@@ -1,6 +1,6 @@
 """What both kinds of training share: samples, the trained parameters, the export.
 
-Letters: S side of the square images, s side of the image tower's.
+Letters: S side of the square references, H W the targets' sides, s side of the image tower's.
 """
 
 import json
@@ -37,8 +37,8 @@ class Sample:
     key: str
     label: str
     caption: str
-    image: Tensor  # uint8 (3, S, S): the target, with its background
-    m_gen: Tensor  # uint8 (S * S / 8,): the target's mask, `pack`ed
+    image: Tensor  # uint8 (3, H, W): the target, with its background
+    m_gen: Tensor  # uint8 (H * W / 8,): the target's mask, `pack`ed
     reference: Tensor  # uint8 (3, S, S): what the UNet sees of the reference
     m_ref: Tensor  # uint8 (S * S / 8,)
     white: Tensor | None  # (3, s, s): the reference on white (or noise) as the image tower takes it
@@ -55,9 +55,15 @@ class Prepare:
     tower_size: int | None  # s; None = no image tower sees it
     method: ReferenceConfig
     flip: bool = False  # a mirrored one, too
-    several: bool = False  # all subjects of a triplet; those that the square cuts off are left out
+    several: bool = False  # all subjects of a triplet; those that the target cuts off are left out
     background: Literal["white", "noise"] = "white"  # of what the image tower sees
     faces: bool = False  # a subject without a face is left out
+    target: tuple[int, int] | None = None  # its width and height; None: those of the references
+
+    @property
+    def apart(self) -> bool:
+        """Whether targets and references differ in number or shape."""
+        return self.several or self.target is not None
 
     def __call__(self, triplet: Triplet) -> list[Sample]:
         return [self._sample(one) for one in ([triplet, mirrored(triplet)] if self.flip else [triplet])]
@@ -85,7 +91,7 @@ class Prepare:
             photo = (triplet.reference or (triplet.image,))[0]
             crop = aligned(photo, triplet.face.landmarks, self.tower_size)
             face = triplet.face.embedding, normalised(crop, MEAN, STD)
-        target, reference = squares(triplet, self.image_size, self.method, together)
+        target, reference = target_and_reference(triplet, self.image_size, self.method, together, self.target)
         seen = reference.white if self.method.reference_background == "white" else reference.photo
         shown = reference.white
         if self.background == "noise":
@@ -115,29 +121,34 @@ def mirrored(triplet: Triplet) -> Triplet:
     )
 
 
-def squares(
-    triplet: Triplet, size: int, method: ReferenceConfig, together: Image.Image | None = None
+def target_and_reference(
+    triplet: Triplet,
+    size: int,
+    method: ReferenceConfig,
+    together: Image.Image | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> tuple[Reference, Reference]:
     """Target and reference; an image without another one is its own reference.
 
     Args:
         triplet: the sample.
-        size: of the squares in pixels.
+        size: of the reference's square in pixels.
         method: how a square is made.
-        together: a mask of all subjects, which the target's square is chosen by.
+        together: a mask of all subjects, which the target's part of the image is chosen by.
+        shape: width and height of the target, None = the reference's.
     """
-    target = make_reference(triplet.image, triplet.mask, size, method, chosen_by=together)
-    if triplet.reference is None and together is None:
+    target = make_reference(triplet.image, triplet.mask, shape or size, method, chosen_by=together)
+    if triplet.reference is None and together is None and shape is None:
         return target, target
     return target, make_reference(*(triplet.reference or (triplet.image, triplet.mask)), size, method)
 
 
 def _bytes(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, S, S)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, S, S) -> what the VAE encodes, float32 in [-1, 1]."""
+    """uint8 images (B, 3, H, W) -> what the VAE encodes, float32 in [-1, 1]."""
     return images / 127.5 - 1
 
 
@@ -146,10 +157,10 @@ def pack(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.numpy().astype(bool)))
 
 
-def unpack(bits: Tensor, side: int) -> Tensor:
-    """The masks of `pack`, uint8 (B, side² / 8) or (B, n, side² / 8) -> float32 (B, n, side, side), n = 1."""
+def unpack(bits: Tensor, height: int, width: int) -> Tensor:
+    """The masks of `pack`, uint8 (B, H * W / 8) or (B, n, H * W / 8) -> float32 (B, n, H, W), n = 1."""
     shifts = torch.arange(7, -1, -1, device=bits.device)  # (8,)
-    return (bits[..., None] >> shifts & 1).float().reshape(len(bits), -1, side, side)
+    return (bits[..., None] >> shifts & 1).float().reshape(len(bits), -1, height, width)
 
 
 def train_only(model: nn.Module, prefixes: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from moma.data.triplets import Source
 from moma.inputs.preprocess import Geometry
-from moma.sampling.config import check_types
+from moma.sampling.config import SampleConfig, check_types
 from moma.sampling.interface import Training
 
 # Fields that may change when a run continues: they decide when something is written and how the work is
@@ -156,6 +156,10 @@ class DenoisingConfig(DataConfig):
     # scaled to a mean of 1, so that the fine detail of nearly clean images, where errors are largest, does
     # not outweigh colours and shapes, which are decided in the noise; None = Eq. 1.
     snr_gamma: float | None = None
+    # Pixels of all targets, multiples of 8; None = the weights' own size. References are square, as drawing
+    # makes them.
+    height: int | None = None
+    width: int | None = None
     cache: str = "out/cache"  # folder of what the frozen networks compute, built if it is missing
     cache_batch: int = 16  # samples per call of a network while it is built
     cache_workers: int = 4  # threads that decode images while it is built
@@ -172,6 +176,10 @@ class DenoisingConfig(DataConfig):
         dropped = (self.drop_context, self.drop_text, self.drop_both)
         if max(dropped) == 1 or math.fsum(dropped) > 1:
             raise ValueError(f"drop_context, drop_text, drop_both: {dropped}, expected at most 1 together")
+
+    def sample(self, image_size: int) -> SampleConfig:
+        """How an image like the targets is drawn; image_size: the weights' own."""
+        return SampleConfig(self.grid_steps, height=self.height, width=self.width).sized(image_size)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 What the frozen networks make of the data was computed before (`moma.training.cache`).
 
-Letters: B samples, Z latent channels, h w latents, S side of the images, E embedding.
+Letters: B samples, Z latent channels, h w latents, H W sides of the targets, S side of the references,
+E embedding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,6 @@ from moma.app.sheets import Cell, contact_sheet
 from moma.data.stream import Position
 from moma.data.triplets import Source, open_source
 from moma.sampling.base import Base
-from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import add_noise, alphas_cumprod
 from moma.sampling.interface import Batch, DenoisingTraining, Export, Runtime
 from moma.sampling.pipeline import Pipeline, to_images
@@ -47,6 +48,7 @@ class Denoising(nn.Module):
         super().__init__()
         self.unet, self.trainable, self.options = trainable.base.unet, trainable, options
         self.scaling, self.image_size = trainable.base.vae.cfg.scaling, trainable.base.image_size
+        self.sample = options.sample(self.image_size)  # of the targets' height and width
         self.register_buffer("alphas", alphas_cumprod(trainable.base.schedule), persistent=False)
         self.register_buffer("weights", timestep_weights(self.alphas, options.snr_gamma), persistent=False)
         empty = [tokenizer.ids([""]) for tokenizer in trainable.base.tokenizers]  # (1, T) each
@@ -69,15 +71,17 @@ class Denoising(nn.Module):
         eps, maps = self.unet(x_t, t, inputs.text, inputs.hook, inputs.added)  # (B, Z, h, w)
 
         error = (eps.float() - noise).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-        subjects = batch["m_gen"].amax(dim=1, keepdim=True)  # (B, 1, S, S)
+        subjects = batch["m_gen"].amax(dim=1, keepdim=True)  # (B, 1, H, W)
         inside = F.adaptive_avg_pool2d(subjects, error.shape[-2:])  # (B, 1, h, w) in [0, 1]
         weight = 1 + (self.options.subject_weight - 1) * inside
         loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
         return loss * self.weights[t] + self.trainable.constraint(maps, batch)  # (B,)
 
     def unpacked(self, batch: Batch) -> Batch:
-        """The batch as trainings get it: masks (B, n, S, S), text states, what is dropped zeroed or empty."""
-        made = {name: unpack(batch[name], self.image_size) for name in ("m_gen", "m_ref")}
+        """The batch as trainings get it: masks, text states, what is dropped zeroed or empty."""
+        side, target = (self.image_size, self.image_size), (self.sample.height, self.sample.width)
+        made = {"m_gen": unpack(batch["m_gen"], *target)}  # (B, n, H, W)
+        made["m_ref"] = unpack(batch["m_ref"], *side)  # (B, n, S, S)
         if self.trainable.several:
             made["m_gen"] = made["m_gen"] * batch["present"][:, :, None, None]
             drop = batch["drop_text"]
@@ -92,11 +96,12 @@ class Denoising(nn.Module):
             absent = torch.cat([drop, torch.zeros_like(drop)])  # (2B,)
             with torch.no_grad(), torch.autocast(text.device.type, enabled=False):  # as drawing computes them
                 states, pooled = base.encode_ids(torch.cat([text, label]), absent)
-                added = base.added_conditioning(pooled, self.image_size, self.image_size)  # (2B, A)
             made["text_ids"] = text
             made["text"], made["label"] = states.chunk(2)  # (B, T, context_dim) each
-            if added is not None:
-                made["added"], made["label_added"] = added.chunk(2)  # (B, A) each
+            if pooled is not None:
+                own, label = pooled.chunk(2)  # (B, P) each
+                made["added"] = base.added_conditioning(own, *target)  # (B, A)
+                made["label_added"] = base.added_conditioning(label, *side)  # (B, A)
         return batch | made
 
 
@@ -108,14 +113,18 @@ def timestep_weights(alphas: Tensor, gamma: float | None) -> Tensor:
 
 
 def draw(
-    numbers: Tensor, seed: int, shape: torch.Size, options: DenoisingConfig, trainable: DenoisingTraining
+    numbers: Tensor,
+    seed: int,
+    shapes: tuple[torch.Size, torch.Size],
+    options: DenoisingConfig,
+    trainable: DenoisingTraining,
 ) -> Batch:
     """Every random number of some samples, each from its own generator.
 
     Args:
         numbers: of the samples, (B,).
         seed: the run's.
-        shape: of latents, (Z, h, w).
+        shapes: of latents of target and reference, (Z, h, w) each.
         options: with the shares of samples that lack embedding or text.
         trainable: the training, which adds its own.
 
@@ -124,11 +133,13 @@ def draw(
         (B, Z, h, w) each; what `trainable.draw` gives.
     """
     rows = []
+    sizes = [math.prod(shape) for shape in shapes for _ in range(2)]  # of the `NOISES`
     shares = torch.tensor([options.drop_context, options.drop_both, options.drop_text])
     image, both, text = shares.double().cumsum(0)
     for number in numbers.tolist():
         generator = generator_for(seed, number)
-        noises = torch.randn(len(NOISES), *shape, generator=generator)  # (4, Z, h, w)
+        noises = torch.randn(sum(sizes), generator=generator).split(sizes)
+        noises = (x.view(shapes[i // 2]) for i, x in enumerate(noises))  # (Z, h, w) each
         rows.append(
             dict(zip(NOISES, noises, strict=True))
             | {
@@ -196,7 +207,8 @@ class DenoisingTask:
 
     def _batch(self, data: Cache, index: Tensor, numbers: Tensor, seed: int) -> Batch:
         samples, model = data.batch(index), self.model
-        return samples | draw(numbers, seed, samples["mean"].shape[1:], model.options, model.trainable)
+        shapes = tuple(samples[name].shape[-3:] for name in ("mean", "ref_mean"))
+        return samples | draw(numbers, seed, shapes, model.options, model.trainable)
 
     @torch.no_grad()
     def sample_grid(self) -> Image.Image | None:
@@ -212,7 +224,7 @@ class DenoisingTask:
         # Trained weights are float32, the frozen networks' may not be.
         with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
             jobs = trainable.jobs(self.model.unpacked(batch), words, captions)
-            drawn = list(Pipeline(trainable.drawing()).run(jobs, SampleConfig(options.grid_steps)))
+            drawn = list(Pipeline(trainable.drawing()).run(jobs, self.model.sample))
         first = batch["ref_mean"][:, 0] if trainable.several else batch["ref_mean"]  # (B, Z, h, w)
         reference, target = (to_images(base.vae.decode(mean)) for mean in (first, batch["mean"]))
         return contact_sheet(
@@ -240,6 +252,7 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> DenoisingTask
     kind, options, seed, method = choices.training, choices.data, choices.train.seed, choices.method
     bundle = runtime.weights
     kind.check(bundle, choices.stage, method)
+    options.sample(bundle.image_size).check(bundle.config("vae").factor)
     source, held_out = open_source(data), None
     kept = options.kept(source, data)  # before the cache takes its hours
     if options.validation is not None:
@@ -265,12 +278,14 @@ def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> 
     """The cache of some data, completed by all ranks together if need be."""
     kind, _, options, stage, method = choices
     bundle, method = runtime.weights, replace(method, geometry=options.geometry)
-    behind, faces = kind.background(stage), kind.faces(stage)
+    behind, faces, sample = kind.background(stage), kind.faces(stage), options.sample(bundle.image_size)
+    size = (sample.width, sample.height)
+    size = None if size == (bundle.image_size, bundle.image_size) else size
     caching = CacheConfig(
         batch=options.cache_batch, workers=options.cache_workers, max_skipped=options.max_skipped
     )
     expected = identity(
-        kind, bundle, source.names(), method, runtime.dtype, caching, options.flip, behind, faces
+        kind, bundle, source.names(), method, runtime.dtype, caching, options.flip, behind, faces, size
     )
     tower = bundle.config("vision").image_size if kind.embedding else None
     several = dist.is_initialized()
@@ -278,7 +293,7 @@ def _cached(choices: Choices, runtime: Runtime, source: Source, folder: str) -> 
         Path(folder),
         expected,
         source,
-        Prepare(bundle.image_size, tower, method, options.flip, kind.several, behind, faces),
+        Prepare(bundle.image_size, tower, method, options.flip, kind.several, behind, faces, size),
         encoder=lambda: Encoder(kind, runtime, method),
         cfg=caching,
         rank=dist.get_rank() if several else 0,

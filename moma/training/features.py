@@ -19,7 +19,13 @@ from moma.data.stream import batches as group
 from moma.data.triplets import SkipLog, Source, Triplet, open_source
 from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.interface import Batch, FeatureTraining, Runtime
-from moma.training.common import decayed_names, squares, train_only, with_checkpointing, write_export
+from moma.training.common import (
+    decayed_names,
+    target_and_reference,
+    train_only,
+    with_checkpointing,
+    write_export,
+)
 from moma.training.config import Choices
 from moma.training.order import generator_for
 
@@ -36,7 +42,7 @@ class Read:
     def __call__(self, triplet: Triplet) -> dict[str, Any]:
         if triplet.key in self.kept:
             raise KeptBack("kept back for validation")
-        pair = squares(triplet, self.image_size, self.method)
+        pair = target_and_reference(triplet, self.image_size, self.method)
         return self.reader(*pair, triplet.label, triplet.caption)
 
 

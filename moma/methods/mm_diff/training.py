@@ -6,7 +6,7 @@ on white or on noise.
 
 Letters: B samples, N queries, T text tokens, K tokens of a subject, n subjects of a sample, H heads,
 D channels per head, W width of a text encoder, P embedding of an image, M states of the image encoder,
-C their width, S side of the images.
+C their width, H W sides of the images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -201,7 +201,7 @@ class MMDiffTraining(DenoisingTraining):
             return words.index_put((rows, places[encoder]), chosen)
 
         text, pooled = self.base.encode_ids(batch["text_ids"], batch["drop_text"], change)
-        size, keep = self.base.image_size, shown.repeat_interleave(k, dim=1)  # (B, n * K)
+        keep = shown.repeat_interleave(k, dim=1)  # (B, n * K)
         hook = MapHook(
             self.adapter.keys_values(tokens.flatten(1, 2), self.frozen),
             keep[:, None, None],
@@ -212,7 +212,7 @@ class MMDiffTraining(DenoisingTraining):
             batch["mean"].shape[-2:],
             self.config,
         )
-        return StepInputs(text, self.base.added_conditioning(pooled, size, size), hook)
+        return StepInputs(text, self.base.added_conditioning(pooled, *batch["m_gen"].shape[-2:]), hook)
 
     def constraint(self, maps: Sequence[Tensor], batch: Batch) -> Tensor | float:
         return torch.stack(list(maps)).mean(dim=0) if maps else 0.0
@@ -286,7 +286,7 @@ class MapHook(SubjectHook):
     """The second cross-attention; below the finest grid it also gives the loss of both maps."""
 
     word: Tensor  # (B, 1, T, n): 1 at each subject's word
-    masks: Tensor  # of the subjects, (B, n, S, S)
+    masks: Tensor  # of the subjects, (B, n, H, W)
     present: Tensor  # bool (2, B, n): in the text, among the tokens
     finest: Grid
     config: MMDiffTrainingConfig

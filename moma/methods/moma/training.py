@@ -1,7 +1,7 @@
 """MoMA's trainings (Sec. 3.4): stage 1, the feature decoder (Eq. 4), and stage 2, the adapter (Eq. 1).
 
-Letters: B samples, Z latent channels, h w latents, S side of the images, s side of the image tower's images,
-N patches, C width of the MLLM, T text tokens, E embedding.
+Letters: B samples, Z latent channels, h w latents, S side of the references, H W sides of the targets, s side
+of the image tower's images, N patches, C width of the MLLM, T text tokens, E embedding.
 """
 
 import warnings
@@ -384,7 +384,7 @@ class SeveralTraining(AdapterTraining):
 
     def inputs(self, batch: Batch) -> StepInputs:
         present, n = batch["present"], batch["present"].shape[1]  # (B, n)
-        text, added = self._read(batch["text_ids"], batch["drop_text"])  # (B, T, ·), (B, A)
+        text, added = self._read(batch["text_ids"], batch["m_gen"], batch["drop_text"])  # (B, T, ·), (B, A)
         layers, fused = self._reference(self._each(batch)), self.method.attention == "fused"  # of B * n rows
         embedding = batch["embedding"].masked_fill(batch["drop"][:, None, None], 0)  # (B, n, E)
         acts = (batch["t"] < self.config.subject_below_t).float()[:, None, None, None]  # (B, 1, 1, 1) β
@@ -409,12 +409,17 @@ class SeveralTraining(AdapterTraining):
         )
         return StepInputs(text, added, replace(cond.hook(0, batch["m_gen"]), subject_on=True))
 
-    def _read(self, ids: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Text states and added conditioning of rows of ids, computed as drawing does."""
+    def _read(self, ids: Tensor, masks: Tensor, absent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Text states and added conditioning of rows of ids, computed as drawing does.
+
+        Args:
+            ids: of the texts, (B, K*T).
+            masks: in the size of the images that they are for.
+            absent: bool (B,), texts that were dropped.
+        """
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             states, pooled = self.base.encode_ids(ids, absent)
-            side = self.base.image_size
-            return states, self.base.added_conditioning(pooled, side, side)
+            return states, self.base.added_conditioning(pooled, *masks.shape[-2:])
 
     def _each(self, batch: Batch) -> Batch:
         """What the reference pass reads, B * n rows; the subjects of a sample share its noises and shift."""
@@ -422,7 +427,7 @@ class SeveralTraining(AdapterTraining):
         each = {name: batch[name].flatten(0, 1) for name in ("ref_mean", "ref_std", "m_ref")}
         shared = ("ref_posterior_noise", "ref_noise", "shift")
         each |= {name: batch[name].repeat_interleave(n, dim=0) for name in shared}
-        label, added = self._read(batch["label_ids"].flatten(0, 1))  # (B * n, T, ·)
+        label, added = self._read(batch["label_ids"].flatten(0, 1), batch["m_ref"])  # (B * n, T, ·)
         each |= {"m_ref": each["m_ref"][:, None], "label": label}  # (B * n, 1, S, S)
         return each if added is None else each | {"label_added": added}
 
