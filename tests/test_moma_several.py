@@ -246,7 +246,8 @@ def test_every_choice_of_a_subject_has_an_effect(pipe: Pipeline, jobs: list[Job]
     plain = latents(pipe, [job], QUICK)
     others = [latents(pipe, [replace(job, strength=s)], QUICK) for s in ((1.2, 0.1), (0.1, 1.0))]
     others += [latents(pipe, [replace(job, regions=r)], QUICK) for r in ((LEFT, RIGHT), (RIGHT, LEFT))]
-    others += [latents(configured(pipe, subjects_apart=True), [job], QUICK)]
+    choices = {"subjects_apart": True}, {"unconditional_beta": 0.5}
+    others += [latents(configured(pipe, **choice), [job], QUICK) for choice in choices]
     for i, one in enumerate([plain, *others]):
         assert all(not torch.allclose(one, other, atol=1e-4) for other in others[i:])
 

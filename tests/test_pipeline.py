@@ -305,6 +305,7 @@ def test_reference_noise(pipe: Pipeline) -> None:
         {"m_gen_inside": "one"},
         {"m_gen_layers": (2,)},
         {"subject_below_t": 400},
+        {"unconditional_beta": 0.5},
         {"geometry": "squash"},
         {"geometry": "crop"},
     ],

@@ -40,6 +40,9 @@ class MethodConfig(ReferenceConfig):
     attention: Literal["fused", "explicit"] = "fused"
     # The subject term of Eq. 3 acts at timesteps below this (of 1000); the release's t_range.
     subject_below_t: int = 950
+    # Share of β in the unconditional row of guidance. At 1 (release) guidance strengthens text and context
+    # alone; below, the subject term too, at the cost of prompt and class (the paper's remark on guidance).
+    unconditional_beta: float = 1.0
     # M_gen also gates the context tokens (release); in the paper only Eq. 3 is masked.
     context_masked: bool = True
 
@@ -95,7 +98,8 @@ class MethodConfig(ReferenceConfig):
             if isinstance(getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self)
-        for name in ("m_gen_threshold", "mask_binarise_above", "m_gen_eps", "m_gen_share"):
+        shares = ("m_gen_threshold", "mask_binarise_above", "m_gen_eps", "m_gen_share", "unconditional_beta")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if not 0 <= self.subject_below_t <= TIMESTEPS:

@@ -311,6 +311,7 @@ class MoMA(TextToImage):
         for row, one in zip(label, prepared, strict=True):
             row[list(one.prompt.labels[0])] = 1
         beta = torch.tensor([one.job.strengths(config.strength)[0] for one in prepared])  # (B,)
+        beta = torch.cat([self.config.unconditional_beta * beta, beta])  # (R,)
         embedding = torch.cat([one.embeddings[0] for one in prepared])  # (B, E)
         return condition_rows(
             self.adapter,
@@ -319,7 +320,7 @@ class MoMA(TextToImage):
             added,
             torch.cat([label, label]).to(self.base.device),  # (R, T)
             both_rows([one.job.subjects[0].layers for one in prepared]),
-            torch.cat([beta, beta]).to(self.base.device, self.base.dtype),  # (R,)
+            beta.to(self.base.device, self.base.dtype),
             self.config,
         )
 

@@ -145,7 +145,8 @@ def subject_rows(
     for column in zip_longest(*shown, fillvalue=absent):
         embedding = torch.cat([one.embedding for one in column])  # (B, E)
         reference = both_rows([one.layers for one in column])
-        beta = torch.tensor([one.strength for one in column] * 2).to(embedding)  # (R,)
+        beta = torch.tensor([one.strength for one in column]).to(embedding)  # (B,)
+        beta = torch.cat([method.unconditional_beta * beta, beta])  # (R,)
         found.append(
             SubjectRows(
                 adapter.context_keys_values(torch.cat([torch.zeros_like(embedding), embedding])),
