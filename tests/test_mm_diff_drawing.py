@@ -106,6 +106,14 @@ def test_what_changes_an_image(pipe: Pipeline, jobs: list[Job]) -> None:
         other = latents(changed, jobs[1:3], CONFIG)
         differ = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(before, other, strict=True)]
         assert differ == [True, field != "fuse_negative"], field  # the second image has no negative text
+    words = [replace(one, strength=0.0) for one in jobs[1:3]]
+    for fused in (True, False):
+        changed = pipe.with_config(replace(pipe.method.config, fuse_words=fused))
+        found = (
+            latents(changed, words, CONFIG),
+            latents(changed, [replace(j, subjects=()) for j in words], CONFIG),
+        )
+        assert torch.allclose(*found, atol=1e-3) != fused, "only words are left"
     late = pipe.with_config(replace(pipe.method.config, start_merge_step=CONFIG.steps))
     same(
         latents(late, jobs[1:3], CONFIG), latents(pipe, [replace(j, subjects=()) for j in jobs[1:3]], CONFIG)

@@ -171,6 +171,24 @@ def test_the_constraint_on_the_tokens_maps(pairs: Path) -> None:
     assert far(losses[0][1:], losses[1][1:])
 
 
+@pytest.mark.parametrize("part", ["words", "refiner", "loras"])
+def test_an_ablated_part_has_no_effect_and_stays(pairs: Path, part: str) -> None:
+    task, whole = task_of(pairs, f"without={part}"), task_of(pairs)
+    trainable = task.model.trainable
+    still = {name for name, p in trainable.adapter.named_parameters() if not p.requires_grad}
+    kinds = {name.split(".")[0 if part != "refiner" else 1] for name in still}
+    assert kinds == {"words": {"images", "fuse"}, "refiner": {"refiner"}, "loras": {"text", "unet"}}[part]
+    assert not any("image" in name for name in still if name.startswith("unet.")), "K, V of the tokens train"
+    assert all(p.requires_grad for p in whole.model.trainable.adapter.parameters())
+    before = task.model(batch_of(task, [0, 1]))
+    with torch.no_grad():
+        for name, p in trainable.adapter.named_parameters():
+            if name in still and not name.startswith(("text.", "unet.", "head.refiner.norm_out")):
+                p.add_(0.1)
+    same(before, task.model(batch_of(task, [0, 1])), 0 if part != "refiner" else 1e-6)
+    assert trainable.export().methods["mm-diff"].get("fuse_words", True) == (part != "words")
+
+
 def test_noise_behind_subjects(pairs: Path) -> None:
     white = task_of(pairs)
     noise = task_of(pairs, "background=noise", f"cache={pairs / 'noise'}")

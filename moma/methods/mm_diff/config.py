@@ -15,6 +15,7 @@ class MMDiffConfig(TextConfig):
     # Steps that read the text alone, without the subjects. The released pipeline's default is 10, all of its
     # demonstrations take 0.
     start_merge_step: int = 0
+    fuse_words: bool = True  # images are merged into their subjects' words; False: the paper's ablation
     # The negative text gets the subjects' words where the prompt has them, as in the release.
     fuse_negative: bool = True
     # Text encoders whose LoRA acts: the release loads both and, by a wrong prefix, applies the first one's.

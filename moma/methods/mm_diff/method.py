@@ -248,7 +248,8 @@ class MMDiff(TextToImage):
         """
         read = [one.negative for one in prepared] + [one.prompt.encodings for one in prepared]
         absent = [not one.job.negative for one in prepared] + [False] * len(prepared)
-        return self.base.encode_text(read, absent, self._fuse(prepared) if merged else None)
+        change = self._fuse(prepared) if merged and self.config.fuse_words else None
+        return self.base.encode_text(read, absent, change)
 
     def _fuse(self, prepared: Sequence[Prepared]) -> Change:
         """What merges images into the words of both rows of guidance; see `merge_words`."""

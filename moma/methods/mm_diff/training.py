@@ -9,6 +9,7 @@ D channels per head, W width of a text encoder, P embedding of an image, M state
 C their width, H W sides of the images.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -31,6 +32,13 @@ from moma.sampling.config import LARGEST, check_types
 from moma.sampling.interface import Batch, DenoisingTraining, Export, Job, Runtime, StepInputs
 
 TRAINABLE = 2  # last blocks of the image encoder that caches leave out
+# Names of the adapter's parameters that an ablation leaves as they start, without an effect.
+ABLATED = {
+    "nothing": r"(?!)",
+    "words": r"images\.|fuse\.",
+    "refiner": r"head\.refiner\.",
+    "loras": r"text\.|unet\.\d+\.attn",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class MMDiffTrainingConfig:
     rank: int = 64  # of the UNet's LoRAs
     text_rank: int = 64  # of the text encoders'
     refiner_blocks: int = 4
+    # The paper's ablations: no image in the words, tokens of the embedding alone, or LoRAs on the K, V of the
+    # subjects' tokens only.
+    without: Literal["nothing", "words", "refiner", "loras"] = "nothing"
     encoder_blocks: int = 2  # last ones of the image encoder that are trained, up to 2 (FastComposer)
     # A subject is left out of a sample, whose caption stays, with this probability (FastComposer).
     drop_subject: float = 0.1
@@ -119,12 +130,16 @@ class MMDiffTraining(DenoisingTraining):
         if again:
             state = weights.state("mm_diff")
             self.adapter.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        if config.without == "refiner":
+            nn.init.zeros_(self.adapter.head.refiner.norm_out.weight)  # its bias is 0
+        ablated = re.compile(ABLATED[config.without]).match
         self.adapter.to(base.device)
         attach(self.adapter, base.unet, base.text_encoders)
         self.frozen = frozen_context(base.unet)
         blocks = range(TRAINABLE - config.encoder_blocks, TRAINABLE)
         ends = ("tail.norm.", "tail.projection.") if config.encoder_blocks else ()
-        self.trained = ("adapter.", *(f"tail.blocks.{i}." for i in blocks), *ends)
+        own = [f"adapter.{name}" for name, _ in self.adapter.named_parameters() if not ablated(name)]
+        self.trained = (*own, *(f"tail.blocks.{i}." for i in blocks), *ends)
 
     @classmethod
     def check(cls, weights: Any, config: MMDiffTrainingConfig, method: MMDiffConfig) -> None:
@@ -200,7 +215,8 @@ class MMDiffTraining(DenoisingTraining):
             chosen = torch.where(named[encoder][..., None], merged, before)  # (B, n, W)
             return words.index_put((rows, places[encoder]), chosen)
 
-        text, pooled = self.base.encode_ids(batch["text_ids"], batch["drop_text"], change)
+        merged = change if self.config.without != "words" else None
+        text, pooled = self.base.encode_ids(batch["text_ids"], batch["drop_text"], merged)
         keep = shown.repeat_interleave(k, dim=1)  # (B, n * K)
         hook = MapHook(
             self.adapter.keys_values(tokens.flatten(1, 2), self.frozen),
@@ -260,7 +276,8 @@ class MMDiffTraining(DenoisingTraining):
             WORDS: (self.vision_cfg, start | self.tail.tensors()),
         }
         seen = {"white": "segment", "noise": "noise"}[self.config.background]
-        return Export(networks, methods={"mm-diff": {**self.fixed, "seen": seen}})
+        fused = {} if self.config.without != "words" else {"fuse_words": False}
+        return Export(networks, methods={"mm-diff": {**self.fixed, "seen": seen, **fused}})
 
 
 def new_sizes(base: Base, vision: CLIPVision, config: MMDiffTrainingConfig) -> MMDiffSizes:
