@@ -9,11 +9,12 @@ import torch
 
 from models.tokenizers import ClipTokenizer
 from moma.methods.prompts import sd_prompt
-from moma.mini.base_numbers import auc, sharpness
+from moma.mini.base_numbers import auc
 from moma.mini.text_to_image import BOTH, FIRST, SECOND, Texts, map_loss, pair_texts, single_texts
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 from moma.world import pairs, world
 from moma.world.classifiers import views, views_of_pairs
+from moma.world.measures import sharpness
 from moma.world.pairs import Pair, Told, draw_pair, named_specs, pair, pair_words, render_pairs
 from moma.world.words import Words
 from moma.world.world import Spec
@@ -180,8 +181,8 @@ def test_auc_and_sharpness() -> None:
     images = checks.expand(1, 3, 8, 8).byte()
     inside = torch.zeros(1, 8, 8, dtype=torch.bool)
     inside[:, 2:6, 2:6] = True
-    assert sharpness(images, inside) == pytest.approx(4 * 255)
-    assert sharpness(images // 2, inside) == pytest.approx(4 * 127) and sharpness(images * 0, inside) == 0
+    all_, masks = torch.cat([images, images // 2, images * 0]), inside.expand(3, -1, -1)
+    assert sharpness(all_, masks).tolist() == pytest.approx([4 * 255, 4 * 127, 0])
 
 
 def test_told_is_false_where_the_words_are_the_same() -> None:

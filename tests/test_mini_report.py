@@ -14,10 +14,12 @@ from PIL import Image
 import moma
 from moma.evaluate.estimates import estimate
 from moma.methods.text import TextConditioning
-from moma.mini import approximations, report
-from moma.sampling.base import NETWORKS
+from moma.mini import approximations, rated, report
+from moma.mini.asked import Drawn, duos, generate, singles
+from moma.mini.config import ReportConfig
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.sampler import denoise
+from moma.weights.bundle import Bundle
 from moma.world import classifiers, world
 from moma.world.measures import iou, retrieved
 from tests.helpers import ROOT
@@ -56,7 +58,7 @@ def test_retrieval_of_perfect_and_permuted_embeddings():
 
 
 def shot(images):
-    return report.Drawn(images, torch.zeros(len(images), 1, 1))
+    return Drawn(images, torch.zeros(len(images), 1, 1))
 
 
 def test_background_change_and_tint():
@@ -68,30 +70,76 @@ def test_background_change_and_tint():
     subject = grey.clone()
     subject[..., 4:12, 4:12] = 255  # within the subject and one cell around it
     red = torch.tensor([[1.0, 0.0, 0.0]])
-    still = report.background((shot(grey), seen), (shot(subject), seen), red, margin=1)
+    still = rated.background((shot(grey), seen), (shot(subject), seen), red, margin=1)
     assert still["change"].item() == still["tint"].item() == 0
     tinted = grey.clone()
     tinted[:, 0] += 30
-    found = report.background((shot(grey), seen), (shot(tinted), seen), red, margin=1)
+    found = rated.background((shot(grey), seen), (shot(tinted), seen), red, margin=1)
     assert found["change"].item() == pytest.approx(10) and found["tint"].item() == pytest.approx(10)
-    away = report.background((shot(tinted), seen), (shot(grey), seen), red, margin=1)
+    away = rated.background((shot(tinted), seen), (shot(grey), seen), red, margin=1)
     assert away["tint"].item() == pytest.approx(-10)
 
 
-def test_pairs_are_unseen_identities_in_other_scenes():
-    cfg = report.ReportConfig()
-    pairs = report.make_pairs(60, [None], cfg)
-    assert pairs == report.make_pairs(60, [None], cfg)
-    assert len({(p.shown.label, p.shown.number) for p in pairs}) == 60
+def test_what_is_asked_for_is_unseen_and_elsewhere():
+    cfg = ReportConfig()
+    asked = singles(60, [None], cfg)
+    assert asked == singles(60, [None], cfg)
+    assert len({(one.shown[0].label, one.shown[0].number) for one in asked}) == 60
     first = cfg.world.identities + cfg.world.unseen_identities
-    for pair in pairs:
-        assert pair.shown.number == pair.wanted.number >= first
-        assert pair.shown.scene != pair.wanted.scene and pair.shown.material is None
-        near = {world.neighbour(pair.wanted, step, cfg.world).number for step in range(12)}
+    for one in asked:
+        (shown,), (wanted,) = one.shown, one.wanted
+        assert shown.number == wanted.number >= first
+        assert shown.scene != wanted.scene and shown.material is None
+        near = {world.neighbour(wanted, step, cfg.world).number for step in range(12)}
         assert len(near) == 12 and min(near) >= first
-    made_of = [pair.wanted.material for pair in report.make_pairs(8, world.MATERIALS, cfg)]
+    new = [world.held_out(one.wanted[0].label, one.wanted[0].scene, None) for one in asked]
+    assert 30 <= sum(new) < 40, "half, and those that are drawn by chance"
+    made_of = [one.wanted[0].material for one in singles(8, world.MATERIALS, cfg)]
     assert made_of == [*world.MATERIALS] * 2
-    assert any(world.held_out(p.wanted.label, p.wanted.scene, None) for p in pairs)
+    assert min(one.wanted[0].number for one in singles(8, [None], replace(cfg, split="val"))) < first
+
+
+def test_duos_are_two_classes_in_the_order_of_naming():
+    cfg = ReportConfig()
+    for one in duos(20, cfg):
+        labels = [spec.label for spec in one.wanted]
+        assert labels == [spec.label for spec in one.shown] and labels[0] != labels[1]
+        assert [spec.number for spec in one.wanted] == [spec.number for spec in one.shown]
+        assert one.prompt.index(labels[0]) < one.prompt.index(labels[1])
+        assert not any(spec.material for spec in (*one.shown, *one.wanted))
+
+
+def test_two_subjects_are_found_missed_and_swapped(monkeypatch):
+    """Classifiers that read what is written into a view: label, colour and embedding of its subject."""
+    cfg = replace(ReportConfig(), distractors=1, world=SMALL)
+    asked = duos(3, cfg)
+    true = classifiers.truth_of([spec for one in asked for spec in one.wanted], SMALL)
+    eye = torch.eye(6)
+
+    def classify(probes, views, batch=256):
+        rows = views[:, 0, 0, 0].long()  # of the subjects; 255: nothing is there
+        there, rows = rows < 6, rows.clamp(max=5)
+        colours = views[:, 1, 0, 0].long().clamp(max=5)
+        truth = true._replace(label=true.label[rows], colours=true.colours[colours], scene=true.scene[rows])
+        mask = there[:, None, None].expand(-1, 4, 4)
+        return classifiers.Prediction(truth, mask, eye[rows])
+
+    monkeypatch.setattr(classifiers, "classify", classify)
+    monkeypatch.setattr(classifiers, "gallery", lambda *_: torch.stack([eye, eye.roll(1, 0)], dim=1))
+    monkeypatch.setattr(classifiers, "views", lambda images, *_: images)  # (N, 2, 3, 1, 1)
+
+    def measured(*views):
+        images = torch.tensor(views, dtype=torch.uint8).view(3, 2, 2)  # of each view: subject, colours
+        images = torch.cat([images, images[..., :1]], dim=2)[..., None, None]
+        probes = classifiers.Probes()
+        found = rated.measure_duos({"": Drawn(images, torch.zeros(3, 1, 1))}, asked, probes, cfg)[""]
+        return [found[name].tolist() for name in ("both", "each", "swapped")]
+
+    yes, no = [True] * 6, [False] * 6
+    right = (0, 0), (1, 1), (3, 3), (2, 2), (4, 4), (5, 5)  # the second image: in the other order
+    assert measured(*right) == [[True] * 3, yes, no]
+    assert measured((0, 1), (1, 0), *right[2:]) == [[True] * 3, yes, [True, True, *no[2:]]]
+    assert measured((0, 0), (255, 1), *right[2:]) == [[False, True, True], [True, False, *yes[2:]], no]
 
 
 def test_classifiers_learn_and_come_back_from_their_file(tmp_path):
@@ -147,19 +195,22 @@ def test_contrast_is_lowest_for_matching_pairs():
 def place(tmp_path_factory):
     """A tiny bundle with untrained classifiers."""
     folder = tmp_path_factory.mktemp("report")
-    build_tiny_bundle(folder / "tiny")
-    build_ip_bundle(folder / "tiny", folder / "ip", (*NETWORKS, "vision"), trained=True)
+    build_tiny_bundle(folder / "plain")
+    build_ip_bundle(
+        folder / "plain", folder / "tiny", (*Bundle.open(folder / "plain").configs,), trained=True
+    )
     torch.manual_seed(0)
     classifiers.save_probes(folder / "probes.safetensors", classifiers.Probes())
     return folder
 
 
 def options(place, *more):
-    paths = {"--bundle": "tiny", "--baseline": "ip", "--probes": "probes.safetensors", "--work": "work"}
+    paths = {"--bundle": "tiny", "--probes": "probes.safetensors", "--work": "work"}
     paths |= {"--page": "docs/mini.md"}
     given = [text for name, path in paths.items() for text in (name, str(place / path))]
-    sizes = ["--pairs", "1", "--textures", "1", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
-    return [*given, *sizes, "--variant", f"again={place / 'tiny'}", *more]
+    sizes = [part for name in ("pairs", "textures", "duos") for part in (f"--{name}", "1")]
+    sizes += ["--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    return [*given, *sizes, "--variant", f"again={place / 'tiny'}@moma,m_gen_inside=one", *more]
 
 
 @pytest.mark.slow  # two processes, the whole report
@@ -174,10 +225,11 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
     assert done.returncode == 0, done.stderr[-3000:]
     text = page.read_text()
     images = {p.name: p.read_bytes() for p in (place / "docs/mini").iterdir()}
-    for name in ("Table 1", "Table 3", "Table 4", "Fig. 8", "IP-Adapter", "half", "| again |", "missed"):
-        assert name in text
+    titles = ("Two subjects", "Guidance", "Table 1", "Table 3", "Table 4", "Fig. 8")
+    assert all(name in text for name in (*titles, "IP-Adapter", "half", "| again |", "missed"))
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert set(images) == {"methods.png", "strength.png", "textures.png", "masking.png", "numbers.json"}
+    sheets = ("methods", "duos", "strength", "textures", "masking")
+    assert set(images) == {*(f"{name}.png" for name in sheets), "numbers.json"}
     with Image.open(place / "docs/mini/masking.png") as sheet:
         assert np.asarray(sheet).std() > 0
     numbers = json.loads(images["numbers.json"])
@@ -196,21 +248,22 @@ def test_whole_report_by_two_ranks_is_idempotent_and_goes_on(place, capsys):
 
 @pytest.mark.slow  # six drawings
 def test_settings_differ_where_they_should(place):
-    cfg = report.ReportConfig()
+    cfg = ReportConfig()
     cfg = replace(cfg, sample=replace(cfg.sample, steps=2))
-    pairs = report.make_pairs(1, [None], cfg)
-    settings = report.plan(place / "tiny", place / "ip", {}, cfg)["scenes"]
-    drawn = {}
-    for name in (report.TEXT, report.BASELINE, report.NONE, report.MAIN, "half", "off"):
+    pairs = singles(1, [None], cfg)
+    settings = report.plan(place / "tiny", {}, cfg)["scenes"]
+    drawn, share = {}, "MoMA, unconditional β = 0.5"
+    names = (report.TEXT, report.IP_ADAPTER, report.REFERENCE, report.NONE, report.MAIN, share, "half", "off")
+    for name in names:
         setting = settings[name]
         pipe = moma.load(setting.bundle, setting.method, device="cpu", dtype="fp32", config=setting.config)
         drawn[name] = setting.draw(pipe, pairs, cfg)
     assert len({found.images.numpy().tobytes() for found in drawn.values()}) == len(drawn)
     assert report.MASKS[-1] not in settings, "the bundle makes M_gen as the release does"
     text = moma.load(place / "tiny", "text", device="cpu", dtype="fp32")
-    difference = report.generate(text, pairs, cfg).images.int() - drawn[report.TEXT].images.int()
+    difference = generate(text, pairs, cfg).images.int() - drawn[report.TEXT].images.int()
     assert difference.abs().max() <= 1  # of 255: attention that also gives the maps rounds otherwise
-    assert drawn[report.TEXT].m_gen.any() and not drawn[report.BASELINE].m_gen.any()
+    assert drawn[report.TEXT].m_gen.any() and not drawn[report.IP_ADAPTER].m_gen.any()
 
 
 # --- moma.mini.approximations --------------------------------------------------------------------------
@@ -252,7 +305,7 @@ def test_unet_rows_are_those_of_the_sampler():
 
     for setting in approximations.settings(50).values():
         rows.clear()
-        sample = replace(report.ReportConfig().sample, **setting.sample)
+        sample = replace(ReportConfig().sample, **setting.sample)
         schedule = solver_steps(ScheduleConfig(), sample.steps, sample.solver)
         cond, x = TextConditioning([], None), torch.zeros(3, 1, 1, 1)
         steps = list(denoise(unet, cond, schedule, x, 7.5, sample.solver, sample.guidance_interval))
@@ -262,7 +315,7 @@ def test_unet_rows_are_those_of_the_sampler():
 def test_approximations_less_the_baseline():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     shots = {
-        name: approximations.Timed(report.Drawn(images + brighter, torch.zeros(2, 1, 1)), seconds)
+        name: approximations.Timed(Drawn(images + brighter, torch.zeros(2, 1, 1)), seconds)
         for name, brighter, seconds in (("base", 10, [2.0, 4.0, 1.0]), ("fast", 4, [1.0, 1.0, 0.9]))
     }
     hits = {"base": [True, False], "fast": [False, False]}
@@ -271,7 +324,7 @@ def test_approximations_less_the_baseline():
     assert "difference" not in shown["base"] and shown["fast"]["difference"].tolist() == [6, 6]
     assert list(less) == ["fast"] and less["fast"]["mask"].tolist() == [-1, 0]
     named = {"base": approximations.Setting(), "fast": approximations.Setting({"steps": 10})}
-    costs = approximations.costs(shots, named, report.ReportConfig().sample)
+    costs = approximations.costs(shots, named, ReportConfig().sample)
     assert costs == {
         "UNet rows": {"base": "1", "fast": "0.2"},
         "seconds": {"base": "1", "fast": "0.50 (0.25 to 0.90)"},
@@ -318,3 +371,9 @@ def test_page_without_marks_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=page.name):
         report.rewrite(page, "text")
     assert page.read_text() == "own words"
+
+
+@pytest.mark.parametrize("text", ["again", "a=b@", "a=b,c", "=b"])
+def test_a_variant_of_another_form_is_refused(text):
+    with pytest.raises(ValueError, match="NAME=BUNDLE"):
+        report.variant(text)

@@ -25,7 +25,8 @@ from moma.app.files import exit_status
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
-from moma.mini.report import ReportConfig, make_pairs
+from moma.mini.asked import singles
+from moma.mini.config import ReportConfig
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Runtime
 from moma.weights.bundle import Bundle
@@ -105,10 +106,10 @@ def embeddings(folder: Path, dtype: str, cfg: RoundingConfig) -> Tensor:
     runtime, inputs = Runtime.choose(Bundle.open(folder), "cpu", dtype), []
     config = runtime.weights.method_config("moma")
     decoder = FeatureDecoder.load(runtime, config, None, ("adapter",))
-    for pair in make_pairs(cfg.pairs, [None], ReportConfig()):
-        image, mask = map(Image.fromarray, draw(pair.shown, ReportConfig().world)[:2])
+    for pair in singles(cfg.pairs, [None], ReportConfig()):
+        image, mask = map(Image.fromarray, draw(pair.shown[0], ReportConfig().world)[:2])
         white = make_reference(image, mask, runtime.weights.image_size, config).white
-        inputs.append(MLLMInput(white, pair.shown.label, pair.prompt))
+        inputs.append(MLLMInput(white, pair.shown[0].label, pair.prompt))
     return torch.cat(decoder.encode_features(inputs)).float()  # (N, E)
 
 

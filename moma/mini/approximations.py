@@ -19,21 +19,10 @@ import torch
 
 from moma.app.files import exit_status
 from moma.load import load
-from moma.mini.report import (
-    FIDELITY,
-    Drawn,
-    Pair,
-    ReportConfig,
-    Table,
-    Values,
-    around,
-    drawn,
-    make_jobs,
-    make_pairs,
-    measure,
-    parser_of,
-    rewrite,
-)
+from moma.mini.asked import Asked, Drawn, drawn, make_jobs, singles
+from moma.mini.config import ReportConfig
+from moma.mini.rated import Table, Values, measure
+from moma.mini.report import FIDELITY, around, parser_of, rewrite
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
@@ -126,7 +115,7 @@ def draw_batch(
 
 @torch.no_grad()
 def _draw_in_turn(
-    pipe: Pipeline, pairs: Sequence[Pair], named: Mapping[str, Setting], cfg: ReportConfig
+    pipe: Pipeline, pairs: Sequence[Asked], named: Mapping[str, Setting], cfg: ReportConfig
 ) -> dict[str, Timed]:
     """All pairs in all settings, batch by batch."""
     found: dict[str, list[tuple[Drawn, float]]] = {name: [] for name in named}
@@ -210,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     around(args.page)
     probes = load_probes(args.probes)
     pipe = load(args.bundle, device=args.device, dtype=args.dtype, stream="off")
-    pairs, named = make_pairs(args.pairs, [None], cfg), settings(args.steps)
+    pairs, named = singles(args.pairs, [None], cfg), settings(args.steps)
     timed = _draw_in_turn(pipe, pairs, named, cfg)
     values = measure({name: its.drawn for name, its in timed.items()}, pairs, probes, cfg)
     shown, less = compared(values, timed)

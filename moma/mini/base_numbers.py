@@ -28,7 +28,7 @@ from moma.sampling.pipeline import to_images
 from moma.sampling.sampler import denoise
 from moma.training.common import to_pixels
 from moma.world import classifiers
-from moma.world.measures import retrieved
+from moma.world.measures import retrieved, sharpness
 from moma.world.pairs import draw_pair, named_specs, pair, pair_words
 from moma.world.words import words_of
 from moma.world.world import WorldConfig, caption, draw_many, spec
@@ -107,7 +107,7 @@ def single_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]
     found["told identity"] = _mean(retrieved(seen.embedding, others))
     true = _autoencoded(model, classifiers.stacked([s.image for s in draw_many(own, model.world)]))
     real = classifiers.classify(model.probes, true).mask
-    return found | {"sharpness": sharpness(told, seen.mask) / sharpness(true, real)}
+    return found | {"sharpness": _mean(sharpness(told, seen.mask)) / _mean(sharpness(true, real))}
 
 
 def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
@@ -141,19 +141,6 @@ def _autoencoded(model: BaseModel, images: Tensor) -> Tensor:
     """Images (N, 3, S, W) uint8 through the autoencoder."""
     decoded = model.vae.decode(model.vae.encode(to_pixels(images))[0])
     return ((decoded / 2 + 0.5).clamp(0, 1) * classifiers.BYTE).byte()
-
-
-def sharpness(images: Tensor, masks: Tensor) -> float:
-    """Mean absolute Laplacian of the grey values inside the subjects: outlines, eyes and patterns.
-
-    Args:
-        images: uint8 (N, 3, S, W).
-        masks: of the subjects, bool (N, s, s).
-    """
-    kernel = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])[None, None]  # (1, 1, 3, 3)
-    edges = F.conv2d(images.float().mean(dim=1, keepdim=True), kernel, padding=1).abs()  # (N, 1, S, W)
-    inside = F.interpolate(masks[:, None].float(), size=edges.shape[-2:])  # (N, 1, S, W)
-    return ((edges * inside).sum() / inside.sum().clamp_min(1)).item()
 
 
 def base_sheet(model: BaseModel, cfg: BaseNumbersConfig) -> Image.Image:

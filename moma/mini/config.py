@@ -161,6 +161,45 @@ class FamiliarTraining:
     quality: int = 85  # of JPEG files
 
 
+def report_gates() -> dict[str, tuple[float, float]]:
+    """Least and largest averages of the report, by the names of its targets."""
+    any_ = math.inf
+    ahead = {f"{name}, less IP-Adapter's": (0.0, any_) for name in ("class", "scene", "material at β = 0.4")}
+    two = {"both present": (0.85, 1), "identity of each": (0.6, 1), "other's colours": (0, 0.1)}
+    two |= {f"{name}, less IP-Adapter's": (0.0, any_) for name in ("both present", "identity of each")}
+    who = ("MoMA", "MM-Diff")
+    two = {f"two subjects, {one}: {name}": bounds for one in who for name, bounds in two.items()}
+    return {
+        "identity": (0.8, 1), "pattern": (0.7, 1), "colour error": (0, 27),
+        "identity in combinations never trained": (0.65, 1), "identity, less IP-Adapter's": (0.1, any_),
+        "class": (0.97, 1), "scene": (0.98, 1), "material at β = 0.4": (0.97, 1), **ahead,
+        "M_gen IoU": (0.75, 1), "sharpness, less the base's": (0, any_), **two,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the report draws and measures."""
+
+    split: str = "test"
+    pairs: int = 200  # of identity and scene: a share of 90% is then known to about 4 points
+    new: float = 0.5  # share of them in combinations that were never trained
+    textures: int = 60  # of identity and material, 15 of each
+    duos: int = 120  # of two subjects of different classes
+    present: float = 0.08  # least share of its view that a subject of two fills
+    distractors: int = 10  # K: other identities of the same class, so chance is 1 in 11
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.2)  # Table 4's β; 0 and 1 are always needed
+    texture_strengths: tuple[float, ...] = (0.0, 0.4, 0.7, 1.0)
+    texture_strength: float = 0.4  # the paper's for textures, used where MoMA has a single row
+    unconditional: tuple[float, ...] = (0.0, 0.5)  # shares of β in the unconditional row
+    margin: int = 2  # mask cells around a subject that are not background yet: outline, shadow
+    rows: int = 4  # of a figure: the first ones, not the best
+    scale: int = 2  # of the figures' images
+    sample: SampleConfig = SampleConfig(batch_size=16)
+    world: WorldConfig = WorldConfig()
+    wanted: dict[str, tuple[float, float]] = field(default_factory=report_gates)
+
+
 def gates() -> dict[str, dict[str, tuple[float, float]]]:
     """Least and largest values of a stage on held-out images; later stages cannot repair a miss."""
     any_ = math.inf
