@@ -20,7 +20,8 @@ from moma import load
 from moma.evaluate.world import mini_scorers
 from moma.methods.moma.adapter import AdapterConfig
 from moma.mini.config import BaseNumbersConfig, MiniConfig
-from moma.mini.pretrain import STAGES, Workspace, add_scorers, main, recipe, with_positions
+from moma.mini.pretrain import STAGES, finish, main, recipe
+from moma.mini.workspace import Workspace, with_positions
 from moma.sampling.config import SampleConfig
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
@@ -34,7 +35,7 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 
 def smallest() -> MiniConfig:
     cfg = MiniConfig()
-    vision = CLIPVisionConfig(width=16, layers=2, heads=2, mlp=16, image_size=64, patch=32)
+    vision = CLIPVisionConfig(width=16, layers=3, heads=2, mlp=16, image_size=64, patch=32)
     llama = LlamaConfig(width=16, layers=1, heads=2, mlp=16, positions=256)
     networks = {
         "vae": VAEConfig(channels=(8, 8, 8), latent_channels=8, resnets=1, norm_groups=4),
@@ -53,12 +54,12 @@ def smallest() -> MiniConfig:
     def short(part: object) -> object:
         return replace(part, held_out=2, train=replace(part.train, **few))
 
-    options = ("--steps", "2", "--set", "validation_samples=2")
+    options = ("--set", "validation_samples=2")
     probes = replace(short(cfg.probes), pairs=8, wide=2, group=1)
     captioner = replace(short(cfg.captioner), asked=1, answer_tokens=2)
     return replace(
         cfg, networks=networks, images=12, unseen_images=40, pairs=6, unseen_pairs=8, tokenizer_captions=12,
-        triplets=6, stage_batch=2, gates={},
+        singles=6, twos=6, adapter_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
         segmenting=replace(short(cfg.segmenting), asked=2),
         text_to_image=replace(short(cfg.text_to_image), map_layers=(0, 1)),
@@ -66,17 +67,17 @@ def smallest() -> MiniConfig:
             images=2, pairs=2, same=2, noised=2, shown=4, columns=2, timesteps=(600,), map_timesteps=(300,)
         ),
         sample=SampleConfig(steps=1, batch_size=2),
-        stage2={name: cfg.stage2[name] for name in ("moma", "ip_adapter", "pairs")},
+        adapters={name: replace(run, share=1.0) for name, run in cfg.adapters.items()},
         method={"template": "paper"},
-        stage1_options=(*options, "--workers", "0", "--set", "lanes=2"),
-        stage2_options=(*options, "--set", "grid_samples=0"),
+        decoder_steps=2, decoder_options=(*options, "--workers", "0", "--set", "lanes=2"),
+        adapter_steps=2, adapter_options=(*options, "--set", "grid_samples=0"),
     )  # fmt: skip
 
 
 def work(out: Path) -> None:
     """What each of the two ranks does."""
     with start_ranks("cpu") as ranks:
-        recipe(Workspace(smallest(), out, ranks), "stage2")
+        recipe(Workspace(smallest(), out, ranks), "adapters")
         (out / f"rank-{ranks.rank}").touch()
 
 
@@ -89,32 +90,33 @@ def test_the_recipe_on_two_ranks_makes_a_bundle_and_never_does_a_stage_twice(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank-0").exists() and (tmp_path / "rank-1").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*")}
-    recipe(Workspace(smallest(), tmp_path, ONE), "stage2")
+    recipe(Workspace(smallest(), tmp_path, ONE), "adapters")
     assert before and all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert all((tmp_path / f"{name}.json").exists() for name in STAGES)
 
-    folder = tmp_path / "bundles" / "moma"
-    assert Bundle.open(folder).method["template"] == "paper"
-    baseline = Bundle.open(tmp_path / "bundles" / "ip_adapter")
-    assert baseline.method_config("ip-adapter").encoder == "vision" and "ip_adapter" in baseline.networks
-    pipe = load(folder)
-    sample = render(0, "test")
-
-    subject = pipe.encode_subject(Image.fromarray(sample.image), Image.fromarray(sample.mask), sample.label)
-    (image,) = pipe.sample(subject, f"a {sample.label} in the snow", seeds=[0], config=SampleConfig(steps=2))
-    assert image.size == (64, 64)
-
-    add_scorers(Workspace(smallest(), tmp_path, ONE), folder)
-    judge, clip = mini_scorers(Bundle.open(folder))
+    folder = tmp_path / "finished"
+    finish(Workspace(smallest(), tmp_path, ONE), folder)
+    bundle, sample = Bundle.open(folder), render(0, "test")
+    assert bundle.method["template"] == "paper" and bundle.method_config("ip-adapter").encoder == "vision"
+    image, mask = Image.fromarray(sample.image), Image.fromarray(sample.mask)
+    for method in ("moma", "ip-adapter", "mm-diff"):
+        pipe = load(folder, method)
+        subject = pipe.encode_subject(image, mask, sample.label)
+        prompt, config = f"a {sample.label} in the snow", SampleConfig(steps=2)
+        (drawn,) = pipe.sample(subject, prompt, seeds=[0], config=config)
+        assert drawn.size == (64, 64)
+    judge, clip = mini_scorers(bundle)
     assert judge.embed_images([image]).shape == (1, smallest().probes.embedding)
     assert clip.embed_images([image]).shape == clip.embed_texts(["a cat"]).shape == (1, 96)
 
 
-def test_a_missed_gate_stops_the_recipe(tmp_path: Path) -> None:
+def test_a_missed_gate_stops_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = replace(smallest(), gates={"vae": {"psnr": (99.0, 200.0)}})
     with pytest.raises(ValueError, match=r"psnr .* 99"):
         recipe(Workspace(cfg, tmp_path, ONE), "clip")
     assert not (tmp_path / "vae.json").exists() and not (tmp_path / "clip").exists()
+    recipe(Workspace(cfg, tmp_path, ONE), "vae", past_gates=True)
+    assert "psnr" in capsys.readouterr().err and (tmp_path / "vae.json").exists()
 
 
 def test_a_kept_stage_takes_the_networks_of_the_start_as_they_are(tmp_path: Path) -> None:
@@ -146,6 +148,21 @@ def test_rich_captions_name_colours_and_the_worlds_do_not() -> None:
     assert words.rich.endswith("cat on the beach") and words.rich == words.subject + " on the beach"
     assert words_of(Spec("cat", 7, "beach", "icy", 0, 0), "", cfg).subject == "an icy cat"
     assert colour_name((0.8, 0.2, 0.2)) == "red" and colour_name((1, 1, 1)) == "white"
+
+
+def test_every_adapter_starts_from_a_bundle_that_is_made_before() -> None:
+    made, cfg = {"decoder"}, MiniConfig()
+    for name, run in (cfg.adapters | cfg.ablations).items():
+        assert run.start in made and run.data in cfg.twins, name
+        made.add(name)
+    assert all(run.share < 1 for run in cfg.ablations.values())
+
+
+def test_a_shortened_recipe_has_that_share_of_renders_and_steps() -> None:
+    cfg, less = MiniConfig(), MiniConfig().shortened(0.1)
+    assert less.text_to_image.train.steps == cfg.text_to_image.train.steps // 10
+    assert (less.images, less.adapter_steps, less.gates) == (cfg.images // 10, cfg.adapter_steps // 10, {})
+    assert less.probes.pairs % less.probes.group == 0 and less.networks.keys() == cfg.networks.keys()
 
 
 if __name__ == "__main__":

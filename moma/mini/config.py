@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 (defaults are frozen)
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,59 @@ def _train(warmup: int = 100, **options: Any) -> TrainConfig:
     return TrainConfig(**shared, **options)
 
 
-_STAGE2 = ("moma:stage2", "--set", "attention=explicit")
+@dataclass(frozen=True)
+class AdapterRun:
+    """A training of `train.py` on top of a bundle."""
+
+    training: str
+    options: tuple[str, ...] = ()
+    start: str = "decoder"  # the bundle that it starts from, of stage 1 or of another run
+    data: str = "mixed"  # folder of the shards
+    share: float = 1.0  # of `MiniConfig.adapter_steps`
+    cache: str | None = None  # of its own, where an option changes what is cached
+
+
+def _set(*fields: str) -> tuple[str, ...]:
+    return tuple(part for one in fields for part in ("--set", one))
+
+
 # Without a shift the adapter copies from the same place of the reference, whatever the image shows there.
-_SHIFTED = ("--set", "reference_shift=4")
+_MOMA = _set("attention=explicit", "reference_shift=4")
+# Of the released sizes a fraction, as the UNet is.
+_MM_DIFF = _set("rank=16", "text_rank=16", "refiner_blocks=2")
+_PART = 0.25  # of the steps: ablations, and images of two subjects
+
+
+def adapter_runs() -> dict[str, AdapterRun]:
+    """The adapters; each bundle holds those of the bundle that it starts from."""
+    again = _set("init=adapter")
+    return {
+        "moma": AdapterRun("moma:stage2", _MOMA),
+        "moma_pairs": AdapterRun("moma:several", (*_MOMA, *again), "moma", "pairs", _PART),
+        "ip_adapter": AdapterRun("ip-adapter", start="moma_pairs", share=1 + _PART),
+        "mm_diff": AdapterRun("mm-diff", _MM_DIFF, "ip_adapter"),
+        "mm_diff_pairs": AdapterRun("mm-diff", (*_MM_DIFF, *_set("init=mm_diff")), "mm_diff", "pairs", _PART),
+    }
+
+
+def ablation_runs() -> dict[str, AdapterRun]:
+    """Trainings that differ in one thing from the first of their method."""
+    undropped = _set("drop_text=0", "drop_both=0")
+    found = {
+        "moma_part": AdapterRun("moma:stage2", _MOMA),
+        "moma_white": AdapterRun("moma:stage2", (*_MOMA, *_set("reference_background=white")), cache="white"),
+        "moma_selves": AdapterRun("moma:stage2", _MOMA, data="selves"),
+        "moma_twins": AdapterRun("moma:stage2", _MOMA, data="twins"),
+        "moma_undropped": AdapterRun("moma:stage2", (*_MOMA, *undropped)),
+    }
+    constraint = _set("map_weight=0", "image_map_weight=0")
+    without = {part: _set(f"without={part}") for part in ("words", "refiner", "loras")}
+    for name, options in {"part": (), "maps": constraint, **without}.items():
+        # Both kinds of images, as the constraint on the tokens' maps needs two subjects.
+        found[f"mm_diff_{name}_single"] = AdapterRun("mm-diff", (*_MM_DIFF, *options))
+        more = (*_MM_DIFF, *options, *_set("init=mm_diff"))
+        found[f"mm_diff_{name}"] = AdapterRun("mm-diff", more, f"mm_diff_{name}_single", "pairs", _PART)
+    return {name: replace(run, share=_PART * run.share) for name, run in found.items()}
 
 
 @dataclass(frozen=True)
@@ -263,25 +313,43 @@ class MiniConfig:
             "subject_below_t": 1000,
         }
     )
-    stage_batch: int = 32  # samples per step of the two stages, over all ranks
-    triplets: int = 20_000  # images of the two stages; each is seen a few times
-    stage1_options: tuple[str, ...] = (
-        "--steps", "600", "--lr", "5e-4", "--workers", "0",
+    adapter_batch: int = 32  # samples per step of the decoder and the adapters, over all ranks
+    singles: int = 20_000  # images that they see of one subject; each is seen a few times
+    twos: int = 10_000  # and of two
+    # Folder of shards -> share of samples whose reference is another render; the others' is the image itself.
+    twins: dict[str, float] = field(
+        default_factory=lambda: {"mixed": 0.5, "pairs": 0.5, "selves": 0.0, "twins": 1.0}
+    )
+    decoder_steps: int = 600
+    decoder_options: tuple[str, ...] = (
+        "--lr", "5e-4", "--workers", "0",
         "--set", "schedule=cosine", "--set", "warmup=50", "--set", "lanes=16",
     )  # fmt: skip
-    # Without snr_gamma the adapter learns mostly fine detail, and colours stay wrong.
-    stage2_options: tuple[str, ...] = (
-        "--steps", "1200", "--lr", "8e-3", "--ema", "0.99", "--set", "weight_decay=0",
-        "--set", "schedule=cosine", "--set", "warmup=20", "--set", "snr_gamma=0.01",
-        "--set", "drop_text=0", "--set", "drop_both=0",
+    adapter_steps: int = 3000
+    # Fine detail has the largest errors; weighted by it, colours stay wrong, and without it, outlines blur.
+    adapter_options: tuple[str, ...] = (
+        "--lr", "2e-3", "--ema", "0.999",
+        *_set("schedule=cosine", "warmup=50", "snr_gamma=0.3", "save_every=250", "validate_every=250"),
+        *_set("sample_every=1000"),
     )  # fmt: skip
-    # MoMA's adapter, and variants to compare in the report: name -> training of train.py and its options.
-    stage2: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "moma": (*_STAGE2, *_SHIFTED),
-            "ip_adapter": ("ip-adapter",),
-            "white": (*_STAGE2, *_SHIFTED, "--set", "reference_background=white"),
-            "pairs": (*_STAGE2, *_SHIFTED, "--data", "{work}/pairs"),  # another render is the reference
-            "still": _STAGE2,  # the reference is the target itself, at the same place
-        }
-    )
+    adapters: dict[str, AdapterRun] = field(default_factory=adapter_runs)
+    ablations: dict[str, AdapterRun] = field(default_factory=ablation_runs)
+
+    def shortened(self, share: float) -> "MiniConfig":
+        """The recipe with that share of its renders and steps, and without gates, which it would miss."""
+
+        def less(number: int) -> int:
+            return max(1, round(share * number))
+
+        stages = ("vae", "clip", "probes", "segmenting", "text_to_image", "captioner")
+        trained = {}
+        for name in stages:
+            part = getattr(self, name)
+            train = replace(part.train, steps=less(part.train.steps), warmup=less(part.train.warmup))
+            trained[name] = replace(part, train=train)
+        group = self.probes.group
+        sizes = {name: group * less(getattr(self.probes, name) // group) for name in ("pairs", "wide")}
+        trained["probes"] = replace(trained["probes"], **sizes)
+        renders = ("images", "pairs", "tokenizer_captions", "singles", "twos")
+        numbers = {name: less(getattr(self, name)) for name in (*renders, "decoder_steps", "adapter_steps")}
+        return replace(self, gates={}, **trained, **numbers)
