@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 import moma
 from moma.evaluate.estimates import estimate
 from moma.methods.text import TextConditioning
-from moma.mini import approximations, rated, report
+from moma.mini import adapter_numbers, approximations, rated, report
 from moma.mini.asked import Drawn, duos, generate, singles
 from moma.mini.config import ReportConfig
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
@@ -264,6 +265,26 @@ def test_settings_differ_where_they_should(place):
     difference = generate(text, pairs, cfg).images.int() - drawn[report.TEXT].images.int()
     assert difference.abs().max() <= 1  # of 255: attention that also gives the maps rounds otherwise
     assert drawn[report.TEXT].m_gen.any() and not drawn[report.IP_ADAPTER].m_gen.any()
+
+
+# --- moma.mini.adapter_numbers --------------------------------------------------------------------------
+
+
+def test_errors_inside_subjects(place, capsys):
+    cfg = adapter_numbers.AdapterNumbersConfig(images=3, timesteps=(300, 700), batch=2)
+    pipes = {name: moma.load(place / "tiny", name, device="cpu", dtype="fp32") for name in ("text", "moma")}
+    text = adapter_numbers.errors(pipes["text"], 0.0, False, cfg)
+    assert text.shape == (2, 3) and (text > 0).all()
+    whole = adapter_numbers.errors(pipes["text"], 0.0, False, replace(cfg, batch=3))
+    torch.testing.assert_close(text, whole, rtol=1e-4, atol=1e-5)
+    found = [
+        adapter_numbers.errors(pipes["moma"], *which, cfg)
+        for which in ((0.0, False), (1.0, False), (1.0, True))
+    ]
+    assert all((a - b).abs().max() > 1e-4 for a, b in combinations([text, *found], 2))
+    given = ["--bundle", str(place / "tiny"), "--methods", "moma", "ip-adapter", "--images", "1"]
+    assert adapter_numbers.run(given) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 3 + 2
 
 
 # --- moma.mini.approximations --------------------------------------------------------------------------
