@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import moma
+from moma.app.options import MAX_SEED
 from moma.sampling.pipeline import Progress
 
 PREVIEW = 512  # pixels of a preview's longer side
@@ -75,7 +76,7 @@ class Sample:
             "pipeline": ("MOMA",),
             "prompt": ("STRING", {"default": "a cat in the snow", "multiline": True}),
             "negative": text,
-            "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
+            "seed": ("INT", {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             "images": ("INT", {"default": 1, "min": 1, "max": 64}),
             "strength": ("FLOAT", {"default": cfg.strength, "min": 0.0, "max": 2.0, "step": 0.05}),
             "steps": ("INT", {"default": cfg.steps, "min": 1, "max": 1000}),

@@ -49,7 +49,7 @@ NO_SUBJECTS = {
 LONGEST_WORD = 20  # letters of a subject in a file name; longer ones are codes
 PROMPT_BYTES = 2**20  # of a file of prompts
 MAX_IMAGES = 10_000  # of a run; their noise is drawn first
-MAX_SEED = 2**32 - 1  # what torch's CPU generator tells apart; higher seeds would repeat images
+MAX_SEED = 2**32 - 1  # of new images: what torch's CPU generator tells apart; higher seeds would repeat them
 # Options whose values a replayed image provides.
 REPLAYED = (
     "point", "box", "object", "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength",
@@ -364,8 +364,7 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     seed, num = args.seed or 0, 1 if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num {num}: expected 1 image or more")
-    if not 0 <= seed <= MAX_SEED - num:
-        raise ValueError(f"--seed {seed}: expected 0 to {MAX_SEED - num}")
+    check_seed("--seed", seed, num)
     them = " and ".join(f"{'an' if s.word[:1].lower() in 'aeiou' else 'a'} {s.word}" for s in subjects)
     prompts = dict.fromkeys(prompts) or [f"{them} {scene}" for scene in SCENES]
     if num * len(prompts) > MAX_IMAGES:
@@ -380,6 +379,18 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         sample=sample,
         dtype=args.dtype,
     )
+
+
+def check_seed(option: str, seed: int, num: int = 1) -> None:
+    """ValueError for seeds of new images that would repeat others.
+
+    Args:
+        option: for the message.
+        seed: the first one.
+        num: how many there are, counting up.
+    """
+    if not 0 <= seed <= MAX_SEED + 1 - num:
+        raise ValueError(f"{option} {seed}: expected 0 to {MAX_SEED + 1 - num}")
 
 
 def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) -> Request:

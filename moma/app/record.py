@@ -35,7 +35,7 @@ COMMENT = b"ASCII\0\0\0"  # how Exif's UserComment says what follows
 RECORD_BYTES = 2**20  # of settings in Exif: PIL's limit for a text of a PNG
 JPEG_BYTES = 65_000  # of settings in JPEG, whose segments have 65,533 bytes
 FILE_BYTES = 2**29  # of a file that an image is made from: 80 megapixels take as much in most formats
-MAX_SEED = 2**63 - 1  # of a record: what torch's generators take
+TORCH_SEED = 2**63 - 1  # the highest that torch's generators take; old images may have one
 MIN_SIDE = 32  # pixels of an image; nothing can be recognised in less
 
 
@@ -208,8 +208,8 @@ class Record:
             raise ValueError("the image is not in its own batch, or that is larger than the batch size")
         if small := [side for side in (self.sample.height, self.sample.width) if side and side < MIN_SIDE]:
             raise ValueError(f"a side of {small[0]} pixels: expected {MIN_SIDE} or more")
-        if wrong := [seed for _, seed in self.batch if not 0 <= seed <= MAX_SEED]:
-            raise ValueError(f"seed {wrong[0]}: expected 0 to {MAX_SEED}")
+        if wrong := [seed for _, seed in self.batch if not 0 <= seed <= TORCH_SEED]:
+            raise ValueError(f"seed {wrong[0]}: expected 0 to {TORCH_SEED}")
 
     def to_json(self) -> str:
         """What UTF-8 lacks, in names of files, is escaped as JSON does it."""

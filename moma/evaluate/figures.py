@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 from PIL import Image
 
 from moma.app.files import Parser, check_writable, exit_status, markdown_table, write_text
-from moma.app.options import MAX_SEED, SCENES, WEIGHTS, subject_of_file
+from moma.app.options import SCENES, WEIGHTS, check_seed, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.draw import check_drawable, strength_for
@@ -373,8 +373,7 @@ def request_of(args: argparse.Namespace, runtime: Runtime) -> Request:
         raise ValueError("which base models? Give a --bundle for each, two or more")
     if args.what != "community" and len(folders) != 1:
         raise ValueError(f"--bundle: {len(folders)} folders, expected one")
-    if not 0 <= args.seed <= MAX_SEED:
-        raise ValueError(f"--seed {args.seed}: expected 0 to {MAX_SEED}")
+    check_seed("--seed", args.seed)
     ways = _ways(args, [replace(runtime, weights=Bundle.open(folder)) for folder in folders])
     photos, prompts = _open_photos(args, ways), args.prompt or figure.prompts
     if args.together:
