@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from moma.app.options import subject_of_file
-from moma.app.record import Segmented
+from moma.app.record import OUTPUTS
 from moma.demo.studio import Event, Form, Studio, Subject, lines_of
 from moma.methods import METHODS
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import SOLVERS
 
-SUBJECTS = 2
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto !important; }
 #previews img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 footer { display: none !important; }
 """
@@ -33,7 +32,7 @@ class Slot(NamedTuple):
     word: gr.Textbox
     shown: gr.Image
     editor: gr.ImageEditor
-    mask: gr.State  # a Segmented
+    mask: gr.State  # (file, Segmented): the mask, and the image that it is of
 
 
 def plain(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,18 +61,11 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(min_width=320):
                 slots = _slots(studio)
-                asked = _everyday(studio)
+                asked = _everyday(studio) + _more()
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", min_width=90)
                     strip = gr.Button("β strip", min_width=90)
                     cancel = gr.Button("Cancel", variant="stop", min_width=90)
-                asked += _more()
-                saved = gr.File(
-                    label="Drop a saved PNG to fill in its settings",
-                    elem_id="replay",
-                    file_types=[".png"],
-                    height=90,
-                )
             with gr.Column(min_width=320):
                 status = gr.Markdown("", elem_id="status")
                 with gr.Row(elem_id="previews"):
@@ -82,12 +74,18 @@ def build(studio: Studio) -> gr.Blocks:
                     )
                     m_gen = gr.Image(label="M_gen", height=220, interactive=False, min_width=140, buttons=[])
                 gallery = gr.Gallery(
-                    label="images, each with its settings inside",
+                    label="images",
                     columns=3,
                     height=460,
                     object_fit="contain",
                     buttons=["download", "fullscreen"],
                     elem_id="results",
+                )
+                saved = gr.File(
+                    label="saved image: its settings fill the form",
+                    elem_id="replay",
+                    file_types=[output.suffix for output in OUTPUTS.values()],
+                    height=150,
                 )
         form = [part for slot in slots for part in (slot.image, slot.word, slot.mask)] + asked
         results = [status, preview, m_gen, gallery]
@@ -122,7 +120,9 @@ def build(studio: Studio) -> gr.Blocks:
         cancel.click(on_cancel, None, None, queue=False)
         cancel.click(lambda: "stopped", None, status, cancels=running, queue=False)
         page.unload(on_unload)
-        filled = [part for slot in slots for part in (slot.image, slot.word, slot.shown, slot.mask)]
+        filled = [
+            part for slot in slots for part in (slot.image, slot.word, slot.editor, slot.shown, slot.mask)
+        ]
         saved.upload(plain(lambda file: fill(studio, file)), saved, [*filled, *asked, status])
     return page
 
@@ -139,7 +139,7 @@ def _taking_request(act: Callable[..., Iterator[tuple]]) -> Callable[..., Iterat
 def _slots(studio: Studio) -> list[Slot]:
     slots = []
     with gr.Tabs():
-        for number in range(1, SUBJECTS + 1):
+        for number in range(1, studio.cfg.subjects + 1):
             with gr.Tab(f"Subject {number}" + " (optional)" * (number > 1)):
                 slots.append(_slot(studio, number))
     return slots
@@ -154,11 +154,11 @@ def _slot(studio: Studio, number: int) -> Slot:
             sources=["upload", "clipboard"],
             height=240,
             min_width=140,
-            label="image: drop one, click the subject",
+            label="image",
             elem_id=f"image-{number}",
         )
         shown = gr.Image(
-            label="mask: the subject is bright",
+            label="mask",
             interactive=False,
             height=240,
             min_width=140,
@@ -173,7 +173,7 @@ def _slot(studio: Studio, number: int) -> Slot:
             type="pil",
             sources=[],
             layers=False,
-            label="paint over the subject",
+            label="subject",
             height=380,
             transforms=[],
             brush=gr.Brush(default_size=24, colors=["#e69f00"], color_mode="fixed"),
@@ -184,7 +184,7 @@ def _slot(studio: Studio, number: int) -> Slot:
         if file is None:
             return None, None, None, said
         path = studio.remember(Path(file))
-        background = {"background": studio.image(path), "layers": [], "composite": None}
+        background = {"background": studio.small(path), "layers": [], "composite": None}
         try:
             found, note = studio.find(path)
         except ValueError as error:
@@ -192,25 +192,27 @@ def _slot(studio: Studio, number: int) -> Slot:
             return None, None, background, word_of(path) or said
         if note:
             gr.Warning(note)
-        return studio.shown(path, found), found, background, word_of(path) or said
+        return studio.shown(path, found), (path, found), background, word_of(path) or said
 
     def on_click(file: str, event: gr.SelectData) -> tuple:
         path = studio.remember(Path(file))
         found = plain(lambda: studio.pick(path, tuple(map(int, event.index))))()
-        return studio.shown(path, found), found
+        return studio.shown(path, found), (path, found)
 
-    def on_paint(file: str | None, painting: dict | None, before: Segmented | None) -> tuple:
+    def on_paint(file: str | None, painting: dict | None) -> tuple:
         layers = [layer for layer in (painting or {}).get("layers") or [] if layer is not None]
-        found = studio.painted(Path(file), layers) if file and layers else None
-        return (gr.skip(), before) if found is None else (studio.shown(Path(file), found), found)
+        path = studio.remember(Path(file)) if file and layers else None
+        found = path and studio.painted(path, layers)
+        return (studio.shown(path, found), (path, found)) if found else (gr.skip(), gr.skip())
 
-    masks = {"concurrency_limit": 1, "concurrency_id": "mask", "show_progress": "minimal"}
+    masks = {"concurrency_limit": 1, "concurrency_id": "mask", "show_progress": "minimal",
+             "trigger_mode": "always_last"}  # fmt: skip
     outputs = [shown, mask, editor, word]
     image.input(plain(on_image), [image, word], outputs, **masks)
     files = [[str(EXAMPLES / f"{name}.png")] for name in ("cat", "dog", "car", "teapot")]
     gr.Examples(files, [image], outputs, plain(on_image), run_on_click=True, label="example images")
     image.select(on_click, image, [shown, mask], **masks)
-    editor.change(plain(on_paint), [image, editor, mask], [shown, mask], **masks)
+    editor.input(plain(on_paint), [image, editor], [shown, mask], **masks)
     return Slot(image, word, shown, editor, mask)
 
 
@@ -224,8 +226,13 @@ def word_of(path: Path) -> str:
 
 def _everyday(studio: Studio) -> list[Any]:
     """Prompt, seed, count and strength."""
-    text = "a cat on the beach\na cat at sunset"
-    prompt = gr.Textbox(text, lines=2, label="Prompts, one per line", elem_id="prompt")
+    prompt = gr.Textbox(
+        "a {subject} on the beach\na {subject} at sunset",
+        lines=2,
+        label="Prompts, one per line",
+        info="{subject} stands for the word",
+        elem_id="prompt",
+    )
     info = "1 for a new scene, 0.4 for a new texture"
     strength = gr.Slider(0, 1.5, SampleConfig().strength, step=0.05, label="strength β", info=info)
     with gr.Row():
@@ -253,25 +260,28 @@ def _more() -> list[Any]:
 def form_of(studio: Studio, given: Sequence[Any]) -> Form:
     """What the components hold: image, word, mask of each subject, then `_everyday` and `_more`."""
     subjects = []
-    for i in range(SUBJECTS):
-        file, word, mask = given[3 * i : 3 * i + 3]
+    rest = 3 * studio.cfg.subjects
+    for i in range(0, rest, 3):
+        file, word, mask = given[i : i + 3]
         if file is not None:
-            subjects.append(Subject(studio.remember(Path(file)), mask, " ".join((word or "").split())))
-    prompt, seed, count, strength, negative, method, steps, guidance, solver = given[3 * SUBJECTS :]
+            path = studio.remember(Path(file))
+            found = mask[1] if mask and mask[0] == path else None  # not the one of the image before
+            subjects.append(Subject(path, found, " ".join((word or "").split())))
+    prompt, seed, count, strength, negative, method, steps, guidance, solver = given[rest:]
     sample = SampleConfig(steps=int(steps), solver=solver, guidance=float(guidance), strength=float(strength))
-    return Form(tuple(subjects), lines_of(prompt), negative or "", int(seed or 0), int(count), method, sample)
+    numbers = int(seed or 0), int(count or 0)
+    return Form(tuple(subjects), lines_of(prompt), negative or "", *numbers, method, sample)
 
 
 def fill(studio: Studio, file: str) -> list[Any]:
     """What the components become for a saved image."""
     form, notes = studio.replay(Path(file))
     found: list[Any] = []
-    for i in range(SUBJECTS):
-        if i < len(form.subjects) and (one := form.subjects[i]).mask is not None:
-            found += [str(one.file), one.word, studio.shown(one.file, one.mask), one.mask]
-        else:
-            word = form.subjects[i].word if i < len(form.subjects) else ""
-            found += [None, word, None, None]
+    nobody = Subject(None, None, "")
+    for file, mask, word in (*form.subjects, *[nobody] * studio.cfg.subjects)[: studio.cfg.subjects]:
+        background = file and {"background": studio.small(file), "layers": [], "composite": None}
+        seen = mask and (studio.shown(file, mask), (file, mask))
+        found += [file and str(file), word, background, *(seen or (None, None))]
     s = form.sample
     found += [form.prompts[0], form.seed, 1, s.strength]
     found += [form.negative, form.method, s.steps, s.guidance, s.solver]
@@ -280,16 +290,17 @@ def fill(studio: Studio, file: str) -> list[Any]:
 
 def shown(events: Iterator[Event]) -> Iterator[tuple]:
     """A drawing's news as the values of status, preview, M_gen and gallery."""
-    images: list[str] = []
+    images: list[tuple[str, str]] = []
+    yield "", None, None, images
     for event in events:
         if event.error:
             raise gr.Error(" ".join(event.text.split()), print_exception=False)
         if event.saved:
-            images.append(str(event.saved))
+            images.append((str(event.saved), event.caption))
         bar = (
             f"{event.text} <progress value='{event.done:.3f}' max='1'></progress>"
             if event.done < 1
             else event.text
         )
         news = event.preview or gr.skip(), event.m_gen or gr.skip()
-        yield bar or event.text, *news, list(images)
+        yield bar, *news, list(images)

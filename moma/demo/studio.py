@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,15 +15,15 @@ import torch
 from PIL import Image
 
 from moma.app.files import OUT_OF_MEMORY
-from moma.app.options import Request, records_of, weight_hashes
-from moma.app.record import MAX_SEED, InputFile, Segmented, follow, read_record, save_new
+from moma.app.options import Request, check_seed, records_of, weight_hashes
+from moma.app.record import InputFile, Segmented, follow, read_record, save_new
 from moma.app.sheets import mask_image
 from moma.app.subjects import ImageRequest, SubjectRequest, encode, find_faces, find_images, open_images
 from moma.inputs.preprocess import find_mask, on_white, open_image
 from moma.inputs.segment import Pick, Point, Segmenter
 from moma.load import load_pipeline
 from moma.methods import find_method
-from moma.methods.prompts import plain_text
+from moma.methods.prompts import SUBJECT, fill, joined, plain_text
 from moma.sampling.config import SampleConfig
 from moma.sampling.interface import Job, Runtime
 from moma.sampling.pipeline import Pipeline, Progress
@@ -32,8 +33,10 @@ from moma.sampling.pipeline import Pipeline, Progress
 class StudioConfig:
     """Limits and looks."""
 
+    subjects: int = 2  # that the page has room for
     images: int = 8  # of one drawing, at most
     preview: float = 0.4  # seconds between previews, which take a call of the VAE's decoder each
+    side: int = 1024  # pixels of what is shown of a larger image; browsers and WebP have their limits
     dim: float = 0.25  # how bright the background is where a mask is shown
     strengths: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # β of the strip
 
@@ -41,7 +44,7 @@ class StudioConfig:
 class Subject(NamedTuple):
     """A subject of the form."""
 
-    file: Path
+    file: Path | None  # None: an image was drawn from a file that the page was not given
     mask: Segmented | None  # None until there is one
     word: str
 
@@ -66,6 +69,7 @@ class Event(NamedTuple):
     preview: Image.Image | None = None
     m_gen: Image.Image | None = None
     saved: Path | None = None  # a finished image, with its settings
+    caption: str = ""  # of it
     error: bool = False
 
 
@@ -95,7 +99,9 @@ class Studio:
     def remember(self, file: Path) -> Path:
         """The file's place; of a copy of a known one, the known one's."""
         digest = InputFile.of(file).sha256
-        return self.known.setdefault(digest, file)
+        if digest not in self.known or not self.known[digest].is_file():  # old uploads are deleted
+            self.known[digest] = file
+        return self.known[digest]
 
     def image(self, file: Path) -> Image.Image:
         """ValueError, in words for people, if it is none."""
@@ -128,9 +134,15 @@ class Studio:
         inside = np.any(marks, axis=0) if marks else np.zeros(1, bool)
         return Segmented.of(Image.fromarray(np.uint8(255) * inside), "painted") if inside.any() else None
 
+    def small(self, file: Path) -> Image.Image:
+        """The image as it is shown."""
+        image = self.image(file)
+        image.thumbnail((self.cfg.side, self.cfg.side))
+        return image
+
     def shown(self, file: Path, mask: Segmented) -> Image.Image:
         """The image, its background dim."""
-        image = on_white(self.image(file))
+        image = on_white(self.small(file))
         mask_of = mask.image().resize(image.size)
         return Image.composite(image, image.point(lambda value: int(value * self.cfg.dim)), mask_of)
 
@@ -155,15 +167,21 @@ class Studio:
         if not form.prompts:
             raise ValueError("which image? Write a prompt that names the subject")
         prompts = form.prompts[:1] if strip else form.prompts
+        words = [subject.word for subject in form.subjects]
+        if not words and any(SUBJECT in prompt for prompt in prompts):
+            raise ValueError(f"which subject? Give an image of it, or write prompts without {SUBJECT}")
+        prompts = [fill(prompt, joined(words)) for prompt in prompts]
         seeds = range(form.seed, form.seed + (1 if strip else form.count))
         strengths = self.cfg.strengths if strip else (form.sample.strength,)
-        if (count := len(prompts) * len(seeds) * len(strengths)) > max(self.cfg.images, len(strengths)):
-            raise ValueError(f"{count} images: expected at most {self.cfg.images} in one go")
-        if not 0 <= form.seed <= MAX_SEED - form.count:
-            raise ValueError(f"seed {form.seed}: expected 0 to {MAX_SEED - form.count}")
+        count, most = len(prompts) * len(seeds) * len(strengths), max(self.cfg.images, len(strengths))
+        if not 1 <= count <= most:
+            raise ValueError(f"{count} images: expected 1 to {most} in one go")
+        check_seed("seed", form.seed, form.count)
+        if not method.has_strength and strengths != (SampleConfig.strength,):
+            raise ValueError(f"{form.method} has no strength β: leave it at {SampleConfig.strength:g}")
         config = bundle.method_config(form.method)
         method.check(bundle, config, encoders=True)
-        tokenizers, words = bundle.clip_tokenizers(), [subject.word for subject in form.subjects]
+        tokenizers = bundle.clip_tokenizers()
         for prompt in prompts:
             method.read(tokenizers, config, words, prompt)
         sample = replace(form.sample.sized(bundle.image_size), batch_size=1)
@@ -201,9 +219,13 @@ class Studio:
                 self._work(requests, stop, news)
             except Stopped:
                 news.put(Event("stopped"))
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            except (ValueError, OSError) as error:
+                news.put(Event(str(error), error=True))
+            except Exception as error:
                 short = OUT_OF_MEMORY.search(str(error)) or isinstance(error, MemoryError)
-                news.put(Event("not enough memory for this" if short else str(error), error=True))
+                if not short:
+                    traceback.print_exc()  # for whoever runs the server
+                news.put(Event("not enough memory for this" if short else repr(error), error=True))
             finally:
                 news.put(None)
 
@@ -233,7 +255,7 @@ class Studio:
             torch.manual_seed(0)  # as sample.py
             with torch.no_grad():
                 self._subjects = subjects, encode(subjects, found, [{}] * len(found), pipe.method)
-        last = 0.0
+        last, strip = 0.0, len({request.sample.strength for request in requests}) > 1
         for i, request in enumerate(requests):
 
             def on_step(now: Progress, i: int = i) -> None:
@@ -255,7 +277,8 @@ class Studio:
             saved = save_new(self.out, f"seed{seed}", result.image, record)
             m_gen = None if result.m_gen is None else mask_image(result.m_gen, result.image.size)
             text = "done" if i + 1 == len(requests) else f"image {i + 1} of {len(requests)}"
-            news.put(Event(text, (i + 1) / len(requests), result.image, m_gen, saved))
+            caption = f"β {request.sample.strength:g}" if strip else f"{prompt}, seed {seed}"
+            news.put(Event(text, (i + 1) / len(requests), result.image, m_gen, saved, caption))
 
     # --- replay --------------------------------------------------------------------------------------
 
@@ -265,7 +288,7 @@ class Studio:
         subjects, notes = [], []
         for subject in record.subjects:
             one = subject.images[0]
-            place = self.known.get(one.file.sha256) or self._followed(one.file)
+            place = self._place(one.file)
             if place is None:
                 notes.append(f"drop {Path(one.file.path).name} as the subject {subject.word!r}")
             mask = one.segmented
@@ -273,7 +296,7 @@ class Studio:
                 notes.append(f"paint the mask of {subject.word!r}: it was a file, {Path(one.mask.path).name}")
             elif mask is None and place is not None:
                 mask, _ = self.find(place)
-            subjects.append(Subject(place or Path(), mask if place else None, subject.word))
+            subjects.append(Subject(place, mask if place else None, subject.word))
         bundle = self.runtime.weights
         if record.method != bundle.method_config(record.method_name):
             notes.append("the image was drawn with other fields of its method, which the page does not have")
@@ -283,7 +306,8 @@ class Studio:
         page = SampleConfig(s.steps, s.solver, s.guidance, strength=s.strength, batch_size=s.batch_size)
         own = any(one.strength not in (None, s.strength) or one.region for one in record.subjects)
         several = any(len(one.images) > 1 for one in record.subjects)
-        if s != page.sized(bundle.image_size) or own or several or len(record.batch) > 1:
+        many = len(subjects) > self.cfg.subjects
+        if s != page.sized(bundle.image_size) or own or several or many or len(record.batch) > 1:
             notes.append("the page lacks some of its settings: sample.py --replay draws it bit for bit")
         form = Form(
             tuple(subjects), (record.prompt,), record.negative, record.seed, 1, record.method_name,
@@ -291,10 +315,13 @@ class Studio:
         )  # fmt: skip
         return form, notes
 
-    def _followed(self, file: InputFile) -> Path | None:
-        place = follow(file.path)
-        same = place is not None and place.is_file() and InputFile.of(place).sha256 == file.sha256
-        return place if same else None
+    def _place(self, file: InputFile) -> Path | None:
+        """Where a recorded file is: it was given, or is where it was."""
+        known, then = self.known.get(file.sha256), follow(file.path)
+        if known is not None and known.is_file():
+            return known
+        same = then is not None and then.is_file() and InputFile.of(then).sha256 == file.sha256
+        return then if same else None
 
 
 def lines_of(text: str) -> tuple[str, ...]:
