@@ -61,7 +61,7 @@ def smallest() -> MiniConfig:
         cfg, networks=networks, images=12, unseen_images=40, pairs=6, unseen_pairs=8, tokenizer_captions=12,
         singles=6, twos=6, adapter_batch=2, gates={},
         vae=short(cfg.vae), clip=short(cfg.clip), captioner=captioner, probes=probes,
-        segmenting=replace(short(cfg.segmenting), asked=2),
+        segmenting=replace(short(cfg.segmenting), asked=2, asked_pairs=2),
         text_to_image=replace(short(cfg.text_to_image), map_layers=(0, 1)),
         base_numbers=BaseNumbersConfig(
             images=2, pairs=2, same=2, noised=2, shown=4, columns=2, timesteps=(600,), map_timesteps=(300,)

@@ -8,7 +8,8 @@ import torch
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM
 from moma.mini.config import SegmentTrainingConfig
 from moma.mini.segmenting import SegmentTask, dice, focal, prompts
-from moma.mini.tasks import Images
+from moma.mini.tasks import Images, Pairs
+from moma.world.pairs import render_pairs
 from moma.world.world import render
 from tests.fake_sam import SMALL
 
@@ -21,24 +22,30 @@ def disc(side: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_prompts_ask_for_what_they_touch(seed: int) -> None:
-    mask = disc()
-    points, labels, subject = prompts(mask, CFG, torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("subjects", [1, 2])
+def test_prompts_ask_for_what_they_touch(seed: int, subjects: int) -> None:
+    masks = torch.stack([disc(), disc().flip(1)])[:subjects, :43]  # cut off as a wide image is
+    points, labels, target = prompts(masks, CFG, torch.Generator().manual_seed(seed))
     assert points.shape == (5, 2, 2) and labels.shape == (5, 2)
-    assert subject.tolist() == [True, True, True, True, False]
-    each = points.flatten(0, 1), labels.flatten(), subject.repeat_interleave(2)
-    for point, kind, wanted in zip(*each, strict=True):
-        if kind == FOREGROUND:
-            x, y = point.int().tolist()
-            assert bool(mask[y, x]) == bool(wanted)
+    first, last, rest = masks[0], masks[-1], 1 - masks.amax(dim=0)
+    assert all(torch.equal(a, b) for a, b in zip(target, (first, first, first, last, rest), strict=True))
+    for spots, kinds, wanted in zip(points, labels, target, strict=True):
+        for point, kind in zip(spots, kinds, strict=True):
+            if kind == FOREGROUND:
+                x, y = point.int().tolist()
+                assert wanted[y, x] == 1
     boxes = points[(labels == torch.tensor([BOX_START, BOX_END])).all(dim=1)]  # (2, 2, 2)
-    assert (boxes[:, 0] < boxes[:, 1]).all() and boxes.min() >= 0 and boxes.max() <= 64
-    tight, frame = boxes
-    assert (tight - torch.tensor([[11.0, 31.0], [30.0, 50.0]])).abs().max() < 5
-    assert (frame[0] <= 0.15 * 64).all() and (frame[1] >= 0.85 * 64).all()
+    assert (boxes[:, 0] < boxes[:, 1]).all() and boxes.min() >= 0
+    assert boxes[..., 0].max() <= 64 and boxes[..., 1].max() <= 43
+    tight, other = boxes
+    assert (tight - torch.tensor([[11.0, 31.0], [30.0, 43.0]])).abs().max() < 5
+    if subjects == 1:
+        assert (other[0] <= 0.15 * 64).all() and (other[1] >= torch.tensor([0.85 * 64, 0.85 * 43])).all()
+    else:
+        assert (other - torch.tensor([[34.0, 31.0], [53.0, 43.0]])).abs().max() < 5
     assert (labels == IGNORED).sum() == 2
-    again = prompts(mask, CFG, torch.Generator().manual_seed(seed))
-    assert all(torch.equal(a, b) for a, b in zip((points, labels, subject), again, strict=True))
+    again = prompts(masks, CFG, torch.Generator().manual_seed(seed))
+    assert all(torch.equal(a, b) for a, b in zip((points, labels, target), again, strict=True))
 
 
 def test_losses_of_known_masks() -> None:
@@ -55,12 +62,17 @@ def test_the_loss_takes_the_best_of_three_masks_and_reaches_every_part() -> None
     shown = [render(i, "val") for i in range(4)]
     images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in shown])
     masks = torch.stack([torch.from_numpy(s.mask)[None] for s in shown])
-    sam = SAM(SMALL)
-    cfg = replace(CFG, held_out=1, train=replace(CFG.train, seed=3))
-    task = SegmentTask(sam, Images(images, masks, []), cfg)
+    sam, two = SAM(SMALL), render_pairs(range(3), "val")
+    wide = Pairs(torch.from_numpy(two["image"]).permute(0, 3, 1, 2), torch.from_numpy(two["masks"]), [])
+    cfg = replace(CFG, held_out=1, paired=0.5, train=replace(CFG.train, seed=3))
+    task = SegmentTask(sam, Images(images, masks, []), wide, cfg)
+    many = task.assemble(torch.zeros(40).long(), torch.arange(40))
+    padded = (many["pixels"][:, :, 43:] == 0).flatten(1).all(dim=1)  # (B,)
+    assert 10 < padded.sum() < 30, "half of the images are wide"
+    different = (many["target"][:, 0] != many["target"][:, 3]).flatten(1).any(dim=1)  # (B,)
+    assert torch.equal(padded, different) and not many["target"][padded][..., 43:, :].any()
     batch = task.assemble(torch.tensor([0, 2]), torch.tensor([10, 11]))
     assert batch["target"].shape == (2, 5, 64, 64)
-    assert torch.equal(batch["target"][:, 4], 1 - batch["target"][:, 0])
     losses = task.model(batch)
     assert losses.shape == (2,)
     one = task.model({name: value[1:] for name, value in batch.items()})

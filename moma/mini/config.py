@@ -136,7 +136,9 @@ class SegmentTrainingConfig:
     """SAM, which finds the subject without a mask."""
 
     held_out: int = 256
+    paired: float = 0.4  # share of images of two subjects
     asked: int = 256  # held-out images in which the gate looks for the subject, without a click
+    asked_pairs: int = 96  # and of two subjects, with a box around each
     box_jitter: float = 0.05  # standard deviation of box edges, of a side: users' boxes are not tight
     frame_margin: float = 0.15  # largest margin of a box around nearly everything, of the side
     focal_weight: float = 20.0  # SAM's own: the focal loss is small beside the dice loss
@@ -261,7 +263,7 @@ def gates() -> dict[str, dict[str, tuple[float, float]]]:
             "class": (0.97, 1), "scene": (0.98, 1), "material": (0.97, 1), "pattern": (0.75, 1),
             "identity": (0.95, 1), "mask": (0.85, 1), "pair class": (0.97, 1), "pair identity": (0.9, 1),
         },
-        "sam": {"iou": (0.9, 1)},
+        "sam": {"iou": (0.9, 1), "pair iou": (0.85, 1), "pair iou of a click": (0.8, 1)},
         "unet": {
             "class": (0.98, 1), "scene": (0.98, 1), "told identity": (0.55, 1), "told pattern": (0.65, 1),
             "told colour": (0, 40), "told gain 600": (0.1, 1), "told gain 900": (0.1, 1), "both": (0.9, 1),

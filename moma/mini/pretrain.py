@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ def judges(work: Workspace) -> None:
 def sam(work: Workspace) -> None:
     """SAM, for references without a mask."""
     cfg = work.cfg.segmenting
-    task = SegmentTask(work.new("sam"), work.images("train"), cfg)
+    task = SegmentTask(work.new("sam"), work.images("train"), work.pairs("train"), cfg)
     work.fit("sam", task, cfg.train)
 
 
@@ -192,18 +192,32 @@ def _judges_numbers(work: Workspace) -> dict[str, float]:
 
 @torch.no_grad()
 def _sam_numbers(work: Workspace) -> dict[str, float]:
-    """Mean IoU of the subjects that SAM finds without a click."""
-    network, held = work.trained("sam", "sam"), work.images("val")
+    """Mean IoU of the subjects that SAM finds without a click, and of two by a box or a click on each."""
+    network, cfg = work.trained("sam", "sam"), work.cfg.segmenting
     for parameter in network.parameters():
         parameter.data = parameter.to(work.cfg.dtype).float()  # as in the bundle
     segmenter = Segmenter(network)
-    true = held.masks[: work.cfg.segmenting.asked, 0] > BYTE // 2  # (N, S, S)
-    found = torch.zeros_like(true)
-    for i, image in enumerate(held.images[: len(true)]):
-        with suppress(ValueError):  # where no object is found
-            mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()))
-            found[i] = torch.from_numpy(np.asarray(mask) > 0)
-    return {"iou": iou(found, true).mean().item()}
+
+    def found(images: Tensor, masks: Tensor, hints: Sequence[Mapping[str, Any]]) -> float:
+        true, seen = masks > BYTE // 2, torch.zeros_like(masks, dtype=torch.bool)  # (N, H, W)
+        for i, (image, hint) in enumerate(zip(images, hints, strict=True)):
+            with suppress(ValueError):  # where no object is found
+                mask = segmenter.subject_mask(Image.fromarray(image.permute(1, 2, 0).numpy()), **hint)
+                seen[i] = torch.from_numpy(np.asarray(mask) > 0)
+        return iou(seen, true).mean().item()
+
+    held, pairs = work.images("val"), work.pairs("val")
+    images = pairs.images[: cfg.asked_pairs].repeat_interleave(2, dim=0)  # (2N, 3, S, W)
+    masks = pairs.masks[: cfg.asked_pairs].flatten(0, 1)  # (2N, S, W)
+    places = [(mask > BYTE // 2).nonzero().flip(1).float() for mask in masks]  # x, y
+    boxes = [{"box": (*xy.amin(dim=0).tolist(), *(xy.amax(dim=0) + 1).tolist())} for xy in places]
+    nearest = [(xy - xy.mean(dim=0)).square().sum(dim=1).argmin() for xy in places]  # to the middle
+    clicks = [{"point": tuple(xy[i].tolist())} for xy, i in zip(places, nearest, strict=True)]
+    return {
+        "iou": found(held.images[: cfg.asked], held.masks[: cfg.asked, 0], [{}] * cfg.asked),
+        "pair iou": found(images, masks, boxes),
+        "pair iou of a click": found(images, masks, clicks),
+    }
 
 
 def _unet_numbers(work: Workspace) -> dict[str, float]:

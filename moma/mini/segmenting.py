@@ -1,17 +1,18 @@
 """Pretraining of MoMA-mini's SAM with clicks and boxes on renders, whose masks are known.
 
-Letters: N images, B batch, P prompts of an image, M masks of a prompt, S image side, s side of
-SAM's masks.
+Letters: N images, B batch, n subjects of an image, P prompts of an image, M masks of a prompt, H W sides of
+an image, S side of SAM's input, h w of the image in it, s side of SAM's masks.
 """
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
-from models.sam_image import normalised
+from models.sam_image import preprocess
 from moma.mini.config import SegmentTrainingConfig
-from moma.mini.tasks import Images
+from moma.mini.tasks import Images, Pairs
 from moma.training.order import generator_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
@@ -67,58 +68,76 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class SegmentTask(PretrainingTask):
-    """One prompt of each kind per image. Its target is the subject, or everything else."""
+    """One prompt of each kind per image. Its target is a subject, or everything that is none."""
 
-    def __init__(self, sam: SAM, images: Images, cfg: SegmentTrainingConfig) -> None:
+    def __init__(self, sam: SAM, images: Images, pairs: Pairs, cfg: SegmentTrainingConfig) -> None:
         super().__init__(len(images), cfg.held_out, cfg.train.batch_size, cfg.train.seed)
-        self.model, self.images, self.cfg = SegmentLoss(sam, cfg), images, cfg
+        self.model, self.images, self.pairs, self.cfg = SegmentLoss(sam, cfg), images, pairs, cfg
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        points, labels, targets = [], [], []
-        for mask, number in zip(self.images.masks[items] / 255, numbers.tolist(), strict=True):
+        rows = []
+        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
             generator = generator_for(self.seed, number)
-            asked, kind, wanted = prompts(mask[0], self.cfg, generator)
-            points.append(asked)
-            labels.append(kind)
-            targets.append(torch.where(wanted[:, None, None], mask, 1 - mask))  # (P, S, S)
-        return {
-            "pixels": normalised(self.images.images[items]), "points": torch.stack(points),
-            "labels": torch.stack(labels), "target": torch.stack(targets), "number": numbers,
-        }  # fmt: skip
+            paired = bool(torch.rand((), generator=generator) < self.cfg.paired)
+            data, place = (self.pairs, item % len(self.pairs)) if paired else (self.images, item)
+            masks = data.masks[place]  # (n, H, W)
+            order = torch.randperm(len(masks), generator=generator)
+            rows.append(self._asked(data.images[place], masks[order], generator))
+        pixels, points, labels, target = map(torch.stack, zip(*rows, strict=True))
+        return {"pixels": pixels, "points": points, "labels": labels, "target": target, "number": numbers}
+
+    def _asked(self, image: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """An image (3, H, W) as SAM sees it, (3, S, S), and its prompts with targets (P, S, S)."""
+        side = self.model.sam.cfg.image_size
+        pixels, where = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()), side)  # (1, 3, S, S)
+        h, w = where.inside
+        inside = F.interpolate(masks[None] / 255, (h, w), mode="bilinear", antialias=True)[0]  # (n, h, w)
+        points, labels, target = prompts(inside, self.cfg, generator)
+        return pixels[0], points, labels, F.pad(target, (0, side - w, 0, side - h))
 
     def networks(self) -> dict[str, nn.Module]:
         return {"sam": self.model.sam}
 
 
 def prompts(
-    mask: Tensor, cfg: SegmentTrainingConfig, generator: torch.Generator
+    masks: Tensor, cfg: SegmentTrainingConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One prompt of each kind: a click on the subject, two clicks, a box around it, a box around all of the
-    image but its margin, and a click beside the subject.
+    """One prompt of each kind: a click on the first subject, two clicks, a box around it, another box, and a
+    click beside all subjects. The other box is around the other subject or, without one, around all of the
+    image but its margin.
 
     Args:
-        mask: coverage by the subject, (S, S) in 0..1.
+        masks: coverage by each of one or two subjects, (n, h, w) in 0..1.
         cfg: jitter of the boxes.
         generator: of the draws.
 
     Returns:
-        points (P, 2, 2) as x, y in pixels; labels (P, 2); and whether the target is the subject, (P,) bool.
+        points (P, 2, 2) as x, y in pixels; labels (P, 2); and targets (P, h, w) in 0..1.
     """
-    side = mask.shape[-1]
-    on, also, off = (_somewhere(where, generator) for where in (mask > 0.5, mask > 0.5, mask < 0.5))  # (2,)
+    size = torch.tensor(masks.shape[:0:-1])  # (2,): w, h
+    first, last, rest = masks[0], masks[-1], 1 - masks.amax(dim=0)  # (h, w) each
+    on, also, off = (_somewhere(where > 0.5, generator) for where in (first, first, rest))  # (2,)
+    box = _box(first, cfg, generator)  # (2, 2)
+    if len(masks) > 1:
+        other = _box(last, cfg, generator)  # (2, 2)
+    else:
+        margin = cfg.frame_margin * size * torch.rand((2, 2), generator=generator)  # (2, 2)
+        other = torch.stack([margin[0], size - margin[1]])  # (2, 2)
+    unused = torch.zeros(2)
+    one, two, beside = (torch.stack(pair) for pair in ((on, unused), (on, also), (off, unused)))  # (2, 2)
+    points = torch.stack([one, two, box, other, beside])  # (P, 2, 2)
+    click, corners = (FOREGROUND, IGNORED), (BOX_START, BOX_END)
+    labels = torch.tensor([click, (FOREGROUND, FOREGROUND), corners, corners, click])  # (P, 2)
+    return points, labels, torch.stack([first, first, first, last, rest])  # (P, h, w)
+
+
+def _box(mask: Tensor, cfg: SegmentTrainingConfig, generator: torch.Generator) -> Tensor:
+    """A loose box (2, 2) around a subject (h, w): x, y of two corners."""
     rows, columns = (mask > 0.5).nonzero().unbind(dim=1)
     low = torch.stack([columns.min(), rows.min()]).float()  # (2,)
     high = torch.stack([columns.max(), rows.max()]) + 1.0  # (2,)
     loose = cfg.box_jitter * (high - low) * torch.randn((2, 2), generator=generator)  # (2, 2)
-    box = (torch.stack([low, high]) + loose).clamp(0, side)  # (2, 2)
-    margin = cfg.frame_margin * side * torch.rand((2, 2), generator=generator)  # (2, 2)
-    frame = torch.stack([margin[0], side - margin[1]])  # (2, 2)
-    unused = torch.zeros(2)
-    one, two, beside = (torch.stack(pair) for pair in ((on, unused), (on, also), (off, unused)))  # (2, 2)
-    points = torch.stack([one, two, box, frame, beside])  # (P, 2, 2)
-    click, corners = (FOREGROUND, IGNORED), (BOX_START, BOX_END)
-    labels = torch.tensor([click, (FOREGROUND, FOREGROUND), corners, corners, click])  # (P, 2)
-    return points, labels, torch.tensor([True, True, True, True, False])
+    return (torch.stack([low, high]) + loose).clamp(torch.zeros(2), torch.tensor(mask.shape[::-1]))
 
 
 def _somewhere(where: Tensor, generator: torch.Generator) -> Tensor:
