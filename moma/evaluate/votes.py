@@ -13,6 +13,7 @@ import torch
 from models.weights.files import read_object
 from moma.app.files import markdown_table
 from moma.evaluate.estimates import Estimate, crossed_estimate, estimate
+from moma.sampling.config import check_types
 
 FORMAT, VERSION = "moma-study", 1
 VOTES = 2**22  # bytes of a file of votes
@@ -26,6 +27,9 @@ class Trial:
     id: str
     subject: str
     methods: Mapping[str, str]  # name of an image -> its method
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 class Vote(NamedTuple):
@@ -51,7 +55,7 @@ def read_votes(files: Sequence[Path], key_file: Path) -> list[Vote]:
     try:
         trials = {row["id"]: Trial(**row) for row in key["trials"]}
         study, questions = key["study"], frozenset(key["questions"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{key_file}: damaged ({error!r}); expected a study's key") from None
     votes, raters = [], {}
     for file in files:
@@ -73,12 +77,14 @@ def _votes(file: Path, data: Mapping, trials: Mapping[str, Trial], questions: fr
     """The answers of one rater, each question of each trial at most once."""
     found: dict[tuple[str, str], Vote] = {}
     try:
+        if not isinstance(rater := data["rater"], str):
+            raise TypeError(f"rater {rater!r}")
         for row in data["votes"]:
             trial, question, choice = trials[row["trial"]], row["question"], row["choice"]
             if question not in questions or (trial.id, question) in found:
                 raise KeyError(question)
             method = None if choice is None else trial.methods[choice]
-            found[trial.id, question] = Vote(str(data["rater"]), trial, question, method)
+            found[trial.id, question] = Vote(rater, trial, question, method)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: {error!s:.100}: unknown, missing or given twice, expected a file of votes"
