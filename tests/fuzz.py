@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
@@ -36,7 +36,8 @@ import sample
 from convert_weights import convert
 from models.weights.loading import read_checkpoint
 from moma.app.options import OF_SUBJECTS
-from moma.app.record import CHUNK
+from moma.app.record import CHUNK, COMMENT, OUTPUTS
+from moma.evaluate import study
 from moma.weights.bundle import Bundle
 from moma.weights.lora import parse_lora
 from moma.weights.tiny import build_tokenizers
@@ -89,7 +90,7 @@ VALUES = (
 
 def checked(*args: object) -> None:
     """sample.py's command up to where it would read weights; ValueError for a refusal."""
-    with mock.patch("sample.precompute", side_effect=KeyboardInterrupt):
+    with mock.patch("sample._encode_early", side_effect=KeyboardInterrupt):
         refused(sample.run, *args)
 
 
@@ -126,8 +127,8 @@ def senseless(old: Any, new: Any) -> bool:
 
 
 def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
-    """The settings inside an image that is drawn again."""
-    weights, out, file = folder / "tiny", folder / "out", folder / "edited.png"
+    """The settings inside an image that is drawn again, and such files with damaged bytes."""
+    weights, out = folder / "tiny", folder / "out"
     build_tiny_bundle(weights)
     start = ["--ref", CAT, "--weights", weights, "--cache", "off", "--dtype", "fp32"]
     refused(sample.run, *start, "--steps", 1, "--prompt", "a cat in the snow", "--out", out)
@@ -143,20 +144,28 @@ def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
     exact |= {path for path in nodes(data) if path[0:1] in (("weight_hashes",), ("batch",)) and len(path) > 1}
     limited = {("sample", name) for name in ("steps", "height", "width", "batch_size")}
 
-    def case(name: str, edited: str, wrong: bool) -> Case:
-        info = PngInfo()
+    def case(name: str, edited: str, wrong: bool, spoil: bool = False) -> Case:
+        kind, info, exif = rng.choice(list(OUTPUTS)), PngInfo(), Image.Exif()
         info.add_itxt(CHUNK, edited)
+        comment = COMMENT + edited.encode("utf-8", "surrogatepass")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        file, content = folder / f"edited{OUTPUTS[kind].suffix}", io.BytesIO()
+        image.save(content, OUTPUTS[kind].name, **({"pnginfo": info} if kind == "png" else {"exif": exif}))
+        data = fuzz_images.damaged(rng, content.getvalue()) if spoil else content.getvalue()
 
         def run() -> None:
-            image.save(file, "PNG", pnginfo=info)
+            file.write_bytes(data)
             checked("--replay", file, *start, "--out", out)
 
-        return Case(name, run, wrong)
+        return Case(f"{kind} {name}", run, wrong)
 
     places = [path for path in nodes(data) if path]
     while True:
         path, way = rng.choice(places), rng.random()
         old = reduce(lambda value, key: value[key], path, data)
+        if way < 0.1:
+            yield case("of damaged bytes", text, wrong=False, spoil=True)
+            continue
         if way < 0.75:
             new = rng.choice(VALUES)
             wrong = senseless(old, new) and not (new is None and path in optional)
@@ -181,6 +190,47 @@ def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
             continue
         what = "deleted" if new is DELETED else f"{new!r:.60}"
         yield case(f"{'.'.join(map(str, path))}: {what}", json.dumps(replaced(data, path, new)), wrong)
+
+
+def votes(rng: random.Random, folder: Path) -> Iterator[Case]:
+    """Files of votes, and the key of their study."""
+    head = {"format": study.FORMAT, "version": study.VERSION, "study": "0f"}
+    trials = [
+        {"id": f"t{i}", "subject": f"cat-{i}", "methods": {f"i{i}": "moma", f"j{i}": "text"}} for i in (0, 1)
+    ]
+    rows = [
+        {"trial": f"t{i}", "question": "subject", "choice": choice} for i, choice in ((0, "i0"), (1, None))
+    ]
+    whole = {
+        study.KEY: head | {"questions": ["subject"], "trials": trials},
+        "votes.json": head | {"rater": "r", "votes": rows},
+    }
+    while True:
+        name, way = rng.choice(list(whole)), rng.random()
+        path = rng.choice([place for place in nodes(whole[name]) if place])
+        old = reduce(lambda value, key: value[key], path, whole[name])
+        new = rng.choice(VALUES) if way < 0.75 else DELETED
+        text = json.dumps(replaced(whole[name], path, new))
+        if name == study.KEY:
+            wrong = path[0] not in head and new is not DELETED and senseless(old, new)
+        elif path == ("rater",):
+            wrong = not isinstance(new, str)
+        else:
+            wrong = new != old and (path[-1] != "choice" or new is not None)
+            wrong &= new is not DELETED or not isinstance(path[-1], int)
+        if way > 0.9:
+            cut, wrong = rng.randrange(len(text)), False
+            text = (
+                text[:cut] + rng.choice(["", "\0", "[" * 5000, "NaN", '"']) + text[cut + rng.randrange(3) :]
+            )
+
+        def run(name: str = name, text: str = text) -> None:
+            for file, data in whole.items():
+                (folder / file).write_text(text if file == name else json.dumps(data))
+            refused(study.run, "--collect", folder / "votes.json", "--out", folder)
+
+        what = "deleted" if new is DELETED else f"{new!r:.60}"
+        yield Case(f"{name} {'.'.join(map(str, path))}: {what}", run, wrong)
 
 
 # Option -> values that are right and values that nothing can be drawn with; {} = a folder of files.
@@ -226,6 +276,8 @@ OPTIONS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "--replay": ([], ["no.png", "{}/cat.png", "{}/mask.png", "{}", "{}/gone.png", "/dev/zero"]),
     "--weights": ([], ["{}", "no", "{}/empty.txt", "", "x" * 300]),
     "--out": (["{}/out/deep"], ["{}/empty.txt", "{}/empty.txt/x", "/proc/x", "x" * 300]),
+    "--format": (["png", "jpeg", "webp"], ["gif", "JPEG", ""]),
+    "--batch-refs": (["{}/many"], ["no", "{}/cat.png", "{}/empty.txt", "{}/one", "/dev/zero", "a\0b"]),
     "--debug": ([], ["x"]),
     "--stepz": ([], ["3"]),
 }  # fmt: skip
@@ -235,10 +287,12 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
     """Command lines of sample.py."""
     build_tiny_bundle(folder / "tiny")
     shutil.copy(CAT, folder / "cat.png")
-    (folder / "dog").mkdir()
-    for name in ("1.png", "2.png"):
-        shutil.copy(CAT, folder / "dog" / name)
-    (folder / "cut.png").write_bytes(CAT.read_bytes()[:3000])
+    for name in ("dog/1.png", "dog/2.png", "many/cat.png", "many/dog.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CAT, folder / name)
+    (folder / "one").mkdir()
+    for name in ("cut.png", "one/cut.png"):
+        (folder / name).write_bytes(CAT.read_bytes()[:3000])
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     with Image.open(CAT) as image:
         mask = image.getchannel("A")
@@ -252,7 +306,10 @@ def commands(rng: random.Random, folder: Path) -> Iterator[Case]:
     more = [f"--{name.replace('_', '-')}" for name in OF_SUBJECTS]
     while True:
         line, wrong, args = dict(start), False, []
-        if rng.random() < 0.3:  # a second subject
+        if (kind := rng.random()) < 0.2:  # many subjects, one after the other
+            del line["--ref"]
+            line |= {"--batch-refs": "{}/many", "--prompt": "a {subject}"}
+        elif kind < 0.45:  # a second subject
             line |= {"--method": "reference-attention", "--prompt": "a cat and a dog"}
             args += [
                 "--ref",
@@ -419,6 +476,7 @@ def of_tuples(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]])
 
 KINDS: dict[str, Kind] = {
     "settings": settings,
+    "votes": votes,
     "commands": commands,
     "images": of_tuples(fuzz_images.images),
     "masks": of_tuples(fuzz_images.masks),
