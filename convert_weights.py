@@ -122,112 +122,93 @@ def convert(
     """
     defaults = (defaults or DefaultConfigs()).with_base(base)
     with BundleWriter(out, defaults.image_size, overwrite) as writer:
-        paths = [*(fetch() if fetch else []), *paths]
-        _fill(writer, paths, base, dtype, ema, llm, llm_bits, loras, defaults, say)
-    summarise(Bundle.open(out), say)
+        sources = _read([*(fetch() if fetch else []), *paths], defaults, ema, say)
+        left_out = () if llm else LLM
+        networks = _choose(sources, left_out, say)
+        adapters = "adapter" in networks or (base is not None and "adapter" in base.networks)
+        for source in sources:
+            if (
+                adapters
+                and source.networks.get("llava", base) is networks.get("llava")
+                and source.is_plain_llava
+            ):
+                say(f"note: llava: {source.name} does not say that it is MoMA's own, which the adapter needs")
+        if WORDS in networks and networks[WORDS].config is None:
+            networks |= mm_diff_encoders(networks, base)
+        if llm_bits and "llava" not in networks:
+            networks["llava"] = llava_of(base if llm else None)
+        if not networks and not loras:
+            raise ValueError("nothing to convert: give at least one source")
+        kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
+        tokenizers = _choose_tokenizers(networks, kept, sources, base)
+        if "llava" in networks:
+            networks["llava"] = _with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
 
-
-def _fill(
-    writer: BundleWriter,
-    paths: Sequence[Path],
-    base: Bundle | None,
-    dtype: torch.dtype | None,
-    ema: bool,
-    llm: bool,
-    llm_bits: int | None,
-    loras: Sequence[tuple[Path, float]],
-    defaults: DefaultConfigs,
-    say: Say,
-) -> None:
-    """Read, check and write; arguments as `convert`.
-
-    Args:
-        writer: of the bundle.
-        paths: sources.
-        base: see there.
-        dtype: see there.
-        ema: see there.
-        llm: see there.
-        llm_bits: see there.
-        loras: see there.
-        defaults: with the base's configs.
-        say: receives notes.
-    """
-    for path in (path for path in paths if SYSTEM.fullmatch(path.name)):
-        say(f"note: {path}: of an operating system, not a source")
-    sources = [read_source(path, defaults, ema) for path in paths if not SYSTEM.fullmatch(path.name)]
-    for source in sources:
-        for note in source.notes:
-            say(f"note: {source.name}: {note}")
-
-    left_out = () if llm else LLM
-    networks = _choose(sources, left_out, say)
-    adapters = "adapter" in networks or (base is not None and "adapter" in base.networks)
-    for source in sources:
-        if adapters and source.networks.get("llava", base) is networks.get("llava") and source.is_plain_llava:
-            say(f"note: llava: {source.name} does not say that it is MoMA's own, which the adapter needs")
-    if WORDS in networks and networks[WORDS].config is None:
-        networks |= mm_diff_encoders(networks, base)
-    if llm_bits and "llava" not in networks:
-        networks["llava"] = llava_of(base if llm else None)
-    if not networks and not loras:
-        raise ValueError("nothing to convert: give at least one source")
-    kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
-    tokenizers = _choose_tokenizers(networks, kept, sources, base)
-    if "llava" in networks:
-        networks["llava"] = _with_tower(networks["llava"], networks.get("vision"), kept.get("vision"))
-
-    unet = networks["unet"].config if "unet" in networks else kept.get("unet", defaults.unet)
-    defaults = defaults.of(bool(unet.added_cond_dim))
-    writer.image_size = defaults.image_size
-    for source in (source for source in sources if source.bare_vae):
-        if source.networks["vae"] is networks.get("vae"):
-            networks["vae"] = replace(networks["vae"], config=defaults.vae)
-            say(
-                f"note: {source.name}: a VAE without a config: its latents are taken to be scaled by "
-                f"{defaults.vae.scaling}, as the UNet's; that of another model would draw wrong colours"
-            )
-    configs = kept | {name: network.config for name, network in networks.items()}
-    methods = kept_methods(base, networks) if base else {}
-    for source in sources:
-        methods |= source.methods
-    check_together(configs, methods)
-    check_latents(networks, kept, defaults)
-    check_tokenizers(tokenizers, configs)
-    networks = {name: check(name, network, configs.get("unet"), say) for name, network in networks.items()}
-    for name in ADAPTERS:
-        if name in kept and "unet" in networks:
-            check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
-    # scorers are not rounded, as scores are compared with published ones
-    dtypes = {name: None if name in SCORERS else dtype for name in networks}
-    for name, network in networks.items():
-        check_kinds(name, network, configs.get("unet"), dtypes[name])
-    known, record = {*kept}, {}
-    if loras:
-        networks, record = with_loras(loras, networks, kept, base, dtypes)
-    if llm_bits:
-        networks["llava"] = quantised(networks["llava"], llm_bits)
-    if llm_bits in UNSAFE:
-        say(f"note: {llm_bits} bits are unsafe: a real language model loses much of its prompt; use 8")
-    _compare_towers(networks, sources, say)
-    sizes = {name: stored_bytes(network.tensors, dtypes.get(name)) for name, network in networks.items()}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
-        writer.check_space(sum(sizes.values()))
-        for name in network_kinds():  # in one order, whatever that of the sources
-            if network := networks.get(name):
-                bar.set_postfix_str(name)
-                part = network.config, network.tensors, network.source, dtypes.get(name), bar.update
-                writer.add(name, *part, record.get(name, ()))
-            elif name in kept:
-                writer.take(base, name)
+        unet = networks["unet"].config if "unet" in networks else kept.get("unet", defaults.unet)
+        defaults = defaults.of(bool(unet.added_cond_dim))
+        writer.image_size = defaults.image_size
+        for source in (source for source in sources if source.bare_vae):
+            if source.networks["vae"] is networks.get("vae"):
+                networks["vae"] = replace(networks["vae"], config=defaults.vae)
+                say(
+                    f"note: {source.name}: a VAE without a config: its latents are taken to be scaled by "
+                    f"{defaults.vae.scaling}, as the UNet's; that of another model would draw wrong colours"
+                )
+        configs = kept | {name: network.config for name, network in networks.items()}
+        methods = kept_methods(base, networks) if base else {}
+        for source in sources:
+            methods |= source.methods
+        check_together(configs, methods)
+        check_latents(networks, kept, defaults)
+        check_tokenizers(tokenizers, configs)
+        networks = {
+            name: check(name, network, configs.get("unet"), say) for name, network in networks.items()
+        }
+        for name in ADAPTERS:
+            if name in kept and "unet" in networks:
+                check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
+        # scorers are not rounded, as scores are compared with published ones
+        dtypes = {name: None if name in SCORERS else dtype for name in networks}
+        for name, network in networks.items():
+            check_kinds(name, network, configs.get("unet"), dtypes[name])
+        record = {}
+        if loras:
+            networks, record = with_loras(loras, networks, kept, base, dtypes)
+        if llm_bits:
+            networks["llava"] = quantised(networks["llava"], llm_bits)
+        if llm_bits in UNSAFE:
+            say(f"note: {llm_bits} bits are unsafe: a real language model loses much of its prompt; use 8")
+        _compare_towers(networks, sources, say)
+        sizes = {name: stored_bytes(network.tensors, dtypes.get(name)) for name, network in networks.items()}
+        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
+            writer.check_space(sum(sizes.values()))
+            for name in network_kinds():  # in one order, whatever that of the sources
+                if network := networks.get(name):
+                    bar.set_postfix_str(name)
+                    part = network.config, network.tensors, network.source, dtypes.get(name), bar.update
+                    writer.add(name, *part, record.get(name, ()))
+                elif name in kept:
+                    writer.take(base, name)
         if base:
-            writer.take_companions(base, known)
+            writer.take_companions(base, {*kept})
         for name, path in tokenizers.items():
             writer.add_tokenizer(name, path)
         writer.method |= base.method if base else {}
         writer.methods |= methods
         for source in sources:
             writer.method |= source.method
+    summarise(Bundle.open(out), say)
+
+
+def _read(paths: Sequence[Path], defaults: DefaultConfigs, ema: bool, say: Say) -> list[Source]:
+    """The sources, with their notes said; arguments as `convert`."""
+    for path in (path for path in paths if SYSTEM.fullmatch(path.name)):
+        say(f"note: {path}: of an operating system, not a source")
+    sources = [read_source(path, defaults, ema) for path in paths if not SYSTEM.fullmatch(path.name)]
+    for source in sources:
+        for note in source.notes:
+            say(f"note: {source.name}: {note}")
+    return sources
 
 
 def mm_diff_encoders(networks: Mapping[str, Network], base: Bundle | None) -> dict[str, Network]:
