@@ -3,8 +3,9 @@
 python -m tests.mutations --list
 python -m tests.mutations [--quick] [--only NAME ...] [--command "python -m pytest -x"]
 
-Each mistake is one small edit of the method, the sampler, the converter, masks, training or bundles. `--list`
-also checks that every edit still applies; the exit status is 1 if one does not, or if a mistake goes unseen.
+Each mistake is one small edit of the method, the sampler, the converter, masks, training, bundles or of what
+people use. `--list` also checks that every edit still applies; the exit status is 1 if one does not, or if a
+mistake goes unseen.
 """
 
 import argparse
@@ -181,6 +182,28 @@ MUTATIONS = (
              "test_mm_diff_training"),
     Mutation("every-subject-has-the-first-mask", "moma/data/triplets.py", "_mask(image, pairs[0][1], who",
              "_mask(image, files.subjects[0][0][1], who", "test_data"),
+    # for people: the study, batches of references, files that hold settings, exports, captions, the page
+    Mutation("votes-for-none-are-lost", "moma/evaluate", "1 / len(vote.trial.methods) if vote.method is None",
+             "0.0 if vote.method is None", "test_study"),
+    Mutation("agreement-by-another-count", "moma/evaluate", "1 - (n - 1) * observed / expected",
+             "1 - n * observed / expected", "test_study"),
+    Mutation("raters-see-one-method-first", "moma/evaluate",
+             "rng.sample(groups[i // len(kinds) % len(groups)], group)",
+             "groups[i // len(kinds) % len(groups)]", "test_study"),
+    Mutation("batches-begun-are-drawn-in-part", "moma/app",
+             "if any(j not in self.there for j in batch) for i in batch]",
+             "for i in batch if i not in self.there]", "test_sample_batch"),
+    Mutation("every-format-counts-as-there", "moma/app", 'f"*-seed*{OUTPUTS[kind].suffix}"', '"*-seed*"',
+             "test_sample_batch"),
+    Mutation("lossy-files-compared-as-drawn", "moma/app", "image = _compressed(image, other.format)", "pass",
+             "test_output"),
+    Mutation("exported-layers-counted-wrong", "moma/weights/export.py", "* (unet.resnets + 1)",
+             "* unet.resnets", "test_export"),
+    Mutation("captions-of-the-image-before", "moma/data",
+             "zip(opened, captioner(list(opened.values())), strict=True)",
+             "zip(batch, captioner(list(opened.values())), strict=False)", "test_blip2"),
+    Mutation("the-page-draws-one-seed", "moma/demo", "images=((prompt, seed),)",
+             "images=((prompt, form.seed),)", "test_demo"),
     # bundles
     Mutation("bundle-files-may-lie-elsewhere", "moma/weights/bundle.py", "Path(file).name != file",
              "not file", "test_loading test_convert test_tiny"),
