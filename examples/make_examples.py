@@ -1,9 +1,13 @@
-"""Draw the example references, subjects that MoMA-mini was not trained on, and its images of them.
+"""Draw the example references, subjects that MoMA-mini was not trained on, its images of them, and the images
+of the pages on tasks (docs/tasks): to be run again after new weights. Needs Chromium.
 
 python examples/make_examples.py
 """
 
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import moma  # noqa: E402 (the path comes first)
+import sample  # noqa: E402
 from moma.app.options import SCENES  # noqa: E402
 from moma.app.record import save_png  # noqa: E402
 from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
+from moma.evaluate import __main__ as evaluation  # noqa: E402
+from moma.evaluate import figures  # noqa: E402
 from moma.inputs.preprocess import find_mask, open_image  # noqa: E402
 from moma.world.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 
@@ -25,6 +32,24 @@ SUBJECTS = {"cat": UNSEEN + 22, "dog": UNSEEN + 1, "car": UNSEEN + 7, "teapot": 
 MATERIALS = ("wooden", "golden")
 TEXTURE_STRENGTH = 0.4  # β of Eq. 3 for new textures, as in the paper
 RESULTS = Path(__file__).with_name("results.png")
+
+# The commands of the pages, and the images in TASKS that they draw.
+TASKS, MINI = ROOT / "docs" / "tasks", str(ROOT / "weights" / "mini")
+QUICK = ["--solver", "dpm", "--steps", "20"]
+CAT, TEAPOT = (["--ref", str(ROOT / "examples" / name)] for name in ("cat.png", "teapot.png"))
+FIGURES = {
+    "scene": ["context", *CAT, *TEAPOT],
+    "texture": ["texture", *CAT, *TEAPOT],
+    "strength": ["beta", *CAT, "--prompt", "a golden {subject} on the beach"],
+    "training": ["methods", *CAT, *TEAPOT, "--prompt", "a {subject} in the snow", "--method", "text",
+        "--method", "moma"],
+}  # fmt: skip
+SEVERAL = [*CAT, *TEAPOT, "--region", "0,0,0.5,1", "--region", "0.5,0,1,1", "--size", "96x64", "--num", "4",
+    "--prompt", "a cat and a teapot on the beach"]  # fmt: skip
+SCORES = ["--world", "--method", "moma", "--method", "text", "--subjects", "2", "--prompts", "2", "1",
+    "--per-prompt", "1"]  # fmt: skip
+BROWSER = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=900,1500"]
+COLOURS = 200  # of an image in TASKS: a third of the bytes
 
 
 def references() -> None:
@@ -50,6 +75,28 @@ def results() -> None:
     save_png(RESULTS, contact_sheet(rows, SheetConfig(cell=128)))
 
 
+def tasks(work: Path, chromium: str) -> None:
+    """Write the images of the pages on tasks.
+
+    Args:
+        work: an empty folder.
+        chromium: the program, which photographs the page of scores.
+    """
+    for name, options in FIGURES.items():
+        figures.main([*options, *QUICK, "--bundle", MINI, "--out", str(work / f"{name}.png")])
+    sample.main([*SEVERAL, *QUICK, "--weights", MINI, "--cache", "off", "--out", str(work / "drawn")])
+    (work / "drawn" / "cat-and-teapot-sheet.png").rename(work / "several.png")
+    evaluation.main([*SCORES, *QUICK, "--bundle", MINI, "--out", str(work / "scores")])
+    page = (work / "scores" / "index.html").as_uri()
+    subprocess.run([chromium, *BROWSER, f"--screenshot={work / 'scores.png'}", page], check=True)
+    for path in work.glob("*.png"):
+        save_png(TASKS / path.name, Image.open(path).convert("RGB").quantize(COLOURS))
+
+
 if __name__ == "__main__":
+    if (found := shutil.which("chromium") or shutil.which("chromium-browser")) is None:
+        sys.exit("make_examples.py: no chromium on the PATH, which draws docs/tasks/scores.png: install it")
     references()
     results()
+    with tempfile.TemporaryDirectory() as folder:
+        tasks(Path(folder), found)
