@@ -117,7 +117,7 @@ def test_a_batch_is_its_singles(sd: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["moma:several", "moma:stage2"])
 def test_training_is_the_samplers_computation(folder: Path, kind: str) -> None:
     """Of an image as wide, given the same noises, timestep and masks; SDXL reads each image's own size."""
-    task = task_of(folder, kind)
+    task = task_of(folder, kind, "lambda_init=0.7")
     model, batch = task.model, batch_of(task, [0, 1, 2]) | {"t": torch.tensor([300, 500, 700])}
     losses, trainable = model(batch), model.trainable
     pipe = Pipeline(trainable.drawing().with_config(replace(trainable.method, geometry="cover")))
@@ -210,12 +210,13 @@ def test_sizes_that_do_not_fit(sd: Path, capsys: pytest.CaptureFixture[str], val
 
 
 def test_the_weights_own_size_given_is_none_given(sd: Path, tmp_path: Path) -> None:
-    """A cache of one is one of the other; another shape's is refused."""
+    """A cache of one is one of the other, with each image once; another shape's is refused."""
     place = f"cache={tmp_path / 'cache'}"
     task_of(sd, "moma:stage2", place, f"width={SIDE}", "height=64")
     (part,) = (tmp_path / "cache").glob("*.safetensors")
     before = part.stat().st_mtime_ns
-    task_of(sd, "moma:stage2", place, "width=null")
+    data = task_of(sd, "moma:stage2", place, "width=null").data
+    assert torch.equal(data.target, data.reference)
     assert part.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=f"{WIDTH}"):
         task_of(sd, "moma:stage2", place)
