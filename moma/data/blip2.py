@@ -24,6 +24,7 @@ from moma.inputs.preprocess import on_white, open_image
 from moma.sampling.device import DTYPES, choose_device, choose_dtype
 
 RESULT, PART = "captions.jsonl", "part-{:03}.jsonl"
+FIELDS = ("image_id", "caption")  # texts, of each line
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 PART_BYTES = 2**32  # of a file of captions: OpenImages has 9 million images
 
@@ -99,9 +100,10 @@ def read_parts(out: Path) -> dict[str, str]:
     for part in (path for path in visible(out) if path.match(PART.replace("{:03}", "*"))):
         *lines, _ = read_text(part, PART_BYTES).split("\n")
         for line in lines:
-            data = parse_json(line, str(part)) if line else None
-            if data is not None:
-                found[data["image_id"]] = data["caption"]
+            data = parse_json(line, str(part)) if line else dict.fromkeys(FIELDS, "")
+            if not isinstance(data, dict) or not all(isinstance(data.get(name), str) for name in FIELDS):
+                raise ValueError(f"{part}: {line!r:.100}: expected {', '.join(FIELDS)}; delete the file")
+            found[data["image_id"]] = data["caption"]
     return found
 
 

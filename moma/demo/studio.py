@@ -171,9 +171,9 @@ class Studio:
         if not words and any(SUBJECT in prompt for prompt in prompts):
             raise ValueError(f"which subject? Give an image of it, or write prompts without {SUBJECT}")
         prompts = [fill(prompt, joined(words)) for prompt in prompts]
-        seeds = range(form.seed, form.seed + (1 if strip else form.count))
+        each = 1 if strip else form.count
         strengths = self.cfg.strengths if strip else (form.sample.strength,)
-        count, most = len(prompts) * len(seeds) * len(strengths), max(self.cfg.images, len(strengths))
+        count, most = len(prompts) * each * len(strengths), max(self.cfg.images, len(strengths))
         if not 1 <= count <= most:
             raise ValueError(f"{count} images: expected 1 to {most} in one go")
         check_seed("seed", form.seed, form.count)
@@ -195,7 +195,7 @@ class Studio:
                 method=form.method, config=config, subjects=subjects, images=((prompt, seed),), only=None,
                 negative=form.negative, sample=replace(sample, strength=strength), dtype="auto",
             )
-            for prompt in prompts for seed in seeds for strength in strengths
+            for prompt in prompts for seed in range(form.seed, form.seed + each) for strength in strengths
         ]  # fmt: skip
 
     def pipeline(self, request: Request) -> Pipeline:

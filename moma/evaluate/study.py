@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, Self, get_args
 
 from models.weights.files import read_json, read_object
 from moma.app.files import Parser, check_writable, exit_status, write_text
@@ -78,7 +78,8 @@ class Question:
 # --- what is shown -----------------------------------------------------------------------------------
 
 
-class Shown(NamedTuple):
+@dataclass(frozen=True)
+class Shown:
     """What every method has drawn an image of."""
 
     subject: str
@@ -86,6 +87,9 @@ class Shown(NamedTuple):
     kind: str
     prompt: str
     number: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 Images = Mapping[str, Mapping[Shown, Path]]  # method -> its images
@@ -102,11 +106,12 @@ def read_images(folder: Path, methods: Sequence[str]) -> Images:
         ValueError: for a damaged file, or a method that has not been scored.
     """
     path, found = folder / "scores.json", {}
+    data = read_object(path)
     try:
-        for row in read_object(path)["scores"]:
+        for row in data["scores"]:
             shown = Shown(row["subject"], row["label"], row["kind"], row["prompt"], row["number"])
             found.setdefault(row["method"], {})[shown] = folder / row["file"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); expected that of moma.evaluate") from None
     if unknown := [name for name in methods if name not in found]:
         raise ValueError(f"--method {unknown[0]}: {folder} has {', '.join(found)}")
