@@ -7,10 +7,8 @@ if there are any.
 
 import argparse
 import contextlib
-import copy
 import io
 import json
-import math
 import random
 import shutil
 import sys
@@ -24,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -37,12 +34,13 @@ from convert_weights import convert
 from models.weights.loading import read_checkpoint
 from moma.app.options import OF_SUBJECTS
 from moma.app.record import CHUNK, COMMENT, OUTPUTS
-from moma.evaluate import study
 from moma.weights.bundle import Bundle
+from moma.weights.export import export_ip_adapter
 from moma.weights.lora import parse_lora
 from moma.weights.tiny import build_tokenizers
-from tests import fuzz_images, fuzz_mm_diff
+from tests import fuzz_images, fuzz_mm_diff, fuzz_people
 from tests import make_checkpoints as checkpoints
+from tests.fuzz_json import DELETED, VALUES, nodes, replaced, senseless
 from tests.fuzz_weights import damaged, edited
 from tests.make_checkpoints import TINY, TINY_DEFAULTS
 from tests.tiny import build_tiny_bundle
@@ -81,12 +79,6 @@ def refused(command: Callable[[list[str]], int], *args: object) -> None:
 
 # --- the kinds ---------------------------------------------------------------------------------------
 
-# What takes the place of a value: other types, other sizes, and what a terminal or a reader trips over.
-VALUES = (
-    None, True, False, 0, 1, -1, 3.7, 10**30, -(10**30), math.nan, math.inf, "", "x", "7", "NaN",
-    "a\x1b[2J\ud800", "x" * 5000, [], [1], ["x"], {}, {"a": 1}, [[[[]]]], [None] * 99,
-)  # fmt: skip
-
 
 def checked(*args: object) -> None:
     """sample.py's command up to where it would read weights; ValueError for a refusal."""
@@ -94,36 +86,8 @@ def checked(*args: object) -> None:
         refused(sample.run, *args)
 
 
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The places of a JSON value, the whole included."""
-    yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from nodes(value[key], (*path, key))
-
-
-def replaced(value: Any, path: Sequence[Any], new: Any) -> Any:
-    """A JSON value with another one at a place; `DELETED` takes it out."""
-    if not path:
-        return new
-    key, *rest = path
-    value = copy.copy(value)
-    if not rest and new is DELETED:
-        del value[key]
-    else:
-        value[key] = replaced(value[key] if key in value or isinstance(value, list) else None, rest, new)
-    return value
-
-
 Reader = Callable[[Path, Path, Path], None]  # of a file, beside a bundle, into a new one
-DELETED = object()
 LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
-
-
-def senseless(old: Any, new: Any) -> bool:
-    """Whether no field that holds the old value can hold the new one, by its type alone."""
-    if old is None or (isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool)):
-        return False
-    return type(old) is not type(new) or (isinstance(new, float) and not math.isfinite(new))
 
 
 def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
@@ -190,47 +154,6 @@ def settings(rng: random.Random, folder: Path) -> Iterator[Case]:
             continue
         what = "deleted" if new is DELETED else f"{new!r:.60}"
         yield case(f"{'.'.join(map(str, path))}: {what}", json.dumps(replaced(data, path, new)), wrong)
-
-
-def votes(rng: random.Random, folder: Path) -> Iterator[Case]:
-    """Files of votes, and the key of their study."""
-    head = {"format": study.FORMAT, "version": study.VERSION, "study": "0f"}
-    trials = [
-        {"id": f"t{i}", "subject": f"cat-{i}", "methods": {f"i{i}": "moma", f"j{i}": "text"}} for i in (0, 1)
-    ]
-    rows = [
-        {"trial": f"t{i}", "question": "subject", "choice": choice} for i, choice in ((0, "i0"), (1, None))
-    ]
-    whole = {
-        study.KEY: head | {"questions": ["subject"], "trials": trials},
-        "votes.json": head | {"rater": "r", "votes": rows},
-    }
-    while True:
-        name, way = rng.choice(list(whole)), rng.random()
-        path = rng.choice([place for place in nodes(whole[name]) if place])
-        old = reduce(lambda value, key: value[key], path, whole[name])
-        new = rng.choice(VALUES) if way < 0.75 else DELETED
-        text = json.dumps(replaced(whole[name], path, new))
-        if name == study.KEY:
-            wrong = path[0] not in head and new is not DELETED and senseless(old, new)
-        elif path == ("rater",):
-            wrong = not isinstance(new, str)
-        else:
-            wrong = new != old and (path[-1] != "choice" or new is not None)
-            wrong &= new is not DELETED or not isinstance(path[-1], int)
-        if way > 0.9:
-            cut, wrong = rng.randrange(len(text)), False
-            text = (
-                text[:cut] + rng.choice(["", "\0", "[" * 5000, "NaN", '"']) + text[cut + rng.randrange(3) :]
-            )
-
-        def run(name: str = name, text: str = text) -> None:
-            for file, data in whole.items():
-                (folder / file).write_text(text if file == name else json.dumps(data))
-            refused(study.run, "--collect", folder / "votes.json", "--out", folder)
-
-        what = "deleted" if new is DELETED else f"{new!r:.60}"
-        yield Case(f"{name} {'.'.join(map(str, path))}: {what}", run, wrong)
 
 
 # Option -> values that are right and values that nothing can be drawn with; {} = a folder of files.
@@ -383,11 +306,13 @@ def merge_one(lora: Path, base: Path, out: Path) -> None:
         convert([], out, Bundle.open(base), say=lambda _: None, loras=[parse_lora(str(lora))])
 
 
-def build_all(folder: Path) -> None:
-    """Open a bundle and build all of its networks."""
+def use_all(folder: Path, out: Path) -> None:
+    """Build all networks of a bundle, and export its adapter to `out`."""
     bundle = Bundle.open(folder)
     for name in bundle.networks:
         bundle.build(name)
+    out.unlink(missing_ok=True)
+    export_ip_adapter(folder, out)
 
 
 def configs(rng: random.Random, folder: Path) -> Iterator[Case]:
@@ -422,7 +347,7 @@ def configs(rng: random.Random, folder: Path) -> Iterator[Case]:
             file.write_text(text, encoding="utf-8", errors="surrogatepass")
             try:
                 if bundle:
-                    build_all(copied)
+                    use_all(copied, folder / "exported.safetensors")
                 else:
                     source = folder / path.relative_to(folder).parts[0]
                     convert_one(source, made["base"], folder / "out")
@@ -476,7 +401,7 @@ def of_tuples(kind: Callable[[random.Random, Path], Iterator[fuzz_images.Case]])
 
 KINDS: dict[str, Kind] = {
     "settings": settings,
-    "votes": votes,
+    "people": of_tuples(fuzz_people.cases),
     "commands": commands,
     "images": of_tuples(fuzz_images.images),
     "masks": of_tuples(fuzz_images.masks),
