@@ -15,6 +15,7 @@ from PIL import Image
 from moma.data.shards import Other, ShardWriter
 from moma.mini.config import AdapterRun
 from moma.mini.workspace import Workspace
+from moma.sampling.device import dtype_name
 from moma.training.loop import EXPORT
 from moma.world.pairs import named_specs, pair, pair_words
 from moma.world.world import CLASSES, Spec, WorldConfig, draw, spec, trained_elsewhere
@@ -126,18 +127,20 @@ def _train(work: Workspace, name: str, run: AdapterRun, options: Iterator[str], 
     given |= {"--batch-size": share, "--device": work.ranks.device.type}
     texts = [str(part) for option in given.items() for part in option]
     _run_script("train.py", [run.training, "--resume", *texts, *options])
-    work.ranks.once(lambda: put_in(out / EXPORT, start, bundle_of(work, out.name)))
+    dtype = dtype_name(work.cfg.dtype)
+    work.ranks.once(lambda: put_in(out / EXPORT, start, bundle_of(work, out.name), dtype))
 
 
-def put_in(export: Path, bundle: Path, target: Path) -> None:
+def put_in(export: Path, bundle: Path, target: Path, dtype: str) -> None:
     """Write a bundle with the result of a training.
 
     Args:
         export: folder of the training's export.
         bundle: that the training started from.
         target: folder of the new bundle.
+        dtype: of what was trained, a name.
     """
-    options = ("--base-bundle", str(bundle), "--out", str(target), "--overwrite")
+    options = ("--base-bundle", str(bundle), "--out", str(target), "--overwrite", "--dtype", dtype)
     _run_script("convert_weights.py", [str(export), *options])
 
 

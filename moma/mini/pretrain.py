@@ -46,7 +46,7 @@ from moma.mini.tasks import (
 )
 from moma.mini.text_to_image import Latents, TextToImageTask
 from moma.mini.workspace import Workspace
-from moma.sampling.device import set_precision
+from moma.sampling.device import dtype_name, set_precision
 from moma.training.common import to_pixels
 from moma.training.loop import EXPORT
 from moma.training.parallel import start_ranks
@@ -412,7 +412,8 @@ def recipe(work: Workspace, until: str, past_gates: bool = False) -> None:
 def finish(work: Workspace, target: Path) -> None:
     """Write the finished bundle, the last adapter's, with what evaluation and drawing need beside it."""
     name, last = list(work.cfg.adapters.items())[-1]
-    put_in(work.folder / "adapters" / name / EXPORT, bundle_of(work, last.start), target)
+    export = work.folder / "adapters" / name / EXPORT
+    put_in(export, bundle_of(work, last.start), target, dtype_name(work.cfg.dtype))
     add_scorers(work, target)
 
 
