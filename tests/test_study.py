@@ -264,6 +264,7 @@ def test_raters_vote_in_a_browser(evaluation: Path, tmp_path: Path, width: int) 
                 button.click()
             else:
                 button.tap()
+            page.wait_for_function(f"Object.keys(state.votes).length == {i + 1}")  # a tap's click comes later
         with page.expect_download() as saved:
             page.get_by_role("button", name="Save votes").click()
         saved.value.save_as(file := tmp_path / "votes.json")
