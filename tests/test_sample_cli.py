@@ -496,6 +496,7 @@ MISTAKES = {  # {} = the folder of `files`
     f"{CAT_ALONE} --set m_gen_threshold={'[' * 9999}": "m_gen_threshold",
     f"{CAT_ALONE} --set lambda_init=NaN": "lambda_init",
     "--ref {}/DSCF.png": "--subject",
+    f"--ref - {CAT_ALONE}": "--ref -",
     "--ref {}/Screenshot.png": "--subject",
     "--ref {}/qXzTeb.png": "--subject",
     "--replay {}/link.png": "gone.png",

@@ -125,6 +125,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         given = [name for name in REPLAYED if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{_option(given[0])} contradicts --replay, which takes it from the image")
+    elif None in (args.ref or ()):
+        raise ValueError(f"--ref {NONE}: expected an image; {NONE} is for --replay, whose files are known")
     elif args.list_objects and len(args.ref or ()) != 1:
         raise ValueError(f"--list-objects: {len(args.ref or ())} --ref, expected one")
     elif not (args.ref or args.batch_refs) and not (
@@ -141,9 +143,9 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     base = SampleConfig()
     add = parser.add_argument_group("the subject").add_argument
     each: dict[str, Any] = {"action": "append"}
-    add("--ref", **each, type=Path, metavar="FILE|DIR", help="image of the subject, or a folder of images of"
-        " it; repeated, each is a subject, and the options below, given as often, go to each in turn, with"
-        f" {NONE} for none")  # fmt: skip
+    add("--ref", **each, type=or_none(Path), metavar="FILE|DIR", help="image of the subject, or a folder of"
+        " images of it; repeated, each is a subject, and the options below, given as often, go to each in"
+        f" turn, with {NONE} for none; with --replay: where it is now, {NONE} for where it was")  # fmt: skip
     add("--batch-refs", type=Path, metavar="DIR", help="draw each file or folder in DIR as a subject"
         " of its own; run again, it goes on where it was stopped (docs/sampling.md)")  # fmt: skip
     add("--subject", **each, type=or_none(str), metavar="WORD", help="what the subject is, e.g. cat (default:"
