@@ -33,7 +33,7 @@ from moma.app.batch import (
     with_word,
     write_index,
 )
-from moma.app.files import check_writable, exit_status
+from moma.app.files import check_writable, counted, exit_status
 from moma.app.options import WEIGHTS, Request, parse_args, records_of, request_of_args, request_of_record
 from moma.app.record import (
     Record,
@@ -327,7 +327,8 @@ def _draw_many(args: argparse.Namespace, bundle: Bundle) -> None:
     plans = _plan(each, bundle, runtime, failures)
     todo = {name: plan for name, plan in plans.items() if plan.missing}
     print(
-        f"{len(todo)} subjects to draw, {len(plans) - len(todo)} are there, {len(failures.reasons)} cannot be"
+        f"{counted(len(todo), 'subject')} to draw, {len(plans) - len(todo)} are there,"
+        f" {len(failures.reasons)} cannot be"
     )
     try:
         if todo:

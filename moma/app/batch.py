@@ -18,7 +18,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from models.weights.files import SYSTEM
-from moma.app.files import write_text
+from moma.app.files import counted, write_text
 from moma.app.options import Request
 from moma.app.record import OUTPUTS, Record, read_record
 from moma.app.subjects import FoundImage, images_of
@@ -78,7 +78,8 @@ class Failures:
         """ValueError if anything went wrong; subjects: how many there are."""
         if self.reasons:
             names = ", ".join(list(self.reasons)[:5]) + ", ..." * (len(self.reasons) > 5)
-            raise ValueError(f"{len(self.reasons)} of {subjects} subjects could not be drawn: {names}")
+            of = counted(subjects, "subject")
+            raise ValueError(f"{len(self.reasons)} of {of} could not be drawn: {names}")
 
 
 def each_subject(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
@@ -221,8 +222,9 @@ def write_index(folder: Path, plans: Sequence[tuple[Plan, Path]], failures: Mapp
             if i in plan.there
         )
         sections.append(
-            f"<section><h2>{name} <small>{text(plan.request.words[0])}, {len(plan.there)} of {count} images"
-            f'</small></h2>\n<a href="{link(sheet)}"><img loading="lazy" src="{link(sheet)}"'
+            f"<section><h2>{name} <small>{text(plan.request.words[0])}, {len(plan.there)} of"
+            f" {counted(count, 'image')}</small></h2>\n"
+            f'<a href="{link(sheet)}"><img loading="lazy" src="{link(sheet)}"'
             f' alt="Sheet of {name}"></a>\n<p>{links}</p></section>\n'
         )
     sections += [
@@ -230,7 +232,7 @@ def write_index(folder: Path, plans: Sequence[tuple[Plan, Path]], failures: Mapp
         for name, why in failures.items()
     ]
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=f"{len(plans)} subjects", sections="".join(sections)
+        title=counted(len(plans), "subject"), sections="".join(sections)
     )
     write_text(folder / PAGE, page)
     return folder / PAGE

@@ -63,6 +63,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
+def counted(count: int, name: str) -> str:
+    """Such as "1 image" and "2,000 images"."""
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, with a line break at its end."""
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))

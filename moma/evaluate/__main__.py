@@ -9,7 +9,7 @@ again; under torchrun the ranks share the drawing.
 import sys
 from collections.abc import Sequence
 
-from moma.app.files import exit_status
+from moma.app.files import counted, exit_status
 from moma.evaluate.draw import draw
 from moma.evaluate.options import Options, parse
 from moma.evaluate.page import write_outputs
@@ -49,7 +49,7 @@ def evaluate(options: Options, ranks: Ranks) -> None:
     real = embed_real(scorers, plan.subjects)
     scores = []
     for name, images in plan.images.items():
-        print(f"{name}: scoring {len(images)} images", file=sys.stderr)
+        print(f"{name}: scoring {counted(len(images), 'image')}", file=sys.stderr)
         scores += rate(name, images, real, scorers, options.out, segmenter)
     photos = {subject.name: subject.photos for subject in plan.subjects}
     write_outputs(

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from models.weights.files import atomic_write, read_object
-from moma.app.files import write_text
+from moma.app.files import counted, write_text
 from moma.app.options import weight_hashes
 from moma.app.record import RECORDS, read_stamp, save_png
 from moma.evaluate.protocol import ProtocolConfig, Task
@@ -319,7 +319,7 @@ def draw(run: Run, ranks: Ranks) -> float | None:
     for batch in own:
         _draw_batch(run, pipe, encode, batch, wanted)
         done += len(batch)
-        print(f"{run.name}: {done} of {sum(map(len, own))} images", file=sys.stderr)
+        print(f"{run.name}: {done} of {counted(sum(map(len, own)), 'image')}", file=sys.stderr)
     seconds = (time.perf_counter() - start) / done if done else None
     ranks.gather(None)  # wait for all ranks
     if ranks.main:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 
-from moma.app.files import Parser, check_writable, exit_status, markdown_table, write_text
+from moma.app.files import Parser, check_writable, counted, exit_status, markdown_table, write_text
 from moma.app.options import SCENES, WEIGHTS, check_seed, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
@@ -162,7 +162,7 @@ def _make_jobs(pipe: Pipeline, request: Request) -> list[Job]:
 
 
 def _draw(column: str, pipe: Pipeline, jobs: Sequence[Job], request: Request) -> list[Result]:
-    print(f"{column}: {len(jobs)} images", file=sys.stderr)
+    print(f"{column}: {counted(len(jobs), 'image')}", file=sys.stderr)
     return list(pipe.run(jobs, request.sample))
 
 
@@ -269,8 +269,8 @@ def table(scores: Sequence[Score], request: Request) -> str:
     heads = list(next(iter(found.values())).values)
     rows = [[name, *(f"{mean.values[head]:.3f}" for head in heads)] for (name,), mean in found.items()]
     note = (
-        f"Means over {len(request.wanted)} images; each is compared with one real image of each subject, the"
-        " photo itself. "
+        f"Means over {counted(len(request.wanted), 'image')}; each is compared with one real image of each"
+        " subject, the photo itself. "
         f"{sample.steps} steps, guidance {sample.guidance:g}, seed {request.seed}."
     )
     return f"{markdown_table(['', *heads], rows)}\n{note}\n"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from moma.app.files import markdown_table
+from moma.app.files import counted, markdown_table
 from moma.evaluate.estimates import Estimate, estimate
 from moma.evaluate.published import (
     DREAMBOOTH,
@@ -217,7 +217,7 @@ def _table(results: Results, name: str, published: Sequence[Published]) -> Table
 
 
 def _subjects(count: int) -> str:
-    return f"of {count} subject{'s' * (count != 1)}"
+    return f"of {counted(count, 'subject')}"
 
 
 def _cell(found: Estimate | None) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.weights.loading import read_checkpoint, save_tensors
-from moma.app.files import exit_status, markdown_table, write_text
+from moma.app.files import counted, exit_status, markdown_table, write_text
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
@@ -171,7 +171,7 @@ def _draw(batches: Sequence[Batch], cfg: ReportConfig, runtime: Runtime) -> None
         if not file.exists():
             pipe = load(setting.bundle, setting.method, *setting.config.items())
             save_tensors(file.parent, file.stem, setting.draw(pipe, asked, cfg)._asdict())
-            print(f"{setting.bundle}, {name}: {len(asked)} images", file=sys.stderr)
+            print(f"{setting.bundle}, {name}: {counted(len(asked), 'image')}", file=sys.stderr)
 
 
 def _read(batches: Sequence[Batch]) -> Drawn:
