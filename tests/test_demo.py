@@ -337,7 +337,7 @@ def test_hostile_files_are_refused_in_words(address: tuple[str, Path], tmp_path:
         page = opened(browser, url)
         page.on("dialog", lambda dialog: pytest.fail(dialog.message))
         page.set_input_files("#image-1 input[type=file]", str(tmp_path / "evil.png"))
-        page.wait_for_selector(".toast-wrap, .toast-body")
+        page.wait_for_selector("text=is not an image")
         page.set_input_files("#replay input[type=file]", str(tmp_path / "plain.png"))
         page.wait_for_selector("text=no settings in it")
         for name, words in (("bomb.png", "12000x12000"), ("large.png", "maximum allowed size")):

@@ -29,6 +29,7 @@ class Slot(NamedTuple):
     """The components of one subject."""
 
     image: gr.Image
+    file: gr.File  # the image's, hidden: `open_image` reads it, and says in words what is wrong with it
     word: gr.Textbox
     shown: gr.Image
     editor: gr.ImageEditor
@@ -87,7 +88,7 @@ def build(studio: Studio) -> gr.Blocks:
                     file_types=[output.suffix for output in OUTPUTS.values()],
                     height=150,
                 )
-        form = [part for slot in slots for part in (slot.image, slot.word, slot.mask)] + asked
+        form = [part for slot in slots for part in (slot.file, slot.word, slot.mask)] + asked
         results = [status, preview, m_gen, gallery]
 
         def started(request: gr.Request) -> threading.Event:
@@ -121,7 +122,7 @@ def build(studio: Studio) -> gr.Blocks:
         cancel.click(lambda: "stopped", None, status, cancels=running, queue=False)
         page.unload(on_unload)
         filled = [
-            part for slot in slots for part in (slot.image, slot.word, slot.editor, slot.shown, slot.mask)
+            part for one in slots for part in (one.image, one.file, one.word, one.editor, one.shown, one.mask)
         ]
         saved.upload(plain(lambda file: fill(studio, file)), saved, [*filled, *asked, status])
     return page
@@ -165,6 +166,7 @@ def _slot(studio: Studio, number: int) -> Slot:
             buttons=[],
             elem_id=f"mask-{number}",
         )
+    file = gr.File(type="filepath", visible="hidden")
     word = gr.Textbox(
         label="What is it? The word that prompts use", placeholder="cat", elem_id=f"word-{number}"
     )
@@ -183,16 +185,18 @@ def _slot(studio: Studio, number: int) -> Slot:
     def on_image(file: str | None, said: str = "") -> tuple:
         if file is None:
             return None, None, None, said
-        path = studio.remember(Path(file))
-        background = {"background": studio.small(path), "layers": [], "composite": None}
+        background = None
         try:
+            path = studio.remember(Path(file))
+            background = {"background": studio.small(path), "layers": [], "composite": None}
+            said = word_of(path) or said
             found, note = studio.find(path)
-        except ValueError as error:
-            gr.Warning(str(error))
-            return None, None, background, word_of(path) or said
+        except (ValueError, OSError) as error:
+            gr.Warning(" ".join(str(error).split()))
+            return None, None, background, said
         if note:
             gr.Warning(note)
-        return studio.shown(path, found), (path, found), background, word_of(path) or said
+        return studio.shown(path, found), (path, found), background, said
 
     def on_click(file: str, event: gr.SelectData) -> tuple:
         path = studio.remember(Path(file))
@@ -208,12 +212,15 @@ def _slot(studio: Studio, number: int) -> Slot:
     masks = {"concurrency_limit": 1, "concurrency_id": "mask", "show_progress": "minimal",
              "trigger_mode": "always_last"}  # fmt: skip
     outputs = [shown, mask, editor, word]
-    image.input(plain(on_image), [image, word], outputs, **masks)
+    image.input(None, image, file, js="file => file").then(on_image, [file, word], outputs, **masks)
     files = [[str(EXAMPLES / f"{name}.png")] for name in ("cat", "dog", "car", "teapot")]
-    gr.Examples(files, [image], outputs, plain(on_image), run_on_click=True, label="example images")
-    image.select(on_click, image, [shown, mask], **masks)
-    editor.input(plain(on_paint), [image, editor], [shown, mask], **masks)
-    return Slot(image, word, shown, editor, mask)
+    gr.Examples(
+        files, [image], [file, *outputs], lambda file: (file, *on_image(file)), run_on_click=True,
+        label="example images",
+    )  # fmt: skip
+    image.select(on_click, file, [shown, mask], **masks)
+    editor.input(plain(on_paint), [file, editor], [shown, mask], **masks)
+    return Slot(image, file, word, shown, editor, mask)
 
 
 def word_of(path: Path) -> str:
@@ -258,7 +265,7 @@ def _more() -> list[Any]:
 
 
 def form_of(studio: Studio, given: Sequence[Any]) -> Form:
-    """What the components hold: image, word, mask of each subject, then `_everyday` and `_more`."""
+    """What the components hold: file, word, mask of each subject, then `_everyday` and `_more`."""
     subjects = []
     rest = 3 * studio.cfg.subjects
     for i in range(0, rest, 3):
@@ -281,7 +288,7 @@ def fill(studio: Studio, file: str) -> list[Any]:
     for file, mask, word in (*form.subjects, *[nobody] * studio.cfg.subjects)[: studio.cfg.subjects]:
         background = file and {"background": studio.small(file), "layers": [], "composite": None}
         seen = mask and (studio.shown(file, mask), (file, mask))
-        found += [file and str(file), word, background, *(seen or (None, None))]
+        found += [file and str(file), file and str(file), word, background, *(seen or (None, None))]
     s = form.sample
     found += [form.prompts[0], form.seed, 1, s.strength]
     found += [form.negative, form.method, s.steps, s.guidance, s.solver]
