@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import sample
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
 from moma.sampling.pipeline import Pipeline
+from tests.browser import chromium
 from tests.fake_sam import SMALL, FlatSAM
 from tests.helpers import ROOT, exit_status, fork, image, only, pixels
 from tests.helpers import run_sample as run
@@ -130,6 +132,27 @@ def test_one_damaged_file_is_told_and_the_others_are_drawn(draw, refs, tmp_path,
     assert "2 of 5" in error and "bad<b>" in error and "blank" in error
     page = (tmp_path / "out" / "index.html").read_text()
     assert "bad&lt;b&gt;" in page and "<b>" not in page
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(draw, refs, tmp_path):
+    """Names that mean something to a browser, or are wider than a phone."""
+    (refs / "cat.png").rename(refs / "<img src=x onerror=alert(1)>&%23#?\"'.png")
+    (refs / "teapot.png").rename(refs / f"{'Teapot' * 20}.png")
+    (refs / "<script>alert(1)</script>.png".replace("/", "")).write_text("no image")
+    assert draw("--subject", "cat") == 2
+    with chromium() as browser:
+        for width in (390, 1440):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+            page.goto((tmp_path / "out" / "index.html").as_uri())
+            for shown in page.locator("img").all():
+                shown.scroll_into_view_if_needed()
+            page.wait_for_function("[...document.images].every(image => image.naturalWidth)")
+            assert page.locator("img").count() == 3 and page.locator("script").count() == 0
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            links = page.locator("a").evaluate_all("all => all.map(one => one.href)")
+            assert len(links) == 6 and all(Path(unquote(urlsplit(link).path)).is_file() for link in links)
 
 
 @pytest.mark.parametrize(

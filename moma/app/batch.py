@@ -232,7 +232,8 @@ def write_index(folder: Path, plans: Sequence[tuple[Plan, Path]], failures: Mapp
         for name, why in failures.items()
     ]
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=counted(len(plans), "subject"), sections="".join(sections)
+        title=counted(len(plans), "subject") + bool(failures) * f", {len(failures)} not drawn",
+        sections="".join(sections),
     )
     write_text(folder / PAGE, page)
     return folder / PAGE
