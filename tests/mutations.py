@@ -209,6 +209,19 @@ MUTATIONS = (
              "not file", "test_loading test_convert test_tiny"),
     Mutation("bundle-version-unchecked", "moma/weights/bundle.py", 'data.get("version") != VERSION',
              'data.get("version") is None', "test_loading test_convert test_tiny"),
+    # MoMA-mini and what its adapters are compared by
+    Mutation("unconditional-row-with-all-of-beta", METHOD, "[self.config.unconditional_beta * beta, beta]",
+             "[beta, beta]", "test_pipeline"),
+    Mutation("ablated-words-are-merged", METHOD, 'change if self.config.without != "words" else None',
+             "change", "test_mm_diff_training"),
+    Mutation("wide-targets-are-square", TRAINING, "triplet.mask, shape or size,", "triplet.mask, size,",
+             "test_training_shape"),
+    Mutation("own-colours-count-as-swapped", "moma/mini/rated.py", "error[0] > error[1]",
+             "error[0] < error[1]", "test_mini_report"),
+    Mutation("other-box-around-the-same", "moma/mini/segmenting.py", "other = _box(last,",
+             "other = _box(first,", "test_mini_segmenting"),
+    Mutation("noise-of-the-batch", "moma/mini/adapter_numbers.py", "TIMESTEPS * i + t",
+             "TIMESTEPS * (i - start) + t", "test_mini_report"),
 )  # fmt: skip
 
 
