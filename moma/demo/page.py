@@ -97,6 +97,7 @@ def build(studio: Studio) -> gr.Blocks:
         def drawn(given: Sequence[Any], request: gr.Request, strip: bool) -> Iterator[tuple]:
             stop = started(request)
             stop.clear()
+            yield "", gr.skip(), gr.skip(), gr.skip()  # the turn has come
             wanted = plain(lambda: studio.requests(form_of(studio, given), strip))()
             yield from shown(studio.draw(wanted, stop))
 
@@ -115,8 +116,10 @@ def build(studio: Studio) -> gr.Blocks:
 
         one = {"concurrency_limit": 1, "concurrency_id": "draw", "show_progress": "hidden"}
         running = [
-            draw.click(_taking_request(on_draw), form, results, **one),
-            strip.click(_taking_request(on_strip), form, results, **one),
+            button.click(lambda: "waiting for its turn ...", None, status, queue=False).then(
+                _taking_request(act), form, results, **one
+            )
+            for button, act in ((draw, on_draw), (strip, on_strip))
         ]
         cancel.click(on_cancel, None, None, queue=False)
         cancel.click(lambda: "stopped", None, status, cancels=running, queue=False)
@@ -301,6 +304,7 @@ def shown(events: Iterator[Event]) -> Iterator[tuple]:
     yield "", None, None, images
     for event in events:
         if event.error:
+            yield "", gr.skip(), gr.skip(), gr.skip()
             raise gr.Error(" ".join(event.text.split()), print_exception=False)
         if event.saved:
             images.append((str(event.saved), event.caption))

@@ -218,7 +218,7 @@ class Studio:
             try:
                 self._work(requests, stop, news)
             except Stopped:
-                news.put(Event("stopped"))
+                news.put(Event("stopped", 1.0))
             except (ValueError, OSError) as error:
                 news.put(Event(str(error), error=True))
             except Exception as error:
