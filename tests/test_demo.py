@@ -157,6 +157,14 @@ def test_a_subject_needs_mask_and_word(studio: Studio, tmp_path: Path) -> None:
             studio.requests(form(tmp_path, subjects=(subject,)))
 
 
+def test_advice_names_no_options(studio: Studio, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(ValueError) as error:
+        studio.find(tmp_path / "noise.png")
+    assert "--" not in str(error.value)
+
+
 def test_painted_strokes_are_the_mask(studio: Studio, tmp_path: Path) -> None:
     (cat,) = form(tmp_path).subjects
     layer = np.zeros((90, 120, 4), np.uint8)

@@ -114,7 +114,12 @@ class Studio:
         """
         image, weights = self.image(file), self.runtime.weights
         segment = self.segmenter.mask if self.segmenter else None
-        found = find_mask(image, segment=segment, plain_first=weights.familiar is not None)
+        try:
+            found = find_mask(image, segment=segment, plain_first=weights.familiar is not None)
+        except ValueError as error:
+            why, _, advice = str(error).partition(": ")
+            advice = "click it, or paint it" if "--" in advice else advice  # the page has no options
+            raise ValueError(f"{why}: {advice}") from None
         notes = [found.doubt()] if found.doubt() else []
         if weights.familiar and not weights.familiar.knows(image):
             notes.append("this image is not of the kind that these weights know: no image will resemble it")
