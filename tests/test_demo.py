@@ -4,6 +4,7 @@ Pages need Gradio (`pip install -e .[demo]`) and a Chromium (`tests/browser.py`)
 """
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from PIL import Image
 import sample
 from moma import METHODS, Runtime, SampleConfig
 from moma.app.record import Segmented, read_record, save_png
+from moma.demo.__main__ import check_address
 from moma.demo.studio import Event, Form, Studio, Subject, lines_of
 from moma.weights.bundle import Bundle
 from tests.browser import chromium
@@ -196,6 +198,20 @@ def test_the_mask_is_of_the_image_that_is_drawn(studio: Studio, tmp_path: Path) 
     for file, found in ((cat.file, cat.mask), (tmp_path / "next.png", None)):
         asked = form_of(studio, [str(file), "cat", (cat.file, cat.mask), *rest])
         assert asked.subjects == ((file, found, "cat"),)
+
+
+def test_an_address_that_is_taken_or_none_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, number in (("127.0.0.1", port), ("127.0.0.1", 99_999), ("256.0.0.1", port)):
+            with pytest.raises(ValueError, match=f"{host} --port {number}"):
+                check_address(host, number)
+    check_address("127.0.0.1", port)
+
+
+def test_images_survive_a_deleted_folder(studio: Studio, tmp_path: Path) -> None:
+    studio.out = tmp_path / "out"
+    assert not studio.out.exists() and drawn(studio, form(tmp_path))[-1].saved.is_file()
 
 
 def test_prompts_are_lines() -> None:

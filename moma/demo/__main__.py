@@ -1,5 +1,6 @@
 """A page to draw with, in the browser: `python -m moma.demo`, once `pip install -e .[demo]` has been run."""
 
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from moma.demo.page import CSS, EXAMPLES, build, theme
     except ImportError as error:
         raise ValueError(f"the page needs Gradio ({error}): pip install -e .[demo]") from None
+    check_address(args.host, args.port)
     folder = args.weights or next((folder for folder in WEIGHTS if folder.is_dir()), WEIGHTS[-1])
     runtime = Runtime.choose(Bundle.open(folder), args.device, args.dtype)
     check_writable("--out", args.out)
@@ -52,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     print(f"http://{args.host}:{args.port} draws with {folder}; Ctrl-C ends it", flush=True)
     page.block_thread()
+
+
+def check_address(host: str, port: int) -> None:
+    """ValueError if no server can listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {host} --port {port}: cannot listen there ({error})") from None
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -279,6 +279,7 @@ class Studio:
             job = Job(self._subjects[1], prompt, seed, request.negative, request.strengths)
             (result,) = pipe.run([job], request.sample, on_step)
             (record,) = records_of(request, found, pipe, bundle)
+            self.out.mkdir(parents=True, exist_ok=True)  # whoever tidied up meanwhile loses nothing
             saved = save_new(self.out, f"seed{seed}", result.image, record)
             m_gen = None if result.m_gen is None else mask_image(result.m_gen, result.image.size)
             text = "done" if i + 1 == len(requests) else f"image {i + 1} of {len(requests)}"
