@@ -164,7 +164,7 @@ class TextToImageConfig:
     empty: float = 0.1  # share without text, for classifier-free guidance
     # Steps of a wide image and two single ones per item.
     train: TrainConfig = _train(
-        steps=18000, batch_size=12, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.999,
+        steps=17000, batch_size=12, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.999,
     )  # fmt: skip
 
 
@@ -332,7 +332,7 @@ class MiniConfig:
     adapter_options: tuple[str, ...] = (
         "--lr", "2e-3", "--ema", "0.999",
         *_set("schedule=cosine", "warmup=50", "snr_gamma=0.3", "save_every=250", "validate_every=250"),
-        *_set("sample_every=1000"),
+        *_set("sample_every=1000", "subject_weight=3"),  # what has to be carried over lies inside the mask
     )  # fmt: skip
     adapters: dict[str, AdapterRun] = field(default_factory=adapter_runs)
     ablations: dict[str, AdapterRun] = field(default_factory=ablation_runs)
