@@ -129,6 +129,15 @@ def test_a_kept_stage_takes_the_networks_of_the_start_as_they_are(tmp_path: Path
         assert torch.equal(kept[name].read(), tensor)
 
 
+def test_a_kept_captioner_need_not_write(tmp_path: Path) -> None:
+    """The shipped one lacks the layer that it would write with."""
+    start = Bundle.open(MINI)
+    llava = Workspace(MiniConfig(), tmp_path, ONE, start, ("captioner",)).new("llava")
+    assert not hasattr(llava.llama, "lm_head")
+    with pytest.raises(ValueError, match="lm_head"):
+        Workspace(MiniConfig(), tmp_path, ONE, start).new("llava")
+
+
 def test_a_longer_text_encoder_reads_short_texts_alike() -> None:
     text = Bundle.open(MINI).build("text", "cpu", torch.float32)
     longer, ids = with_positions(text, 40), torch.arange(10)[None]

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,15 @@ from moma.sampling.device import dtype_name, set_precision
 from moma.training.common import to_pixels
 from moma.training.loop import EXPORT
 from moma.training.parallel import start_ranks
-from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, PROBES, Bundle, BundleWriter, build_network
+from moma.weights.bundle import (
+    CLIP_TOKENIZER,
+    LLAMA_TOKENIZER,
+    LM_HEAD,
+    PROBES,
+    Bundle,
+    BundleWriter,
+    build_network,
+)
 from moma.weights.sources import exact_frequencies
 from moma.weights.tiny import learn_tokenizers
 from moma.world import classifiers
@@ -295,9 +304,11 @@ def _write_bundle(work: Workspace) -> None:
         for name in (*CLIP_TOKENIZER, *LLAMA_TOKENIZER):
             writer.add_tokenizer(name, work.tokenizers / name)
         networks = work.networks()
+        networks["llava"] = replace(networks["llava"], llama=replace(networks["llava"].llama, lm_head=False))
         for name, stage in stages.items():
             tensors = exact_frequencies(read_checkpoint(work.weights(stage, name)))
-            writer.add(name, networks[name], tensors, SOURCE, work.cfg.dtype)
+            own = {key: tensor for key, tensor in tensors.items() if not key.startswith(LM_HEAD)}
+            writer.add(name, networks[name], own, SOURCE, work.cfg.dtype)
         writer.method = dict(work.cfg.method)
 
 
@@ -395,10 +406,14 @@ def recipe(work: Workspace, until: str, past_gates: bool = False) -> None:
         done = work.folder / f"{name}.json"
         if not work.ranks.once(done.exists):
             stage(work)
-            numbers = work.ranks.once(partial(NUMBERS[name], work)) if name in NUMBERS else {}
+            measured = name in NUMBERS and (name, name in work.kept) != (
+                "captioner",
+                True,
+            )  # it may not write
+            numbers = work.ranks.once(partial(NUMBERS[name], work)) if measured else {}
             if work.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
-            for key, (least, most) in work.cfg.gates.get(name, {}).items():
+            for key, (least, most) in work.cfg.gates.get(name, {}).items() if measured else ():
                 if not least <= numbers[key] <= most:
                     found = f"{name}: {key} is {numbers[key]:.3f}, expected {least} to {most}"
                     if not past_gates:

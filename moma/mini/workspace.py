@@ -104,7 +104,8 @@ class Workspace:
     def new(self, name: str) -> nn.Module:
         """A network to train: of the start, or with random weights from a seed of its own."""
         if self.start:
-            found = self.start.build(name, "cpu", torch.float32, lm_head=name == "llava").requires_grad_()
+            writes = name == "llava" and "captioner" not in self.kept  # it need not if it is not trained here
+            found = self.start.build(name, "cpu", torch.float32, lm_head=writes).requires_grad_()
             return with_positions(found, self.cfg.networks[name].positions) if name == "text" else found
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seeds[name])
