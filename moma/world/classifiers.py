@@ -71,7 +71,7 @@ class ProbeConfig:
     held_out: int = 256  # pairs of the validation loss
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=500, batch_size=64, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
+            steps=900, batch_size=64, lr=3e-3, warmup=50, schedule="cosine", weight_decay=0.02,
             save_every=150, validate_every=150,
         )
     )  # fmt: skip
