@@ -17,6 +17,7 @@ from moma.sampling.config import SampleConfig
 from moma.weights.bundle import SAMPLING, Bundle
 from moma.world.classifiers import classify, load_probes, stacked
 from moma.world.measures import iou
+from moma.world.pairs import render_pairs
 from moma.world.scenes import PLACES, SCENES
 from moma.world.world import CLASSES, render
 from tests.helpers import MINI, ROOT
@@ -64,6 +65,22 @@ def test_its_sam_takes_what_is_pointed_at() -> None:
         found = np.asarray(segmenter.subject_mask(image, point=point)) > 0
         wanted = true if true[point[1], point[0]] else ~true
         assert found[point[1], point[0]] and (found & wanted).sum() / (found | wanted).sum() >= 0.9
+
+
+@pytest.mark.parametrize("hint", ["point", "box"])
+def test_its_sam_tells_two_subjects_apart(hint: str) -> None:
+    segmenter, found, true = load_segmenter(MINI, "cpu"), [], []
+    two = render_pairs(range(6), "test")
+    for image, masks in zip(two["image"], torch.from_numpy(two["masks"]) > 127, strict=True):
+        for mask in masks:
+            places = mask.nonzero().flip(1).float()  # x, y
+            near = places[(places - places.mean(dim=0)).square().sum(dim=1).argmin()]
+            box = (*places.amin(dim=0).tolist(), *(places.amax(dim=0) + 1).tolist())
+            given = {"point": tuple(near.tolist()), "box": box}[hint]
+            seen = segmenter.subject_mask(Image.fromarray(image), **{hint: given})
+            found.append(torch.from_numpy(np.asarray(seen) > 0))
+            true.append(mask)
+    assert iou(torch.stack(found), torch.stack(true)).mean() >= 0.8
 
 
 def test_its_sam_sees_nothing_in_an_empty_image() -> None:
