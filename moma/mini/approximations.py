@@ -21,7 +21,7 @@ from moma.app.files import exit_status
 from moma.load import load
 from moma.mini.asked import Asked, Drawn, drawn, make_jobs, singles
 from moma.mini.config import ReportConfig
-from moma.mini.rated import Table, Values, measure
+from moma.mini.rated import Table, Values, classified, measure
 from moma.mini.report import FIDELITY, around, parser_of, rewrite
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.device import set_precision
@@ -201,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = load(args.bundle, device=args.device, dtype=args.dtype, stream="off")
     pairs, named = singles(args.pairs, [None], cfg), settings(args.steps)
     timed = _draw_in_turn(pipe, pairs, named, cfg)
-    values = measure({name: its.drawn for name, its in timed.items()}, pairs, probes, cfg)
+    shown = {name: its.drawn for name, its in timed.items()}
+    values = measure(shown, classified(shown, probes), pairs, probes, cfg)
     shown, less = compared(values, timed)
     tables = (
         Table("Settings", "", ("difference", *MEASURES), shown, costs(timed, named, cfg.sample)),

@@ -121,10 +121,8 @@ def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
         words = [pair_words(what, model.world) for what in chosen]
         texts = [sd_prompt(joined(w.labels), w.caption.text) for w in words]
         images = classifiers.stacked(draw_texts(model, texts, model.world.pair_width))  # (N, 3, S, W)
-        seen = classifiers.classify(
-            model.probes, classifiers.views(images, model.probes.cfg.view, model.world).flatten(0, 1)
-        )
-        present = (seen.mask.float().mean(dim=(1, 2)) >= cfg.present).view(-1, 2).all(dim=1)  # (N,)
+        seen, there = classifiers.classify_views(model.probes, images, cfg.present, model.world)  # 2N rows
+        present = there.view(-1, 2).all(dim=1)  # (N,)
         labels = seen.truth.label.view(-1, 2).sort(dim=1).values  # (N, 2)
         asked = (
             classifiers.truth_of(named_specs(chosen, model.world), model.world)

@@ -20,6 +20,7 @@ from moma.world.classifiers import BYTE, Prediction, Probes
 from moma.world.measures import iou, retrieved, sharpness
 
 Shown = Mapping[str, Drawn]  # name of a setting -> its drawings
+Seen = Mapping[str, Prediction]  # the same -> what the classifiers see in them
 Values = dict[str, Tensor]  # name of a measure -> its value for each image or subject, (N,) bool or float
 HEADINGS = {
     "class": "class %", "scene": "scene %", "material": "material %", "identity": "identity %",
@@ -29,11 +30,19 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def measure(shown: Shown, asked: Sequence[Asked], probes: Probes, cfg: ReportConfig) -> dict[str, Values]:
+def classified(shown: Shown, probes: Probes) -> Seen:
+    """What the classifiers see in drawings of one subject each."""
+    return {name: classifiers.classify(probes, its.images) for name, its in shown.items()}
+
+
+def measure(
+    shown: Shown, seen: Seen, asked: Sequence[Asked], probes: Probes, cfg: ReportConfig
+) -> dict[str, Values]:
     """Measure drawings of one subject each.
 
     Args:
         shown: name of a setting -> its drawings.
+        seen: `classified` drawings.
         asked: what was to be drawn.
         probes: the classifiers.
         cfg: what is measured.
@@ -46,13 +55,13 @@ def measure(shown: Shown, asked: Sequence[Asked], probes: Probes, cfg: ReportCon
     others = classifiers.gallery(probes, wanted, cfg.distractors, cfg.world)  # (N, 1 + K, E)
     values = {}
     for name, its in shown.items():
-        seen = classifiers.classify(probes, its.images)
-        mask = F.adaptive_avg_pool2d(seen.mask.float(), its.m_gen.shape[-2:]) > 0.5  # (N, h, w)
+        what = seen[name]
+        mask = F.adaptive_avg_pool2d(what.mask.float(), its.m_gen.shape[-2:]) > 0.5  # (N, h, w)
         values[name] = {
-            **classifiers.compare(seen.truth, true),
-            "identity": retrieved(seen.embedding, others),
+            **classifiers.compare(what.truth, true),
+            "identity": retrieved(what.embedding, others),
             "mask": iou(its.m_gen > 0, mask),
-            "sharpness": sharpness(its.images, seen.mask),
+            "sharpness": sharpness(its.images, what.mask),
         }
     return values
 
@@ -72,9 +81,7 @@ def measure_duos(
     label = true.label.view(-1, 2)  # (N, 2)
     values = {}
     for name, its in shown.items():
-        views = classifiers.views(its.images, probes.cfg.view, cfg.world)  # (N, 2, 3, S, S)
-        seen = classifiers.classify(probes, views.flatten(0, 1))
-        there = seen.mask.float().mean(dim=(1, 2)) >= cfg.present  # (2N,)
+        seen, there = classifiers.classify_views(probes, its.images, cfg.present, cfg.world)  # 2N rows
         found = seen.truth.label.masked_fill(~there, -1).view(-1, 2)  # (N, 2), left and right
         match = found[:, None] == label[:, :, None]  # (N, 2 subjects, 2 views)
         present = match.any(dim=2)  # (N, 2)
@@ -118,26 +125,21 @@ def background(
 
 
 def backgrounds(
-    shown: Shown,
-    base: str,
-    names: Sequence[str],
-    asked: Sequence[Asked],
-    probes: Probes,
-    cfg: ReportConfig,
+    shown: Shown, seen: Seen, base: str, names: Sequence[str], asked: Sequence[Asked], cfg: ReportConfig
 ) -> dict[str, Values]:
     """`background` of some settings against the one without a subject.
 
     Args:
         shown: name of a setting -> its drawings.
+        seen: `classified` drawings.
         base: the setting to compare with.
         names: of the others.
         asked: what was to be drawn, one subject each.
-        probes: the classifiers.
         cfg: what is measured.
     """
     colours = classifiers.truth_of([one.wanted[0] for one in asked], cfg.world).colours[:, :3]  # (N, 3)
-    seen = {name: (shown[name], classifiers.classify(probes, shown[name].images)) for name in (base, *names)}
-    return {name: background(seen[base], seen[name], colours, cfg.margin) for name in names}
+    both = {name: (shown[name], seen[name]) for name in (base, *names)}
+    return {name: background(both[base], both[name], colours, cfg.margin) for name in names}
 
 
 # --- tables --------------------------------------------------------------------------------------------

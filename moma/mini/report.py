@@ -30,7 +30,7 @@ from moma.load import load_pipeline
 from moma.methods.moma.config import DEFAULT
 from moma.mini.asked import Asked, Drawn, autoencoded, duos, generate, real, singles, text_alone
 from moma.mini.config import ReportConfig
-from moma.mini.rated import Table, Values, backgrounds, measure, measure_duos
+from moma.mini.rated import Table, Values, backgrounds, classified, measure, measure_duos
 from moma.sampling.config import parse_field
 from moma.sampling.device import dtype_name, set_precision
 from moma.sampling.interface import Runtime
@@ -412,12 +412,12 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     for kind, settings in planned.items():
         true = {REAL: real(asked[kind], cfg), OTHER: real(asked[kind], cfg, cfg.distractors + 1)}
         drawings[kind] = {name: _read(batches) for name, batches in settings.items()} | true
-    values = {
-        kind: (measure_duos if kind == "duos" else measure)(shown, asked[kind], probes, cfg)
-        for kind, shown in drawings.items()
-    }
+    seen = {kind: classified(drawings[kind], probes) for kind in ("scenes", "textures")}
+    values = {kind: measure(drawings[kind], seen[kind], asked[kind], probes, cfg) for kind in seen}
+    values["duos"] = measure_duos(drawings["duos"], asked["duos"], probes, cfg)
     masked = [name for name in (MAIN, *MASKS) if name in drawings["scenes"]]
-    for name, found in backgrounds(drawings["scenes"], NONE, masked, asked["scenes"], probes, cfg).items():
+    changed = backgrounds(drawings["scenes"], seen["scenes"], NONE, masked, asked["scenes"], cfg)
+    for name, found in changed.items():
         values["scenes"][name] |= found
     wanted = [one.wanted[0] for one in asked["scenes"]]
     new = torch.tensor([world.held_out(what.label, what.scene, None, cfg.world) for what in wanted])

@@ -420,6 +420,24 @@ def classify(probes: Probes, images: Tensor, batch: int = 256) -> Prediction:
     return Prediction(Truth(**chosen, colours=says["colours"]), says["mask"][:, 0] > 0, says["embedding"])
 
 
+def classify_views(
+    probes: Probes, images: Tensor, least: float, world: WorldConfig = DEFAULT
+) -> tuple[Prediction, Tensor]:
+    """Classify both views of wide images, 2N rows, the left one first.
+
+    Args:
+        probes: the classifiers.
+        images: uint8 (N, 3, S, W).
+        least: share of its view that a subject fills at least.
+        world: the world.
+
+    Returns:
+        What they show, and whether a subject is there, bool (2N,).
+    """
+    seen = classify(probes, views(images, probes.cfg.view, world).flatten(0, 1))
+    return seen, seen.mask.float().mean(dim=(1, 2)) >= least
+
+
 def compare(seen: Truth, true: Truth) -> dict[str, Tensor]:
     """Whether each property was classified correctly, bool (N,), and the colour error 0..255, float (N,)."""
     names = {"class": "label", "scene": "scene", "material": "material", "pattern": "pattern"}
