@@ -13,6 +13,7 @@ from moma.inputs.preprocess import find_mask, open_image
 from moma.inputs.regions import middle
 from moma.load import load, load_segmenter
 from moma.mini import SOURCE
+from moma.mini.segmenting import hints
 from moma.sampling.config import SampleConfig
 from moma.weights.bundle import SAMPLING, Bundle
 from moma.world.classifiers import classify, load_probes, stacked
@@ -73,10 +74,7 @@ def test_its_sam_tells_two_subjects_apart(hint: str) -> None:
     two = render_pairs(range(6), "test")
     for image, masks in zip(two["image"], torch.from_numpy(two["masks"]) > 127, strict=True):
         for mask in masks:
-            places = mask.nonzero().flip(1).float()  # x, y
-            near = places[(places - places.mean(dim=0)).square().sum(dim=1).argmin()]
-            box = (*places.amin(dim=0).tolist(), *(places.amax(dim=0) + 1).tolist())
-            given = {"point": tuple(near.tolist()), "box": box}[hint]
+            given = dict(zip(("box", "point"), hints(mask), strict=True))[hint]
             seen = segmenter.subject_mask(Image.fromarray(image), **{hint: given})
             found.append(torch.from_numpy(np.asarray(seen) > 0))
             true.append(mask)

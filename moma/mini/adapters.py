@@ -3,7 +3,6 @@
 Letters: N images, S W sides of an image.
 """
 
-import io
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from moma.data.shards import Other, ShardWriter
+from moma.inputs.preprocess import encoded
 from moma.mini.config import AdapterRun
 from moma.mini.workspace import Workspace
 from moma.sampling.device import dtype_name
@@ -52,8 +52,9 @@ def write_pairs(work: Workspace) -> None:
         for i in range(work.cfg.twos):
             what, key = pair(i, "train", world), f"{i:06}"
             words = pair_words(what, world)
-            told = words.caption if words.labels[0] != words.labels[1] else words.patterned
-            if key in done or (words.labels[0] == words.labels[1] and not told.apart):
+            alike = words.labels[0] == words.labels[1]
+            told = words.patterned if alike else words.caption
+            if key in done or (alike and not told.apart):
                 continue
             twins = [_twin(one, i, share, world) for one in named_specs([what], world)]
             image, first, second = map(_png, (found["image"][i], *found["masks"][i]))
@@ -71,8 +72,7 @@ def _twin(what: Spec, i: int, share: float, world: WorldConfig) -> tuple[bytes, 
 
 def _png(array: np.ndarray) -> bytes:
     """An image or mask as a PNG file."""
-    Image.fromarray(array).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(array), "PNG")
 
 
 # --- the trainings -------------------------------------------------------------------------------------

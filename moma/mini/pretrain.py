@@ -38,7 +38,7 @@ from moma.mini.adapters import ablations, adapters, bundle_of, decoder, put_in, 
 from moma.mini.base_numbers import base_numbers, base_sheet
 from moma.mini.config import MiniConfig, ReportConfig
 from moma.mini.familiar import fit_familiar
-from moma.mini.segmenting import SegmentTask
+from moma.mini.segmenting import SegmentTask, hints
 from moma.mini.tasks import (
     CaptionTask,
     ClipTask,
@@ -218,14 +218,11 @@ def _sam_numbers(work: Workspace) -> dict[str, float]:
     held, pairs = work.images("val"), work.pairs("val")
     images = pairs.images[: cfg.asked_pairs].repeat_interleave(2, dim=0)  # (2N, 3, S, W)
     masks = pairs.masks[: cfg.asked_pairs].flatten(0, 1)  # (2N, S, W)
-    places = [(mask > BYTE // 2).nonzero().flip(1).float() for mask in masks]  # x, y
-    boxes = [{"box": (*xy.amin(dim=0).tolist(), *(xy.amax(dim=0) + 1).tolist())} for xy in places]
-    nearest = [(xy - xy.mean(dim=0)).square().sum(dim=1).argmin() for xy in places]  # to the middle
-    clicks = [{"point": tuple(xy[i].tolist())} for xy, i in zip(places, nearest, strict=True)]
+    boxes, clicks = zip(*(hints(mask > BYTE // 2) for mask in masks), strict=True)
     return {
         "iou": found(held.images[: cfg.asked], held.masks[: cfg.asked, 0], [{}] * cfg.asked),
-        "pair iou": found(images, masks, boxes),
-        "pair iou of a click": found(images, masks, clicks),
+        "pair iou": found(images, masks, [{"box": box} for box in boxes]),
+        "pair iou of a click": found(images, masks, [{"point": click} for click in clicks]),
     }
 
 
@@ -406,10 +403,8 @@ def recipe(work: Workspace, until: str, past_gates: bool = False) -> None:
         done = work.folder / f"{name}.json"
         if not work.ranks.once(done.exists):
             stage(work)
-            measured = name in NUMBERS and (name, name in work.kept) != (
-                "captioner",
-                True,
-            )  # it may not write
+            kept = name == "captioner" and name in work.kept  # it may not be able to write
+            measured = name in NUMBERS and not kept
             numbers = work.ranks.once(partial(NUMBERS[name], work)) if measured else {}
             if work.ranks.main:
                 print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))

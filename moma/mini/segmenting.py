@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, IGNORED, SAM, Prompts
 from models.sam_image import preprocess
+from moma.inputs.segment import Box, Point
 from moma.mini.config import SegmentTrainingConfig
 from moma.mini.tasks import Images, Pairs
 from moma.training.order import generator_for
@@ -144,3 +145,10 @@ def _somewhere(where: Tensor, generator: torch.Generator) -> Tensor:
     """A random pixel where a mask (S, S) is True, as x, y (2,)."""
     places = where.nonzero()  # (n, 2) as y, x
     return places[torch.randint(len(places), (), generator=generator)].flip(0).float()
+
+
+def hints(mask: Tensor) -> tuple[Box, Point]:
+    """The box of a subject and the pixel of it that is nearest to its middle; mask: bool (H, W)."""
+    places = mask.nonzero().flip(1).float()  # (n, 2): x, y
+    click = places[(places - places.mean(dim=0)).square().sum(dim=1).argmin()]  # (2,)
+    return (*places.amin(dim=0).tolist(), *(places.amax(dim=0) + 1).tolist()), tuple(click.tolist())
