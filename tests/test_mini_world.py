@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from moma.world import world
+from moma.world import drawing, world
 from moma.world.scenes import PLACES
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
@@ -122,6 +123,17 @@ def test_other_sizes_show_the_same(size):
     assert small.image.shape == (size, size, 3)
     covered = [(mask > 127).mean() for mask in (small.mask, world.draw(PLAIN).mask)]
     assert abs(covered[0] - covered[1]) < 0.03
+
+
+def test_wide_lines_have_no_gaps() -> None:
+    """At the corners of a curve, in the outer half of its line."""
+    matrix, points, line = np.array([[5.0, 0, 0], [0, 5.0, 0]]), drawing.oval(50, 50, 30, 30), 40
+    outside = 50 + (points - 50) * (1 + 0.7 * line / 150)  # (n, 2)
+    for draw in (lambda pen: pen.shape(points, 2), lambda pen: pen.stroke(points, 1, width=2)):
+        image = Image.new("L", (500, 500))
+        draw(drawing.Pen(image, matrix, line, 1))
+        found = np.asarray(image)[tuple(np.rint(5 * outside).astype(int).T[::-1])]
+        assert (found == 1).all()
 
 
 def test_render_many_stacks_in_order():

@@ -135,6 +135,8 @@ def poly(*corners: tuple[float, float]) -> Points:
 
 # ---- brushes ----
 
+_VISIBLE = 8  # half width of a line in pixels, above which the gaps between the pieces of a curve show
+
 
 class Pen:
     """Draws filled, outlined shapes in palette indices onto an 8-bit image."""
@@ -168,9 +170,8 @@ class Pen:
         if edge:
             r = edge * self.line
             self.draw.line(flat + flat[:4], self.ink, round(2 * r))
-            if len(points) <= 12:  # sharp corners: round off the outline's gaps
-                for x, y in placed.tolist():
-                    self.draw.ellipse((x - r, y - r, x + r, y + r), self.ink)
+            if len(points) <= 12 or r > _VISIBLE:  # round off the outline's gaps
+                self._dots(placed, r, self.ink)
         self.draw.polygon(flat, tone)
 
     def stroke(self, points: Points, tone: int, width: float = 1.0) -> None:
@@ -178,7 +179,11 @@ class Pen:
         placed = self.place(points)
         self.draw.line(placed.ravel().tolist(), tone, round(width * self.line))
         r = width * self.line / 2
-        for x, y in (placed[0].tolist(), placed[-1].tolist()):
+        self._dots(placed if r > _VISIBLE else placed[[0, -1]], r, tone)
+
+    def _dots(self, centres: Points, r: float, tone: int) -> None:
+        """Fill circles of radius r around pixels (n, 2)."""
+        for x, y in centres.tolist():
             self.draw.ellipse((x - r, y - r, x + r, y + r), tone)
 
 
