@@ -340,13 +340,15 @@ def test_input_file_hash(tmp_path):
 def test_sheet_holds_every_image_whole():
     cfg = SheetConfig(cell=40, gap=5, caption=20)
     red, wide = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (80, 20), "blue")
-    sheet = contact_sheet([[Cell(red), Cell(wide, ("two", "lines"))], [Cell(Image.new("L", (10, 10)))]], cfg)
-    assert sheet.size == (5 + 2 * 45, 5 + 2 * 65)
+    rows = [[Cell(red), Cell(wide, ("two", "lines"))], [Cell(Image.new("L", (10, 10)))], [Cell(wide)]]
+    sheet = contact_sheet(rows, cfg)
+    assert sheet.size == (5 + 2 * 45, 5 + 2 * 65 + 35)
     pixels = np.asarray(sheet).astype(int)
     assert (pixels[5:45, 5:45] == (255, 0, 0)).all()
     assert (pixels[20:30, 50:90] == (0, 0, 255)).all()  # scaled to 40x10, in the middle of its cell
     assert (pixels[5:20, 50:90] == cfg.background).all()
     assert (pixels[70:110, 5:45] == 0).all()
+    assert (pixels[135:145, 5:45] == (0, 0, 255)).all()  # a row of wide images is no higher than they are
     assert (pixels[45:65, 50:90] != cfg.background).any()  # its caption
     assert (pixels[45:65, 5:45] == cfg.background).all()
 
@@ -406,7 +408,7 @@ def test_rows_of_prompts_use_the_width():
 @pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1, 1)])
 def test_thin_images_stay_in_sheets(size):
     image = Image.new("RGB", size, "red")
-    assert contact_sheet([[Cell(image)]], SheetConfig(cell=40)).size == (64, 98)
+    assert contact_sheet([[Cell(image)]], SheetConfig(cell=40)).width == 64
     assert max(numbered(image, lambda size: [], NumberedConfig(side=640)).size) == 640
 
 

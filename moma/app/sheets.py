@@ -17,7 +17,7 @@ from moma.inputs.regions import middle, outline
 class SheetConfig:
     """Layout and colours of a contact sheet, in pixels."""
 
-    cell: int = 256  # side of the square that an image is fitted into
+    cell: int = 256  # side of the square that an image is fitted into; rows of wide images alone are lower
     gap: int = 12
     caption: int = 34  # height of two lines below an image; more lines make a row higher
     font: int = 13
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None) -> Image.Image:
-    """Rows of images, each fitted into a square; captions are wrapped."""
+    """Rows of images, each fitted into a square and as high as the tallest one; captions are wrapped."""
     cfg = cfg or SheetConfig()
     font, line = ImageFont.load_default(cfg.font), cfg.caption // 2
     texts = [
@@ -46,18 +46,19 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None
         for row in rows
     ]
     captions = [max(cfg.caption, *(line * len(text) for text in row)) for row in texts]
+    fitted = [[_fitted(cell.image, cfg.cell) for cell in row] for row in rows]
+    tallest = [max(image.height for image in row) for row in fitted]
     width = cfg.gap + (cfg.cell + cfg.gap) * max(map(len, rows))
-    height = cfg.gap + (cfg.cell + cfg.gap) * len(rows) + sum(captions)
+    height = cfg.gap * (1 + len(rows)) + sum(tallest) + sum(captions)
     sheet = Image.new("RGB", (width, height), cfg.background)
     draw, y = ImageDraw.Draw(sheet), cfg.gap
-    for row, row_texts, caption in zip(rows, texts, captions, strict=True):
-        for j, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
+    for images, row_texts, side, caption in zip(fitted, texts, tallest, captions, strict=True):
+        for j, (image, text) in enumerate(zip(images, row_texts, strict=True)):
             x = cfg.gap + j * (cfg.cell + cfg.gap)
-            image = _fitted(cell.image, cfg.cell)
-            sheet.paste(image, (x + (cfg.cell - image.width) // 2, y + (cfg.cell - image.height) // 2))
+            sheet.paste(image, (x + (cfg.cell - image.width) // 2, y + (side - image.height) // 2))
             for n, part in enumerate(text):
-                draw.text((x, y + cfg.cell + 2 + n * line), part, cfg.ink, font)
-        y += cfg.cell + caption + cfg.gap
+                draw.text((x, y + side + 2 + n * line), part, cfg.ink, font)
+        y += side + caption + cfg.gap
     return sheet
 
 
