@@ -21,6 +21,11 @@ if not os.environ.get("MOMA_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes by their length: some hold the time of their making, and all workers must see the same names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
