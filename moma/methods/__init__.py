@@ -11,7 +11,8 @@ from moma.methods.ip_adapter import IPAdapterMethod, IPAdapterTraining
 from moma.methods.mm_diff.method import MMDiff
 from moma.methods.mm_diff.training import MMDiffTraining
 from moma.methods.moma.method import MoMA
-from moma.methods.moma.training import AdapterTraining, DecoderTraining, SeveralTraining
+from moma.methods.moma.several_training import SeveralTraining
+from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.methods.reference_attention import ReferenceAttention
 from moma.methods.text import TextToImage
 from moma.sampling.interface import Method, Training
