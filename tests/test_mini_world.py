@@ -46,6 +46,9 @@ def test_held_out_combinations_are_never_trained():
         assert sum(world.held_out(label, s, None) for s in world.SCENES) <= 2
     test = [world.spec(i, "test") for i in range(1000)]
     assert any(world.held_out(s.label, s.scene, s.material) for s in test)
+    more = world.WorldConfig(unseen_share=0.5)
+    again = [world.trained_elsewhere(what, i, more) for i, what in enumerate(specs[:100])]
+    assert not any(world.held_out(s.label, s.scene, None, more) for s in again)
 
 
 @pytest.mark.parametrize("label", world.CLASSES)

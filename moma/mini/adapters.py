@@ -67,7 +67,7 @@ def _twin(what: Spec, i: int, share: float, world: WorldConfig) -> tuple[bytes, 
     """Another render of a subject and its mask, for a share of the samples i."""
     if int((i + 1) * share) == int(i * share):
         return None
-    return tuple(map(_png, draw(trained_elsewhere(what, i), world)[:2]))
+    return tuple(map(_png, draw(trained_elsewhere(what, i, world), world)[:2]))
 
 
 def _png(array: np.ndarray) -> bytes:

@@ -91,6 +91,7 @@ class Truth(NamedTuple):
 
 
 def truth_of(specs: Sequence[Spec], world: WorldConfig = DEFAULT) -> Truth:
+    """What images of specs show."""
     who = [identity(what.label, what.number, world) for what in specs]
     materials = [MATERIALS.index(what.material) if what.material else NONE for what in specs]
     return Truth(
@@ -108,7 +109,7 @@ def draw_all(specs: Sequence[Spec], world: WorldConfig = DEFAULT, workers: int =
     Args:
         specs: the images.
         world: its config.
-        workers: as in `draw_many`.
+        workers: as in `world.painted`.
 
     Returns:
         uint8 (N, 3, S, S) and (N, 1, S, S).
@@ -158,9 +159,7 @@ def views_of_pairs(
     """
     pairs = [pair(i, split, world) for i in range(len(found["image"]))]
     sides = torch.tensor([what.named(world).index(i) for what in pairs for i in (0, 1)]).view(-1, 2)  # (N, 2)
-    masks = torch.from_numpy(found["masks"]).gather(
-        1, sides[..., None, None].expand(-1, -1, *found["masks"].shape[2:])
-    )
+    masks = torch.from_numpy(found["masks"]).take_along_dim(sides[..., None, None], dim=1)  # (N, 2, S, W)
     images = views(stacked(found["image"]), share, world)  # (N, 2, 3, S, S)
     own = views(masks, share, world).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # (N, 2, S, S)
     rows = described([s for what in pairs for s in what.subjects])

@@ -3,10 +3,10 @@
 Letters: S image height, W image width, N images.
 """
 
-import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ from moma.world.subjects import CLASSES, MATERIALS
 from moma.world.words import look_of, pattern_of
 from moma.world.world import (
     DEFAULT,
-    IMAGES_PER_WORKER,
     SCENES,
     SPLITS,
     Slot,
@@ -26,6 +25,7 @@ from moma.world.world import (
     held_out,
     identities_of,
     laid_over,
+    painted,
     scenery,
     shadow,
     subject_layer,
@@ -114,6 +114,12 @@ def pair(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Pair:
     return Pair(left, right)
 
 
+def pairs_of(split: str, same_class: bool, cfg: WorldConfig = DEFAULT) -> Iterator[Pair]:
+    """The pairs of a split with two of one class, or of two classes, from index 0 on, without end."""
+    found = (pair(i, split, cfg) for i in count())
+    return (what for what in found if (what.left.label == what.right.label) == same_class)
+
+
 def named_specs(pairs: Iterable[Pair], cfg: WorldConfig = DEFAULT) -> list[Spec]:
     """Two specs per pair, in the order of naming."""
     return [what.subjects[i] for what in pairs for i in what.named(cfg)]
@@ -172,22 +178,28 @@ def draw_pair(what: Pair, cfg: WorldConfig = DEFAULT) -> PairSample:
 def render_pairs(
     indices: Iterable[int], split: str = "train", cfg: WorldConfig = DEFAULT, workers: int = 0
 ) -> dict[str, np.ndarray]:
-    """Images of pairs of a split, stacked.
+    """`draw_pairs` of a split.
 
     Args:
         indices: of the pairs.
         split: one of SPLITS.
         cfg: the world.
-        workers: processes that share the drawing; 0 draws in this one.
+        workers: as in `painted`.
+    """
+    return draw_pairs([pair(int(i), split, cfg) for i in indices], cfg, workers)
+
+
+def draw_pairs(pairs: Sequence[Pair], cfg: WorldConfig = DEFAULT, workers: int = 0) -> dict[str, np.ndarray]:
+    """Images of pairs, stacked.
+
+    Args:
+        pairs: what they show.
+        cfg: the world.
+        workers: as in `painted`.
 
     Returns:
         image (N, S, W, 3) uint8 and masks (N, 2, S, W) uint8, in the order of naming.
     """
-    pairs, paint = [pair(int(i), split, cfg) for i in indices], partial(draw_pair, cfg=cfg)
-    if workers := min(workers, len(pairs) // IMAGES_PER_WORKER):
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            samples = pool.map(paint, pairs, chunksize=IMAGES_PER_WORKER)
-    else:
-        samples = [paint(what) for what in pairs]
+    samples = painted(partial(draw_pair, cfg=cfg), pairs, workers)
     masks = [s.masks[list(what.named(cfg))] for what, s in zip(pairs, samples, strict=True)]
     return {"image": np.stack([s.image for s in samples]), "masks": np.stack(masks)}

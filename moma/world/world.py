@@ -10,10 +10,11 @@ Letters: S image side, W image width (S unless two subjects share the image), N 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -194,6 +195,11 @@ def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
             return Spec(label, number, scene, material, *draw_seeds(rng))
 
 
+def in_own_colours(split: str, cfg: WorldConfig = DEFAULT) -> Iterator[Spec]:
+    """The specs of a split whose subjects are of no material, from index 0 on, without end."""
+    return (what for i in count() if (what := spec(i, split, cfg)).material is None)
+
+
 def draw_seeds(rng: np.random.Generator) -> list[int]:
     """A pose seed and a scene seed."""
     return rng.integers(SEEDS, size=2).tolist()
@@ -205,10 +211,16 @@ def elsewhere(what: Spec, seed: int) -> Spec:
     return Spec(what.label, what.number, SCENES[rng.integers(len(SCENES))], None, *draw_seeds(rng))
 
 
-def trained_elsewhere(what: Spec, seed: int) -> Spec:
-    """The same subject in its own colours in another scene, in a combination that occurs in training."""
+def trained_elsewhere(what: Spec, seed: int, cfg: WorldConfig = DEFAULT) -> Spec:
+    """The same subject in its own colours in another scene, in a combination that occurs in training.
+
+    Args:
+        what: the subject, and the scene to avoid.
+        seed: of the scene and the pose.
+        cfg: the world.
+    """
     rng, scene = stream("another", seed), what.scene
-    while scene == what.scene or held_out(what.label, scene, None):
+    while scene == what.scene or held_out(what.label, scene, None, cfg):
         scene = SCENES[rng.integers(len(SCENES))]
     return Spec(what.label, what.number, scene, None, *draw_seeds(rng))
 
@@ -406,20 +418,24 @@ def render(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Samp
     return draw(spec(index, split, cfg), cfg)
 
 
-def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 0) -> list[Sample]:
-    """Draw specs in order.
+def painted(paint: Callable[[Any], Any], images: Sequence[Any], workers: int) -> list[Any]:
+    """Draw images in order.
 
     Args:
-        specs: the images.
-        cfg: the world.
+        paint: draws one.
+        images: what they show.
         workers: processes that share the drawing; 0 = this one. Few images take fewer.
     """
-    paint = partial(draw, cfg=cfg)
-    workers = min(workers, len(specs) // IMAGES_PER_WORKER)
+    workers = min(workers, len(images) // IMAGES_PER_WORKER)
     if not workers:
-        return [paint(what) for what in specs]
+        return [paint(what) for what in images]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(paint, specs)
+        return pool.map(paint, images, chunksize=IMAGES_PER_WORKER)
+
+
+def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 0) -> list[Sample]:
+    """The images of specs; workers: as in `painted`."""
+    return painted(partial(draw, cfg=cfg), specs, workers)
 
 
 def render_many(
@@ -431,7 +447,7 @@ def render_many(
         indices: of the images, at least one.
         split: one of SPLITS.
         cfg: the world.
-        workers: processes that share the drawing; 0 draws in this one.
+        workers: as in `painted`.
 
     Returns:
         image (N, S, S, 3) uint8; mask (N, S, S) uint8; label, scene, material (-1 for none) as indices into
