@@ -14,7 +14,7 @@ from models.sam_image import preprocess
 from moma.inputs.segment import Box, Point
 from moma.mini.config import SegmentTrainingConfig
 from moma.mini.tasks import Images, Pairs
-from moma.training.order import generator_for
+from moma.training.order import generators_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 
@@ -77,8 +77,7 @@ class SegmentTask(PretrainingTask):
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         rows = []
-        for item, number in zip(items.tolist(), numbers.tolist(), strict=True):
-            generator = generator_for(self.seed, number)
+        for item, generator in zip(items.tolist(), generators_for(self.seed, numbers), strict=True):
             paired = bool(torch.rand((), generator=generator) < self.cfg.paired)
             data, place = (self.pairs, item % len(self.pairs)) if paired else (self.images, item)
             masks = data.masks[place]  # (n, H, W)

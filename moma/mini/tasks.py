@@ -17,7 +17,7 @@ from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.vae import VAE
 from moma.mini.config import CaptionerConfig, ClipConfig, VAETrainingConfig
 from moma.training.common import to_pixels
-from moma.training.order import generator_for
+from moma.training.order import generators_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 from moma.world.pairs import PairWords
@@ -59,7 +59,7 @@ class VAELoss(nn.Module):
         """Losses (B,) of pixels (B, 3, S, S) in [-1, 1], mask (B, 1, S, S) in 0..1, number (B,)."""
         pixels = batch["pixels"]
         mean, std = self.vae.encode(pixels)  # 2 x (B, Z, h, w)
-        own = generators(self.seed, batch["number"])
+        own = generators_for(self.seed, batch["number"])
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in own])  # (B, Z, h, w)
         error = (self.vae.decode(mean + std * noise.to(mean)) - pixels).float()  # (B, 3, S, S)
         weight = 1 + (self.cfg.subject_weight - 1) * batch["mask"]  # (B, 1, S, S)
@@ -79,7 +79,7 @@ class VAETask(PretrainingTask):
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         whole = torch.cat([self.images.images[items], self.images.masks[items]], dim=1)  # (B, 4, S, S)
         side, crops = self.cfg.crop, []
-        for image, generator in zip(whole, generators(self.seed, numbers), strict=True):
+        for image, generator in zip(whole, generators_for(self.seed, numbers), strict=True):
             y, x = torch.randint(whole.shape[-1] - side + 1, (2,), generator=generator).tolist()
             crops.append(image[:, y : y + side, x : x + side])
         pixels, mask = torch.stack(crops).split((3, 1), dim=1)  # (B, 3, crop, crop), (B, 1, crop, crop)
@@ -108,9 +108,7 @@ class ClipLoss(nn.Module):
         text = F.normalize(self.text_head(self.text(batch["ids"])[1]).float(), dim=-1)  # (B, P)
         logits = self.log_scale.exp() * image @ text.T  # (B, B)
         target = torch.arange(len(logits), device=logits.device)
-        rows, columns = (
-            F.cross_entropy(x, target, reduction="none") for x in (logits, logits.T)
-        )  # (B,) each
+        rows, columns = (F.cross_entropy(x, target, reduction="none") for x in (logits, logits.T))  # (B,)
         return (rows + columns) / 2
 
 
@@ -134,7 +132,7 @@ class ClipTask(PretrainingTask):
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, texts = [], []
-        for item, generator in zip(items.tolist(), generators(self.seed, numbers), strict=True):
+        for item, generator in zip(items.tolist(), generators_for(self.seed, numbers), strict=True):
             kind = int(torch.bucketize(torch.rand((), generator=generator), self.until, right=True))
             words, image = self.images.words[item], _image(self.images, item, cut_out=kind == 0)
             text = words.subject if kind == 0 else words.rich
@@ -178,7 +176,7 @@ class CaptionTask(PretrainingTask):
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         pixels, rows, counts = [], [], []
-        for item, generator in zip(items.tolist(), generators(self.seed, numbers), strict=True):
+        for item, generator in zip(items.tolist(), generators_for(self.seed, numbers), strict=True):
             kind = int(torch.randint(3, (), generator=generator))
             words = self.images.words[item]
             pixels.append(_image(self.images, item, cut_out=kind > 0))
@@ -208,8 +206,3 @@ def _image(images: Images, item: int, cut_out: bool) -> Tensor:
     """One image (3, S, S) uint8, whole or the subject alone on white."""
     image = images.images[item]
     return torch.where(images.masks[item] > 127, image, 255) if cut_out else image
-
-
-def generators(seed: int, numbers: Tensor) -> list[torch.Generator]:
-    """A generator for each sample number (B,)."""
-    return [generator_for(seed, number) for number in numbers.tolist()]

@@ -18,8 +18,8 @@ from models.tokenizers import ClipTokenizer
 from models.unet import Grid, UNet
 from moma.methods.prompts import joined, occurrences, sd_prompt
 from moma.mini.config import TextToImageConfig
-from moma.mini.tasks import generators
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.training.order import generators_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 from moma.world.pairs import PairWords, Told
@@ -208,7 +208,7 @@ class TextToImageTask(PretrainingTask):
         self.until = torch.tensor(shares).cumsum(0)  # (5,) bounds of the kinds
 
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
-        own = generators(self.seed, numbers)
+        own = generators_for(self.seed, numbers)
         near = items[:, None] * self.singles + torch.arange(self.singles)  # (B, singles)
         return {
             "number": numbers,

@@ -27,7 +27,7 @@ from moma.training.common import (
     write_export,
 )
 from moma.training.config import Choices
-from moma.training.order import generator_for
+from moma.training.order import generators_for
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def mirrored_at_random(batch: Batch, seed: int) -> Batch:
         batch: of `collate`.
         seed: of the run.
     """
-    coins = [torch.randint(2, (), generator=generator_for(seed, n)) for n in batch["number"].tolist()]
+    coins = [torch.randint(2, (), generator=g) for g in generators_for(seed, batch["number"])]
     chosen = torch.stack(coins).bool()[:, None, None, None]  # (B, 1, 1, 1)
     images = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 4}
     return batch | {name: torch.where(chosen, x.flip(-1), x) for name, x in images.items()}

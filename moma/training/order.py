@@ -19,6 +19,11 @@ def generator_for(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed ^ mixed >> 13)
 
 
+def generators_for(seed: int, numbers: Tensor) -> list[torch.Generator]:
+    """The generators of the samples with these numbers (B,)."""
+    return [generator_for(seed, number) for number in numbers.tolist()]
+
+
 def numbered(
     items: int, batch_size: int, rank: int, world: int, start: Position, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models.weights.loading import load_into, save_tensors
 from moma.data.stream import Position
 from moma.training.config import TrainConfig
-from moma.training.order import generator_for
+from moma.training.order import generator_for, generators_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
 from moma.world.measures import iou, retrieved
@@ -317,7 +317,7 @@ class ProbeTask(PretrainingTask):
         pairs = self.groups[items].flatten()  # (B,)
         batch = {name: values[pairs] for name, values in self.rows.items()}
         images = batch["images"] / BYTE  # (B, 2, 3, S, S)
-        generators = [generator_for(self.seed, n) for n in numbers.tolist()]
+        generators = generators_for(self.seed, numbers)
         shapes = (self.size, 2, 2, 1, 1, 1), (self.size, *images.shape[1:])
         draws = torch.cat([torch.rand(shapes[0], generator=g) for g in generators])  # (B, 2, 2, 1, 1, 1)
         grain = torch.cat([torch.randn(shapes[1], generator=g) for g in generators])  # (B, 2, 3, S, S)
