@@ -6,10 +6,10 @@ another render of the subject, and of another subject's. Each part must lower it
 Letters: N images, S side of an image, Z latent channels, h w latents.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor
 from moma.app.files import exit_status, markdown_table
 from moma.load import load
 from moma.methods.moma.method import MoMA
+from moma.mini.base_numbers import latents
+from moma.mini.report import parser_of
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import SolverStep, add_noise, alphas_cumprod
 from moma.sampling.interface import Job
 from moma.sampling.pipeline import Pipeline
-from moma.training.common import to_pixels
-from moma.world.classifiers import BYTE, stacked
-from moma.world.world import DEFAULT, WorldConfig, caption, draw, elsewhere, neighbour, spec
+from moma.world.classifiers import BYTE, draw_all
+from moma.world.world import DEFAULT, Spec, WorldConfig, caption, draw, elsewhere, in_own_colours, neighbour
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,16 @@ def errors(pipe: Pipeline, strength: float, other: bool, cfg: AdapterNumbersConf
         (timesteps, N).
     """
     method, base, world = pipe.method, pipe.base, cfg.world
-    specs = [what for i in range(4 * cfg.images) if (what := spec(i, cfg.split, world)).material is None]
+    specs = list(islice(in_own_colours(cfg.split, world), cfg.images))
     alphas, found = alphas_cumprod(base.schedule), []
     for start in range(0, cfg.images, cfg.batch):
-        some = specs[start : min(start + cfg.batch, cfg.images)]
-        samples = [draw(what, world) for what in some]
-        pixels = to_pixels(stacked([s.image for s in samples])).to(base.device, base.dtype)  # (N, 3, S, S)
-        x0 = base.vae.encode(pixels)[0].float() * base.vae.cfg.scaling  # (N, Z, h, w)
-        masks = stacked([s.mask[..., None] for s in samples]) / BYTE  # (N, 1, S, S)
-        m_gen = (F.adaptive_avg_pool2d(masks, x0.shape[-2:]) > 0.5).float().to(base.device)  # (N, 1, h, w)
-        jobs = []
-        for i, what in enumerate(some, start):
-            shown = draw(elsewhere(neighbour(what, int(other), world), i), world)
-            image, mask, text = Image.fromarray(shown.image), Image.fromarray(shown.mask), caption(what)
-            subject = pipe.encode_subject(image, mask, what.label, prompts=[text])
-            jobs.append(Job(subject, text, 0, strength=strength))
+        some = specs[start : start + cfg.batch]
+        images, masks = draw_all(some, world)  # (N, 3, S, S), (N, 1, S, S)
+        x0 = latents(base.vae, images)  # (N, Z, h, w)
+        inside = F.adaptive_avg_pool2d(masks / BYTE, x0.shape[-2:]) > 0.5  # (N, 1, h, w)
+        m_gen = inside.float().to(base.device)
+        shown = [elsewhere(neighbour(what, int(other), world), i) for i, what in enumerate(some, start)]
+        jobs = [_job(pipe, what, one, strength, world) for what, one in zip(some, shown, strict=True)]
         size = SampleConfig(batch_size=len(jobs)).sized(world.size)
         cond = method.condition(method.prepare(jobs), size).conditional()
         rows = []
@@ -85,19 +81,28 @@ def errors(pipe: Pipeline, strength: float, other: bool, cfg: AdapterNumbersConf
     return torch.cat(found, dim=1)
 
 
-def table(bundle: Path, methods: Sequence[str], cfg: AdapterNumbersConfig, dtype: str) -> str:
+def _job(pipe: Pipeline, what: Spec, shown: Spec, strength: float, world: WorldConfig) -> Job:
+    """A render's caption with the subject of another render."""
+    image, mask = map(Image.fromarray, draw(shown, world)[:2])
+    subject = pipe.encode_subject(image, mask, what.label, prompts=[caption(what)])
+    return Job(subject, caption(what), 0, strength=strength)
+
+
+def table(bundle: Path, methods: Sequence[str], cfg: AdapterNumbersConfig, device: str, dtype: str) -> str:
     """Mean errors as shares of those with the text alone, a row for each setting.
 
     Args:
         bundle: with the adapters.
         methods: of the registry.
         cfg: what is measured.
-        dtype: of the networks.
+        device: as `load` takes it.
+        dtype: of the networks, the same.
     """
-    text = errors(load(bundle, "text", dtype=dtype), 0.0, False, cfg).mean(dim=1)  # (timesteps,)
+    alone = load(bundle, "text", device=device, dtype=dtype)
+    text = errors(alone, 0.0, False, cfg).mean(dim=1)  # (timesteps,)
     rows = [("text, error", *(f"{value:.4f}" for value in text.tolist()))]
     for method in methods:
-        pipe = load(bundle, method, dtype=dtype)
+        pipe = load(bundle, method, device=device, dtype=dtype)
         settings = {f"{method}, another render": (1.0, False), f"{method}, another subject": (1.0, True)}
         if isinstance(pipe.method, MoMA):
             settings = {f"{method}, context alone": (0.0, False), **settings}
@@ -108,19 +113,18 @@ def table(bundle: Path, methods: Sequence[str], cfg: AdapterNumbersConfig, dtype
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print the table. ValueError for wrong arguments."""
     set_precision()
-    parser = argparse.ArgumentParser(
-        "python -m moma.mini.adapter_numbers", description=__doc__.split("\n\n")[1]
-    )
-    add, cfg = parser.add_argument, AdapterNumbersConfig()
-    add("--bundle", type=Path, default=Path("weights/mini"), help="(default: %(default)s)")
-    add("--methods", nargs="+", default=["moma"], help="of the registry (default: moma)")
-    add("--images", type=int, default=cfg.images, help="(default: %(default)s)")
-    add("--dtype", default="fp32", help="(default: %(default)s)")
+    paths = {"--bundle": ("weights/mini", "with the adapters")}
+    numbers = {"--images": AdapterNumbersConfig.images}
+    parser = parser_of("moma.mini.adapter_numbers", __doc__, paths, numbers)
+    parser.add_argument("--methods", nargs="+", default=["moma"], help="of the registry (default: moma)")
+    parser.set_defaults(dtype="fp32")
     args = parser.parse_args(argv)
     if args.images < 1:
         raise ValueError(f"--images {args.images}: expected 1 or more")
-    print(table(args.bundle, args.methods, AdapterNumbersConfig(images=args.images), args.dtype), end="")
+    cfg = AdapterNumbersConfig(images=args.images)
+    print(table(args.bundle, args.methods, cfg, args.device, args.dtype), end="")
 
 
 def run(argv: Sequence[str] | None = None) -> int:

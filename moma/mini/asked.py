@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moma.methods.moma.conditioning import MoMAConditioning
 from moma.methods.moma.method import MoMA, MoMAPrepared
+from moma.mini.base_numbers import autoencoded
 from moma.mini.config import ReportConfig
 from moma.sampling.config import SampleConfig
 from moma.sampling.interface import Job, Result
-from moma.sampling.pipeline import Pipeline, to_images
-from moma.training.common import to_pixels
+from moma.sampling.pipeline import Pipeline
 from moma.world import pairs, world
 from moma.world.classifiers import draw_all, stacked
 from moma.world.drawing import stream
@@ -143,12 +143,10 @@ def text_alone(pipe: Pipeline, asked: Sequence[Asked], cfg: ReportConfig) -> Dra
     return generate(replace(pipe, method=method), asked, cfg)
 
 
-@torch.no_grad()
-def autoencoded(pipe: Pipeline, asked: Sequence[Asked], cfg: ReportConfig) -> Drawn:
+def real_autoencoded(pipe: Pipeline, asked: Sequence[Asked], cfg: ReportConfig) -> Drawn:
     """Real renders after the autoencoder, an upper bound for generators that use it."""
-    found, vae = real(asked, cfg), pipe.base.vae
-    mean, _ = vae.encode(to_pixels(found.images.to(pipe.device)).to(pipe.dtype))  # (N, Z, h, w)
-    return Drawn(stacked(to_images(vae.decode(mean))), found.m_gen)
+    found = real(asked, cfg)
+    return found._replace(images=autoencoded(pipe.base.vae, found.images))
 
 
 def real(asked: Sequence[Asked], cfg: ReportConfig, step: int = 0) -> Drawn:

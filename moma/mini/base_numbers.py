@@ -6,6 +6,7 @@ Letters: N images, S W sides of an image, Z latent channels, h w latents, T text
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer
-from models.unet import UNet
+from models.unet import Grid, UNet
 from models.vae import VAE
 from moma.app.sheets import Cell, contact_sheet
 from moma.methods.prompts import joined, sd_prompt
@@ -27,11 +28,21 @@ from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod, s
 from moma.sampling.pipeline import to_images
 from moma.sampling.sampler import denoise
 from moma.training.common import to_pixels
-from moma.world import classifiers
+from moma.world.classifiers import (
+    BYTE,
+    Probes,
+    classify,
+    classify_views,
+    compare,
+    draw_all,
+    gallery,
+    stacked,
+    truth_of,
+)
 from moma.world.measures import retrieved, sharpness
-from moma.world.pairs import draw_pair, named_specs, pair, pair_words
+from moma.world.pairs import draw_pairs, named_specs, pair, pair_words, pairs_of
 from moma.world.words import words_of
-from moma.world.world import WorldConfig, caption, draw_many, spec
+from moma.world.world import WorldConfig, caption, in_own_colours, spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +53,7 @@ class BaseModel:
     vae: VAE
     text: CLIPText
     tokenizer: ClipTokenizer
-    probes: classifiers.Probes
+    probes: Probes
     world: WorldConfig
     sample: SampleConfig
     map_layers: tuple[int, ...]
@@ -91,54 +102,39 @@ def single_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]
     """class, scene, material of plain captions; told: what texts that name colours and pattern reach."""
     specs = [spec(i, cfg.split, model.world) for i in range(cfg.images)]
     words = [words_of(what, caption(what), model.world) for what in specs]
-    plain = classifiers.stacked(draw_texts(model, [sd_prompt(w.label, w.caption) for w in words]))
-    right = classifiers.compare(
-        classifiers.classify(model.probes, plain).truth, classifiers.truth_of(specs, model.world)
-    )
+    plain = stacked(draw_texts(model, [sd_prompt(w.label, w.caption) for w in words]))  # (N, 3, S, S)
+    right = compare(classify(model.probes, plain).truth, truth_of(specs, model.world))
     found = {name: _mean(right[name]) for name in ("class", "scene", "material")}
 
     own = [replace(what, material=None) for what in specs]
     texts = [words_of(what, caption(what), model.world) for what in own]
-    told = classifiers.stacked(draw_texts(model, [sd_prompt(w.label, w.rich) for w in texts]))
-    seen = classifiers.classify(model.probes, told)
-    right = classifiers.compare(seen.truth, classifiers.truth_of(own, model.world))
-    others = classifiers.gallery(model.probes, own, cfg.distractors, model.world)
+    told = stacked(draw_texts(model, [sd_prompt(w.label, w.rich) for w in texts]))  # (N, 3, S, S)
+    seen = classify(model.probes, told)
+    right = compare(seen.truth, truth_of(own, model.world))
+    others = gallery(model.probes, own, cfg.distractors, model.world)
     found |= {f"told {name}": _mean(right[name]) for name in ("class", "pattern", "colour")}
     found["told identity"] = _mean(retrieved(seen.embedding, others))
-    true = _autoencoded(model, classifiers.stacked([s.image for s in draw_many(own, model.world)]))
-    real = classifiers.classify(model.probes, true).mask
+    true = autoencoded(model.vae, draw_all(own, model.world)[0])  # (N, 3, S, S)
+    real = classify(model.probes, true).mask
     return found | {"sharpness": _mean(sharpness(told, seen.mask)) / _mean(sharpness(true, real))}
 
 
 def pair_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     """both: both subjects of a pair are present, each of its class; same: the same where both have one class;
     told: each description beside its own subject."""
-    pairs = [pair(i, cfg.split, model.world) for i in range(8 * (cfg.pairs + cfg.same))]
-    alike = [what.left.label == what.right.label for what in pairs]
     found = {}
-    for name, wanted, count in (("both", False, cfg.pairs), ("same", True, cfg.same)):
-        chosen = [what for what, same in zip(pairs, alike, strict=True) if same == wanted][:count]
-        words = [pair_words(what, model.world) for what in chosen]
+    for name, same_class, count in (("both", False, cfg.pairs), ("same", True, cfg.same)):
+        pairs = list(islice(pairs_of(cfg.split, same_class, model.world), count))
+        words = [pair_words(what, model.world) for what in pairs]
         texts = [sd_prompt(joined(w.labels), w.caption.text) for w in words]
-        images = classifiers.stacked(draw_texts(model, texts, model.world.pair_width))  # (N, 3, S, W)
-        seen, there = classifiers.classify_views(model.probes, images, cfg.present, model.world)  # 2N rows
+        images = stacked(draw_texts(model, texts, model.world.pair_width))  # (N, 3, S, W)
+        seen, there = classify_views(model.probes, images, cfg.present, model.world)  # 2N rows
         present = there.view(-1, 2).all(dim=1)  # (N,)
         labels = seen.truth.label.view(-1, 2).sort(dim=1).values  # (N, 2)
-        asked = (
-            classifiers.truth_of(named_specs(chosen, model.world), model.world)
-            .label.view(-1, 2)
-            .sort(dim=1)
-            .values
-        )
+        true = truth_of(named_specs(pairs, model.world), model.world)  # 2N rows
+        asked = true.label.view(-1, 2).sort(dim=1).values  # (N, 2)
         found[name] = _mean(present & (labels == asked).all(dim=1))
     return found
-
-
-@torch.no_grad()
-def _autoencoded(model: BaseModel, images: Tensor) -> Tensor:
-    """Images (N, 3, S, W) uint8 through the autoencoder."""
-    decoded = model.vae.decode(model.vae.encode(to_pixels(images))[0])
-    return ((decoded / 2 + 0.5).clamp(0, 1) * classifiers.BYTE).byte()
 
 
 def base_sheet(model: BaseModel, cfg: BaseNumbersConfig) -> Image.Image:
@@ -160,6 +156,25 @@ def _shown(model: BaseModel, cfg: BaseNumbersConfig, row: int) -> list[Cell]:
     return [Cell(image) for image in draw_texts(model, texts, world.pair_width)]
 
 
+# --- the autoencoder -----------------------------------------------------------------------------------
+
+
+def latents(vae: VAE, images: Tensor) -> Tensor:
+    """Scaled latents (N, Z, h, w), float32, of images (N, 3, S, W) uint8."""
+    return vae.encode(_pixels(vae, images))[0].float() * vae.cfg.scaling
+
+
+@torch.no_grad()
+def autoencoded(vae: VAE, images: Tensor) -> Tensor:
+    """Images (N, 3, S, W) uint8, encoded and decoded."""
+    return stacked(to_images(vae.decode(vae.encode(_pixels(vae, images))[0])))
+
+
+def _pixels(vae: VAE, images: Tensor) -> Tensor:
+    weight = next(vae.parameters())
+    return to_pixels(images).to(weight.device, weight.dtype)
+
+
 # --- noise errors and maps on true images ------------------------------------------------------------
 
 
@@ -167,41 +182,29 @@ def _shown(model: BaseModel, cfg: BaseNumbersConfig, row: int) -> list[Cell]:
 def error_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     """told error T: the noise error inside the subject at T with colours and pattern told, as a share of the
     error with the plain caption, the same noise."""
-    indices = range(4 * cfg.noised)
-    specs = [what for i in indices if (what := spec(i, cfg.split, model.world)).material is None][
-        : cfg.noised
-    ]
-    samples = draw_many(specs, model.world)
-    masks = classifiers.stacked([s.mask[..., None] for s in samples]) / classifiers.BYTE  # (N, 1, S, S)
-    x0 = _encoded(model, classifiers.stacked([s.image for s in samples]))  # (N, Z, h, w)
-    inside = F.adaptive_avg_pool2d(masks, x0.shape[-2:])  # (N, 1, h, w)
+    specs = list(islice(in_own_colours(cfg.split, model.world), cfg.noised))
+    images, masks = draw_all(specs, model.world)  # (N, 3, S, S), (N, 1, S, S)
+    x0 = latents(model.vae, images)  # (N, Z, h, w)
+    inside = F.adaptive_avg_pool2d(masks / BYTE, x0.shape[-2:])  # (N, 1, h, w)
     words = [words_of(what, caption(what), model.world) for what in specs]
+    plain = [sd_prompt(w.label, w.caption) for w in words]
+    told = [sd_prompt(w.label, w.rich) for w in words]
     found = {}
     for t in cfg.timesteps:
-        noisy, noise = _noised(x0, t)
-        plain, told = (
-            ((_predict(model, noisy, t, texts) - noise).square() * inside).sum().item()
-            for texts in (
-                [sd_prompt(w.label, getattr(w, kind)) for w in words] for kind in ("caption", "rich")
-            )
-        )
-        found[f"told gain {t}"] = 1 - told / plain
+        x, noise = _noised(x0, t)  # (N, Z, h, w) each
+        misses = [_predict(model, x, t, texts) - noise for texts in (plain, told)]  # 2 x (N, Z, h, w)
+        without, with_ = ((miss.square() * inside).sum().item() for miss in misses)
+        found[f"told gain {t}"] = 1 - with_ / without
     return found
 
 
 @torch.no_grad()
 def map_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     """map AUC: how well the ratio of the two words' maps tells the subjects of true pairs apart."""
-    pairs = [pair(i, cfg.split, model.world) for i in range(4 * cfg.noised)]
-    pairs = [what for what in pairs if what.left.label != what.right.label][: cfg.noised]
-    samples = [draw_pair(what, model.world) for what in pairs]
-    masks = torch.stack(
-        [
-            torch.from_numpy(s.masks[list(what.named(model.world))])
-            for what, s in zip(pairs, samples, strict=True)
-        ]
-    )  # (N, 2, S, W)
-    x0 = _encoded(model, classifiers.stacked([s.image for s in samples]))  # (N, Z, h, w)
+    pairs = list(islice(pairs_of(cfg.split, False, model.world), cfg.noised))
+    drawn = draw_pairs(pairs, model.world)
+    masks = torch.from_numpy(drawn["masks"]) / BYTE  # (N, 2, S, W)
+    x0 = latents(model.vae, stacked(drawn["image"]))  # (N, Z, h, w)
     texts = Texts([pair_texts(pair_words(what, model.world))[:1] for what in pairs], model.tokenizer)
     rows = texts.index[:, 0]  # (N,)
     hook = WordMaps(texts.groups[rows].float(), model.map_layers, "explicit")
@@ -211,7 +214,7 @@ def map_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
         score = _finest(maps, x0.shape[-2:])  # (N, G, h, w)
         found.append((score[:, FIRST] / score[:, SECOND]).log())  # (N, h, w)
     ratio = torch.stack(found).mean(dim=0)  # (N, h, w)
-    own = F.adaptive_avg_pool2d(masks / classifiers.BYTE, x0.shape[-2:]) > 0.5  # (N, 2, h, w)
+    own = F.adaptive_avg_pool2d(masks, x0.shape[-2:]) > 0.5  # (N, 2, h, w)
     return {"map AUC": float(np.mean([auc(r[a], r[b]) for r, (a, b) in zip(ratio, own, strict=True)]))}
 
 
@@ -221,16 +224,10 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return ((above > 0).double() + 0.5 * (above == 0).double()).mean().item()
 
 
-def _finest(maps: Sequence, grid: tuple[int, int]) -> Tensor:
-    """The mean of the recorded maps (N, G, N') at the grid's size: (N, G, h, w)."""
-    seen = [m for m in maps if m is not None]
-    return torch.stack([F.interpolate(m.unflatten(2, g), size=grid, mode="bilinear") for m, g in seen]).mean(
-        dim=0
-    )
-
-
-def _encoded(model: BaseModel, images: Tensor) -> Tensor:
-    return model.vae.encode(to_pixels(images))[0] * model.vae.cfg.scaling
+def _finest(maps: Sequence[tuple[Tensor, Grid] | None], grid: Grid) -> Tensor:
+    """The mean of the recorded maps, each (N, G, queries) of its own grid, in this one: (N, G, h, w)."""
+    seen = [F.interpolate(m.unflatten(2, own), size=grid, mode="bilinear") for m, own in filter(None, maps)]
+    return torch.stack(seen).mean(dim=0)
 
 
 def _noised(x0: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
 from moma.load import load_pipeline
 from moma.methods.moma.config import DEFAULT
-from moma.mini.asked import Asked, Drawn, autoencoded, duos, generate, real, singles, text_alone
+from moma.mini.asked import Asked, Drawn, duos, generate, real, real_autoencoded, singles, text_alone
 from moma.mini.config import ReportConfig
 from moma.mini.rated import Table, Values, backgrounds, classified, measure, measure_duos
 from moma.sampling.config import parse_field
@@ -118,7 +118,7 @@ def plan(bundle: Path, variants: Mapping[str, Setting], cfg: ReportConfig) -> di
     released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & opened.method.keys():
         scenes[MASKS[-1]] = Setting(bundle, config=released)
-    scenes[DECODED] = Setting(bundle, autoencoded)
+    scenes[DECODED] = Setting(bundle, real_autoencoded)
     scenes |= {_share(x): Setting(bundle, config={"unconditional_beta": x}) for x in cfg.unconditional}
     sweeps = [
         {_moma(beta): Setting(bundle, partial(generate, strength=beta)) for beta in betas}
