@@ -153,9 +153,7 @@ class Table:
     note: str
     columns: Sequence[str]
     rows: Mapping[str, Values]
-    facts: Mapping[str, Mapping[str, str]] = field(
-        default_factory=dict
-    )  # first columns: heading -> row -> text
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading -> row -> text, first
 
     def numbers(self) -> dict[str, dict[str, Estimate]]:
         """Row -> measure -> its average."""

@@ -42,7 +42,7 @@ from moma.world.classifiers import draw_all
 from moma.world.world import MATERIALS
 
 MARKS = ("<!-- report:begin -->", "<!-- report:end -->")  # the report owns what lies between them
-# Names of settings. The last of MASKS samples with the release's settings where the bundle's differ.
+# Names of settings.
 TEXT, MAIN, NONE = "text only", "MoMA, β = 1", "MoMA, β = 0"
 # Other methods: name -> of the registry, and the network of the bundle that it needs.
 IP_ADAPTER, MM_DIFF, REFERENCE = "IP-Adapter", "MM-Diff", "reference attention"
@@ -51,8 +51,8 @@ OTHERS = {
     MM_DIFF: ("mm-diff", "mm_diff"),
     REFERENCE: ("reference-attention", "unet"),
 }
-MASKS = ("half", "off", "full, release's settings")
-MASKING_METHODS = ("half-mask", "no-mask")  # of the registry, in the order of MASKS
+MASKS = {"half": "half-mask", "off": "no-mask"}  # name -> method of the registry
+RELEASE = "full, release's settings"  # drawn where the bundle's differ
 MASKING = """Background: against β = 0 with the same noise. Release's settings: soft M_gen above 0.2 from all
 layers; Eq. 3 at t < 950."""
 RELEASED = ("m_gen_layers", "m_gen_threshold", "m_gen_inside", "subject_below_t")
@@ -77,7 +77,7 @@ def _moma(strength: float) -> str:
     return f"MoMA, β = {strength:g}"
 
 
-def _share(beta: float) -> str:
+def _uncond(beta: float) -> str:
     return f"MoMA, unconditional β = {beta:g}"
 
 
@@ -106,20 +106,15 @@ def plan(bundle: Path, variants: Mapping[str, Setting], cfg: ReportConfig) -> di
         Kind of images ("scenes", "textures", "duos") -> name of a setting -> the setting.
     """
     opened = Bundle.open(bundle)
-    others = {
-        name: Setting(bundle, method=own)
-        for name, (own, network) in OTHERS.items()
-        if network in opened.configs
-    }
+    has = opened.configs
+    others = {name: Setting(bundle, method=own) for name, (own, needs) in OTHERS.items() if needs in has}
     both = {TEXT: Setting(bundle, text_alone)} | others
-    scenes = {
-        name: Setting(bundle, method=method) for name, method in zip(MASKS, MASKING_METHODS, strict=False)
-    }
+    scenes = {name: Setting(bundle, method=method) for name, method in MASKS.items()}
     released = {name: getattr(DEFAULT, name) for name in RELEASED}
     if released.keys() & opened.method.keys():
-        scenes[MASKS[-1]] = Setting(bundle, config=released)
+        scenes[RELEASE] = Setting(bundle, config=released)
     scenes[DECODED] = Setting(bundle, real_autoencoded)
-    scenes |= {_share(x): Setting(bundle, config={"unconditional_beta": x}) for x in cfg.unconditional}
+    scenes |= {_uncond(x): Setting(bundle, config={"unconditional_beta": x}) for x in cfg.unconditional}
     sweeps = [
         {_moma(beta): Setting(bundle, partial(generate, strength=beta)) for beta in betas}
         for betas in (cfg.strengths, cfg.texture_strengths)
@@ -141,17 +136,24 @@ class Batch(NamedTuple):
     file: Path
 
 
-def _batches(named: tuple[str, Setting], asked: Sequence[Asked], work: Path, facts: list[Any]) -> list[Batch]:
+def _batches(
+    name: str, setting: Setting, asked: Sequence[Asked], work: Path, cfg: ReportConfig, runtime: Runtime
+) -> list[Batch]:
     """The batches of a setting; all that determines a drawing is hashed into the name of its file.
 
-    facts: the configuration, the device and the dtype.
+    Args:
+        name: of the setting.
+        setting: how to draw.
+        asked: what to draw.
+        work: folder of the files.
+        cfg: of the drawings.
+        runtime: device and dtype.
     """
-    (name, setting), size = named, ReportConfig().sample.batch_size
     bundle, batches = Bundle.open(setting.bundle), []
-    own = [setting.method, dict(setting.config)]
-    facts = [name, *own, bundle.hashes, bundle.method, bundle.methods, *facts]
-    for start in range(0, len(asked), size):
-        some = asked[start : start + size]
+    facts = [name, setting.method, dict(setting.config), bundle.hashes, bundle.method, bundle.methods]
+    facts += [asdict(cfg.sample), asdict(cfg.world), runtime.device.type, dtype_name(runtime.dtype)]
+    for start in range(0, len(asked), cfg.sample.batch_size):
+        some = asked[start : start + cfg.sample.batch_size]
         text = json.dumps([*facts, [asdict(one) for one in some]], sort_keys=True)
         file = work / f"{sha256(text.encode()).hexdigest()}.safetensors"
         batches.append(Batch(name, setting, some, file))
@@ -182,6 +184,7 @@ def _read(batches: Sequence[Batch]) -> Drawn:
 
 # --- tables --------------------------------------------------------------------------------------------
 
+Measured = Mapping[str, Mapping[str, Values]]  # kind of images -> name of a setting -> measures
 FIDELITY = ("class", "scene", "identity", "pattern", "colour", "sharpness")
 DUOS = ("both", "each", "swapped")
 INTRO = """{pairs} unseen subjects, each in another scene than its reference's, {new:.0%} of them in
@@ -197,36 +200,28 @@ colours nearer to the other's.
 """
 
 
-def _tables(
-    values: Mapping[str, Mapping[str, Values]], new: Tensor, variants: Sequence[str], cfg: ReportConfig
-) -> list[Table]:
-    """values: kind of images -> setting -> measures; new: (N,) bool, combinations that were never trained."""
+def _tables(values: Measured, new: Tensor, variants: Sequence[str], cfg: ReportConfig) -> list[Table]:
+    """The report's tables; new: (N,) bool, combinations that were never trained."""
     scenes, textures, two = (values[kind] for kind in ("scenes", "textures", "duos"))
     every, spilled = (*FIDELITY, "mask"), ("scene", "identity", "mask", "change", "tint")
     low, compared = _moma(cfg.texture_strength), {}
     for name in (TEXT, *OTHERS, MAIN):
         if name in scenes:
             compared[name] = scenes[name] | {"material": textures[low if name == MAIN else name]["material"]}
-            rest = {key: x[new] for key, x in scenes[name].items() if key != "material"}
-            compared |= {f"{name}, {NEW}": rest} if new.any() and name in (IP_ADAPTER, MM_DIFF, MAIN) else {}
+            if new.any() and name in (IP_ADAPTER, MM_DIFF, MAIN):
+                rest = {key: x[new] for key, x in scenes[name].items() if key != "material"}
+                compared[f"{name}, {NEW}"] = rest
 
     def chosen(of: Mapping[str, Values], *names: str) -> dict[str, Values]:
         return {name: of[name] for name in names if name in of}
 
-    masks = {"full": scenes[MAIN]} | chosen(scenes, *MASKS)
+    masks = {"full": scenes[MAIN]} | chosen(scenes, *MASKS, RELEASE)
     made = chosen(textures, *map(_moma, cfg.texture_strengths))
-    shares = map(_share, cfg.unconditional)
-    trained = {
-        name: scenes[name] | {key: two[name][key] for key in DUOS if name in two}
-        for name in (MAIN, *variants)
-    }
+    shares = map(_uncond, cfg.unconditional)
+    trained = {name: scenes[name] | {key: two[name][key] for key in DUOS} for name in (MAIN, *variants)}
+    about = f"Materials: MoMA with β = {cfg.texture_strength:g}."
     return [
-        Table(
-            "Methods (Table 1)",
-            f"Materials: MoMA with β = {cfg.texture_strength:g}.",
-            ("material", *FIDELITY),
-            compared,
-        ),
+        Table("Methods (Table 1)", about, ("material", *FIDELITY), compared),
         Table("Two subjects", "", ("scene", *DUOS), chosen(two, TEXT, *OTHERS, MAIN, REAL)),
         Table("Masking (Table 3, Fig. 9)", MASKING, spilled, masks),
         Table("Strength in new scenes (Table 4)", "", every, chosen(scenes, *map(_moma, cfg.strengths))),
@@ -237,9 +232,7 @@ def _tables(
     ]
 
 
-def _targets(
-    values: Mapping[str, Mapping[str, Values]], new: Tensor, cfg: ReportConfig
-) -> dict[str, Estimate]:
+def _targets(values: Measured, new: Tensor, cfg: ReportConfig) -> dict[str, Estimate]:
     """Name, as in `ReportConfig.wanted` -> the average found."""
     scenes, textures, two = (values[kind] for kind in ("scenes", "textures", "duos"))
     main, material = scenes[MAIN], textures[_moma(cfg.texture_strength)]["material"]
@@ -280,11 +273,9 @@ def _figure(path: Path, asked: Sequence[Asked], columns: Mapping[str, Tensor], c
     side = cfg.scale * cfg.world.size
 
     def cell(image: Tensor, *lines: str) -> Cell:
-        picked = (
-            mask_image(image[None]) if image.ndim == 2 else Image.fromarray(image.permute(1, 2, 0).numpy())
-        )
-        size = round(side * picked.width / picked.height), side
-        return Cell(picked.resize(size, Image.Resampling.NEAREST), lines)
+        own = mask_image(image[None]) if image.ndim == 2 else Image.fromarray(image.permute(1, 2, 0).numpy())
+        size = round(side * own.width / own.height), side
+        return Cell(own.resize(size, Image.Resampling.NEAREST), lines)
 
     rows = [
         [
@@ -398,11 +389,10 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     for path in (args.work, folder):
         path.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.choose(Bundle.open(args.bundle), str(ranks.device), args.dtype, stream="off")
-    facts = [asdict(cfg.sample), asdict(cfg.world), runtime.device.type, dtype_name(runtime.dtype)]
-    planned = {
-        kind: {named[0]: _batches(named, asked[kind], args.work, facts) for named in settings.items()}
-        for kind, settings in plan(args.bundle, args.variant, cfg).items()
-    }
+    planned = {}
+    for kind, settings in plan(args.bundle, args.variant, cfg).items():
+        rest = asked[kind], args.work, cfg, runtime
+        planned[kind] = {name: _batches(name, setting, *rest) for name, setting in settings.items()}
     every = [batch for settings in planned.values() for batches in settings.values() for batch in batches]
     _draw(every[ranks.rank :: ranks.world], cfg, runtime)
     ranks.gather(None)  # until all have drawn
@@ -415,7 +405,7 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     seen = {kind: classified(drawings[kind], probes) for kind in ("scenes", "textures")}
     values = {kind: measure(drawings[kind], seen[kind], asked[kind], probes, cfg) for kind in seen}
     values["duos"] = measure_duos(drawings["duos"], asked["duos"], probes, cfg)
-    masked = [name for name in (MAIN, *MASKS) if name in drawings["scenes"]]
+    masked = [name for name in (MAIN, *MASKS, RELEASE) if name in drawings["scenes"]]
     changed = backgrounds(drawings["scenes"], seen["scenes"], NONE, masked, asked["scenes"], cfg)
     for name, found in changed.items():
         values["scenes"][name] |= found
