@@ -43,7 +43,7 @@ def test_both_subjects_are_seen_and_hardly_overlap(index: int) -> None:
 
 def test_a_pair_is_the_same_every_time_and_its_parts_are_those_of_its_specs() -> None:
     one, again = draw_pair(pair(3, "val")), draw_pair(pair(3, "val"))
-    assert np.array_equal(one.image, again.image) and one.caption == again.caption
+    assert np.array_equal(one.image, again.image)
     what = Pair(CAT, TEAPOT)
     before, moved = draw_pair(what), draw_pair(Pair(CAT, replace(TEAPOT, pose_seed=8)))
     assert np.array_equal(before.masks[0], moved.masks[0]) and not np.array_equal(

@@ -60,7 +60,6 @@ class PairSample(NamedTuple):
 
     image: np.ndarray  # (S, W, 3) uint8, RGB
     masks: np.ndarray  # (2, S, W) uint8, share of each pixel where the left and the right subject are seen
-    caption: str
 
 
 class Told(NamedTuple):
@@ -172,7 +171,7 @@ def draw_pair(what: Pair, cfg: WorldConfig = DEFAULT) -> PairSample:
     image = laid_over(laid_over(scene, layers[back]), layers[front])
     seen = [layer.cover for layer in layers]
     seen[back] = seen[back] * (1 - seen[front])
-    return PairSample(to_uint8(image), to_uint8(np.stack(seen)), pair_words(what, cfg).caption.text)
+    return PairSample(to_uint8(image), to_uint8(np.stack(seen)))
 
 
 def render_pairs(
