@@ -76,10 +76,8 @@ class NoiseLoss(nn.Module):
 
     def _of(self, batch: Batch, kind: str) -> Tensor:
         """Losses (R,) of one kind of images: see `TextToImageTask._images`."""
-        mean, std, masks, ids, groups = (
-            batch[f"{kind}_{name}"] for name in ("mean", "std", "masks", "ids", "groups")
-        )
-        t, noise = batch[f"{kind}_t"], batch[f"{kind}_noise"]
+        names = ("mean", "std", "masks", "ids", "groups", "t", "noise")
+        mean, std, masks, ids, groups, t, noise = (batch[f"{kind}_{name}"] for name in names)
         x0 = mean.float() + std.float() * noise[:, 0]  # (R, Z, h, w)
         alpha = self.alphas[t][:, None, None, None]  # (R, 1, 1, 1)
         x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
@@ -210,11 +208,8 @@ class TextToImageTask(PretrainingTask):
     def assemble(self, items: Tensor, numbers: Tensor) -> Batch:
         own = generators_for(self.seed, numbers)
         near = items[:, None] * self.singles + torch.arange(self.singles)  # (B, singles)
-        return {
-            "number": numbers,
-            **self._images("single", near, own),
-            **self._images("wide", items[:, None], own),
-        }
+        batch = self._images("single", near, own) | self._images("wide", items[:, None], own)
+        return {"number": numbers, **batch}
 
     def _images(self, kind: str, rows: Tensor, own: Sequence[torch.Generator]) -> Batch:
         """mean, std (R, Z, h, w), masks (R, 1 or 2, h, w), ids (R, T), groups (R, G, T), t (R,) and noise

@@ -382,7 +382,7 @@ def probe_task(
 
 
 def save_probes(path: str | Path, probes: Probes) -> None:
-    """Write the weights as float16 to one safetensors file of 1 MB, without the settings."""
+    """Write the weights as float16 to one safetensors file, without the settings."""
     path = Path(path)
     save_tensors(path.parent, path.stem, {name: value.half() for name, value in probes.state_dict().items()})
 
