@@ -4,7 +4,7 @@ Letters: N images, S W sides of an image.
 """
 
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ def ablations(work: Workspace) -> None:
 
 def train_runs(work: Workspace, runs: Mapping[str, AdapterRun]) -> None:
     """Run trainings by Eq. 1 and put each result into the bundle that it started from."""
+    world = work.cfg.world
     for name, run in runs.items():
-        shape = ("--set", f"height={work.cfg.world.size}", "--set", f"width={work.wide}")
+        shape = ("--set", f"height={world.size}", "--set", f"width={world.pair_pixels}")
         cache = f"{work.folder}/caches/{run.cache or run.training.replace(':', '-')}-{run.data}"
         steps = max(1, round(run.share * work.cfg.adapter_steps))
         options = ("--steps", str(steps), "--cache", cache, *work.cfg.adapter_options, *run.options)
@@ -112,7 +113,7 @@ def bundle_of(work: Workspace, name: str) -> Path:
     return work.folder / "bundles" / name
 
 
-def _train(work: Workspace, name: str, run: AdapterRun, options: Iterator[str], start: Path) -> None:
+def _train(work: Workspace, name: str, run: AdapterRun, options: Iterable[str], start: Path) -> None:
     """`train.py` on all ranks, and a bundle with its result; SystemExit if it fails.
 
     Args:

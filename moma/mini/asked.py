@@ -111,8 +111,7 @@ def generate(pipe: Pipeline, asked: Sequence[Asked], cfg: ReportConfig, strength
 
 def sized(asked: Sequence[Asked], cfg: ReportConfig) -> SampleConfig:
     """How images are drawn: those of two subjects are wide."""
-    height = cfg.world.size
-    wide = {"height": height, "width": round(cfg.world.pair_width * height)}
+    wide = {"height": cfg.world.size, "width": cfg.world.pair_pixels}
     return replace(cfg.sample, **wide) if len(asked[0].wanted) > 1 else cfg.sample
 
 

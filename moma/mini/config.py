@@ -337,16 +337,18 @@ class MiniConfig:
     adapters: dict[str, AdapterRun] = field(default_factory=adapter_runs)
     ablations: dict[str, AdapterRun] = field(default_factory=ablation_runs)
 
+    def trainings(self) -> dict[str, Any]:
+        """The settings of all networks but the adapters, by their fields; each has a `train`."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "train")}
+
     def shortened(self, share: float) -> "MiniConfig":
         """The recipe with that share of its renders and steps, and without gates, which it would miss."""
 
         def less(number: int) -> int:
             return max(1, round(share * number))
 
-        stages = ("vae", "clip", "probes", "segmenting", "text_to_image", "captioner")
         trained = {}
-        for name in stages:
-            part = getattr(self, name)
+        for name, part in self.trainings().items():
             train = replace(part.train, steps=less(part.train.steps), warmup=less(part.train.warmup))
             trained[name] = replace(part, train=train)
         group = self.probes.group

@@ -39,12 +39,7 @@ from moma.mini.base_numbers import base_numbers, base_sheet
 from moma.mini.config import MiniConfig, ReportConfig
 from moma.mini.familiar import fit_familiar
 from moma.mini.segmenting import SegmentTask, hints
-from moma.mini.tasks import (
-    CaptionTask,
-    ClipTask,
-    VAETask,
-    to_clip,
-)
+from moma.mini.tasks import CaptionTask, ClipTask, VAETask, to_clip
 from moma.mini.text_to_image import Latents, TextToImageTask
 from moma.mini.workspace import Workspace
 from moma.sampling.device import dtype_name, set_precision
@@ -185,7 +180,7 @@ def _clip_numbers(work: Workspace) -> dict[str, float]:
         rows = slice(start, start + cfg.train.batch_size)
         seen = vision(to_clip(held.images[rows]))[1] @ heads["vision_head.weight"].T  # (B, P)
         read = text(tokenizer.ids([w.rich for w in held.words[rows]]))[1] @ heads["text_head.weight"].T
-        nearest = nn.functional.normalize(seen, dim=1) @ nn.functional.normalize(read, dim=1).T  # (B, B)
+        nearest = F.normalize(seen, dim=1) @ F.normalize(read, dim=1).T  # (B, B)
         hits.append(nearest.argmax(dim=1) == torch.arange(len(seen)))
     return {"retrieval": torch.cat(hits).float().mean().item()}
 
@@ -327,11 +322,10 @@ def _write_json(path: Path, values: Any) -> None:
 
 def _check_shares(work: Workspace) -> None:
     """ValueError unless the ranks can share the batches of all stages equally."""
-    cfg = work.cfg
-    for part in (cfg.vae, cfg.clip, cfg.probes, cfg.segmenting, cfg.text_to_image, cfg.captioner):
+    for part in work.cfg.trainings().values():
         work.share_of(part.train.batch_size)
-    work.share_of(cfg.adapter_batch)
-    classifiers.groups_in(work.share_of(cfg.probes.train.batch_size), cfg.probes)
+    work.share_of(work.cfg.adapter_batch)
+    classifiers.groups_in(work.share_of(work.cfg.probes.train.batch_size), work.cfg.probes)
 
 
 # --- the recipe --------------------------------------------------------------------------------------
@@ -347,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = MiniConfig() if args.length == 1 else MiniConfig().shortened(args.length)
     with start_ranks(args.device) as ranks:
         work = Workspace(cfg, args.work, ranks, start, tuple(args.keep))
-        recipe(work, next(reversed(STAGES)) if args.until == REPORT else args.until, args.past_gates)
+        recipe(work, FINISHED if args.until == REPORT else args.until, args.past_gates)
         if args.until in (FINISHED, REPORT):
             ranks.once(lambda: finish(work, args.out))
         if args.ablations:
@@ -367,13 +361,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--until", choices=(*STAGES, REPORT), default=FINISHED, help="the last stage to run")
     add("--past-gates", action="store_true", help="go on where a stage misses its gate, and say so")
     add("--ablations", action="store_true", help="train the ablations as well")
-    add(
-        "--length",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="of renders and steps, without gates",
-    )
+    about = "of renders and steps, without gates (default: 1)"
+    add("--length", type=float, default=1.0, metavar="SHARE", help=about)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     if args.until in (FINISHED, REPORT) and any(args.out.glob("*")):

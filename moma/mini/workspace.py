@@ -74,11 +74,6 @@ class Workspace:
         return Pairs(images, torch.from_numpy(found["masks"]), words)
 
     @property
-    def wide(self) -> int:
-        """Width of images of two subjects, in pixels."""
-        return round(self.cfg.world.pair_width * self.cfg.world.size)
-
-    @property
     def tokenizers(self) -> Path:
         return self.folder / "tokenizers"
 

@@ -76,6 +76,11 @@ class WorldConfig:
         if min(self.size, self.oversample, self.identities, self.unseen_identities) < 1:
             raise ValueError("size, oversample, identities and unseen_identities must be at least 1")
 
+    @property
+    def pair_pixels(self) -> int:
+        """Width of an image of two subjects, in pixels."""
+        return round(self.pair_width * self.size)
+
 
 DEFAULT = WorldConfig()
 IMAGES_PER_WORKER = 50  # fewer are drawn before a process has started
