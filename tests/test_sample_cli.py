@@ -114,7 +114,7 @@ def test_prompts_seeds_and_names(tmp_path, weights, cat):
     assert (record.prompt, record.seed, record.method_name) == ("two CATS", 6, "moma")
     assert not np.array_equal(pixels(out / "two-cats-seed5.png"), pixels(out / "two-cats-seed6.png"))
     # One row for the reference, one (images beside their masks) for each of three prompts.
-    assert Image.open(out / "cat-sheet.png").size == (12 + 4 * 268, 12 + 4 * 302)
+    assert Image.open(out / "cat-sheet.png").size == (12 + 4 * 268, 12 + 302 + 3 * (302 - 120))
 
     kept = {name: (out / name).read_bytes() for name in names}
     assert run(*args) == 0  # again: new names, old files as they were
