@@ -4,10 +4,13 @@ many times more where the cores are shared with other work. Subprocesses inherit
 No CUDA device, unless MOMA_GPU is set: what is expected is a CPU's, to its digits, and some tests fork, which
 CUDA forbids. `MOMA_GPU=1 python -m pytest tests/test_gpu.py` runs those of a CUDA device.
 
+Ctrl-C works as in a terminal: a shell's jobs in the background ignore it, and so would the tests of it.
+
 Each test has a folder for caches of its own, so that none finds what another one, or the user, has kept.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from moma import Pipeline
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not os.environ.get("MOMA_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
