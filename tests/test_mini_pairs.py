@@ -10,7 +10,7 @@ import torch
 from models.tokenizers import ClipTokenizer
 from moma.methods.prompts import sd_prompt
 from moma.mini.base_numbers import auc
-from moma.mini.text_to_image import BOTH, FIRST, SECOND, Texts, map_loss, pair_texts, single_texts
+from moma.mini.text_to_image import BOTH, FIRST, SECOND, Texts, pair_texts, single_texts, word_map_loss
 from moma.weights.bundle import CLIP_TOKENIZER, Bundle
 from moma.world import pairs, world
 from moma.world.classifiers import views, views_of_pairs
@@ -46,9 +46,8 @@ def test_a_pair_is_the_same_every_time_and_its_parts_are_those_of_its_specs() ->
     assert np.array_equal(one.image, again.image)
     what = Pair(CAT, TEAPOT)
     before, moved = draw_pair(what), draw_pair(Pair(CAT, replace(TEAPOT, pose_seed=8)))
-    assert np.array_equal(before.masks[0], moved.masks[0]) and not np.array_equal(
-        before.masks[1], moved.masks[1]
-    )
+    assert np.array_equal(before.masks[0], moved.masks[0])
+    assert not np.array_equal(before.masks[1], moved.masks[1])
     with pytest.raises(ValueError, match="snow and beach"):
         Pair(CAT, replace(TEAPOT, scene="beach"))
 
@@ -161,17 +160,15 @@ def test_the_map_loss_is_the_share_of_attention_inside_the_own_subject() -> None
     named = torch.tensor([[True, True, False]])
     left = torch.tensor([1.0, 0, 1, 0])
     maps = torch.stack([left, left, left])[None]  # (1, G, 4): both words look at the left
-    loss = map_loss([(maps, (2, 2))], masks, named)
+    loss = word_map_loss([(maps, (2, 2))], masks, named)
     assert loss.item() == pytest.approx(-math.log(1e-4) / 2)  # right for the first, wrong for the second
     even = torch.full((1, 3, 4), 0.1)
-    assert map_loss([(even, (2, 2))] * 2, masks, named).item() == pytest.approx(math.log(2))
+    assert word_map_loss([(even, (2, 2))] * 2, masks, named).item() == pytest.approx(math.log(2))
     both = torch.tensor([[False, False, True]])
-    assert map_loss([(maps, (2, 2))], masks, both).item() == pytest.approx(0)
-    assert map_loss([(maps, (2, 2))], masks, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
-    single = masks[:, :1]
-    assert map_loss([(even, (2, 2))], single, torch.tensor([[True, False, False]])).item() == pytest.approx(
-        math.log(2)
-    )
+    assert word_map_loss([(maps, (2, 2))], masks, both).item() == pytest.approx(0)
+    assert word_map_loss([(maps, (2, 2))], masks, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
+    only = torch.tensor([[True, False, False]])
+    assert word_map_loss([(even, (2, 2))], masks[:, :1], only).item() == pytest.approx(math.log(2))
 
 
 def test_auc_and_sharpness() -> None:

@@ -152,15 +152,13 @@ def test_classifiers_learn_and_come_back_from_their_file(tmp_path):
     images, masks = classifiers.stacked(found["image"]), classifiers.stacked(found["mask"][..., None])
     pairs = {"images": images, "masks": masks, **truth}
     torch.manual_seed(0)
-    task = classifiers.ProbeTask(
-        classifiers.Probes(cfg), {k: torch.stack([v, v], dim=1) for k, v in pairs.items()}
-    )
+    twice = {name: torch.stack([values, values], dim=1) for name, values in pairs.items()}
+    task = classifiers.ProbeTask(classifiers.Probes(cfg), twice)
     labels = task.rows["label"][task.groups[task.groups[:, 0].argsort()]]  # (groups, 8, 2)
     assert len(task.groups.unique()) == 24 and (labels.diff(dim=1) >= 0).all(), "like classes stay together"
     batch, again = (task.assemble(torch.arange(2), torch.arange(2)) for _ in range(2))
-    assert torch.equal(batch["images"], again["images"]) and not torch.equal(
-        batch["images"][:, 0], batch["images"][:, 1]
-    )
+    assert torch.equal(batch["images"], again["images"])
+    assert not torch.equal(*batch["images"].unbind(dim=1))
     optimizer, losses = torch.optim.AdamW(task.model.parameters(), lr=3e-3), []
     for _ in range(8):
         loss = task.model(batch)
@@ -197,9 +195,8 @@ def place(tmp_path_factory):
     """A tiny bundle with untrained classifiers."""
     folder = tmp_path_factory.mktemp("report")
     build_tiny_bundle(folder / "plain")
-    build_ip_bundle(
-        folder / "plain", folder / "tiny", (*Bundle.open(folder / "plain").configs,), trained=True
-    )
+    networks = (*Bundle.open(folder / "plain").configs,)
+    build_ip_bundle(folder / "plain", folder / "tiny", networks, trained=True)
     torch.manual_seed(0)
     classifiers.save_probes(folder / "probes.safetensors", classifiers.Probes())
     return folder
@@ -277,10 +274,8 @@ def test_errors_inside_subjects(place, capsys):
     assert text.shape == (2, 3) and (text > 0).all()
     whole = adapter_numbers.errors(pipes["text"], 0.0, False, replace(cfg, batch=3))
     torch.testing.assert_close(text, whole, rtol=1e-4, atol=1e-5)
-    found = [
-        adapter_numbers.errors(pipes["moma"], *which, cfg)
-        for which in ((0.0, False), (1.0, False), (1.0, True))
-    ]
+    ways = (0.0, False), (1.0, False), (1.0, True)
+    found = [adapter_numbers.errors(pipes["moma"], *way, cfg) for way in ways]
     assert all((a - b).abs().max() > 1e-4 for a, b in combinations([text, *found], 2))
     given = ["--bundle", str(place / "tiny"), "--methods", "moma", "ip-adapter", "--images", "1"]
     assert adapter_numbers.run(given) == 0

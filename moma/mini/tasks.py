@@ -113,8 +113,7 @@ class ClipLoss(nn.Module):
 
 
 class ClipTask(PretrainingTask):
-    """Images, some of the subject alone on white, some of two subjects, with captions that name colours and
-    pattern."""
+    """Images with rich captions: of one subject, also alone on white, and of two."""
 
     def __init__(
         self,

@@ -86,11 +86,11 @@ class NoiseLoss(nn.Module):
         hook = WordMaps(groups.float(), self.cfg.map_layers, self.cfg.attention)
         eps, maps = self.unet(x, t, states, hook)
         error = (eps.float() - noise[:, 1]).square().mean(dim=(1, 2, 3))  # (R,)
-        seen = map_loss([m for m in maps if m is not None], masks / 255, groups.any(dim=2))  # (R,)
+        seen = word_map_loss([m for m in maps if m is not None], masks / 255, groups.any(dim=2))  # (R,)
         return self.weights[t] * error + self.cfg.map_weight * seen
 
 
-def map_loss(maps: Sequence[tuple[Tensor, Grid]], masks: Tensor, named: Tensor) -> Tensor:
+def word_map_loss(maps: Sequence[tuple[Tensor, Grid]], masks: Tensor, named: Tensor) -> Tensor:
     """-log of the share of its words' attention that falls inside a subject, the mean over layers and groups.
 
     Args:
