@@ -22,7 +22,7 @@ from moma.load import load
 from moma.mini.asked import Asked, Drawn, drawn, make_jobs, singles
 from moma.mini.config import ReportConfig
 from moma.mini.rated import Table, Values, classified, measure
-from moma.mini.report import FIDELITY, around, parser_of, rewrite
+from moma.mini.report import FIDELITY, SHIPPED, around, parser_of, rewrite
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.device import set_precision
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
@@ -174,11 +174,7 @@ def costs(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    paths = {
-        "--bundle": ("weights/mini", "MoMA-mini"),
-        "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
-        "--page": ("docs/approximations.md", "page to rewrite between its marks"),
-    }
+    paths = SHIPPED | {"--page": ("docs/approximations.md", "page to rewrite between its marks")}
     numbers = {"--pairs": PAIRS, "--steps": ReportConfig().sample.steps}
     parser = parser_of("moma.mini.approximations", __doc__, paths, numbers)
     args = parser.parse_args(argv)

@@ -77,7 +77,7 @@ def tokenizers(work: Workspace) -> None:
         work.keep(f"{split}_pairs", partial(render_pairs, *given))
     words = work.images("train").words[: work.cfg.tokenizer_captions]
     pairs = work.pairs("train").words[: work.cfg.tokenizer_captions]
-    work.ranks.once(lambda: learn_vocabularies(work, words, pairs))
+    work.ranks.once(lambda: _learn_vocabularies(work, words, pairs))
 
 
 def vae(work: Workspace) -> None:
@@ -254,7 +254,7 @@ NUMBERS: dict[str, Callable[[Workspace], dict[str, float]]] = {
 # --- parts of the stages -----------------------------------------------------------------------------
 
 
-def learn_vocabularies(work: Workspace, words: Sequence[Words], pairs: Sequence[PairWords]) -> None:
+def _learn_vocabularies(work: Workspace, words: Sequence[Words], pairs: Sequence[PairWords]) -> None:
     """Learn the vocabularies of the captions, or copy those of the start."""
     if work.start:
         work.tokenizers.mkdir(exist_ok=True)
@@ -304,13 +304,6 @@ def _write_bundle(work: Workspace) -> None:
         writer.method = dict(work.cfg.method)
 
 
-def add_scorers(work: Workspace, target: Path) -> None:
-    """Write, beside the finished bundle, the scorers of `python -m moma.evaluate --world` and what the world
-    looks like."""
-    write_scorers(target, work.weights("judges", "probes"), work.weights("clip", "heads"))
-    fit_familiar(work.cfg.world, work.cfg.familiar).save(target)
-
-
 def _decibels(error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error on pixels in [-1, 1]."""
     return 10 * torch.log10(4 / error)
@@ -332,6 +325,7 @@ def _check_shares(work: Workspace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe. ValueError for wrong arguments, and for a missed gate."""
     set_precision()
     args = _parse(argv)
     start = Bundle.open(args.start) if args.start else None
@@ -409,11 +403,13 @@ def recipe(work: Workspace, until: str, past_gates: bool = False) -> None:
 
 
 def finish(work: Workspace, target: Path) -> None:
-    """Write the finished bundle, the last adapter's, with what evaluation and drawing need beside it."""
+    """Write the finished bundle, the last adapter's, and beside it the scorers of `python -m moma.evaluate
+    --world` and what the world looks like."""
     name, last = list(work.cfg.adapters.items())[-1]
     export = work.folder / "adapters" / name / EXPORT
     put_in(export, bundle_of(work, last.start), target, dtype_name(work.cfg.dtype))
-    add_scorers(work, target)
+    write_scorers(target, work.weights("judges", "probes"), work.weights("clip", "heads"))
+    fit_familiar(work.cfg.world, work.cfg.familiar).save(target)
 
 
 def _report_options(args: argparse.Namespace, cfg: MiniConfig) -> list[str]:

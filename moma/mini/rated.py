@@ -163,6 +163,7 @@ class Table:
         }
 
     def markdown(self) -> str:
+        """Title, note and table."""
         heads = ["", *self.facts, *(HEADINGS[name] for name in self.columns)]
         lines = []
         for row, found in self.numbers().items():

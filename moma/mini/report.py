@@ -349,14 +349,17 @@ def parser_of(
     return parser
 
 
+# Options of what is measured, and who judges it.
+SHIPPED = {
+    "--bundle": ("weights/mini", "MoMA-mini"),
+    "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
+}
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cfg, page = ReportConfig(), "page to rewrite between its marks; images and numbers.json go beside it"
-    paths = {
-        "--bundle": ("weights/mini", "MoMA-mini"),
-        "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
-        "--work": ("out/report", "folder of the drawings, reused by the next run"),
-        "--page": ("docs/mini.md", page),
-    }
+    work = "folder of the drawings, reused by the next run"
+    paths = SHIPPED | {"--work": ("out/report", work), "--page": ("docs/mini.md", page)}
     numbers = {f"--{name}": getattr(cfg, name) for name in ("pairs", "textures", "duos")}
     parser = parser_of("moma.mini.report", __doc__, paths, numbers | {"--steps": cfg.sample.steps})
     about = "drawn in scenes and with two subjects, too: NAME=BUNDLE[@METHOD][,FIELD=VALUE...]"
