@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma.world import drawing, world
+from moma.world import drawing, pairs, world
 from moma.world.scenes import PLACES
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
@@ -161,6 +161,9 @@ def test_render_many_stacks_in_order():
         (lambda: world.held_out("cat", "moon", None), "'moon'"),
         (lambda: world.identity("cat", 5000), "5000"),
         (lambda: world.render_many([]), "indices"),
+        (lambda: world.in_own_colours("val", world.WorldConfig(material_share=1.0)), "material_share 1"),
+        (lambda: pairs.pairs_of("val", True, world.WorldConfig(same_class_share=0.0)), "same_class_share 0"),
+        (lambda: pairs.pairs_of("val", False, world.WorldConfig(same_class_share=1.0)), "same_class_share 1"),
         (lambda: world.WorldConfig(size=0), "size"),
     ],
 )

@@ -5,6 +5,7 @@ Letters: N images, S W sides of an image.
 
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def adapters(work: Workspace) -> None:
 def ablations(work: Workspace) -> None:
     """Adapters trained otherwise, for a part of the steps."""
     for name in sorted(work.cfg.twins.keys() - {"mixed", PAIRS}):
-        work.ranks.once(lambda name=name: write_singles(work, name))
+        work.ranks.once(partial(write_singles, work, name))
     train_runs(work, work.cfg.ablations)
 
 

@@ -114,7 +114,18 @@ def pair(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Pair:
 
 
 def pairs_of(split: str, same_class: bool, cfg: WorldConfig = DEFAULT) -> Iterator[Pair]:
-    """The pairs of a split with two of one class, or of two classes, from index 0 on, without end."""
+    """The pairs of a split with two of one class, or of two classes, from index 0 on, without end.
+
+    Args:
+        split: one of SPLITS.
+        same_class: which of them.
+        cfg: the world.
+
+    Raises:
+        ValueError: for a world without such pairs.
+    """
+    if cfg.same_class_share == (0 if same_class else 1):
+        raise ValueError(f"same_class_share {cfg.same_class_share}: expected above 0 and below 1")
     found = (pair(i, split, cfg) for i in count())
     return (what for what in found if (what.left.label == what.right.label) == same_class)
 

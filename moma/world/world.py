@@ -201,7 +201,12 @@ def spec(index: int, split: str = "train", cfg: WorldConfig = DEFAULT) -> Spec:
 
 
 def in_own_colours(split: str, cfg: WorldConfig = DEFAULT) -> Iterator[Spec]:
-    """The specs of a split whose subjects are of no material, from index 0 on, without end."""
+    """The specs of a split whose subjects are of no material, from index 0 on, without end.
+
+    ValueError where all are of one.
+    """
+    if cfg.material_share >= 1:
+        raise ValueError(f"material_share {cfg.material_share}: expected below 1")
     return (what for i in count() if (what := spec(i, split, cfg)).material is None)
 
 
