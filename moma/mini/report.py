@@ -3,7 +3,7 @@
 Draws unseen subjects in every setting, classifies the images, and rewrites the tables and images of
 docs/mini.md. Each batch is kept in a file under --work, so an interrupted run resumes.
 
-Letters: N images, S side of an image, h w latents.
+Letters: N images, S W sides of an image, h w latents.
 """
 
 import argparse
@@ -344,8 +344,8 @@ def parser_of(
         parser.add_argument(option, type=Path, default=path and Path(path), help=text)
     for option, number in numbers.items():
         parser.add_argument(option, type=int, default=number, help=f"(default: {number})")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    for option in ("--device", "--dtype"):
+        parser.add_argument(option, default="auto", help="(default: %(default)s)")
     return parser
 
 
@@ -405,13 +405,7 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     for kind, settings in planned.items():
         true = {REAL: real(asked[kind], cfg), OTHER: real(asked[kind], cfg, cfg.distractors + 1)}
         drawings[kind] = {name: _read(batches) for name, batches in settings.items()} | true
-    seen = {kind: classified(drawings[kind], probes) for kind in ("scenes", "textures")}
-    values = {kind: measure(drawings[kind], seen[kind], asked[kind], probes, cfg) for kind in seen}
-    values["duos"] = measure_duos(drawings["duos"], asked["duos"], probes, cfg)
-    masked = [name for name in (MAIN, *MASKS, RELEASE) if name in drawings["scenes"]]
-    changed = backgrounds(drawings["scenes"], seen["scenes"], NONE, masked, asked["scenes"], cfg)
-    for name, found in changed.items():
-        values["scenes"][name] |= found
+    values = _measured(drawings, asked, probes, cfg)
     wanted = [one.wanted[0] for one in asked["scenes"]]
     new = torch.tensor([world.held_out(what.label, what.scene, None, cfg.world) for what in wanted])
     tables, targets = _tables(values, new, list(args.variant), cfg), _targets(values, new, cfg)
@@ -421,6 +415,22 @@ def _report(args: argparse.Namespace, ranks: Ranks) -> None:
     images = _figures(folder, drawings, asked, cfg)
     rewrite(args.page, "\n".join([intro, verdict, images, *(table.markdown() for table in tables)]))
     print(verdict)
+
+
+def _measured(
+    drawings: Mapping[str, Mapping[str, Drawn]],
+    asked: Mapping[str, list[Asked]],
+    probes: classifiers.Probes,
+    cfg: ReportConfig,
+) -> Measured:
+    seen = {kind: classified(drawings[kind], probes) for kind in ("scenes", "textures")}
+    values = {kind: measure(drawings[kind], seen[kind], asked[kind], probes, cfg) for kind in seen}
+    values["duos"] = measure_duos(drawings["duos"], asked["duos"], probes, cfg)
+    masked = [name for name in (MAIN, *MASKS, RELEASE) if name in drawings["scenes"]]
+    changed = backgrounds(drawings["scenes"], seen["scenes"], NONE, masked, asked["scenes"], cfg)
+    for name, found in changed.items():
+        values["scenes"][name] |= found
+    return values
 
 
 def run(argv: Sequence[str] | None = None) -> int:
