@@ -9,6 +9,7 @@ E embedding.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,11 @@ from moma.world.world import (
     Spec,
     WorldConfig,
     described,
-    draw_many,
+    draw,
     elsewhere,
     identity,
     neighbour,
+    painted,
     specs_of,
 )
 
@@ -114,7 +116,7 @@ def draw_all(specs: Sequence[Spec], world: WorldConfig = DEFAULT, workers: int =
     Returns:
         uint8 (N, 3, S, S) and (N, 1, S, S).
     """
-    samples = draw_many(specs, world, workers)
+    samples = painted(partial(draw, cfg=world), specs, workers)
     return stacked([s.image for s in samples]), stacked([s.mask[..., None] for s in samples])
 
 

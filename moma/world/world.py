@@ -443,11 +443,6 @@ def painted(paint: Callable[[Any], Any], images: Sequence[Any], workers: int) ->
         return pool.map(paint, images, chunksize=IMAGES_PER_WORKER)
 
 
-def draw_many(specs: Sequence[Spec], cfg: WorldConfig = DEFAULT, workers: int = 0) -> list[Sample]:
-    """The images of specs; workers: as in `painted`."""
-    return painted(partial(draw, cfg=cfg), specs, workers)
-
-
 def render_many(
     indices: Iterable[int], split: str = "train", cfg: WorldConfig = DEFAULT, workers: int = 0
 ) -> dict[str, np.ndarray]:
@@ -466,7 +461,7 @@ def render_many(
     specs = [spec(int(i), split, cfg) for i in indices]
     if not specs:
         raise ValueError("no indices given: expected at least one")
-    samples = draw_many(specs, cfg, workers)
+    samples = painted(partial(draw, cfg=cfg), specs, workers)
     return described(specs) | {
         "image": np.stack([sample.image for sample in samples]),
         "mask": np.stack([sample.mask for sample in samples]),
