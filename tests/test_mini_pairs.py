@@ -153,22 +153,23 @@ def test_a_single_image_has_texts_with_and_without_colours(tokenizer: ClipTokeni
         Texts([[texts[0]._replace(text="cat " * 70)]], tokenizer)
 
 
-def test_the_map_loss_is_the_share_of_attention_inside_the_own_subject() -> None:
+def test_the_map_loss_is_least_where_words_see_all_of_their_subject_alone() -> None:
     masks = torch.zeros(1, 2, 2, 2)
     masks[0, 0, :, 0] = 1  # the first subject fills the left column, the second one the right
     masks[0, 1, :, 1] = 1
     named = torch.tensor([[True, True, False]])
-    left = torch.tensor([1.0, 0, 1, 0])
+    left = torch.tensor([0.3, 0, 0.3, 0])
     maps = torch.stack([left, left, left])[None]  # (1, G, 4): both words look at the left
-    loss = word_map_loss([(maps, (2, 2))], masks, named)
-    assert loss.item() == pytest.approx(-math.log(1e-4) / 2)  # right for the first, wrong for the second
+    assert word_map_loss([(maps, (2, 2))], masks, named).item() == pytest.approx(0.5)  # right, and wrong
     even = torch.full((1, 3, 4), 0.1)
-    assert word_map_loss([(even, (2, 2))] * 2, masks, named).item() == pytest.approx(math.log(2))
+    assert word_map_loss([(even, (2, 2))] * 2, masks, named).item() == pytest.approx(1 - math.sqrt(0.5))
     both = torch.tensor([[False, False, True]])
-    assert word_map_loss([(maps, (2, 2))], masks, both).item() == pytest.approx(0)
+    assert word_map_loss([(even, (2, 2))], masks, both).item() == pytest.approx(0)  # the two fill the image
     assert word_map_loss([(maps, (2, 2))], masks, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
-    only = torch.tensor([[True, False, False]])
-    assert word_map_loss([(even, (2, 2))], masks[:, :1], only).item() == pytest.approx(math.log(2))
+    single, first = masks[:, :1], torch.tensor([[True, False, False]])
+    assert word_map_loss([(maps, (2, 2))], single, first).item() == pytest.approx(0)
+    point = torch.tensor([1.0, 0, 0, 0]).expand(1, 3, 4)  # all attention at one place inside is not enough
+    assert word_map_loss([(point, (2, 2))], single, first).item() == pytest.approx(1 - math.sqrt(0.5))
 
 
 def test_auc_and_sharpness() -> None:

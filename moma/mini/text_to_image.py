@@ -85,13 +85,19 @@ class NoiseLoss(nn.Module):
             states = self.text(ids)[0]  # (R, T, C)
         hook = WordMaps(groups.float(), self.cfg.map_layers, self.cfg.attention)
         eps, maps = self.unet(x, t, states, hook)
-        error = (eps.float() - noise[:, 1]).square().mean(dim=(1, 2, 3))  # (R,)
-        seen = word_map_loss([m for m in maps if m is not None], masks / 255, groups.any(dim=2))  # (R,)
+        masks = masks / 255  # (R, 1 or 2, h, w)
+        weights = 1 + (self.cfg.subject_weight - 1) * masks.amax(dim=1, keepdim=True)  # (R, 1, h, w)
+        weights = weights / weights.mean(dim=(2, 3), keepdim=True)
+        error = (weights * (eps.float() - noise[:, 1]).square()).mean(dim=(1, 2, 3))  # (R,)
+        seen = word_map_loss([m for m in maps if m is not None], masks, groups.any(dim=2))  # (R,)
         return self.weights[t] * error + self.cfg.map_weight * seen
 
 
 def word_map_loss(maps: Sequence[tuple[Tensor, Grid]], masks: Tensor, named: Tensor) -> Tensor:
-    """-log of the share of its words' attention that falls inside a subject, the mean over layers and groups.
+    """Cosine distance of the attention to a subject's words and its mask, the mean over layers and groups.
+
+    It is 0 where all of a subject gets the same attention and the rest none, so that M_gen finds it whole;
+    the share of attention that falls inside would be best where a single point gets all.
 
     Args:
         maps: per layer the attention (R, G, N) to groups of words, and the grid of the N queries.
@@ -106,8 +112,7 @@ def word_map_loss(maps: Sequence[tuple[Tensor, Grid]], masks: Tensor, named: Ten
     wanted = torch.cat([masks[:, :1], masks[:, -1:], union], dim=1)  # (R, G, h, w)
     for found, grid in maps:
         inside = F.adaptive_avg_pool2d(wanted, grid).flatten(2)  # (R, G, N)
-        share = (found * inside).sum(dim=2) / found.sum(dim=2).clamp_min(1e-8)  # (R, G)
-        losses = -share.clamp_min(1e-4).log() * named  # (R, G)
+        losses = (1 - F.cosine_similarity(found, inside, dim=2)) * named  # (R, G)
         total = total + losses.sum(dim=1) / named.sum(dim=1).clamp_min(1)
     return total / max(len(maps), 1)
 
