@@ -19,10 +19,12 @@ from models.tokenizers import ClipTokenizer
 from models.unet import Grid, UNet
 from models.vae import VAE
 from moma.app.sheets import Cell, contact_sheet
+from moma.methods.moma.config import MethodConfig
+from moma.methods.moma.masks import next_m_gen
 from moma.methods.prompts import joined, sd_prompt
 from moma.methods.text import TextConditioning
 from moma.mini.config import BaseNumbersConfig
-from moma.mini.text_to_image import FIRST, SECOND, Texts, WordMaps, pair_texts
+from moma.mini.text_to_image import BOTH, FIRST, SECOND, Texts, WordMaps, pair_texts
 from moma.sampling.config import SampleConfig
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod, solver_steps
 from moma.sampling.pipeline import to_images
@@ -39,7 +41,7 @@ from moma.world.classifiers import (
     stacked,
     truth_of,
 )
-from moma.world.measures import retrieved, sharpness
+from moma.world.measures import iou, retrieved, sharpness
 from moma.world.pairs import draw_pairs, named_specs, pair, pair_words, pairs_of
 from moma.world.words import words_of
 from moma.world.world import WorldConfig, caption, in_own_colours, spec
@@ -56,7 +58,8 @@ class BaseModel:
     probes: Probes
     world: WorldConfig
     sample: SampleConfig
-    map_layers: tuple[int, ...]
+    map_layers: tuple[int, ...]  # of cross-attention, whose maps are measured
+    method: MethodConfig  # of M_gen
 
 
 @torch.no_grad()
@@ -200,7 +203,8 @@ def error_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
 
 @torch.no_grad()
 def map_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
-    """map AUC: how well the ratio of the two words' maps tells the subjects of true pairs apart."""
+    """map AUC: how well the ratio of the two words' maps tells the subjects of true pairs apart; map IoU: of
+    each subject and where its word's M_gen is above 0."""
     pairs = list(islice(pairs_of(cfg.split, False, model.world), cfg.noised))
     drawn = draw_pairs(pairs, model.world)
     masks = torch.from_numpy(drawn["masks"]) / BYTE  # (N, 2, S, W)
@@ -208,14 +212,18 @@ def map_numbers(model: BaseModel, cfg: BaseNumbersConfig) -> dict[str, float]:
     texts = Texts([pair_texts(pair_words(what, model.world))[:1] for what in pairs], model.tokenizer)
     rows = texts.index[:, 0]  # (N,)
     hook = WordMaps(texts.groups[rows].float(), model.map_layers, "explicit")
-    states, found = model.text(texts.ids[rows])[0], []
+    states, found, covered = model.text(texts.ids[rows])[0], [], []
+    own = F.adaptive_avg_pool2d(masks, x0.shape[-2:]) > 0.5  # (N, 2, h, w)
     for t in cfg.map_timesteps:
         _, maps = model.unet(_noised(x0, t)[0], torch.full((len(x0),), t), states, hook)
         score = _finest(maps, x0.shape[-2:])  # (N, G, h, w)
         found.append((score[:, FIRST] / score[:, SECOND]).log())  # (N, h, w)
+        layers = [m.unflatten(2, grid)[:, :BOTH] for m, grid in filter(None, maps)]  # (N, 2, h_l, w_l) each
+        m_gen = next_m_gen(layers, x0.shape[-2:], model.method, rows_per_image=1)  # (N, 2, h, w)
+        covered.append(iou((m_gen > 0).flatten(0, 1), own.flatten(0, 1)))  # (2N,)
     ratio = torch.stack(found).mean(dim=0)  # (N, h, w)
-    own = F.adaptive_avg_pool2d(masks, x0.shape[-2:]) > 0.5  # (N, 2, h, w)
-    return {"map AUC": float(np.mean([auc(r[a], r[b]) for r, (a, b) in zip(ratio, own, strict=True)]))}
+    apart = [auc(r[a], r[b]) for r, (a, b) in zip(ratio, own, strict=True)]
+    return {"map AUC": float(np.mean(apart)), "map IoU": _mean(torch.stack(covered))}
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:

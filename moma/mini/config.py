@@ -268,7 +268,7 @@ def gates() -> dict[str, dict[str, tuple[float, float]]]:
         "unet": {
             "class": (0.98, 1), "scene": (0.98, 1), "told identity": (0.55, 1), "told pattern": (0.65, 1),
             "told colour": (0, 40), "told gain 600": (0.1, 1), "told gain 900": (0.1, 1), "both": (0.9, 1),
-            "same": (0.8, 1), "map AUC": (0.9, 1), "sharpness": (0.9, any_),
+            "same": (0.8, 1), "map AUC": (0.9, 1), "map IoU": (0.75, 1), "sharpness": (0.9, any_),
         },
         "captioner": {"right": (0.5, 1)},
     }  # fmt: skip
@@ -310,7 +310,7 @@ class MiniConfig:
             "lambda_init": 0.3,  # at 0, K' and V' get no gradient before λ has moved
             # The 8x8 and 16x16 levels: of a 16x16 latent, a 4x4 map is too coarse to be a mask.
             "m_gen_layers": (0, 1, 6, 7, 8, 9),
-            "m_gen_threshold": 0.4,  # fits the subject's outline best on validation pairs
+            "m_gen_threshold": 0.5,  # fits the subject's outline best on validation pairs
             "m_gen_inside": "one",  # as in training; soft values would weaken β
             # Few of the 256 latents determine a subject's colours, so they are settled before t = 950.
             "subject_below_t": 1000,

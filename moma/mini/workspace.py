@@ -16,6 +16,7 @@ from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.weights.files import atomic_write, read_object
 from models.weights.loading import load_into
+from moma.methods.moma.config import MethodConfig
 from moma.mini.base_numbers import BaseModel
 from moma.mini.config import MiniConfig
 from moma.mini.tasks import Images, Pairs, PretrainingTask
@@ -123,7 +124,8 @@ class Workspace:
         cfg, networks = self.cfg, (self.trained("unet", "unet"), self.trained("vae", "vae"))
         text = self.trained("clip", "text"), self.clip_tokenizer()
         layers = cfg.text_to_image.map_layers
-        return BaseModel(*networks, *text, self.probes(), cfg.world, cfg.sample, layers)
+        method = MethodConfig(**{**cfg.method, "m_gen_layers": None})  # the maps are of those layers alone
+        return BaseModel(*networks, *text, self.probes(), cfg.world, cfg.sample, layers, method)
 
     def share_of(self, batch: int) -> int:
         """This rank's samples of a batch. ValueError if the ranks cannot share it equally."""
