@@ -513,7 +513,8 @@ def test_dropped_text(two: Callable[..., DenoisingTask]) -> None:
 
 @torch.no_grad()
 def test_fields_of_the_loss(two: Callable[..., DenoisingTask]) -> None:
-    """subject_below_t switches Eq. 3's term off above; subject_weight moves the loss towards the subject.
+    """subject_below_t switches Eq. 3's term off above, drop_reference does in some samples; subject_weight
+    moves the loss towards the subject.
 
     snr_gamma takes weight from timesteps with little noise.
     """
@@ -527,6 +528,14 @@ def test_fields_of_the_loss(two: Callable[..., DenoisingTask]) -> None:
     other = limited.model(batch | {"ref_mean": -batch["ref_mean"]})
     assert torch.equal(other[~early], limited.model(batch)[~early])
     assert torch.equal(other[early], without[early])
+    alone = two(MOVED, drop_reference=0.5)
+    shown = first(alone)["shown"]  # (B,), drawn beside what is drawn without it
+    assert shown.any() and not shown.all() and torch.equal(first(alone)["shift"], batch["shift"])
+    losses, moved = (
+        alone.model(x | {"shown": shown}) for x in (batch, batch | {"ref_mean": -batch["ref_mean"]})
+    )
+    assert torch.equal(losses[shown], plain.model(batch)[shown])
+    assert torch.equal(moved[shown], without[shown]) and torch.equal(moved[~shown], losses[~shown])
     full = batch | {"m_gen": torch.full_like(batch["m_gen"], 255)}
     heavy = two(MOVED, subject_weight=5.0)
     same(heavy.model(full), plain.model(full))  # the same weight everywhere
@@ -745,6 +754,7 @@ def test_grid(two: Callable[..., DenoisingTask], ip: Callable[..., DenoisingTask
         ({"subject_weight": 0.0}, "subject_weight"),
         ({"snr_gamma": 0.0}, "snr_gamma"),
         ({"reference_shift": -1}, "reference_shift"),
+        ({"drop_reference": 1.0}, "drop_reference 1.0"),
         ({"reference_shift": 100}, "reference_shift 100"),
         ({"validation_samples": 10}, "validation_samples"),
     ],

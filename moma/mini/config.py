@@ -69,7 +69,7 @@ def _set(*fields: str) -> tuple[str, ...]:
 
 
 # Without a shift the adapter copies from the same place of the reference, whatever the image shows there.
-_MOMA = _set("attention=explicit", "reference_shift=4")
+_MOMA = _set("attention=explicit", "reference_shift=4", "drop_reference=0.15")
 # Of the released sizes a fraction, as the UNet is.
 _MM_DIFF = _set("rank=16", "text_rank=16", "refiner_blocks=2")
 _PART = 0.25  # of the steps: ablations, and images of two subjects
@@ -332,7 +332,7 @@ class MiniConfig:
     # Fine detail has the largest errors; weighted by it, colours stay wrong, and without it, outlines blur.
     adapter_options: tuple[str, ...] = (
         "--lr", "2e-3", "--ema", "0.999",
-        *_set("schedule=cosine", "warmup=50", "snr_gamma=0.3", "save_every=250", "validate_every=250"),
+        *_set("schedule=cosine", "warmup=50", "snr_gamma=1", "save_every=250", "validate_every=250"),
         *_set("sample_every=1000", "subject_weight=3"),  # what has to be carried over lies inside the mask
     )  # fmt: skip
     adapters: dict[str, AdapterRun] = field(default_factory=adapter_runs)

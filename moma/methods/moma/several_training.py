@@ -44,12 +44,12 @@ class SeveralTraining(AdapterTraining):
         text, added = self._read(batch["text_ids"], batch["m_gen"], batch["drop_text"])  # (B, T, ·), (B, A)
         layers, fused = self._reference(self._each(batch)), self.method.attention == "fused"  # of B * n rows
         embedding = batch["embedding"].masked_fill(batch["drop"][:, None, None], 0)  # (B, n, E)
-        acts = (batch["t"] < self.config.subject_below_t).float()[:, None, None, None]  # (B, 1, 1, 1) β
+        beta = self._beta(batch)[:, None, None, None]  # (B, 1, 1, 1)
         subjects = []
         for s in range(n):
             own = [layer.rows(slice(s, None, n)) for layer in layers]
             own = [drop_background(layer) for layer in own] if fused else own
-            subjects.append(SubjectRows(self.adapter.context_keys_values(embedding[:, s]), own, acts))
+            subjects.append(SubjectRows(self.adapter.context_keys_values(embedding[:, s]), own, beta))
         places = batch["places"][..., 0] * present  # (B, n), 0 where there is no word
         label = F.one_hot(places, text.shape[1]) * (places > 0)[..., None]  # (B, n, T)
         cond = SeveralConditioning(

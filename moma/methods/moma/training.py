@@ -186,6 +186,9 @@ class AdapterTrainingConfig:
     # The subject term acts at timesteps below this while training: at all of the 1000. The sampler's own
     # limit (MethodConfig) can then be chosen afterwards, and λ sees every timestep.
     subject_below_t: int = 1000
+    # Share of samples without the subject term, so that the context tokens also learn to do without it, as at
+    # a low β; 0 = the paper, which has none.
+    drop_reference: float = 0.0
     # The reference is moved by up to this many latents each way against the target, so that K', V' are found
     # by what is there, not by where it is; 0 = the paper's text, which does not mention it.
     reference_shift: int = 0
@@ -199,6 +202,8 @@ class AdapterTrainingConfig:
         check_types(self)
         if not 0 <= self.map_weight <= LARGEST:
             raise ValueError(f"map_weight {self.map_weight}: expected a finite number, 0 or more")
+        if not 0 <= self.drop_reference < 1:
+            raise ValueError(f"drop_reference {self.drop_reference}: expected 0 or more, below 1")
         if self.subject_below_t < 1:
             raise ValueError(f"subject_below_t {self.subject_below_t}: expected 1 or more")
         if self.reference_shift < 0:
@@ -276,8 +281,9 @@ class AdapterTraining(DenoisingTraining):
         return embed
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
-        far = self.config.reference_shift
-        return {"shift": torch.randint(-far, far + 1, (2,), generator=generator)}  # latents down and right
+        far, drop = self.config.reference_shift, self.config.drop_reference
+        drawn = {"shift": torch.randint(-far, far + 1, (2,), generator=generator)}  # latents down and right
+        return drawn | ({"shown": torch.rand((), generator=generator) >= drop} if drop else {})
 
     def inputs(self, batch: Batch) -> StepInputs:
         """The sampler's conditioning of its conditional rows, with the target's mask as M_gen.
@@ -292,11 +298,15 @@ class AdapterTraining(DenoisingTraining):
             batch.get("added"),
             self._label(batch) if self.config.map_weight else text.new_zeros(text.shape[:2]),  # (B, T)
             self._reference(batch),
-            (batch["t"] < self.config.subject_below_t).float(),  # (B,) β is 1 where the subject term acts
+            self._beta(batch),
             self.method,
         )
         hook = MoMAHook(cond, subject_on=True, m_gen=batch["m_gen"].to(text.dtype))
         return StepInputs(text, cond.added, hook)
+
+    def _beta(self, batch: Batch) -> Tensor:
+        """β (B,): 1 where the subject term acts."""
+        return ((batch["t"] < self.config.subject_below_t) & batch.get("shown", True)).float()
 
     def _label(self, batch: Batch) -> Tensor:
         """1 at the label's tokens (B, T), as the first tokenizer has them."""
