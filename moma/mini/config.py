@@ -96,6 +96,7 @@ def ablation_runs() -> dict[str, AdapterRun]:
         "moma_selves": AdapterRun("moma:stage2", _MOMA, data="selves"),
         "moma_twins": AdapterRun("moma:stage2", _MOMA, data="twins"),
         "moma_undropped": AdapterRun("moma:stage2", (*_MOMA, *undropped)),
+        "moma_shown": AdapterRun("moma:stage2", (*_MOMA, *_set("drop_reference=0"))),
     }
     constraint = _set("map_weight=0", "image_map_weight=0")
     without = {part: _set(f"without={part}") for part in ("words", "refiner", "loras")}
