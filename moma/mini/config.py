@@ -313,6 +313,9 @@ class MiniConfig:
             "m_gen_layers": (0, 1, 6, 7, 8, 9),
             "m_gen_threshold": 0.5,  # fits the subject's outline best on validation pairs
             "m_gen_inside": "one",  # as in training; soft values would weaken β
+            "ownership": "word",  # the base's words tell two subjects apart
+            # More guidance on the subject than the paper's, which finds more of it and keeps class and scene.
+            "unconditional_beta": 0.5,
             # Few of the 256 latents determine a subject's colours, so they are settled before t = 950.
             "subject_below_t": 1000,
         }
