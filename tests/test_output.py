@@ -405,10 +405,10 @@ def test_rows_of_prompts_use_the_width():
     assert prompt_rows([]) == []
 
 
-@pytest.mark.parametrize("size", [(3000, 2), (2, 3000), (1, 1)])
-def test_thin_images_stay_in_sheets(size):
+@pytest.mark.parametrize(("size", "height"), [((3000, 2), 59), ((2, 3000), 98), ((1, 1), 98)])
+def test_thin_images_stay_in_sheets(size, height):
     image = Image.new("RGB", size, "red")
-    assert contact_sheet([[Cell(image)]], SheetConfig(cell=40)).width == 64
+    assert contact_sheet([[Cell(image)]], SheetConfig(cell=40)).size == (64, height)
     assert max(numbered(image, lambda size: [], NumberedConfig(side=640)).size) == 640
 
 
