@@ -19,6 +19,7 @@ from models.unet import Grid, UNet
 from moma.methods.prompts import joined, occurrences, sd_prompt
 from moma.mini.config import TextToImageConfig
 from moma.sampling.diffusion import ScheduleConfig, add_noise, alphas_cumprod
+from moma.training.common import subject_weighted
 from moma.training.order import generators_for
 from moma.training.pretraining import PretrainingTask
 from moma.training.task import Batch
@@ -86,11 +87,10 @@ class NoiseLoss(nn.Module):
         hook = WordMaps(groups.float(), self.cfg.map_layers, self.cfg.attention)
         eps, maps = self.unet(x, t, states, hook)
         masks = masks / 255  # (R, 1 or 2, h, w)
-        weights = 1 + (self.cfg.subject_weight - 1) * masks.amax(dim=1, keepdim=True)  # (R, 1, h, w)
-        weights = weights / weights.mean(dim=(2, 3), keepdim=True)
-        error = (weights * (eps.float() - noise[:, 1]).square()).mean(dim=(1, 2, 3))  # (R,)
+        error = (eps.float() - noise[:, 1]).square().mean(dim=1, keepdim=True)  # (R, 1, h, w)
+        loss = subject_weighted(error, masks.amax(dim=1, keepdim=True), self.cfg.subject_weight)  # (R,)
         seen = word_map_loss([m for m in maps if m is not None], masks, groups.any(dim=2))  # (R,)
-        return self.weights[t] * error + self.cfg.map_weight * seen
+        return self.weights[t] * loss + self.cfg.map_weight * seen
 
 
 def word_map_loss(maps: Sequence[tuple[Tensor, Grid]], masks: Tensor, named: Tensor) -> Tensor:

@@ -152,6 +152,18 @@ def to_pixels(images: Tensor) -> Tensor:
     return images / 127.5 - 1
 
 
+def subject_weighted(error: Tensor, inside: Tensor, weight: float) -> Tensor:
+    """The mean (B,) of an error that counts more on the subject.
+
+    Args:
+        error: (B, 1, h, w).
+        inside: share of each latent that shows a subject, (B, 1, h, w) in 0..1.
+        weight: of the error there, against 1 elsewhere.
+    """
+    weights = 1 + (weight - 1) * inside  # (B, 1, h, w)
+    return (error * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+
+
 def pack(mask: Tensor) -> Tensor:
     """A mask of 0 and 1, any shape of a multiple of 8 cells -> uint8 (cells / 8,)."""
     return torch.from_numpy(np.packbits(mask.numpy().astype(bool)))

@@ -29,6 +29,7 @@ from moma.training.common import (
     VALIDATION_SEED,
     Prepare,
     decayed_names,
+    subject_weighted,
     train_only,
     unpack,
     with_checkpointing,
@@ -73,8 +74,7 @@ class Denoising(nn.Module):
         error = (eps.float() - noise).square().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         subjects = batch["m_gen"].amax(dim=1, keepdim=True)  # (B, 1, H, W)
         inside = F.adaptive_avg_pool2d(subjects, error.shape[-2:])  # (B, 1, h, w) in [0, 1]
-        weight = 1 + (self.options.subject_weight - 1) * inside
-        loss = (error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))  # (B,)
+        loss = subject_weighted(error, inside, self.options.subject_weight)  # (B,)
         return loss * self.weights[t] + self.trainable.constraint(maps, batch)  # (B,)
 
     def unpacked(self, batch: Batch) -> Batch:
