@@ -345,12 +345,24 @@ def test_sheet_holds_every_image_whole():
     assert sheet.size == (5 + 2 * 45, 5 + 2 * 65 + 35)
     pixels = np.asarray(sheet).astype(int)
     assert (pixels[5:45, 5:45] == (255, 0, 0)).all()
-    assert (pixels[20:30, 50:90] == (0, 0, 255)).all()  # scaled to 40x10, in the middle of its cell
-    assert (pixels[5:20, 50:90] == cfg.background).all()
+    assert (pixels[35:45, 50:90] == (0, 0, 255)).all()  # scaled to 40x10, on the line of its row
+    assert (pixels[5:35, 50:90] == cfg.background).all()
     assert (pixels[70:110, 5:45] == 0).all()
     assert (pixels[135:145, 5:45] == (0, 0, 255)).all()  # a row of wide images is no higher than they are
     assert (pixels[45:65, 50:90] != cfg.background).any()  # its caption
     assert (pixels[45:65, 5:45] == cfg.background).all()
+
+
+def test_cell_of_another_size():
+    cfg = SheetConfig(cell=40, gap=5, caption=20)
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    sheet = contact_sheet([[Cell(red, side=60), Cell(blue, ("below",))], [Cell(red)] * 2], cfg)
+    assert sheet.size == (5 + 60 + 5 + 40 + 5, 5 + 60 + 20 + 5 + 40 + 20 + 5)
+    pixels = np.asarray(sheet).astype(int)
+    assert (pixels[5:65, 5:65] == (255, 0, 0)).all()
+    assert (pixels[25:65, 70:110] == (0, 0, 255)).all()
+    assert (pixels[65:85, 70:110] != cfg.background).any() and (pixels[:, 110:] == cfg.background).all()
+    assert (pixels[90:130, 50:90] == (255, 0, 0)).all()
 
 
 def test_long_captions_are_wrapped_whole_in_their_cell():

@@ -32,33 +32,41 @@ class Cell(NamedTuple):
 
     image: Image.Image
     lines: tuple[str, ...] = ()
+    side: int | None = None  # of its square, in pixels; None = the sheet's
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None) -> Image.Image:
-    """Rows of images, each fitted into a square and as high as the tallest one; captions are wrapped."""
+    """Rows of images, each fitted into a square, on one line above their wrapped captions."""
     cfg = cfg or SheetConfig()
     font, line = ImageFont.load_default(cfg.font), cfg.caption // 2
+    sides = [[cell.side or cfg.cell for cell in row] for row in rows]
     texts = [
         [
-            [part for text in cell.lines for part in wrap(plain(text), font, cfg.cell, cfg.lines)]
-            for cell in row
+            [part for text in cell.lines for part in wrap(plain(text), font, side, cfg.lines)]
+            for cell, side in zip(row, row_sides, strict=True)
         ]
-        for row in rows
+        for row, row_sides in zip(rows, sides, strict=True)
     ]
     captions = [max(cfg.caption, *(line * len(text) for text in row)) for row in texts]
-    fitted = [[_fitted(cell.image, cfg.cell) for cell in row] for row in rows]
+    fitted = [
+        [_fitted(cell.image, side) for cell, side in zip(row, row_sides, strict=True)]
+        for row, row_sides in zip(rows, sides, strict=True)
+    ]
     tallest = [max(image.height for image in row) for row in fitted]
-    width = cfg.gap + (cfg.cell + cfg.gap) * max(map(len, rows))
+    width = cfg.gap + max(sum(row) + cfg.gap * len(row) for row in sides)
     height = cfg.gap * (1 + len(rows)) + sum(tallest) + sum(captions)
     sheet = Image.new("RGB", (width, height), cfg.background)
     draw, y = ImageDraw.Draw(sheet), cfg.gap
-    for images, row_texts, side, caption in zip(fitted, texts, tallest, captions, strict=True):
-        for j, (image, text) in enumerate(zip(images, row_texts, strict=True)):
-            x = cfg.gap + j * (cfg.cell + cfg.gap)
-            sheet.paste(image, (x + (cfg.cell - image.width) // 2, y + (side - image.height) // 2))
+    for images, row_sides, row_texts, tall, caption in zip(
+        fitted, sides, texts, tallest, captions, strict=True
+    ):
+        x = cfg.gap
+        for image, side, text in zip(images, row_sides, row_texts, strict=True):
+            sheet.paste(image, (x + (side - image.width) // 2, y + tall - image.height))
             for n, part in enumerate(text):
-                draw.text((x, y + side + 2 + n * line), part, cfg.ink, font)
-        y += side + caption + cfg.gap
+                draw.text((x, y + tall + 2 + n * line), part, cfg.ink, font)
+            x += side + cfg.gap
+        y += tall + caption + cfg.gap
     return sheet
 
 
