@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,12 +19,14 @@ sys.path.insert(0, str(ROOT))
 
 import moma  # noqa: E402 (the path comes first)
 import sample  # noqa: E402
+from moma import Pipeline, SampleConfig  # noqa: E402
 from moma.app.options import SCENES  # noqa: E402
 from moma.app.record import save_png  # noqa: E402
 from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
 from moma.evaluate import __main__ as evaluation  # noqa: E402
 from moma.evaluate import figures  # noqa: E402
 from moma.inputs.preprocess import find_mask, open_image  # noqa: E402
+from moma.methods.prompts import joined  # noqa: E402
 from moma.world.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 
 WORLD = WorldConfig(size=512)  # the world draws at any size
@@ -32,6 +35,9 @@ SUBJECTS = {"cat": UNSEEN + 22, "dog": UNSEEN + 1, "car": UNSEEN + 7, "teapot": 
 MATERIALS = ("wooden", "golden")
 TEXTURE_STRENGTH = 0.4  # β of Eq. 3 for new textures, as in the paper
 RESULTS = Path(__file__).with_name("results.png")
+SHEET, LARGE, WIDE = SheetConfig(cell=144), 192, 192  # pixels: an image's, a reference's, of two subjects
+PAIR = ("cat", "teapot")  # in one image; the first one by several methods
+METHODS = {"the text alone": "text", "reference attention": "reference-attention", "MoMA": "moma"}
 
 # The commands of the pages, and the images in TASKS that they draw.
 TASKS, MINI = ROOT / "docs" / "tasks", str(ROOT / "weights" / "mini")
@@ -61,18 +67,47 @@ def references() -> None:
 
 
 def results() -> None:
-    """Write the sheet of README.md: each reference in sample.py's scenes, then of other materials."""
-    pipe, rows = moma.load(ROOT / "weights" / "mini"), []
-    for label in SUBJECTS:
-        image = open_image(Path(__file__).with_name(f"{label}.png"))
-        subject = pipe.encode_subject(image, find_mask(image).mask, label)
-        captions = [(f"a {label}", scene) for scene in SCENES]
-        textures = [(f"a {material} {label}", SCENES[0]) for material in MATERIALS]
-        drawn = pipe.sample(subject, [" ".join(lines) for lines in captions])
-        drawn += pipe.sample(subject, [" ".join(lines) for lines in textures], strength=TEXTURE_STRENGTH)
-        cells = map(Cell, drawn, captions + textures)
-        rows.append([Cell(subject.reference.white, ("reference",)), *cells])
-    save_png(RESULTS, contact_sheet(rows, SheetConfig(cell=128)))
+    """Write the sheet of README.md, of the first seed: each reference in sample.py's scenes and of other
+    materials, two subjects in one image, and one subject by several methods."""
+    pipe = moma.load(MINI)
+    rows = [_subject_row(pipe, label) for label in SUBJECTS]
+    save_png(RESULTS, contact_sheet([*rows, _pair_row(pipe), _methods_row()], SHEET))
+
+
+def _subject_row(pipe: Pipeline, label: str) -> list[Cell]:
+    subject, reference = _encoded(pipe, label)
+    scenes = [f"a {label} {scene}" for scene in SCENES]
+    textures = [f"a {material} {label} {SCENES[0]}" for material in MATERIALS]
+    drawn = pipe.sample(subject, scenes) + pipe.sample(subject, textures, strength=TEXTURE_STRENGTH)
+    return [reference, *(Cell(image, (text,)) for image, text in zip(drawn, scenes + textures, strict=True))]
+
+
+def _pair_row(pipe: Pipeline) -> list[Cell]:
+    subjects, references = zip(*(_encoded(pipe, label) for label in PAIR), strict=True)
+    texts = [f"a {joined(PAIR)} {scene}" for scene in SCENES]
+    wide = SampleConfig(height=DEFAULT.size, width=DEFAULT.pair_pixels)
+    cells = [
+        Cell(*one, WIDE) for one in zip(pipe.sample(subjects, texts, config=wide), zip(texts), strict=True)
+    ]
+    return [*(one._replace(side=SHEET.cell) for one in references), *cells]
+
+
+def _methods_row() -> list[Cell]:
+    label, row = PAIR[0], []
+    for name, method in METHODS.items():
+        pipe = moma.load(MINI, method=method)
+        subject, reference = _encoded(pipe, label) if pipe.method.subjects[-1] else ((), None)
+        (image,) = pipe.sample(subject, f"a {label} {SCENES[0]}")
+        row.append(Cell(image, (name,)))
+    return [reference, *row]
+
+
+def _encoded(pipe: Pipeline, label: str) -> tuple[Any, Cell]:
+    """An example as the pipeline's subject and as a large cell."""
+    image = open_image(Path(__file__).with_name(f"{label}.png"))
+    mask = find_mask(image).mask
+    white = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), mask)
+    return pipe.encode_subject(image, mask, label), Cell(white, (f"reference: {label}",), LARGE)
 
 
 def tasks(work: Path, chromium: str) -> None:
