@@ -5,7 +5,7 @@ Letters: N images, S W sides of an image, h w latents.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple
 
 import torch
@@ -66,16 +66,13 @@ def singles(number: int, materials: Sequence[str | None], cfg: ReportConfig) -> 
 def duos(number: int, cfg: ReportConfig) -> list[Asked]:
     """Two subjects of different classes each, in their own colours."""
     found = []
-    for i in count():
-        if len(found) == number:
-            return found
-        what = pairs.pair(i, cfg.split, cfg.world)
-        what = pairs.Pair(*(replace(one, material=None) for one in what.subjects))
-        if what.left.label != what.right.label:
-            wanted = pairs.named_specs([what], cfg.world)
-            shown = tuple(world.elsewhere(one, 2 * i + k) for k, one in enumerate(wanted))
-            prompt = pairs.pair_words(what, cfg.world).caption.text
-            found.append(Asked(shown, tuple(wanted), prompt, i))
+    for i, drawn in enumerate(islice(pairs.pairs_of(cfg.split, False, cfg.world), number)):
+        what = pairs.Pair(*(replace(one, material=None) for one in drawn.subjects))
+        wanted = pairs.named_specs([what], cfg.world)
+        shown = tuple(world.elsewhere(one, 2 * i + k) for k, one in enumerate(wanted))
+        prompt = pairs.pair_words(what, cfg.world).caption.text
+        found.append(Asked(shown, tuple(wanted), prompt, i))
+    return found
 
 
 # --- drawing -------------------------------------------------------------------------------------------
