@@ -117,7 +117,7 @@ def unet(work: Workspace) -> None:
     text, tokenizer = work.trained("clip", "text"), work.clip_tokenizer()
     single = _latents(work, "single", images.images, images.masks), images.words
     wide = _latents(work, "wide", pairs.images, pairs.masks), pairs.words
-    network = work.new("unet").to(memory_format=torch.channels_last)
+    network = work.new("unet")
     if work.start is None:
         nn.init.zeros_(network.conv_out.weight)  # the first prediction is the mean, 0
     task = TextToImageTask(network, text, tokenizer, single, wide, cfg)
@@ -282,7 +282,9 @@ def _latents(work: Workspace, kind: str, images: Tensor, masks: Tensor) -> Laten
 def _encode(work: Workspace, path: Path, images: Tensor) -> None:
     """Write the scaled mean and standard deviation of each image's posterior, bf16 (N, Z, h, w)."""
     network, scaling = work.trained("vae", "vae"), work.networks()["vae"].scaling
-    parts = [network.encode(to_pixels(part)) for part in images.split(work.cfg.encode_batch)]
+    network.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [network.encode(to_pixels(part)) for part in images.split(work.cfg.encode_batch)]
     both = zip(("mean", "std"), zip(*parts, strict=True), strict=True)
     found = {name: (torch.cat(part) * scaling).bfloat16() for name, part in both}
     save_tensors(path.parent, path.stem, found)

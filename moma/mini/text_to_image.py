@@ -81,7 +81,7 @@ class NoiseLoss(nn.Module):
         mean, std, masks, ids, groups, t, noise = (batch[f"{kind}_{name}"] for name in names)
         x0 = mean.float() + std.float() * noise[:, 0]  # (R, Z, h, w)
         alpha = self.alphas[t][:, None, None, None]  # (R, 1, 1, 1)
-        x = add_noise(x0, noise[:, 1], alpha).contiguous(memory_format=torch.channels_last)
+        x = add_noise(x0, noise[:, 1], alpha)
         with torch.no_grad():
             states = self.text(ids)[0]  # (R, T, C)
         hook = WordMaps(groups.float(), self.cfg.map_layers, self.cfg.attention)
