@@ -1,6 +1,8 @@
 """The recipe of MoMA-mini from renders to a bundle that draws, with every number as small as it can be."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,7 @@ from moma.evaluate.world import mini_scorers
 from moma.methods.moma.adapter import AdapterConfig
 from moma.mini.config import BaseNumbersConfig, MiniConfig
 from moma.mini.pretrain import STAGES, finish, main, recipe
-from moma.mini.workspace import Workspace, with_positions
+from moma.mini.workspace import KEEPABLE, Workspace, with_positions
 from moma.sampling.config import SampleConfig
 from moma.training.parallel import Ranks, start_ranks
 from moma.weights.bundle import Bundle
@@ -121,12 +123,42 @@ def test_a_missed_gate_stops_the_recipe(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_kept_stage_takes_the_networks_of_the_start_as_they_are(tmp_path: Path) -> None:
     start = Bundle.open(MINI)
-    few = {name: getattr(smallest(), name) for name in ("images", "unseen_images", "pairs", "unseen_pairs")}
-    cfg = replace(MiniConfig(), **few, tokenizer_captions=6)
-    recipe(Workspace(cfg, tmp_path, ONE, start, ("vae",)), "vae")
-    kept = read_checkpoint(tmp_path / "vae" / "export" / "vae.safetensors")
-    for name, tensor in start.build("vae", "cpu", torch.float32).state_dict().items():
-        assert torch.equal(kept[name].read(), tensor)
+    cfg = replace(smallest(), networks=MiniConfig().networks)
+    work = Workspace(cfg, tmp_path, ONE, start, tuple(KEEPABLE))
+    recipe(work, "captioner")
+    for name in ("vae", "vision", "unet", "sam"):
+        stage = next(stage for stage, networks in KEEPABLE.items() if name in networks)
+        kept = read_checkpoint(tmp_path / stage / "export" / f"{name}.safetensors")
+        for key, tensor in start.build(name, "cpu", torch.float32).state_dict().items():
+            assert torch.equal(kept[key].read(), tensor)
+    for stage, name, file in (("clip", "heads", "clip_heads"), ("judges", "probes", "probes")):
+        kept = read_checkpoint(tmp_path / stage / "export" / f"{name}.safetensors")
+        for key, tensor in read_checkpoint(MINI / f"{file}.safetensors").items():
+            assert torch.equal(kept[key].read(), tensor.read().float())
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing", "message"),
+    [
+        (["unet", "vae"], "", "expected clip"),
+        (["judges"], "probes.safetensors", "no probes.safetensors"),
+        (["clip"], "clip_heads.safetensors", "no clip_heads.safetensors"),
+        (["sam"], "sam.safetensors", "no sam"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_first(
+    kept: list[str], missing: str, message: str, tmp_path: Path
+) -> None:
+    start, work = tmp_path / "start", tmp_path / "work"
+    shutil.copytree(MINI, start)
+    if missing:
+        (start / missing).unlink()
+        config = json.loads((start / "config.json").read_text())
+        config["networks"].pop(Path(missing).stem, None)
+        (start / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        main(["--work", str(work), "--start", str(start), "--keep", *kept])
+    assert not work.exists()
 
 
 def test_a_kept_captioner_need_not_write(tmp_path: Path) -> None:

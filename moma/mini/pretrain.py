@@ -41,7 +41,7 @@ from moma.mini.familiar import fit_familiar
 from moma.mini.segmenting import SegmentTask, hints
 from moma.mini.tasks import CaptionTask, ClipTask, VAETask, to_clip
 from moma.mini.text_to_image import Latents, TextToImageTask
-from moma.mini.workspace import Workspace
+from moma.mini.workspace import FILES, KEEPABLE, Workspace
 from moma.sampling.device import dtype_name, set_precision
 from moma.training.common import to_pixels
 from moma.training.loop import EXPORT
@@ -146,7 +146,6 @@ STAGES: dict[str, Callable[[Workspace], None]] = {
 
 
 FINISHED, REPORT = next(reversed(STAGES)), "report"
-KEEPABLE = ("vae", "sam", "unet", "captioner")  # stages whose networks a bundle holds whole
 
 
 # --- measures for the gates; rank 0 computes them on held-out images ---------------------------------
@@ -333,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = Bundle.open(args.start) if args.start else None
     if start:
         refuse_quantised(start)
+        _check_kept(args.keep, start)
     args.work.mkdir(parents=True, exist_ok=True)
     cfg = MiniConfig() if args.length == 1 else MiniConfig().shortened(args.length)
     with start_ranks(args.device) as ranks:
@@ -370,6 +370,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _check_kept(stages: Sequence[str], start: Bundle) -> None:
+    """ValueError for stages that the start does not hold, or that need others of it."""
+    if "unet" in stages and (missing := {"vae", "clip"} - set(stages)):
+        raise ValueError(
+            f"--keep unet: expected {' and '.join(sorted(missing))} as well, which it was made for"
+        )
+    for stage in stages:
+        for name in KEEPABLE[stage]:
+            found = (start.folder / FILES[name]).exists() if name in FILES else name in start.configs
+            if not found:
+                raise ValueError(f"--keep {stage}: {start.folder} has no {FILES.get(name, name)}")
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """`main` with an exit status."""
     return exit_status("pretrain", lambda: main(argv))
@@ -387,7 +400,10 @@ def recipe(work: Workspace, until: str, past_gates: bool = False) -> None:
     for name, stage in STAGES.items():
         done = work.folder / f"{name}.json"
         if not work.ranks.once(done.exists):
-            stage(work)
+            if name in work.kept:
+                work.ranks.once(partial(work.take, name))
+            else:
+                stage(work)
             kept = name == "captioner" and name in work.kept  # it may not be able to write
             measured = name in NUMBERS and not kept
             numbers = work.ranks.once(partial(NUMBERS[name], work)) if measured else {}

@@ -15,7 +15,7 @@ from torch import nn
 from models.clip import CLIPText
 from models.tokenizers import ClipTokenizer, LlamaTokenizer
 from models.weights.files import atomic_write, read_object
-from models.weights.loading import load_into
+from models.weights.loading import load_into, read_checkpoint, save_tensors
 from moma.methods.moma.config import MethodConfig
 from moma.mini.base_numbers import BaseModel
 from moma.mini.config import MiniConfig
@@ -24,11 +24,30 @@ from moma.training.checkpoint import check_same, newest
 from moma.training.config import TrainConfig
 from moma.training.loop import EXPORT, fit
 from moma.training.parallel import Ranks
-from moma.weights.bundle import CLIP_TOKENIZER, LLAMA_TOKENIZER, Bundle, build_network
+from moma.weights.bundle import (
+    CLIP_HEADS,
+    CLIP_TOKENIZER,
+    LLAMA_TOKENIZER,
+    PROBES,
+    TOWER,
+    Bundle,
+    build_network,
+)
 from moma.weights.tiny import with_vocabularies
 from moma.world import classifiers
 from moma.world.pairs import pair, pair_words
 from moma.world.words import words_of_renders
+
+# Stage -> its networks, which a bundle holds; of some it has only a file.
+KEEPABLE = {
+    "vae": ("vae",),
+    "clip": ("text", "vision", "heads"),
+    "judges": ("probes",),
+    "sam": ("sam",),
+    "unet": ("unet",),
+    "captioner": ("llava",),
+}
+FILES = {"heads": CLIP_HEADS, "probes": PROBES}
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,20 @@ class Workspace:
             raise ValueError(f"{self.ranks.world} ranks: a step's {batch} samples cannot be shared equally")
         return batch // self.ranks.world
 
+    def take(self, stage: str) -> None:
+        """Export a stage's networks as the start has them."""
+        folder = self.folder / stage / EXPORT
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in KEEPABLE[stage]:
+            if file := FILES.get(name):
+                found = {
+                    key: t.read().float() for key, t in read_checkpoint(self.start.folder / file).items()
+                }
+            else:
+                state = self.new(name).state_dict()
+                found = {key: tensor for key, tensor in state.items() if not key.startswith(TOWER)}
+            save_tensors(folder, name, found)
+
     def fit(self, stage: str, task: PretrainingTask, cfg: TrainConfig) -> None:
         """Train a task, from its last checkpoint if there is one.
 
@@ -145,9 +178,6 @@ class Workspace:
             ValueError: for a checkpoint of another training.
         """
         out, cfg = self.folder / stage, replace(cfg, batch_size=self.share_of(cfg.batch_size))
-        if stage in self.kept:
-            self.ranks.once(lambda: task.export(out / EXPORT))
-            return
         identity = {"stage": stage, "train": cfg.identity(self.ranks.world)}
         saved = self.ranks.once(lambda: newest(out))
         if saved:
