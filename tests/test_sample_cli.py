@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import sample
-from moma import load_segmenter
-from moma.app.options import SCENES
+from moma import Bundle, load_segmenter
+from moma.app.options import SCENES, parse_args, request_of_args
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
 from moma.methods.moma.feature_decoder import FeatureDecoder
@@ -89,6 +89,13 @@ def test_every_preset_draws_and_replays(tmp_path, weights, cat, preset):
     assert os.listdir(tmp_path / "again") == ["a-cat-on-the-beach-at-sunset-seed1.png"]
     assert np.array_equal(pixels(first), pixels(only(tmp_path / "again", "*-seed1.png")))
     assert len(read_record(first).batch) == (1 if preset == "release" else 2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_given_batch_size_holds_where_images_change_each_other(weights, cat, size):
+    line = f"--ref {cat} --preset release --batch-size {size}"
+    request = request_of_args(parse_args(line.split()), Bundle.open(weights))
+    assert request.sample.batch_size == size
 
 
 def test_several_scenes_when_none_is_asked_for(tmp_path, weights, cat):

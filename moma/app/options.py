@@ -354,15 +354,12 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
     prompts = [*map(plain_text, args.prompt or []), *(read_prompts(args.prompts) if args.prompts else [])]
     width, height = args.size or (None, None)
     names = ("steps", "solver", "grid", "guidance", "guidance_interval", "batch_size")
-    given = {name: getattr(args, name) for name in names}
-    alone = find_method(method).method.batch_dependent(config)
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if find_method(method).method.batch_dependent(config):
+        given.setdefault("batch_size", 1)
     if args.strength and len(args.strength) == 1 and args.strength[0] is not None:  # for all
         given["strength"] = args.strength[0]
-    sample = replace(
-        SampleConfig(width=width, height=height),
-        **({"batch_size": 1} if alone else {}),
-        **{name: value for name, value in given.items() if value is not None},
-    ).sized(bundle.image_size)
+    sample = SampleConfig(width=width, height=height, **given).sized(bundle.image_size)
     seed, num = args.seed or 0, 1 if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num {num}: expected 1 image or more")
