@@ -521,6 +521,11 @@ def test_nothing_to_draw(pipe: Pipeline) -> None:
     assert list(pipe.run([], QUICK)) == []
 
 
+def test_the_cpu_with_a_number_is_the_cpu(folder: str) -> None:
+    assert choose_device("cpu:0") == torch.device("cpu")
+    assert load(folder, "text", device="cpu:0").sample((), "a cat", config=QUICK)
+
+
 def test_load_refuses_what_cannot_be(folder: str) -> None:
     with pytest.raises(ValueError, match="need a CUDA device"):
         load(folder, device="cpu", cuda_graph="on")
@@ -528,6 +533,8 @@ def test_load_refuses_what_cannot_be(folder: str) -> None:
         load(folder, device="cpu", tiles="maybe")
     with pytest.raises(ValueError, match="device 'tpu9'"):
         choose_device("tpu9")
+    with pytest.raises(ValueError, match="'cpu:1': there is one CPU"):
+        choose_device("cpu:1")
     with pytest.raises(ValueError, match="dtype 'int8'"):
         choose_dtype("int8", torch.device("cpu"))
     if not torch.accelerator.is_available():

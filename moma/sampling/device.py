@@ -14,8 +14,11 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
         raise ValueError(f"device {name!r} is not available here: use --device {accelerator or 'cpu'}")
-    there = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    if (device.index or 0) >= there:
+    if device.type == "cpu":
+        if device.index:
+            raise ValueError(f"device {name!r}: there is one CPU, expected cpu")
+        return torch.device("cpu")  # readers of .safetensors know no "cpu:0"
+    if (device.index or 0) >= (there := torch.accelerator.device_count()):
         raise ValueError(f"device {name!r}: expected a number from 0 to {there - 1}")
     return device
 
