@@ -47,7 +47,7 @@ from models.weights.loading import (
 )
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, UNSAFE, QuantConfig, quantise
-from moma.app.files import Parser, exit_status
+from moma.app.files import Parser, exit_status, given_text
 from moma.methods import find_method
 from moma.sampling.base import SIZES
 from moma.sampling.device import DTYPES
@@ -538,8 +538,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--with", action="append", choices=EXTRAS, default=[], dest="extras", help="also fetch scorers for"
         " evaluation (2.4 GB), or without --download sam for masks (0.4 GB) alone")  # fmt: skip
-    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="merge a LoRA into UNet and text"
-        " encoders (weight: 1); may be repeated")  # fmt: skip
+    add("--lora", action="append", type=given_text, default=[], metavar="FILE[:WEIGHT]", help="merge a LoRA"
+        " into UNet and text encoders (weight: 1); may be repeated")  # fmt: skip
     add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
         " 8 halve its size and are recommended; 4 are unsafe")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument

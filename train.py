@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from moma.app.files import Parser, check_writable, exit_status
+from moma.app.files import Parser, check_writable, exit_status, given_text
 from moma.data.triplets import open_source
 from moma.methods import METHODS, all_trainings
 from moma.sampling.config import parse_field
@@ -92,7 +92,13 @@ def _add_training(parser: argparse.ArgumentParser, training: type[Training], fol
     """Options that are fields of a config have the field's name and its default, here None."""
     add, number, out = parser.add_argument, {"type": int, "metavar": "N"}, Path("out", folder)
     add("--bundle", type=Path, required=True, metavar="DIR", help="bundle to start from")
-    add("--data", required=True, metavar="PLACE", help="folder with metadata.jsonl or *.tar, or a pattern")
+    add(
+        "--data",
+        type=given_text,
+        required=True,
+        metavar="PLACE",
+        help="folder with metadata.jsonl or *.tar, or a pattern",
+    )
     add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the results (default: {out})")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, if any")
     add("--steps", **number, help=f"optimiser steps (default: {TrainConfig.steps})")

@@ -1,7 +1,9 @@
 """What commands say: nothing commands the terminal, and no work is lost to what cannot be said."""
 
+import importlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from moma.app.files import Shown, exit_status
+from tests.helpers import MINI
 
 
 def said(text: str, encoding: str = "utf-8") -> str:
@@ -98,3 +101,35 @@ def test_work_goes_on_without_a_reader(tmp_path, where):
         process.stderr.close()
     assert process.wait(60) == 0
     assert sorted(os.listdir(tmp_path)) == ["0", "1", "2"]
+
+
+EMPTY = {
+    "sample": (
+        "--ref ''", "--ref cat.png --mask ''", "--ref cat.png --out ' '", "--ref cat.png --cache ''",
+        "--batch-refs ''", "--replay ''", "--ref cat.png --prompts ''", "--ref cat.png --face-file ''",
+        "--ref cat.png --weights ''",
+    ),
+    "train": (
+        "export ''", "mm-diff --bundle '' --data x", "mm-diff --bundle {} --data ''",
+        "mm-diff --bundle {} --data x --cache ''", "mm-diff --bundle {} --data x --validation ''",
+        "mm-diff --bundle {} --data x --set cache=", "moma:stage1 --bundle {} --data x --out ''",
+    ),
+    "convert_weights": ("'' --out x", "a --out ''", "a --out x --cache ''", "--out x --lora ''"),
+    "moma.evaluate.__main__": ("--dataset x --out ''", "--world --bundle ''", "--dataset ''"),
+    "moma.evaluate.figures": ("masking --ref ''", "beta --ref no.png --out ''", "methods --bundle ''"),
+    "moma.evaluate.study": ("--from ''", "--from x --questions ''"),
+    "moma.data.annotated": ("'' --out x",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [(command, line) for command, lines in EMPTY.items() for line in lines]
+)
+def test_an_empty_path_is_no_folder(command, line, tmp_path, monkeypatch, capsys):
+    """The empty path of pathlib is the current folder: nothing is read or written there."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(command)
+    argv = shlex.split(line.format(MINI))
+    assert exit_status("x", lambda: getattr(module, "run", module.main)(argv)) in (0, 2)
+    assert "is empty, expected a file or folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

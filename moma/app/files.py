@@ -104,8 +104,25 @@ def exit_status(command: str, main: Callable[[], object], stopped: str = "stoppe
         return 0
 
 
+def given_text(text: str) -> str:
+    """The type of an option that names a place; argparse's error for an empty text."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty, expected a file or folder")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """`given_text` as a path."""
+    return Path(given_text(text))
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for wrong options, with one line, instead of ending the process."""
+    """Raises ValueError for wrong options, with one line, instead of ending the process; an option of type
+    Path takes no empty text, which would be the current folder."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, given_path)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see --help")

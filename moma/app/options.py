@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from models.weights.files import read_text
-from moma.app.files import Parser
+from moma.app.files import Parser, given_path
 from moma.app.record import MIN_SIDE, OUTPUTS, InputFile, Record, SubjectRecord, follow, short_path
 from moma.app.subjects import FoundImage, ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
@@ -143,14 +143,15 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     base = SampleConfig()
     add = parser.add_argument_group("the subject").add_argument
     each: dict[str, Any] = {"action": "append"}
-    add("--ref", **each, type=or_none(Path), metavar="FILE|DIR", help="image of the subject, or a folder of"
+    files = {**each, "type": or_none(given_path)}
+    add("--ref", **files, metavar="FILE|DIR", help="image of the subject, or a folder of"
         " images of it; repeated, each is a subject, and the options below, given as often, go to each in"
         f" turn, with {NONE} for none; with --replay: where it is now, {NONE} for where it was")  # fmt: skip
     add("--batch-refs", type=Path, metavar="DIR", help="draw each file or folder in DIR as a subject"
         " of its own; run again, it goes on where it was stopped (docs/sampling.md)")  # fmt: skip
     add("--subject", **each, type=or_none(str), metavar="WORD", help="what the subject is, e.g. cat (default:"
         " the name of its file or folder)")  # fmt: skip
-    add("--mask", **each, type=or_none(Path), metavar="FILE|DIR", help="mask of the subject, white on black;"
+    add("--mask", **files, metavar="FILE|DIR", help="mask of the subject, white on black;"
         " for a folder, one with files of the same names (default: the image's transparency, else SAM if the"
         " weights have it, else a plain background)")  # fmt: skip
     add("--point", **each, type=or_none(parse_points), metavar="X,Y[:X,Y]", help="pixel on the subject, for"
@@ -160,7 +161,7 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--list-objects", action="store_true", help="number the image's objects, for --object, and stop")
     add("--object", **each, type=or_none(int), metavar="N",
         help="number of the object that is the subject (default: 1)")  # fmt: skip
-    add("--face-file", **each, type=or_none(Path), metavar="FILE|DIR", help="a person's face for mm-diff, a"
+    add("--face-file", **files, metavar="FILE|DIR", help="a person's face for mm-diff, a"
         " .safetensors with embedding and landmarks (default: insightface looks for it)")  # fmt: skip
     add("--face-number", **each, type=or_none(int), metavar="N", help="which face, the largest first"
         " (default: 1)")  # fmt: skip

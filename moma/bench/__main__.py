@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moma.app.files import exit_status, markdown_table, write_text
+from moma.app.files import Parser, exit_status, markdown_table, write_text
 from moma.app.record import save_png
 from moma.bench.curves import curves, curves_image
 from moma.bench.flow import FlowConfig, autoencoder, build_bundle, decoder, drawing, flow, pipeline
@@ -101,7 +101,7 @@ def tables(found: Sequence[Found]) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cfg = BenchConfig()
-    parser = argparse.ArgumentParser("python -m moma.bench", description=__doc__.split("\n\n")[1])
+    parser = Parser("python -m moma.bench", description=__doc__.split("\n\n")[1])
     for name, kind, text in (
         ("size", int, "image side in pixels"),
         ("share", float, "share of the image that the subject takes"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.llama import GatedMLP, LlamaBlock, LlamaConfig, RMSNorm, rope_at
 from models.weights.quant import PRESETS, QuantConfig, quantise, use_quantised_layers
-from moma.app.files import exit_status
+from moma.app.files import Parser, exit_status
 from moma.inputs.preprocess import make_reference
 from moma.methods.moma.adapter import AdapterConfig
 from moma.methods.moma.feature_decoder import FeatureDecoder, MLLMInput
@@ -168,7 +168,7 @@ def _in_bits(block: LlamaBlock, bits: int, cfg: LlamaConfig) -> LlamaBlock:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the comparison. ValueError for wrong arguments."""
     set_precision()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("bundles", nargs="*", type=Path, help="bundles to compare with the first one")

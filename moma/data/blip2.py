@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.weights.files import parse_json, read_text, visible
-from moma.app.files import Parser, check_writable, exit_status, write_text
+from moma.app.files import Parser, check_writable, exit_status, given_text, write_text
 from moma.inputs.preprocess import on_white, open_image
 from moma.sampling.device import DTYPES, choose_device, choose_dtype
 
@@ -167,7 +167,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("python -m moma.data.blip2", description=__doc__.split("\n\n")[1])
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="folder of images; names are their ids")
-    add("--model", required=True, metavar="DIR|ID", help="BLIP-2, such as Salesforce/blip2-opt-2.7b")
+    add(
+        "--model",
+        type=given_text,
+        required=True,
+        metavar="DIR|ID",
+        help="BLIP-2, such as Salesforce/blip2-opt-2.7b",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the captions")
     add("--batch-size", type=int, default=cfg.batch, metavar="N", help=f"default: {cfg.batch}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

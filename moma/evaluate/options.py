@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     images: dict[str, Path] = {}
     for text in args.images:
         name, equals, folder = text.partition("=")
-        if not (name.strip() and equals and folder):
+        if not (name.strip() and equals and folder.strip()):
             raise ValueError(f"--images {text}: expected NAME=DIR")
         _add(images, "--images", name, Path(folder))
     methods = parse_methods(args.method or (["moma"] if bundle and not images else []), bundle)
@@ -80,8 +80,10 @@ def parse_methods(texts: Sequence[str], bundle: Path | None) -> dict[str, Path]:
     """
     methods: dict[str, Path] = {}
     for text in texts:
-        name, _, folder = text.partition("=")
+        name, equals, folder = text.partition("=")
         find_method(name)
+        if equals and not folder.strip():
+            raise ValueError(f"--method {text}: expected NAME or NAME=BUNDLE")
         if not folder and bundle is None:
             raise ValueError(f"--method {name} draws with which weights? Give --bundle DIR")
         _add(methods, "--method", name, Path(folder) if folder else bundle)

@@ -18,7 +18,7 @@ from string import Template
 from typing import Any, Self, get_args
 
 from models.weights.files import read_json, read_object
-from moma.app.files import Parser, check_writable, exit_status, write_text
+from moma.app.files import Parser, check_writable, exit_status, given_text, write_text
 from moma.evaluate.options import WORLD
 from moma.evaluate.page import PageConfig, data_uri, small_jpeg
 from moma.evaluate.protocol import AND, Kind, References, images_in
@@ -217,7 +217,13 @@ def parser() -> Parser:
     add("--reference", choices=get_args(References), default=cfg.reference, help="photo that raters see, as"
         f" in the evaluation (default: {cfg.reference})")  # fmt: skip
     shipped = ", ".join(sorted(path.stem for path in QUESTIONS.glob("*.json")))
-    add("--questions", default="moma", metavar="NAME|FILE", help=f"{shipped}, or a file (default: moma)")
+    add(
+        "--questions",
+        type=given_text,
+        default="moma",
+        metavar="NAME|FILE",
+        help=f"{shipped}, or a file (default: moma)",
+    )
     add("--trials", type=int, default=cfg.trials, metavar="N", help=f"sets of images (default: {cfg.trials})")
     add("--seed", type=int, default=cfg.seed, metavar="N", help="of the choice of images (default: 0)")
     add("--collect", type=Path, nargs="+", metavar="FILE", help="files of votes: print their table")

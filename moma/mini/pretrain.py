@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.weights.loading import load_into, read_checkpoint, save_tensors
-from moma.app.files import exit_status, write_text
+from moma.app.files import Parser, exit_status, write_text
 from moma.app.record import save_png
 from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train MoMA-mini from nothing.")
+    parser = Parser(description="Train MoMA-mini from nothing.")
     add = parser.add_argument
     add("--work", type=Path, default=Path("out/mini"), help="folder for every stage's result")
     add("--out", type=Path, default=Path("out/weights-mini"), help="the finished bundle")

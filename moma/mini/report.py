@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.weights.loading import read_checkpoint, save_tensors
-from moma.app.files import counted, exit_status, markdown_table, write_text
+from moma.app.files import Parser, counted, exit_status, markdown_table, write_text
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
@@ -329,7 +329,7 @@ def rewrite(page: Path, text: str) -> None:
 
 def parser_of(
     name: str, about: str, paths: Mapping[str, tuple[str | None, str]], numbers: Mapping[str, int]
-) -> argparse.ArgumentParser:
+) -> Parser:
     """The parser of a command of MoMA-mini.
 
     Args:
@@ -338,7 +338,7 @@ def parser_of(
         paths: option -> default and help.
         numbers: option -> default.
     """
-    parser = argparse.ArgumentParser(f"python -m {name}", description=about.split("\n\n")[1])
+    parser = Parser(f"python -m {name}", description=about.split("\n\n")[1])
     for option, (path, text) in paths.items():
         text = f"{text} (default: {path})" if path else text
         parser.add_argument(option, type=Path, default=path and Path(path), help=text)

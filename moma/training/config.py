@@ -93,6 +93,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""
         check_types(self)
+        check_named(self, "validation")
         check_from(1, self, "validation_batch")
         if self.validation_samples is not None:
             check_from(0, self, "validation_samples")
@@ -169,6 +170,7 @@ class DenoisingConfig(DataConfig):
     def __post_init__(self) -> None:
         """ValueError for a value that the field cannot have."""
         super().__post_init__()
+        check_named(self, "cache")
         check_from(1, self, "cache_batch", "cache_workers", "grid_steps")
         check_from(0, self, "grid_samples")
         check_positive(self, "subject_weight", "snr_gamma")
@@ -204,6 +206,17 @@ class Choices(NamedTuple):
     data: Any  # DenoisingConfig or FeatureConfig
     stage: Any  # the training's own config
     method: Any  # the method's
+
+
+def check_named(config: Any, name: str) -> None:
+    """ValueError for an empty place, which would be the current folder.
+
+    Args:
+        config: the dataclass.
+        name: of the field, a text or None.
+    """
+    if (place := getattr(config, name)) is not None and not place.strip():
+        raise ValueError(f"{name} {place!r}: is empty, expected a file or folder")
 
 
 def check_from(least: int, config: Any, *names: str) -> None:
