@@ -58,6 +58,13 @@ def test_lists_are_the_published_ones() -> None:
     assert sum(word in protocol.LIVE for word in classes.values()) == 9
 
 
+def test_what_systems_leave_behind_is_no_subject_and_no_photo(tmp_path: Path) -> None:
+    expected = open_dataset(dreambooth(tmp_path / "dataset"))
+    (tmp_path / "dataset" / "__MACOSX").mkdir()
+    (tmp_path / "dataset" / "cat" / "._00.jpg").touch()
+    assert open_dataset(tmp_path / "dataset") == expected
+
+
 def test_counts_of_the_whole_protocol(tmp_path: Path) -> None:
     subjects = open_dataset(dreambooth(tmp_path / "dataset"), added=False)
     assert len(subjects) == 30 and sum(len(s.photos) for s in subjects) == 158

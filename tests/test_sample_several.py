@@ -61,7 +61,8 @@ def files(tmp_path: Path) -> Path:
     shutil.copy(tmp_path / "masks" / "0.png", tmp_path / "few" / "0.png")
     for name in ("0.png", "1.bmp", "1.png"):
         shutil.copy(tmp_path / "masks" / "0.png", tmp_path / "twice" / name)
-    (tmp_path / "dog" / ".hidden").touch()
+    for name in (".hidden", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "dog" / name).touch()
     shutil.copytree(tmp_path / "dog", tmp_path / "old" / "dog")
     (tmp_path / "old" / "dog" / "notes.txt").write_text("not an image")
     for name, value in (("white", 255), ("black", 0)):

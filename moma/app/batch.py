@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from models.weights.files import SYSTEM
 from moma.app.files import counted, write_text
 from moma.app.options import Request
 from moma.app.record import OUTPUTS, Record, read_record
@@ -118,8 +117,6 @@ def _named(option: str, folder: Path) -> dict[str, Path]:
         raise ValueError(f"{option} {folder}: expected a folder with a file or folder for each subject")
     named: dict[str, Path] = {}
     for path in images_of(folder):
-        if SYSTEM.fullmatch(path.name):
-            continue
         name = path.name if path.is_dir() else path.stem
         if other := next((named[one] for one in named if one.casefold() == name.casefold()), None):
             raise ValueError(f"{option}: {other} and {path} have one name, rename one of them")

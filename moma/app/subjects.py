@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from models.weights.files import visible
 from moma.app.record import ImageRecord, InputFile, Segmented, face_of_text, face_text
 from moma.inputs.faces import Face, find_face
 from moma.inputs.preprocess import (
@@ -60,10 +61,11 @@ class FoundImage(NamedTuple):
 
 
 def images_of(ref: Path) -> list[Path]:
-    """The images that a file or a folder is, by name; ValueError for an empty folder."""
+    """The images that a file or a folder is, by name, without hidden and system files; ValueError for an empty
+    folder."""
     if not ref.is_dir():
         return [ref]
-    if files := sorted(path for path in ref.iterdir() if not path.name.startswith(".")):
+    if files := [path for path in visible(ref) if not path.name.startswith(".")]:
         return files
     raise ValueError(f"{ref}: is an empty folder, expected images of the subject")
 

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
 
-from models.weights.files import read_json, read_text
+from models.weights.files import read_json, read_text, visible
 
 Kind = Literal["context", "texture"]
 References = Literal["first", "each"]
@@ -270,7 +270,7 @@ def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
     classes = _own_classes(folder / OWN) if (folder / OWN).exists() else CLASSES
     if classes is CLASSES and (folder / OFFICIAL).exists():
         _check_official(folder / OFFICIAL)
-    there = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    there = {path.name for path in visible(folder) if path.is_dir() and not path.name.startswith(".")}
     if unknown := sorted(there - set(classes)):
         raise ValueError(
             f"{folder / unknown[0]}: unknown class; state it in {folder / OWN}: {{folder: class}}"
@@ -289,7 +289,7 @@ def open_dataset(folder: Path, added: bool = True) -> list[Subject]:
 
 def images_in(folder: Path) -> tuple[Path, ...]:
     """The images of a folder, sorted by name; ValueError for none, or two that share a mask's name."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES]
     if not found:
         raise ValueError(f"{folder}: has no image ({', '.join(sorted(SUFFIXES))})")
     names = Counter(path.stem for path in found)
