@@ -48,7 +48,7 @@ from moma.app.record import (
 )
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
 from moma.app.subjects import FoundImage, encode, find_faces, find_images, open_images
-from moma.inputs.preprocess import Reference, on_white, open_image
+from moma.inputs.preprocess import Reference, about, on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
@@ -159,7 +159,8 @@ def _check(
     for one, image in zip(asked, images, strict=True):
         if one.pick:
             _check_sam("--point, --box and --object need", bundle)
-            one.pick.check(image.size)
+            with about(one.file):
+                one.pick.check(image.size)
     for subject in request.subjects:
         if len(subject.images) not in method.images:
             count, most = len(subject.images), method.images[-1]

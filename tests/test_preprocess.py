@@ -471,7 +471,7 @@ def test_mask_of_another_shape_is_an_error():
 
 @pytest.mark.parametrize("geometry", ["pad", "crop", "squash"])
 def test_empty_and_full_masks(geometry):
-    for value, message in ((0, "no subject"), (255, "whole image")):
+    for value, message in ((0, "black all over"), (255, "whole image")):
         mask = Image.new("L", (120, 80), value)
         with pytest.raises(ValueError, match=message):
             make_reference(scene(), mask, 64, ReferenceConfig(geometry=geometry))

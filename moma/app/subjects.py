@@ -19,6 +19,7 @@ from moma.inputs.preprocess import (
     FoundMask,
     Reference,
     ReferenceConfig,
+    about,
     find_mask,
     make_reference,
     open_image,
@@ -61,8 +62,8 @@ class FoundImage(NamedTuple):
 
 
 def images_of(ref: Path) -> list[Path]:
-    """The images that a file or a folder is, by name, without hidden and system files; ValueError for an empty
-    folder."""
+    """The images that a file or a folder is, by name, without hidden and system files; ValueError if there
+    are none."""
     if not ref.is_dir():
         return [ref]
     if files := [path for path in visible(ref) if not path.name.startswith(".")]:
@@ -123,7 +124,8 @@ def find_images(
 
     def made(i: int, found: FoundMask) -> FoundImage:
         word, one = asked[i]
-        reference = make_reference(images[i], found.mask, weights.image_size, config)
+        with about(one.mask or one.file):
+            reference = make_reference(images[i], found.mask, weights.image_size, config)
         segmented = one.segmented
         if found.source == "sam" and segmented is None:
             segmented = Segmented.of(found.mask, str(one.pick))
@@ -138,17 +140,21 @@ def find_images(
         if one.segmented:
             done[i] = made(i, FoundMask(one.segmented.image(), "sam"))
         elif not one.pick:
-            found = find_mask(images[i], one.mask, segment=later, plain_first=plain_first)
+            with about(one.file):
+                found = find_mask(images[i], one.mask, segment=later, plain_first=plain_first)
             if found.mask:
                 done[i] = made(i, found)
     if len(done) < len(asked):
         segment = (load() if load else Segmenter.load(weights, runtime.device)).mask
         for i, (_, one) in enumerate(asked):
             if i not in done and one.pick:  # whatever else the image says
-                done[i] = made(i, FoundMask(segment(images[i], one.pick), "sam"))
+                with about(one.file):
+                    found = FoundMask(segment(images[i], one.pick), "sam")
+                done[i] = made(i, found)
             elif i not in done:
                 main = partial(segment, pick=one.pick)
-                found = find_mask(images[i], segment=main, plain_first=plain_first)
+                with about(one.file):
+                    found = find_mask(images[i], segment=main, plain_first=plain_first)
                 done[i] = made(i, found)
     return [done[i] for i in range(len(asked))]
 
@@ -176,10 +182,12 @@ def find_faces(
         if any(one.face_file or one.face_number is not None for one in asked):
             raise ValueError("--face-file and --face-number: this method with these weights needs no face")
         return [None] * len(asked)
-    return [
-        face_of_text(one.face) if one.face else find_face(image, one.face_file, one.face_number)
-        for one, image in zip(asked, images, strict=True)
-    ]
+    faces = []
+    for one, image in zip(asked, images, strict=True):
+        with about(one.file):
+            found = face_of_text(one.face) if one.face else find_face(image, one.face_file, one.face_number)
+        faces.append(found)
+    return faces
 
 
 def join(subjects: Sequence[SubjectRequest], encoded: Sequence[Any], method: Any) -> tuple[Any, ...]:

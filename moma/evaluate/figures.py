@@ -27,7 +27,7 @@ from moma.evaluate.options import add_sampling, parse_methods, sample_config
 from moma.evaluate.protocol import Kind, ProtocolConfig
 from moma.evaluate.scorers import ImageScorer, check_scorers, embed, load_scorers, measure
 from moma.evaluate.scores import Score, averages
-from moma.inputs.preprocess import find_mask, make_reference, on_white, open_image
+from moma.inputs.preprocess import about, find_mask, make_reference, on_white, open_image
 from moma.inputs.segment import segment_by
 from moma.load import load_pipeline
 from moma.methods import METHODS, find_method
@@ -437,7 +437,8 @@ def _open_photos(args: argparse.Namespace, ways: Sequence[Way]) -> list[Photo]:
         word = subject_of_file(path) if word is None else " ".join(word.split())
         if bundle.familiar and not bundle.familiar.knows(image):
             print(f"note: {path} is not of the kind {bundle.folder} knows: no image will resemble it")
-        found = find_mask(image, mask, segment=later, plain_first=bundle.familiar is not None)
+        with about(path):
+            found = find_mask(image, mask, segment=later, plain_first=bundle.familiar is not None)
         if found.mask and (doubt := found.doubt()):
             print(f"note: {path}: {doubt}", file=sys.stderr)
         photos.append(Photo(image, found.mask, word, path.stem))
@@ -449,10 +450,12 @@ def with_masks(request: Request) -> Request:
     if all(photo.mask for photo in request.photos):
         return request
     segment = segment_by(request.runtime.weights, request.runtime.device)
-    found = {
-        photo: photo if photo.mask else replace(photo, mask=find_mask(photo.image, segment=segment).mask)
-        for photo in request.photos
-    }
+    found = {}
+    for photo in request.photos:
+        found[photo] = photo
+        if photo.mask is None:
+            with about(photo.name):
+                found[photo] = replace(photo, mask=find_mask(photo.image, segment=segment).mask)
     wanted = (Wanted(tuple(found[photo] for photo in photos), prompt) for photos, prompt in request.wanted)
     return replace(request, wanted=tuple(wanted))
 
@@ -470,7 +473,8 @@ def check(args: argparse.Namespace, request: Request) -> Bundle | None:
             )
         for photo in request.photos:
             if photo.mask:
-                make_reference(photo.image, photo.mask, bundle.image_size, way.config)
+                with about(photo.name):
+                    make_reference(photo.image, photo.mask, bundle.image_size, way.config)
     scorers = Bundle.open(args.scorers) if args.scorers else None
     if scorers:
         check_scorers(scorers)

@@ -34,7 +34,7 @@ from moma.evaluate.references import Masks, Reference, find_references
 from moma.evaluate.scorers import check_scorers
 from moma.evaluate.world import WorldEvaluation, check_world_scorers, write_world
 from moma.inputs.faces import find_face, load_detector
-from moma.inputs.preprocess import MaskSource, make_reference, open_image
+from moma.inputs.preprocess import MaskSource, about, make_reference, open_image
 from moma.inputs.segment import segment_by
 from moma.methods import find_method
 from moma.methods.prompts import SD_TEMPLATE, plain_text
@@ -164,7 +164,8 @@ def open_references(options: Options, masks: Path | None, runs: Sequence[Run]) -
     photos = list(dict.fromkeys(photo for some in shown for photo in some))
     if any(find_method(run.name).method.needs_face(run.runtime.weights) for run in runs):
         for photo in photos:
-            find_face(open_image(photo))
+            with about(photo):
+                find_face(open_image(photo))
     for folder, known in {run.runtime.weights.folder: run.runtime.weights.familiar for run in runs}.items():
         if strange := [photo for photo in photos if known and not known.knows(open_image(photo))]:
             print(

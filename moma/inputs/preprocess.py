@@ -8,8 +8,8 @@ Letters: H, W pixels of the input; S side of the square reference, S x T pixels 
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -265,6 +265,15 @@ def find_mask(
         raise error from None
 
 
+@contextmanager
+def about(file: str | Path) -> Iterator[None]:
+    """What is wrong inside, a ValueError, begins with the file that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def make_reference(
     image: Image.Image,
     mask: Image.Image,
@@ -298,6 +307,8 @@ def make_reference(
             " expected the same shape, make the mask from this image"
         )
     threshold = cfg.mask_binarise_above * 255
+    if np.asarray(mask).max() <= threshold and cfg.empty_mask == "error":
+        raise ValueError("the mask is black all over: white should be the subject")
     if np.asarray(mask).min() > threshold and cfg.empty_mask == "error":
         raise ValueError("the mask covers the whole image: white should be the subject only")
     if cfg.geometry == "squash":
