@@ -30,7 +30,6 @@ from moma.app.batch import (
     one_bar,
     there,
     with_masks,
-    with_word,
     write_index,
 )
 from moma.app.files import check_writable, counted, exit_status
@@ -356,7 +355,7 @@ def _plan(
     checked: dict[str, tuple[argparse.Namespace, Request, dict[str, Any]]] = {}
     for name, args in each.items():
         with failures.told(name):
-            request = with_word(request_of_args(args, bundle))
+            request = request_of_args(args, bundle)
             images = open_images(request.subjects)
             texts = _check(request, runtime, images, args)
             with suppress(_LaterError):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moma.app.options import parse_args, subjects_of_args
+from moma import Bundle
+from moma.app.options import parse_args, request_of_args, subjects_of_args
 from moma.app.record import read_record
 from moma.inputs.faces import EMBEDDING, TEMPLATE
 from moma.inputs.segment import Segmenter
@@ -156,6 +157,15 @@ def test_a_pair_is_drawn_and_replayed(
     args = [str(x).replace(str(files / "dog"), str(files / "moved")) for x in args]
     assert run(*args, "--seed", 1, "--subject", "cat", "--subject", "dog", "--out", alone) == 0
     assert np.abs(pixels(first) - pixels(only(alone, "*-seed1.png"))).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("refs", "prompt"), [("--ref {}/cat.png", "a cat"), ("--ref {}/cat.png --ref {}/dog", "a cat and a dog")]
+)
+def test_a_prompt_has_a_place_for_the_subjects(files: Path, weights: Path, refs: str, prompt: str) -> None:
+    args = [*line(f"{refs} --method mm-diff", files), "--prompt", "a {subject} at sea", "--seed", "3"]
+    request = request_of_args(parse_args(args), Bundle.open(weights))
+    assert request.images == ((f"{prompt} at sea", 3),)
 
 
 def test_prompts_of_two_subjects(files: Path, weights: Path) -> None:

@@ -21,7 +21,6 @@ from moma.app.files import counted, write_text
 from moma.app.options import Request
 from moma.app.record import OUTPUTS, Record, read_record
 from moma.app.subjects import FoundImage, images_of
-from moma.methods.prompts import fill
 
 PAGE = "index.html"
 TEMPLATE = Path(__file__).with_name("batch.html")
@@ -126,12 +125,6 @@ def _named(option: str, folder: Path) -> dict[str, Path]:
     if not named:
         raise ValueError(f"{option} {folder}: has no images")
     return named
-
-
-def with_word(request: Request) -> Request:
-    """With the subject's word in the place of "{subject}" in its prompts."""
-    images = ((fill(prompt, request.words[0]), seed) for prompt, seed in request.images)
-    return replace(request, images=tuple(dict.fromkeys(images)))
 
 
 def with_masks(request: Request, found: Sequence[FoundImage]) -> Request:

@@ -20,7 +20,7 @@ from moma.app.record import MIN_SIDE, OUTPUTS, InputFile, Record, SubjectRecord,
 from moma.app.subjects import FoundImage, ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
-from moma.methods.prompts import plain_text
+from moma.methods.prompts import fill, joined, plain_text
 from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
 from moma.sampling.device import DTYPES, choose_device, dtype_name
 from moma.sampling.diffusion import SOLVERS
@@ -168,8 +168,8 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--region", **each, type=or_none(parse_region), metavar="X0,Y0,X1,Y1", help="where the subject"
         " should be, in shares of the new image, e.g. 0,0,0.5,1 (docs/sampling.md)")  # fmt: skip
     add = parser.add_argument_group("the images").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; may be repeated"
-        f" (default: {len(SCENES)} scenes)")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; {subject} stands"
+        f" for its word; may be repeated (default: {len(SCENES)} scenes)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--num", type=int, metavar="N", help="images per prompt (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of a prompt's first image; the others count up"
@@ -366,6 +366,8 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         raise ValueError(f"--num {num}: expected 1 image or more")
     check_seed("--seed", seed, num)
     them = " and ".join(f"{'an' if s.word[:1].lower() in 'aeiou' else 'a'} {s.word}" for s in subjects)
+    if subjects:
+        prompts = [fill(prompt, joined([one.word for one in subjects])) for prompt in prompts]
     prompts = dict.fromkeys(prompts) or [f"{them} {scene}" for scene in SCENES]
     if num * len(prompts) > MAX_IMAGES:
         raise ValueError(f"{num * len(prompts):,} images: expected at most {MAX_IMAGES:,} in one run")
