@@ -162,6 +162,7 @@ def test_the_page_in_a_browser(draw, refs, tmp_path):
         (["--point", "3,4"], "--point"),
         (["--subject", "cat", "--subject", "dog"], "--subject"),
         (["--mask", "{}/cat.png"], "--mask"),
+        (["--debug"], "--debug"),
         (["--mask", "{}"], "could not"),
         (["--steps", "0"], "steps"),
         (["--batch-refs", "{}/cat.png"], "--batch-refs"),

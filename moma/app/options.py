@@ -61,14 +61,10 @@ OF_ONE = (
     ("mask", "point"), ("mask", "box"), ("mask", "object"), ("object", "point"), ("object", "box"),
     ("face_file", "face_number"),
 )  # fmt: skip
-# Options that need a subject that the other one only looks for.
+# Options of which the first has no use for the second: --list-objects draws nothing.
 CONTRADICTIONS = (
-    ("list_objects", "mask"),
-    ("list_objects", "point"),
-    ("list_objects", "box"),
-    ("list_objects", "object"),
-    ("list_objects", "replay"),
-    *(("batch_refs", name) for name in ("ref", "replay", "list_objects", "point", "box")),
+    *(("list_objects", name) for name in ("mask", "replay", "cache", "debug", *REPLAYED)),
+    *(("batch_refs", name) for name in ("ref", "replay", "list_objects", "point", "box", "debug")),
 )
 # Options that are given for each subject, and those of them that are about a single image.
 OF_SUBJECTS = (
@@ -168,8 +164,8 @@ def _everyday(parser: argparse.ArgumentParser) -> None:
     add("--region", **each, type=or_none(parse_region), metavar="X0,Y0,X1,Y1", help="where the subject"
         " should be, in shares of the new image, e.g. 0,0,0.5,1 (docs/sampling.md)")  # fmt: skip
     add = parser.add_argument_group("the images").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; {subject} stands"
-        f" for its word; may be repeated (default: {len(SCENES)} scenes)")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT", help="the new scene, naming the subject; {subject}"
+        f" stands for its word; may be repeated (default: {len(SCENES)} scenes)")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--num", type=int, metavar="N", help="images per prompt (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of a prompt's first image; the others count up"
