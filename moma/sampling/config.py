@@ -12,6 +12,9 @@ from models.weights.files import parse_json
 
 TIMESTEPS = 1000  # of the forward process, as in Stable Diffusion: t is 0 to 999
 SHOWN = 100  # characters of a wrong value in a message
+IN_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null",
+}  # fmt: skip
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -20,9 +23,18 @@ def check_types(config: Any) -> None:
     hints = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
         if not _fits(value := getattr(config, name), hint := hints[name]):
-            choices = get_args(hint) if get_origin(hint) is Literal else ()
-            expected = " or ".join(map(repr, choices)) or (hint.__name__ if isinstance(hint, type) else hint)
-            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected {expected}")
+            raise ValueError(f"{name} {value!r:.{SHOWN}}: expected {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    """What a field takes, as it is written in JSON and in options."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is UnionType:
+        return ", or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "a list" + " such as [0,1]" * (get_args(hint)[0] in (int, float))
+    return IN_WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
