@@ -29,6 +29,7 @@ TEMPLATE = (
 )  # fmt: skip
 TEMPLATE_SIDE = 112
 MODELS, MODULES = "buffalo_l", ("detection", "recognition")  # of insightface; the release's
+OR_FILE = "sample.py also takes a face from a file (--face-file)"
 DETECTION = {"det_thresh": 0.5, "det_size": (640, 640)}
 
 
@@ -107,7 +108,7 @@ def find_face(image: Image.Image, file: Path | None = None, number: int | None =
     wanted, faces = 1 if number is None else number, load_detector()(image)
     if not 1 <= wanted <= len(faces):
         expected = f"1 to {len(faces)}, the largest first" if faces else "a face that can be seen"
-        raise ValueError(f"face {wanted}: the image has {len(faces)}, expected {expected}; or give its file")
+        raise ValueError(f"face {wanted}: the image has {len(faces)}, expected {expected}; {OR_FILE}")
     return faces[wanted - 1]
 
 
@@ -142,7 +143,7 @@ def load_detector() -> Callable[[Image.Image], list[Face]]:
     except ImportError as error:
         raise ValueError(
             "finding a face needs the package insightface, whose models are for non-commercial research only:"
-            f" pip install insightface onnxruntime, or give the face in a file, --face-file ({error})"
+            f" pip install insightface onnxruntime ({error}); {OR_FILE}"
         ) from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it lists its models
@@ -151,7 +152,7 @@ def load_detector() -> Callable[[Image.Image], list[Face]]:
     except Exception as error:  # of the network, the disk, onnxruntime: any kind
         raise ValueError(
             f"insightface cannot load its models {MODELS} ({' '.join(str(error).split())}): see its"
-            " documentation for how to get them, or give the face in a file, --face-file"
+            f" documentation for how to get them; {OR_FILE}"
         ) from None
 
     def detect(image: Image.Image) -> list[Face]:
