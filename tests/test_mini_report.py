@@ -14,6 +14,7 @@ from PIL import Image
 
 import moma
 from moma.evaluate.estimates import estimate
+from moma.evaluate.options import parse
 from moma.methods.text import TextConditioning
 from moma.mini import adapter_numbers, approximations, rated, report
 from moma.mini.asked import Drawn, duos, generate, singles
@@ -393,3 +394,11 @@ def test_page_without_marks_is_left_alone(tmp_path):
 def test_a_variant_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match="NAME=BUNDLE"):
         report.variant(text)
+
+
+def test_the_shipped_weights_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = report.parser_of("x", "\n\nx", report.SHIPPED, {}).parse_args([])
+    assert found.bundle.is_dir() and found.probes.is_file()
+    options = parse(["--world"], "x")
+    assert options.methods["moma"].is_dir() and options.scorers.is_dir()

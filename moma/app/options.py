@@ -29,8 +29,8 @@ from moma.sampling.memory import Toggle
 from moma.sampling.pipeline import Pipeline
 from moma.weights.bundle import Bundle
 
-# Folders of weights where none is given: the first that exists.
-WEIGHTS = [Path(__file__).parents[2] / "weights" / name for name in ("moma", "mini")]
+MINI = Path(__file__).parents[2] / "weights" / "mini"  # this repository's, wherever a command is started
+WEIGHTS = [MINI.with_name("moma"), MINI]  # where no folder of weights is given: the first that exists
 # Of the prompts when none is given; MoMA-mini knows them too.
 SCENES = ("on the beach", "in the snow", "in the forest", "at sunset")
 # Names of files that do not say what they show: words for images, and those of cameras, phones and browsers.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from moma.app.files import Parser
-from moma.app.options import parse_size
+from moma.app.options import MINI, parse_size
 from moma.evaluate.protocol import OWN, ProtocolConfig, References
 from moma.evaluate.tables import REAL
 from moma.methods import METHODS, find_method
@@ -15,7 +15,6 @@ from moma.sampling.config import SampleConfig
 from moma.sampling.device import DTYPES
 from moma.sampling.diffusion import SOLVERS
 
-MINI = Path("weights/mini")
 MASKS, WORLD = "masks", "world"  # folders in --out, beside those of methods
 
 
@@ -113,7 +112,7 @@ def _parser(description: str) -> Parser:
     add("--per-prompt", type=int, metavar="N", default=protocol.per_prompt,
         help=f"images per prompt (default: {protocol.per_prompt})")  # fmt: skip
     add = parser.add_argument_group("the methods").add_argument
-    add("--bundle", type=Path, metavar="DIR", help=f"weights (with --world: {MINI})")
+    add("--bundle", type=Path, metavar="DIR", help="weights (with --world: weights/mini)")
     add("--method", action="append", metavar="NAME[=BUNDLE]", help=f"{', '.join(METHODS)}; may be repeated"
         " (default: moma if there is a --bundle and no --images)")  # fmt: skip
     add("--images", action="append", default=[], metavar="NAME=DIR", help="score images drawn elsewhere:"

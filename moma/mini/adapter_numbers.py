@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from moma.app.files import exit_status, markdown_table
+from moma.app.options import MINI
 from moma.load import load
 from moma.methods.moma.method import MoMA
 from moma.mini.base_numbers import latents
@@ -115,7 +116,7 @@ def table(bundle: Path, methods: Sequence[str], cfg: AdapterNumbersConfig, devic
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table. ValueError for wrong arguments."""
     set_precision()
-    paths = {"--bundle": ("weights/mini", "with the adapters")}
+    paths = {"--bundle": (str(MINI), "with the adapters")}
     numbers = {"--images": AdapterNumbersConfig.images}
     parser = parser_of("moma.mini.adapter_numbers", __doc__, paths, numbers)
     parser.add_argument("--methods", nargs="+", default=["moma"], help="of the registry (default: moma)")

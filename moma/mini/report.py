@@ -23,7 +23,8 @@ from torch import Tensor
 
 from models.weights.loading import read_checkpoint, save_tensors
 from moma.app.files import Parser, counted, exit_status, markdown_table, write_text
-from moma.app.record import save_png
+from moma.app.options import MINI
+from moma.app.record import save_png, short_path
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.estimates import Estimate, estimate
 from moma.load import load_pipeline
@@ -340,7 +341,7 @@ def parser_of(
     """
     parser = Parser(f"python -m {name}", description=about.split("\n\n")[1])
     for option, (path, text) in paths.items():
-        text = f"{text} (default: {path})" if path else text
+        text = f"{text} (default: {short_path(path)})" if path else text
         parser.add_argument(option, type=Path, default=path and Path(path), help=text)
     for option, number in numbers.items():
         parser.add_argument(option, type=int, default=number, help=f"(default: {number})")
@@ -351,8 +352,8 @@ def parser_of(
 
 # Options of what is measured, and who judges it.
 SHIPPED = {
-    "--bundle": ("weights/mini", "MoMA-mini"),
-    "--probes": ("weights/mini/probes.safetensors", "the classifiers"),
+    "--bundle": (str(MINI), "MoMA-mini"),
+    "--probes": (str(MINI / "probes.safetensors"), "the classifiers"),
 }
 
 
