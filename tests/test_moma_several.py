@@ -403,7 +403,10 @@ def test_two_cats_are_told_apart_by_their_keys(pipe: Pipeline, subjects: list[An
     assert latents(pipe, [Job(both, "two cats", 0)], QUICK).isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{"ownership_blur": 2}, {"ownership_blur": 0}, {"ownership": "masks"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"ownership_blur": 2}, {"ownership_blur": 0}, {"ownership_blur": 10**10 - 1}, {"ownership": "masks"}],
+)
 def test_values_that_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
         replace(DEFAULT, **changes)

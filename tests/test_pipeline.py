@@ -366,7 +366,7 @@ def test_noise_streams_differ(pipe: Pipeline) -> None:
 def test_not_finite_is_an_error(pipe: Pipeline, cat: MoMASubject) -> None:
     """Never a black image without a word."""
     with pytest.raises(ValueError, match="not finite"):
-        list(pipe.run([Job(cat, "a cat", 0, strength=1e30)], replace(QUICK, steps=4)))
+        list(pipe.run([Job(cat, "a cat", 0, latents=torch.full((1, 4, 8, 8), torch.nan))], QUICK))
 
 
 @pytest.mark.parametrize(

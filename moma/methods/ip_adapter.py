@@ -26,7 +26,7 @@ from moma.methods.moma.config import DEFAULT
 from moma.methods.moma.training import check_embeddings, start_adapter
 from moma.methods.text import Prepared, Subject, TextConditioning, TextConfig, TextToImage, half
 from moma.sampling.base import NETWORKS, Base
-from moma.sampling.config import LARGEST, SampleConfig, check_types
+from moma.sampling.config import SampleConfig, check_strength, check_types
 from moma.sampling.cuda_graphs import ConstantHook
 from moma.sampling.diffusion import SolverStep
 from moma.sampling.finite import check_finite
@@ -47,8 +47,7 @@ class IPAdapterConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.scale <= LARGEST:
-            raise ValueError(f"scale {self.scale}: expected a finite number, 0 or more")
+        check_strength("scale", self.scale)
 
 
 class IPAdapter(nn.Module):

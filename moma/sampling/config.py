@@ -16,6 +16,7 @@ IN_WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null",
 }  # fmt: skip
 LARGEST = torch.finfo(torch.float32).max
+MOST = 100  # of guidance and strengths; the paper takes 7.5 and up to 1.2, and images are noise long before
 
 
 def check_types(config: Any) -> None:
@@ -58,6 +59,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, float) or (_fits(value, int) and abs(value) <= LARGEST)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def check_strength(name: str, value: float) -> None:
+    """ValueError for a guidance, a strength or a scale of attention that only noise could come of."""
+    if not 0 <= value <= MOST:
+        raise ValueError(f"{name} {value}: expected 0 to {MOST}")
 
 
 def parse_field(text: str) -> tuple[str, Any]:
@@ -114,8 +121,7 @@ class SampleConfig:
                 limit = f"up to {self.max_side} pixels"
                 raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limit}")
         for name in ("guidance", "strength"):
-            if not 0 <= getattr(self, name) <= LARGEST:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a finite number, 0 or more")
+            check_strength(name, getattr(self, name))
         low, high = self.guidance_interval
         if not 0 <= low <= high <= TIMESTEPS:
             expected = f"two timesteps of 0 to {TIMESTEPS}, the lower first"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moma.methods.text import TextConfig
-from moma.sampling.config import LARGEST, TIMESTEPS
+from moma.sampling.config import TIMESTEPS, check_strength
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class MMDiffConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.fuse_scale <= LARGEST:
-            raise ValueError(f"fuse_scale {self.fuse_scale}: expected a finite number, 0 or more")
+        check_strength("fuse_scale", self.fuse_scale)
         if not 0 <= self.start_merge_step <= TIMESTEPS:
             raise ValueError(f"start_merge_step {self.start_merge_step}: expected 0 to {TIMESTEPS}")
 

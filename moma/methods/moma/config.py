@@ -11,6 +11,8 @@ from typing import Literal
 from moma.inputs.preprocess import ReferenceConfig
 from moma.sampling.config import LARGEST, TIMESTEPS, check_types
 
+LARGEST_BLUR = 255  # latents a side: about all that the largest image has
+
 
 @dataclass(frozen=True)
 class MethodConfig(ReferenceConfig):
@@ -104,8 +106,10 @@ class MethodConfig(ReferenceConfig):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if not 0 <= self.subject_below_t <= TIMESTEPS:
             raise ValueError(f"subject_below_t {self.subject_below_t}: expected 0 to {TIMESTEPS}")
-        if self.ownership_blur < 1 or self.ownership_blur % 2 == 0:
-            raise ValueError(f"ownership_blur {self.ownership_blur}: expected an odd number")
+        if not 1 <= self.ownership_blur <= LARGEST_BLUR or self.ownership_blur % 2 == 0:
+            raise ValueError(
+                f"ownership_blur {self.ownership_blur}: expected an odd number, 1 to {LARGEST_BLUR}"
+            )
         if not abs(self.lambda_init) <= LARGEST:
             raise ValueError(f"lambda_init {self.lambda_init}: expected a finite number")
 
