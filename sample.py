@@ -51,6 +51,7 @@ from moma.inputs.preprocess import Reference, about, on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
+from moma.sampling.config import MAX_SEED
 from moma.sampling.device import choose_device
 from moma.sampling.diffusion import ScheduleConfig, solver_steps
 from moma.sampling.pipeline import Progress
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         for i, result in enumerate(_with_progress(pipe, jobs, request.sample)):
             if request.only in (None, i):
-                stem = f"{_stem(request.words, jobs[i].prompt)}-seed{jobs[i].seed}"
+                stem = f"{_stem(request.words, jobs[i].prompt)}-seed{records[i].seed}"
                 tqdm.write(str(save_new(args.out, stem, result.image, records[i], args.format)))
                 drawn.append((jobs[i], result))
     finally:  # what was drawn before a mistake or Ctrl-C, too
@@ -312,7 +313,10 @@ def _make_jobs(
         "strength": request.strengths,
         "regions": request.regions,
     }
-    return [Job(prompt=prompt, seed=seed, text=texts[prompt], **same) for prompt, seed in request.images]
+    return [  # old records may have seeds with more bits, which torch's generator has always ignored
+        Job(prompt=prompt, seed=seed & MAX_SEED, text=texts[prompt], **same)
+        for prompt, seed in request.images
+    ]
 
 
 # --- many references ---------------------------------------------------------------------------------

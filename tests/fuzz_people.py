@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 
 from moma import METHODS, Bundle, Runtime, SampleConfig
-from moma.app.options import MAX_SEED
 from moma.app.record import Segmented
 from moma.data.blip2 import finish
 from moma.data.captions import read_captions
 from moma.demo.studio import Form, Studio, Subject, lines_of
 from moma.evaluate import study
+from moma.sampling.config import MAX_SEED
 from tests.fuzz_images import Case
 from tests.fuzz_json import DELETED, VALUES, nodes, replaced, senseless
 from tests.tiny import build_tiny_bundle

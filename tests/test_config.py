@@ -10,6 +10,7 @@ from moma.methods.moma.config import PRESETS, MethodConfig
 from moma.methods.moma.method import MoMA
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.diffusion import ScheduleConfig
+from moma.sampling.interface import Job
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -97,11 +98,25 @@ def test_what_the_networks_cannot_follow(change: dict) -> None:
         MethodConfig(**change).check(**sizes)
 
 
+def test_sides_in_which_nothing_could_be_seen() -> None:
+    SampleConfig(height=32, width=32).check(factor=8)
+    for side in (24, 4, 0, -64):
+        with pytest.raises(ValueError, match=f"width {side}: expected 32"):
+            SampleConfig(width=side)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 0.5, "0", None])
+def test_seeds_that_are_none_or_repeat_another(seed: object) -> None:
+    with pytest.raises(ValueError, match="expected a whole number, 0 to 4294967295"):
+        Job((), "a house", seed)
+    assert Job((), "a house", 2**32 - 1).seed == 2**32 - 1
+
+
 def test_guidance_is_everywhere_by_default() -> None:
     assert SampleConfig().guidance_interval == (0, TIMESTEPS) and ScheduleConfig().train_steps == TIMESTEPS
 
 
 def test_sizes_follow_the_autoencoder() -> None:
-    SampleConfig(height=68, width=4).check(factor=4)
+    SampleConfig(height=68, width=36).check(factor=4)
     with pytest.raises(ValueError, match="multiple of 8"):
         SampleConfig(height=68).check(factor=8)

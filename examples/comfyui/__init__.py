@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import moma
-from moma.app.options import MAX_SEED
+from moma.sampling.config import MAX_SEED
 from moma.sampling.pipeline import Progress
 
 PREVIEW = 512  # pixels of a preview's longer side

@@ -16,12 +16,12 @@ from typing import Any, get_args, get_type_hints
 
 from models.weights.files import read_text
 from moma.app.files import Parser, given_path
-from moma.app.record import MIN_SIDE, OUTPUTS, InputFile, Record, SubjectRecord, follow, short_path
+from moma.app.record import OUTPUTS, InputFile, Record, SubjectRecord, follow, short_path
 from moma.app.subjects import FoundImage, ImageRequest, SubjectRequest, images_of, partners
 from moma.inputs.segment import Box, Pick, Point
 from moma.methods import METHODS, find_method
 from moma.methods.prompts import fill, joined, plain_text
-from moma.sampling.config import TIMESTEPS, SampleConfig, parse_field
+from moma.sampling.config import TIMESTEPS, SampleConfig, check_seed, parse_field
 from moma.sampling.device import DTYPES, choose_device, dtype_name
 from moma.sampling.diffusion import SOLVERS
 from moma.sampling.interface import Region, Runtime, check_regions
@@ -49,7 +49,6 @@ NO_SUBJECTS = {
 LONGEST_WORD = 20  # letters of a subject in a file name; longer ones are codes
 PROMPT_BYTES = 2**20  # of a file of prompts
 MAX_IMAGES = 10_000  # of a run; their noise is drawn first
-MAX_SEED = 2**32 - 1  # of new images: what torch's CPU generator tells apart; higher seeds would repeat them
 # Options whose values a replayed image provides.
 REPLAYED = (
     "point", "box", "object", "subject", "prompt", "prompts", "negative", "num", "seed", "size", "strength",
@@ -278,10 +277,7 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}, expected pixels such as 512 or 768x512")
-    sides = int(match[1]), int(match[2] or match[1])
-    if min(sides) < MIN_SIDE:
-        raise argparse.ArgumentTypeError(f"{min(sides)} pixels: expected {MIN_SIDE} or more on each side")
-    return sides
+    return int(match[1]), int(match[2] or match[1])
 
 
 def subjects_of_args(args: argparse.Namespace) -> tuple[SubjectRequest, ...]:
@@ -377,18 +373,6 @@ def request_of_args(args: argparse.Namespace, bundle: Bundle) -> Request:
         sample=sample,
         dtype=args.dtype,
     )
-
-
-def check_seed(option: str, seed: int, num: int = 1) -> None:
-    """ValueError for seeds of new images that would repeat others.
-
-    Args:
-        option: for the message.
-        seed: the first one.
-        num: how many there are, counting up.
-    """
-    if not 0 <= seed <= MAX_SEED + 1 - num:
-        raise ValueError(f"{option} {seed}: expected 0 to {MAX_SEED + 1 - num}")
 
 
 def request_of_record(record: Record, args: argparse.Namespace, bundle: Bundle) -> Request:

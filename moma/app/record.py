@@ -36,7 +36,6 @@ RECORD_BYTES = 2**20  # of settings in Exif: PIL's limit for a text of a PNG
 JPEG_BYTES = 65_000  # of settings in JPEG, whose segments have 65,533 bytes
 FILE_BYTES = 2**29  # of a file that an image is made from: 80 megapixels take as much in most formats
 TORCH_SEED = 2**63 - 1  # the highest that torch's generators take; old images may have one
-MIN_SIDE = 32  # pixels of an image; nothing can be recognised in less
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,6 @@ class Record:
         check_types(self)
         if (self.prompt, self.seed) not in self.batch or len(self.batch) > self.sample.batch_size:
             raise ValueError("the image is not in its own batch, or that is larger than the batch size")
-        if small := [side for side in (self.sample.height, self.sample.width) if side and side < MIN_SIDE]:
-            raise ValueError(f"a side of {small[0]} pixels: expected {MIN_SIDE} or more")
         if wrong := [seed for _, seed in self.batch if not 0 <= seed <= TORCH_SEED]:
             raise ValueError(f"seed {wrong[0]}: expected 0 to {TORCH_SEED}")
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from moma.app.files import OUT_OF_MEMORY
-from moma.app.options import Request, check_seed, records_of, weight_hashes
+from moma.app.options import Request, records_of, weight_hashes
 from moma.app.record import InputFile, Segmented, follow, read_record, save_new
 from moma.app.sheets import mask_image
 from moma.app.subjects import ImageRequest, SubjectRequest, encode, find_faces, find_images, open_images
@@ -24,7 +24,7 @@ from moma.inputs.segment import Pick, Point, Segmenter
 from moma.load import load_pipeline
 from moma.methods import find_method
 from moma.methods.prompts import SUBJECT, fill, joined, plain_text
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_seed
 from moma.sampling.interface import Job, Runtime
 from moma.sampling.pipeline import Pipeline, Progress
 

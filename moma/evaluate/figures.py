@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 from PIL import Image
 
 from moma.app.files import Parser, check_writable, counted, exit_status, markdown_table, write_text
-from moma.app.options import SCENES, WEIGHTS, check_seed, subject_of_file
+from moma.app.options import SCENES, WEIGHTS, subject_of_file
 from moma.app.record import save_png
 from moma.app.sheets import Cell, SheetConfig, contact_sheet, mask_image
 from moma.evaluate.draw import check_drawable, strength_for
@@ -32,7 +32,7 @@ from moma.inputs.segment import segment_by
 from moma.load import load_pipeline
 from moma.methods import METHODS, find_method
 from moma.methods.prompts import SUBJECT, fill, joined
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_seed
 from moma.sampling.device import set_precision
 from moma.sampling.interface import Job, Result, Runtime
 from moma.sampling.pipeline import Pipeline

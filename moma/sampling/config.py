@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from types import UnionType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,8 @@ SHOWN = 100  # characters of a wrong value in a message
 IN_WORDS = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null",
 }  # fmt: skip
+MIN_SIDE = 32  # pixels of an image; nothing can be recognised in less
+MAX_SEED = 2**32 - 1  # of new images: what torch's CPU generator tells apart; higher seeds would repeat them
 LARGEST = torch.finfo(torch.float32).max
 MOST = 100  # of guidance and strengths; the paper takes 7.5 and up to 1.2, and images are noise long before
 
@@ -67,6 +70,18 @@ def check_strength(name: str, value: float) -> None:
         raise ValueError(f"{name} {value}: expected 0 to {MOST}")
 
 
+def check_seed(name: str, seed: int, num: int = 1) -> None:
+    """ValueError for seeds of new images that would repeat others, or that are no seeds.
+
+    Args:
+        name: for the message.
+        seed: the first one.
+        num: how many there are, counting up.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED + 1 - num:
+        raise ValueError(f"{name} {seed!r:.{SHOWN}}: expected a whole number, 0 to {MAX_SEED + 1 - num}")
+
+
 def parse_field(text: str) -> tuple[str, Any]:
     """An option's 'name=value' -> the value as JSON if it is that, else as text."""
     name, equals, value = text.partition("=")
@@ -103,10 +118,13 @@ class SampleConfig:
     max_batch: ClassVar[int] = 1024
 
     def __post_init__(self) -> None:
-        """ValueError for a value of the wrong type (records of images come from files)."""
+        """ValueError for a value of the wrong type, or too small a side (records come from files)."""
         if isinstance(self.guidance_interval, list):  # JSON has no tuples
             object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         check_types(self)
+        for name in ("height", "width"):
+            if (side := getattr(self, name)) is not None and side < MIN_SIDE:
+                raise ValueError(f"{name} {side}: expected {MIN_SIDE} pixels or more")
 
     def sized(self, image_size: int) -> "SampleConfig":
         """With the weights' own size in the place of None."""
@@ -117,7 +135,7 @@ class SampleConfig:
         """ValueError for settings that cannot work; factor: pixels per latent (8 for Stable Diffusion)."""
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side is None or not 0 < side <= self.max_side or side % factor:
+            if side is None or side > self.max_side or side % factor:
                 limit = f"up to {self.max_side} pixels"
                 raise ValueError(f"{name} {side}: expected a multiple of {factor}, {limit}")
         for name in ("guidance", "strength"):

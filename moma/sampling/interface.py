@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.unet import AttentionHook, Grid, Text, UNetConfig
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_seed
 from moma.sampling.device import choose_device, choose_dtype
 from moma.sampling.diffusion import SolverStep
 from moma.sampling.memory import Toggle, check_toggle
@@ -112,7 +112,8 @@ class Job:
     regions: tuple[Region | None, ...] = ()  # of each subject, or none
 
     def __post_init__(self) -> None:
-        """ValueError for strengths or regions that are not one for each subject."""
+        """ValueError for a seed that repeats another, or strengths or regions not one for each subject."""
+        check_seed("seed", self.seed)
         if not isinstance(self.subjects, tuple):
             object.__setattr__(self, "subjects", (self.subjects,))
         count = len(self.subjects)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.vae import VAE
 from moma.sampling.base import Base
-from moma.sampling.config import SampleConfig
+from moma.sampling.config import SampleConfig, check_seed
 from moma.sampling.cuda_graphs import GraphedUNet, Recorder, choose_recorder
 from moma.sampling.diffusion import SolverStep, predict_x0, solver_steps
 from moma.sampling.finite import Autoencoder, check_finite
@@ -106,6 +106,7 @@ class Pipeline:
         Raises:
             ValueError: for an empty or a full mask, or more images than the method can use.
         """
+        check_seed("seed", options.get("seed", 0))
         images, masks = ([x] if isinstance(x, Image.Image) else x for x in (image, mask))
         if len(images) not in self.method.images or len(masks) != len(images):
             raise ValueError(
@@ -137,7 +138,7 @@ class Pipeline:
         Args:
             subjects: of `encode_subject`, one or a tuple of several or none.
             prompt: one or several; each must name the subjects.
-            seeds: of the start noise.
+            seeds: of the start noise, 0 to 2**32 - 1.
             strength: of the subjects, β of Eq. 3: one for all, or one for each; None = the config's.
             regions: of each subject, where it should be: left, top, right, bottom in shares of the image.
             negative: what the images should not show.
