@@ -13,8 +13,9 @@ import moma
 import sample
 import train
 from convert_weights import convert
-from moma import METHODS, Bundle, Job, SampleConfig
+from moma import METHODS, Bundle, Job, MoMA, SampleConfig, register
 from moma.evaluate.options import parse_methods
+from moma.methods.text import Subject
 from tests.helpers import ROOT, image, mask
 from tests.training_data import write_bundle, write_data
 
@@ -201,3 +202,12 @@ def test_every_command_offers_it(fork: Fork) -> None:
     args = train.parse_args(["gained", "--bundle", "weights", "--data", "data", "--set", "start=0.5"])
     assert args.command == "gained" and args.set == [("start", 0.5)]
     assert "gained" in parse_methods(["gained"], fork.folder / "bundle")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": 3}, {"method": Subject}, {"method": MoMA, "trainings": {"": MoMA}}]
+)
+def test_what_is_no_method_is_refused_at_once(wrong: dict) -> None:
+    with pytest.raises(TypeError, match="expected a class derived from"):
+        register("wrong", **wrong)
+    assert "wrong" not in METHODS

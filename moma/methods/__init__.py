@@ -15,6 +15,7 @@ from moma.methods.moma.several_training import SeveralTraining
 from moma.methods.moma.training import AdapterTraining, DecoderTraining
 from moma.methods.reference_attention import ReferenceAttention
 from moma.methods.text import TextToImage
+from moma.sampling.config import SHOWN
 from moma.sampling.interface import Method, Training
 
 
@@ -63,7 +64,11 @@ def register(
 
     Raises:
         ValueError: for a name that is taken.
+        TypeError: for a method or a training that is no class of its kind.
     """
+    for given, kind in ((method, Method), *((one, Training) for one in (trainings or {}).values())):
+        if not (isinstance(given, type) and issubclass(given, kind)):
+            raise TypeError(f"{given!r:.{SHOWN}}: expected a class derived from {kind.__name__}")
     if name in METHODS:
         raise ValueError(f"method {name!r}: is registered already")
     METHODS[name] = Entry(method, title or name, overrides, trainings or {})
