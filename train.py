@@ -155,7 +155,7 @@ def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
         "method": METHODS[name].method.Config,
     }
     known = {part: {field.name for field in fields(kind)} for part, kind in kinds.items()}
-    known["method"] -= {*training.fixed, "geometry"}  # the data's, for training
+    known["method"] -= {*METHODS[name].overrides, *training.fixed, "geometry"}  # the data's, for training
     given: dict[str, dict[str, Any]] = {part: {} for part in kinds}
     every = sorted(set().union(*known.values()))
     options = [(name, value) for name, value in vars(args).items() if name in every and value is not None]
@@ -174,7 +174,7 @@ def choices_of(args: argparse.Namespace, bundle: Bundle) -> Choices:
         TrainConfig(**{"lr": training.learning_rate(stage), **given["train"]}),
         kinds["data"](**given["data"]),
         stage,
-        bundle.method_config(name, args.preset, **given["method"], **training.fixed),
+        replace(bundle.method_config(name, args.preset), **given["method"], **training.fixed),
     )
 
 

@@ -193,6 +193,8 @@ class Method(ABC):
     subjects: ClassVar[range]  # how many an image may have
     images: ClassVar[range] = range(1, 2)  # how many of one subject it can use (`join_images`)
     has_strength: ClassVar[bool] = False  # whether a job's strengths have an effect
+    # Fields of its config that act in training alone, where the weights begin.
+    training_fields: ClassVar[tuple[str, ...]] = ()
     # Networks of its own, beside the public ones: name -> (config dataclass, build(config, UNetConfig)).
     own_networks: ClassVar[Mapping[str, tuple[type, Any]]] = {}
 

@@ -270,7 +270,7 @@ class Bundle:
             raise ValueError(f"{path}: llava without vision, its image tower")
 
     def method_config(self, name: str, preset: str = "default", **overrides: Any) -> Any:
-        """A method's config for these weights.
+        """A method's config for drawing with these weights.
 
         Args:
             name: in the registry.
@@ -278,9 +278,15 @@ class Bundle:
             overrides: fields on top of what these weights need.
 
         Raises:
-            ValueError: for an unknown method, preset, field or value.
+            ValueError: for an unknown method, preset, field or value, or a field that could have no effect.
         """
         entry = find_method(name)
+        for field in overrides:
+            if field in entry.overrides:
+                value = entry.overrides[field]
+                raise ValueError(f"method field {field!r}: {name} is {field}={value!r}, leave it out")
+            if field in entry.method.training_fields:
+                raise ValueError(f"method field {field!r}: acts in training alone, give it to train.py")
         known = {field.name for field in fields(entry.method.Config)}
         shared = {key: value for key, value in self.method.items() if entry.method is MoMA or key in known}
         own = self.methods.get(name, {})

@@ -77,6 +77,7 @@ class MoMA(TextToImage):
     Config = MethodConfig
     Presets = PRESETS
     images, has_strength = range(1, 65), True
+    training_fields = ("lambda_init", "subject_init", "context_init")
     own_networks: ClassVar[Mapping[str, Any]] = {"adapter": (AdapterConfig, Adapter)}
 
     def __init__(
