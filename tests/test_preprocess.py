@@ -242,6 +242,20 @@ def test_every_kind_of_transparency_becomes_white(mode):
     assert on_white(image.convert(mode)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_images_of_16_bits_are_scaled_as_their_files_are(tmp_path, mode):
+    deep = Image.fromarray((np.asarray(scene().convert("L")).astype(np.uint16) << 8) + 7)
+    made = [make_reference(x, disc(), 64) for x in (deep.convert(mode), open_image(saved(tmp_path, deep)))]
+    assert torch.equal(made[0].image, made[1].image) and made[0].image.std() > 0.1
+
+
+def test_images_of_fractions_are_refused():
+    with pytest.raises(ValueError, match="float values, 0 to 1"):
+        make_reference(
+            Image.linear_gradient("L").convert("F").point(lambda v: v / 255 + 0), disc(256, 256), 64
+        )
+
+
 def test_constant_alpha_says_nothing():
     image = scene()
     image.putalpha(255)

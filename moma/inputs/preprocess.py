@@ -448,7 +448,8 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB of any image; transparent parts become white."""
+    """RGB of any image; transparent parts become white. ValueError for values that `eight_bits` refuses."""
+    image = eight_bits(image, "the image", deep=False)
     if not image.has_transparency_data:
         return image.convert("RGB")
 
