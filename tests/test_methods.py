@@ -116,6 +116,16 @@ def test_ip_adapter_looks_at_the_photo_or_at_the_subject_on_white(ip_folder: Pat
     assert torch.equal(seen.embedding, expected) and not torch.allclose(expected, photo)
     with pytest.raises(ValueError, match="'mask'"):
         IPAdapterConfig(image="mask")
+    with pytest.raises(ValueError, match="has image 'white', the config 'photo'"):
+        ip.run([Job(seen, PROMPT, 0)], SMALL)
+    with pytest.raises(ValueError, match="encoder 'vision'"):
+        ip.with_config(IPAdapterConfig(encoder="vision"))
+
+
+def test_a_subject_of_another_method_is_refused(folder: str, ip: Pipeline) -> None:
+    cat = load(folder, "text", device="cpu", dtype="fp32").encode_subject(*example_image(), "cat")
+    with pytest.raises(ValueError, match="by TextToImage, this is IPAdapterMethod; encode it again"):
+        ip.run([Job(cat, PROMPT, 0)], SMALL)
 
 
 def test_ip_adapter_adds_up_subjects(ip: Pipeline) -> None:

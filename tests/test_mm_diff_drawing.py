@@ -106,6 +106,8 @@ def test_what_changes_an_image(pipe: Pipeline, jobs: list[Job]) -> None:
         other = latents(changed, jobs[1:3], CONFIG)
         differ = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(before, other, strict=True)]
         assert differ == [True, field != "fuse_negative"], field  # the second image has no negative text
+    with pytest.raises(ValueError, match="the config 'segment'"):
+        pipe.with_config(replace(pipe.method.config, seen="segment")).run(jobs[1:3], CONFIG)
     words = [replace(one, strength=0.0) for one in jobs[1:3]]
     for fused in (True, False):
         changed = pipe.with_config(replace(pipe.method.config, fuse_words=fused))

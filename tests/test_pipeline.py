@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from models.attention import attention
@@ -351,6 +351,67 @@ def test_decoder_looks_at_the_subject_and_reads_the_instruction(pipe: Pipeline, 
     head, tail = (pipe.method.decoder.llava.llama.embed_tokens(torch.tensor([part])) for part in ids)
     hidden = pipe.method.decoder.llava.llama(torch.cat([head, patches, tail], dim=1))[:, -1]
     same(embed(pipe, cat, prompt), pipe.method.adapter.mapping(hidden), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference_background": "white"},
+        {"geometry": "squash"},
+        {"reference_noise": "none"},
+        {"reference_text_cut": 0},
+    ],
+    ids=str,
+)
+def test_a_subject_of_another_config_is_refused(pipe: Pipeline, cat: MoMASubject, change: dict) -> None:
+    other = pipe.with_config(replace(DEFAULT, **change))
+    both = pipe.encode_subject([image(0), image(1)], [mask(30), mask(12)], "cat")
+    for subject in (cat, both):
+        with pytest.raises(ValueError, match=rf"{next(iter(change))} .*encode it again"):
+            other.run([Job(subject, "a cat", 0)], QUICK)
+    again = other.encode_subject(image(0), mask(30), "cat")
+    assert latents(other, [Job(again, "a cat", 0)], QUICK).isfinite().all()
+    pipe.with_config(replace(DEFAULT, m_gen_share=0.5)).run([Job(cat, "a cat", 0)], QUICK)
+
+
+@pytest.mark.parametrize("subject", ["cat.png", None, ["a", "b"], Image.new("RGB", (64, 64))])
+def test_what_is_no_subject_is_refused(pipe: Pipeline, subject: object) -> None:
+    with pytest.raises(TypeError, match="expected encode_subject's"):
+        pipe.sample(subject, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((np.zeros((64, 64, 3)), mask(30), "cat"), "image is of type ndarray"),
+        (("cat.png", mask(30), "cat"), "image is of type str"),
+        ((image(0), np.zeros((64, 64)), "cat"), "mask is of type ndarray"),
+        ((image(0), None, "cat"), "mask is of type NoneType"),
+        ((image(0), mask(30), None), "word is of type NoneType"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_is_no_image_is_refused(pipe: Pipeline, given: tuple, named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        pipe.encode_subject(*given)
+    with pytest.raises(ValueError, match=f"seed {2**32}"):
+        pipe.encode_subject(image(0), mask(30), "cat", seed=2**32)
+
+
+def test_masks_of_every_kind_are_read_as_files_are(pipe: Pipeline, cat: MoMASubject) -> None:
+    white = np.asarray(mask(30)) > 127  # (H, W)
+    red, clear = (np.zeros((*white.shape, n), np.uint8) for n in (3, 4))
+    red[white, 0] = clear[white, 3] = 255
+    label = Image.fromarray(white.astype(np.uint8))
+    palette = label.copy()
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    for one in (label, palette, *map(Image.fromarray, (red, clear, white.astype(np.float32)))):
+        assert torch.equal(pipe.encode_subject(image(0), one, "cat").reference.mask, cat.reference.mask)
+
+
+def test_a_mask_of_the_background_is_doubted(pipe: Pipeline) -> None:
+    with pytest.warns(UserWarning, match=r"'cat': .*invert the mask"):
+        pipe.encode_subject(image(0), ImageOps.invert(mask(30)), "cat")
 
 
 def test_noise_streams_differ(pipe: Pipeline) -> None:

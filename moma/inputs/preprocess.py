@@ -265,6 +265,13 @@ def find_mask(
         raise error from None
 
 
+def meant_mask(image: Image.Image) -> FoundMask:
+    """The mask that an image is, as `open_mask` of its file; one of mode L with white in it stays as it is,
+    since soft ones of `find_mask` may have values that a file's would be taken for labels by."""
+    white = image.mode == "L" and image.getextrema()[1] > HALF
+    return FoundMask(image if white else mask_of(image, "the mask"), "file")
+
+
 @contextmanager
 def about(file: str | Path) -> Iterator[None]:
     """What is wrong inside, a ValueError, begins with the file that it is about."""

@@ -78,6 +78,7 @@ class IPAdapterMethod(TextToImage):
     Config = IPAdapterConfig
     Presets: ClassVar[Mapping[str, Any]] = {"default": IPAdapterConfig()}
     subjects, images, has_strength = range(1, 9), range(1, 65), True
+    encoding = (*TextToImage.encoding, "image")
     own_networks: ClassVar[Mapping[str, Any]] = {"ip_adapter": (AdapterConfig, IPAdapter)}
 
     def __init__(self, base: Base, vision: CLIPVision, adapter: IPAdapter, config: IPAdapterConfig) -> None:
@@ -97,6 +98,8 @@ class IPAdapterMethod(TextToImage):
         return cls(Base.load(runtime), vision, adapter, config)
 
     def with_config(self, config: IPAdapterConfig) -> Self:
+        if config.encoder != self.config.encoder:
+            raise ValueError(f"encoder {config.encoder!r}: is decided when the weights are loaded")
         return type(self)(self.base, self.vision, self.adapter, config)
 
     @torch.no_grad()

@@ -4,8 +4,9 @@ Letters: B images, R rows of a UNet call (B unconditional, then B conditional, o
 T text tokens, A added conditioning.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.unet import Grid
-from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference
+from moma.inputs.preprocess import Reference, ReferenceConfig, make_reference, meant_mask
 from moma.methods.prompts import AbsentLabel, Prompt, read_prompt
 from moma.sampling.base import NETWORKS, Base, Encodings
 from moma.sampling.config import SampleConfig, check_types
@@ -41,6 +42,8 @@ class Subject:
 
     word: str
     reference: Reference
+    # The method that encoded it, and its `TextToImage.encoding` -> value; None = not known.
+    made: tuple[type[Method], Mapping[str, Any]] | None = field(default=None, kw_only=True)
 
 
 class Prepared(NamedTuple):
@@ -80,6 +83,8 @@ class TextToImage(Method):
     """The base model alone. Subjects count by their words, and there may be none."""
 
     Config = TextConfig
+    # Fields of the config that decide what a subject is: under others it has to be encoded again.
+    encoding: ClassVar[tuple[str, ...]] = tuple(one.name for one in fields(ReferenceConfig))
     subjects: ClassVar[range] = range(9)  # how many an image may have
     Presets: ClassVar[Mapping[str, Any]] = {"default": TextConfig()}
 
@@ -112,13 +117,40 @@ class TextToImage(Method):
             raise ValueError(f"{len(words)} subjects: this method draws images with {expected}")
 
     def encode_subject(self, image: Image.Image, mask: Image.Image, word: str, **options: Any) -> Subject:
-        reference = make_reference(image, mask, self.base.image_size, self.config)
-        return self.encode_reference(reference, word, **options)
+        found = meant_mask(mask)
+        if doubt := found.doubt():
+            warnings.warn(f"{word!r}: {doubt}", stacklevel=3)
+        reference = make_reference(image, found.mask, self.base.image_size, self.config)
+        made = type(self), {name: getattr(self.config, name) for name in self.encoding}
+        return replace(self.encode_reference(reference, word, **options), made=made)
 
     def encode_reference(self, reference: Reference, word: str, **options: Any) -> Subject:
         return Subject(word, reference)
 
+    def check_subject(self, subject: Any) -> None:
+        """Refuse what this method under this config has not encoded.
+
+        Raises:
+            TypeError: for what is no subject.
+            ValueError: for one of another method, or of a config with another value in `encoding`.
+        """
+        if not isinstance(subject, Subject):
+            found = type(subject).__name__
+            raise TypeError(f"a subject of type {found}: expected encode_subject's, several as a tuple")
+        kind, then = subject.made or (type(self), {})
+        again = "encode it again with this pipeline"
+        if not issubclass(kind, type(self)):
+            made, now = kind.__name__, type(self).__name__
+            raise ValueError(f"subject {subject.word!r}: was encoded by {made}, this is {now}; {again}")
+        for name in self.encoding:
+            if (now := getattr(self.config, name)) != (made := then.get(name, now)):
+                raise ValueError(
+                    f"subject {subject.word!r}: has {name} {made!r}, the config {now!r}; {again}"
+                )
+
     def prepare(self, jobs: Sequence[Job]) -> list[Prepared]:
+        for subject in (subject for job in jobs for subject in job.subjects):
+            self.check_subject(subject)
         texts = [
             job.text
             or self.read(self.base.tokenizers, self.config, [s.word for s in job.subjects], job.prompt)

@@ -90,7 +90,10 @@ class Pipeline:
         return self.base.image_size
 
     def with_config(self, config: Any) -> "Pipeline":
-        """The same networks under another config of the method. Subjects have to be encoded again."""
+        """The same networks under another config of the method.
+
+        Subjects whose making it changes are refused until they are encoded again (`run`).
+        """
         return replace(self, method=self.method.with_config(config))
 
     @torch.no_grad()
@@ -98,16 +101,21 @@ class Pipeline:
         """What the method keeps of one subject (`Method.encode_subject`, `Method.join_images`).
 
         Args:
-            image: RGB or RGBA; one, or several of the same subject.
-            mask: mode L, 255 = subject, of the same aspect ratio; of each image.
+            image: RGB, RGBA or another mode of 8 or 16 bits; one, or several of the same subject.
+            mask: of each image, of its aspect ratio: mode L, 255 = subject, or of any mode that --mask takes.
             word: what the subject is.
             options: of `Method.encode_reference`, such as seed and prompts.
 
         Raises:
             ValueError: for an empty or a full mask, or more images than the method can use.
+            TypeError: for images that are not PIL's, or a word that is no text.
+
+        Warns for a mask that may be the background's.
         """
         check_seed("seed", options.get("seed", 0))
-        images, masks = ([x] if isinstance(x, Image.Image) else x for x in (image, mask))
+        images, masks = _listed("image", image), _listed("mask", mask)
+        if not isinstance(word, str):
+            raise TypeError(f"the word is of type {type(word).__name__}: expected text such as 'cat'")
         if len(images) not in self.method.images or len(masks) != len(images):
             raise ValueError(
                 f"{len(images)} images and {len(masks)} masks of {word!r}: expected"
@@ -136,7 +144,7 @@ class Pipeline:
         """Images for each prompt for each seed.
 
         Args:
-            subjects: of `encode_subject`, one or a tuple of several or none.
+            subjects: of `encode_subject` with this config, one or a tuple of several or none.
             prompt: one or several; each must name the subjects.
             seeds: of the start noise, 0 to 2**32 - 1.
             strength: of the subjects, β of Eq. 3: one for all, or one for each; None = the config's.
@@ -174,7 +182,8 @@ class Pipeline:
 
         Raises:
             ValueError: before anything is computed, for a prompt without the subject's word, a size that
-                does not fit, unknown settings.
+                does not fit, unknown settings, a subject of another method or config.
+            TypeError: for what is no subject.
         """
         config = (config or SampleConfig()).sized(self.image_size)
         config.check(self.base.vae.cfg.factor)
@@ -256,6 +265,18 @@ class Pipeline:
     def _decode(self, latents: Tensor, vae: VAE) -> Tensor:
         """(1, Z, h, w), scaled -> (1, 3, H, W)."""
         return decode(vae, (latents / vae.cfg.scaling).to(vae.dtype), self.tiles)
+
+
+def _listed(what: str, given: Images) -> Sequence[Image.Image]:
+    """One image or several as several; TypeError for anything else."""
+    listed = given if isinstance(given, Sequence) else [given]
+    for one in listed:
+        if not isinstance(one, Image.Image):
+            found, gives = type(one).__name__, {"image": "open_image(FILE)", "mask": "find_mask(image).mask"}
+            raise TypeError(
+                f"the {what} is of type {found}: expected a PIL image as moma.{gives[what]} gives"
+            )
+    return listed
 
 
 def to_images(x: Tensor) -> list[Image.Image]:

@@ -63,6 +63,7 @@ class MMDiff(TextToImage):
     Config = MMDiffConfig
     Presets: ClassVar[Mapping[str, Any]] = PRESETS
     images, has_strength = range(1, 65), True
+    encoding = (*TextToImage.encoding, "seen")
     own_networks: ClassVar[Mapping[str, Any]] = {
         "mm_diff": (MMDiffSizes, MMDiffAdapter),
         WORDS: (CLIPVisionConfig, build_vision),

@@ -77,6 +77,10 @@ class MoMA(TextToImage):
     Config = MethodConfig
     Presets = PRESETS
     images, has_strength = range(1, 65), True
+    encoding = (
+        *TextToImage.encoding,
+        *("reference_noise", "reference_text_cut", "keep_one_key", "template", "mllm_layers"),
+    )
     training_fields = ("lambda_init", "subject_init", "context_init")
     own_networks: ClassVar[Mapping[str, Any]] = {"adapter": (AdapterConfig, Adapter)}
 
@@ -270,7 +274,9 @@ class MoMA(TextToImage):
         layers = [side_by_side(rows) for rows in zip(*(one.layers for one in images), strict=True)]
         known = set.intersection(*(set(one.features) for one in images))
         features = {prompt: _mean([one.features[prompt] for one in images]) for prompt in known}
-        return MoMASubject(images[0].word, images[0].reference, layers, features, tuple(images))
+        return MoMASubject(
+            images[0].word, images[0].reference, layers, features, tuple(images), made=images[0].made
+        )
 
     def prepare(self, jobs: Sequence[Job]) -> list[MoMAPrepared]:
         """Jobs checked and tokenised; the MLLM reads every new pair of subject and prompt once, together."""
