@@ -1,6 +1,9 @@
 """A method from a fork's own file: drawn with, trained, exported, put into a bundle and drawn with again."""
 
 import importlib
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -211,3 +214,19 @@ def test_what_is_no_method_is_refused_at_once(wrong: dict) -> None:
     with pytest.raises(TypeError, match="expected a class derived from"):
         register("wrong", **wrong)
     assert "wrong" not in METHODS
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_launcher_of_the_readme_draws(tmp_path: Path) -> None:
+    """In a copy of the repository's root, where it lies beside sample.py."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(import moma, mine, sample; [^`]*)`", readme)
+    for name in ("models", "moma", "weights", "examples", "sample.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine.py").write_text("from moma.methods.text import TextToImage as Mine\n")
+    (tmp_path / "draw.py").write_text(line)
+    options = shlex.split(
+        "--method mine --ref examples/cat.png --prompt 'a cat' --weights weights/mini --steps 1"
+    )
+    done = subprocess.run([sys.executable, "draw.py", *options], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "out" / "a-cat-seed0.png").is_file(), done.stderr
