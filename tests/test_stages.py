@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,15 @@ def test_validation_is_fixed(one: Callable[..., FeatureTask], two: Callable[...,
         assert len(a["number"]) == 2 and a.keys() == first(task).keys()
         assert all(a[k] == b[k] if isinstance(a[k], list) else torch.equal(a[k], b[k]) for k in a)
         assert not a.get("drop", torch.zeros(1)).any()
+
+
+def test_a_single_sample_is_trained_on_without_a_validation(
+    one: Callable[..., FeatureTask], two: Callable[..., DenoisingTask], tmp_path: Path
+) -> None:
+    write_data(tmp_path / "data", 1)
+    for build in (one, partial(two, cache=str(tmp_path / "cache"))):
+        task = build(data=tmp_path / "data", validation_samples=None)
+        assert task.validation() == [] and len(first(task, 2)["number"]) == 2
 
 
 @pytest.mark.parametrize("stage", ["one", "two"])

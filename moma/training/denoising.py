@@ -200,7 +200,8 @@ class DenoisingTask:
 
     def _validation(self, count: int, size: int) -> Iterator[Batch]:
         """The first `count` held-out samples, the same in every run, nothing dropped."""
-        for numbers in torch.arange(count).split(size):
+        for start in range(0, count, size):
+            numbers = torch.arange(start, min(start + size, count))  # (B,)
             batch = self._batch(self.held_out or self.data, numbers * self._views, numbers, VALIDATION_SEED)
             dropped = (name for name in ("drop", "drop_text", "absent") if name in batch)
             yield batch | {name: torch.zeros_like(batch[name]) for name in dropped}
