@@ -47,7 +47,7 @@ from moma.app.record import (
 )
 from moma.app.sheets import Cell, contact_sheet, mask_image, numbered, prompt_rows
 from moma.app.subjects import FoundImage, encode, find_faces, find_images, open_images
-from moma.inputs.preprocess import Reference, about, on_white, open_image
+from moma.inputs.preprocess import Reference, about, check_not_blank, on_white, open_image
 from moma.methods import find_method
 from moma.methods.prompts import foreign_syntax
 from moma.mini import SOURCE as MINI_SOURCE
@@ -273,6 +273,7 @@ def _list_objects(args: argparse.Namespace, bundle: Bundle) -> None:
     (ref,) = args.ref
     image = open_image(ref)
     _check_sam("--list-objects needs", bundle)
+    check_not_blank(image)
     check_writable("--out", args.out)
     segmenter = Segmenter.load(bundle, choose_device(args.device))
     objects = segmenter.objects(image)

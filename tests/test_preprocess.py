@@ -123,8 +123,9 @@ def test_an_animation_that_begins_empty_is_named(tmp_path, empty):
     frames = [Image.new(*empty), scene(64, 64)]
     path = tmp_path / "x.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match="2 frames"):
-        find_mask(open_image(path))
+    for more in ({}, {"segment": pytest.fail}, {"mask_path": saved(tmp_path, disc(64, 64))}):
+        with pytest.raises(ValueError, match="2 frames"):
+            find_mask(open_image(path), **more)
 
 
 @pytest.mark.parametrize("format", ["EPS", "PCX", "TGA", "ICO", "PDF"])
@@ -398,10 +399,10 @@ def test_busy_border_asks_for_a_mask():
 
 
 def test_one_plain_colour_has_no_subject():
-    with pytest.raises(ValueError, match="colour"):
-        find_mask(Image.new("RGB", (64, 64), BLUE))
-    with pytest.raises(ValueError, match="colour"):
-        find_mask(Image.new("RGBA", (64, 64), (*BLUE, 0)))
+    for image in (Image.new("RGB", (64, 64), BLUE), Image.new("RGBA", (64, 64), (*BLUE, 0))):
+        for more in ({}, {"segment": pytest.fail}, {"segment": pytest.fail, "plain_first": True}):
+            with pytest.raises(ValueError, match="colour"):
+                find_mask(image, **more)
 
 
 # --- making the reference --------------------------------------------------------------------------

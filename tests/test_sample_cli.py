@@ -389,6 +389,16 @@ def test_sam_finds_the_subject_and_replay_needs_no_sam(
     assert read_record(second).subjects[0].images[0].segmented == kept
 
 
+@pytest.mark.parametrize("more", [[], ["--point", "20,20"], ["--list-objects"]])
+def test_a_blank_image_is_refused_before_sam_is_loaded(tmp_path, weights_with_sam, sams, capsys, more):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("white", "red")]
+    frames[0].save(tmp_path / "w.gif", save_all=True, append_images=frames[1:])
+    given = ["--ref", tmp_path / "w.gif", "--weights", weights_with_sam, "--out", tmp_path / "out"]
+    assert run(*given, *([] if "--list-objects" in more else SHOT), *more) == 2
+    error = capsys.readouterr().err
+    assert "first of the image's 2 frames is empty" in error and error.count("\n") == 1 and not sams
+
+
 def test_objects_points_and_boxes(tmp_path, weights_with_sam, sams, masks_only, street, capsys):
     """The list is all that is done; what it numbers, --object takes."""
     given = ["--ref", street, "--weights", weights_with_sam, "--out", tmp_path / "out"]

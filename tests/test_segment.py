@@ -411,8 +411,10 @@ def test_transparent_parts_are_white():
 
 
 def test_nothing_to_find():
-    with pytest.raises(ValueError, match="no object"):
-        Segmenter(FlatSAM()).objects(Image.new("RGB", (64, 64), BLUE))
+    segmenter, image = Segmenter(FlatSAM()), Image.new("RGB", (64, 64), BLUE)
+    for pick in (Pick(), Pick(points=((9, 9),)), Pick(object=1)):
+        with pytest.raises(ValueError, match="one plain colour"):
+            segmenter.subject(image, pick)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from moma.inputs.preprocess import (
     Reference,
     ReferenceConfig,
     about,
+    check_not_blank,
     find_mask,
     make_reference,
     open_image,
@@ -144,6 +145,9 @@ def find_images(
                 found = find_mask(images[i], one.mask, segment=later, plain_first=plain_first)
             if found.mask:
                 done[i] = made(i, found)
+        else:
+            with about(one.file):
+                check_not_blank(images[i])
     if len(done) < len(asked):
         segment = (load() if load else Segmenter.load(weights, runtime.device)).mask
         for i, (_, one) in enumerate(asked):

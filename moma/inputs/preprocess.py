@@ -36,6 +36,7 @@ from moma.inputs.regions import components, frame
 # PIL's names of what is opened: its readers of these run in this process, and no file needs another.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM")
 FRAMES = "frames"  # of an animation that begins with a blank one: a key of the image's info
+PLAIN = "the image is one plain colour, without a subject: use another image"
 DEEP = (";16B", ";16L", ";16N")  # in PIL's names of file layouts: 16 bits per channel
 
 
@@ -48,6 +49,9 @@ class InputConfig:
     max_wide: int = 40_000_000  # pixels of JPEG 2000, whose reader takes 4 bytes for each channel beside ours
     max_scans: int = 100  # of a JPEG, which are decoded one by one, each over all pixels; cameras write 10
     aspect_tolerance: float = 0.02  # relative; rounding of a mask scaled with its photo
+    # Range of the widest colour channel, 0..255. Below it the image is blank, yet a small SAM still returns
+    # regions.
+    least_contrast: int = 8
     border_tolerance: int = 24  # 0..255, any channel: JPEG noise and soft vignettes of a studio background
     border_share: float = 0.9  # of the border's pixels; a subject may touch the rest
     # What stands out by this much must be nearly the same; else shadows or folds count as subject.
@@ -225,6 +229,21 @@ def _is_blank(image: Image.Image) -> bool:
     return all(low == high for low, high in ranges) or (image.mode[-1:] == "A" and ranges[-1][1] == 0)
 
 
+def check_not_blank(image: Image.Image, limits: InputConfig = INPUT) -> None:
+    """ValueError for an image of one colour, or wholly transparent, which shows no subject.
+
+    Args:
+        image: as from `open_image`.
+        limits: say how little colours must vary.
+    """
+    seen = image if image.mode == "RGB" else on_white(image)
+    if max(high - low for low, high in seen.getextrema()) >= limits.least_contrast:
+        return
+    if (frames := image.info.get(FRAMES, 1)) > 1:
+        raise ValueError(f"the first of the image's {frames} frames is empty: save the one that you mean")
+    raise ValueError(PLAIN)
+
+
 def find_mask(
     image: Image.Image,
     mask_path: str | Path | None = None,
@@ -246,12 +265,14 @@ def find_mask(
         segment: gives a mask or raises ValueError, such as `moma.inputs.segment.Segmenter.subject_mask`.
         plain_first: a plain background comes before `segment`, which knows one kind of images only.
     Raises:
-        ValueError: none of these gives a mask.
+        ValueError: none of these gives a mask, or the image is blank.
     """
+    alpha = real_alpha(image, limits.pixels) if mask_path is None else None
+    if alpha is not None:
+        return FoundMask(alpha, "alpha")
+    check_not_blank(image, limits)
     if mask_path is not None:
         return FoundMask(open_mask(mask_path, limits), "file")
-    if (alpha := real_alpha(image, limits.pixels)) is not None:
-        return FoundMask(alpha, "alpha")
     if segment is None:
         return FoundMask(_border_mask(image, limits), "border")
     if plain_first:
@@ -471,7 +492,7 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
 
     No side is longer than `border_side`, unless the other would fall below `min_side`.
     """
-    frames, image = image.info.get(FRAMES, 1), on_white(image)
+    image = on_white(image)
     aspect = max(image.size) / min(image.size)
     side = max(limits.border_side, int(min(limits.min_side * aspect, limits.border_side * math.sqrt(aspect))))
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
@@ -485,9 +506,7 @@ def _border_mask(image: Image.Image, limits: InputConfig) -> Image.Image:
             " (convert_weights.py)"
         )
     if away.max() <= limits.border_tolerance:
-        if frames > 1:
-            raise ValueError(f"the first of the image's {frames} frames is empty: save the one that you mean")
-        raise ValueError("the image is one plain colour, without a subject: use another image")
+        raise ValueError(PLAIN)
     levels = limits.border_tolerance, limits.outline_tolerance
     inside, clear = (_enclosed(away > level, edge) for level in levels)
     cut = (inside & edge).sum() / math.sqrt(inside.sum())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.sam import BOX_END, BOX_START, FOREGROUND, SAM, Prompts
 from models.sam_image import Placement, preprocess, to_image, to_input
-from moma.inputs.preprocess import on_white
+from moma.inputs.preprocess import check_not_blank, on_white
 from moma.inputs.regions import frame, tidied
 from moma.sampling.device import choose_device
 from moma.sampling.finite import check_finite
@@ -39,9 +39,6 @@ class SegmentConfig:
     # Box prompts, each by the margin it leaves at every border, as a share of the side: for subjects that
     # fill the image, for the usual framing, and for the middle.
     margins: tuple[float, ...] = (0.02, 0.1, 0.25)
-    # Range of the widest colour channel, 0..255. Below it the image is blank, yet a small SAM still returns
-    # regions.
-    least_contrast: int = 8
     max_prompts: int = 64  # per decoder call, as in segment-anything; bounds the memory
     threshold: float = 0.0  # on the logits, as SAM was trained
     stability_offset: float = 1.0  # logits above and below the threshold; segment-anything's
@@ -358,14 +355,13 @@ class Segmenter:
 
     def objects(self, image: Image.Image) -> list[Candidate]:
         """The distinct objects of an image, the main one first; ValueError if there is none."""
+        check_not_blank(image)
         width, height = image.size
         steps = (np.arange(self.cfg.grid) + 0.5) / self.cfg.grid
         points = [(width * x, height * y) for y in steps.tolist() for x in steps.tolist()]
         points.append((width / 2, height / 2))
         boxes = [(width * m, height * m, width * (1 - m), height * (1 - m)) for m in self.cfg.margins]
-        contrast = max(high - low for low, high in on_white(image).getextrema())
-        seen = self.candidates(image, points, boxes) if contrast >= self.cfg.least_contrast else []
-        if not (found := rank(seen, self.cfg)):
+        if not (found := rank(self.candidates(image, points, boxes), self.cfg)):
             raise ValueError(
                 "SAM finds no object in the image: show it where (--point X,Y or --box X0,Y0,X1,Y1), or"
                 " give a mask (--mask FILE, white = subject)"
@@ -377,6 +373,7 @@ class Segmenter:
         pick = pick or Pick()
         pick.check(image.size)
         if pick.points or pick.box:
+            check_not_blank(image)
             features, placement = self._encode(image)
             prompt = [(point, FOREGROUND) for point in pick.points] + (_corners(pick.box) if pick.box else [])
             outputs = MULTIPLE if len(prompt) == 1 else SINGLE
