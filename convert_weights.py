@@ -5,6 +5,7 @@
     python convert_weights.py --download --out weights/moma
     python convert_weights.py --with scorers --base-bundle weights/moma --out weights/judged
     python convert_weights.py --base-bundle weights/moma --llm-bits 8 --out weights/moma8
+    python convert_weights.py --base-bundle weights/moma --dtype bf16 --out weights/moma16
     python convert_weights.py sam_vit_b_01ec64.pth --base-bundle weights/moma --out weights/with_sam
     python convert_weights.py --export-ip-adapter weights/moma --out moma_context.safetensors
     python convert_weights.py --base-bundle weights/moma --lora style.safetensors:0.8 --out weights/styled
@@ -41,6 +42,7 @@ from models.weights.loading import (
     LazyTensor,
     does_not_fit,
     finite,
+    sized_by,
     some_names,
     state_dict_mismatch,
     stored_bytes,
@@ -108,7 +110,7 @@ def convert(
         paths: sources.
         out: folder of the new bundle.
         base: bundle that supplies what the sources lack.
-        dtype: of the networks from sources, except scorers; None = unchanged, as a base's networks are.
+        dtype: of all networks but scorers; None = unchanged.
         ema: take a single file's averaged UNet.
         llm: False leaves out LLaVA and its tower.
         llm_bits: 8 or 4 to store the matrices of LLaVA (a source's or the base's) quantised.
@@ -125,20 +127,16 @@ def convert(
         sources = _read([*(fetch() if fetch else []), *paths], defaults, ema, say)
         left_out = () if llm else LLM
         networks = _choose(sources, left_out, say)
-        adapters = "adapter" in networks or (base is not None and "adapter" in base.networks)
-        for source in sources:
-            if (
-                adapters
-                and source.networks.get("llava", base) is networks.get("llava")
-                and source.is_plain_llava
-            ):
-                say(f"note: llava: {source.name} does not say that it is MoMA's own, which the adapter needs")
+        plain = [s.name for s in sources if s.is_plain_llava and s.networks["llava"] is networks.get("llava")]
         if WORDS in networks and networks[WORDS].config is None:
             networks |= mm_diff_encoders(networks, base)
         if llm_bits and "llava" not in networks:
             networks["llava"] = llava_of(base if llm else None)
-        if not networks and not loras:
-            raise ValueError("nothing to convert: give at least one source")
+        if not networks and not loras and not (base and (dtype or left_out)):
+            raise ValueError(
+                "nothing to convert: give at least one source, or a --base-bundle and what to change of it"
+                " (--dtype, --llm-bits, --no-llm or --lora)"
+            )
         kept = {n: base.configs[n] for n in base.networks if n not in (*networks, *left_out)} if base else {}
         tokenizers = _choose_tokenizers(networks, kept, sources, base)
         if "llava" in networks:
@@ -161,6 +159,9 @@ def convert(
         check_together(configs, methods)
         check_latents(networks, kept, defaults)
         check_tokenizers(tokenizers, configs)
+        if plain and "adapter" in configs:
+            unsaid = f"llava: {plain[0]} does not say that it is MoMA's own, which the adapter"
+            say(f"note: {unsaid} needs")
         networks = {
             name: check(name, network, configs.get("unet"), say) for name, network in networks.items()
         }
@@ -168,7 +169,7 @@ def convert(
             if name in kept and "unet" in networks:
                 check(name, Network(kept[name], base.tensors(name), str(base.folder)), configs["unet"], say)
         # scorers are not rounded, as scores are compared with published ones
-        dtypes = {name: None if name in SCORERS else dtype for name in networks}
+        dtypes = {name: None if name in SCORERS else dtype for name in configs}
         for name, network in networks.items():
             check_kinds(name, network, configs.get("unet"), dtypes[name])
         record = {}
@@ -179,6 +180,9 @@ def convert(
         if llm_bits in UNSAFE:
             say(f"note: {llm_bits} bits are unsafe: a real language model loses much of its prompt; use 8")
         _compare_towers(networks, sources, say)
+        for name in (name for name in kept if name not in networks):
+            if cast := recast(base, name, dtypes[name]):
+                networks[name], record[name] = cast, base.networks[name].get("loras", ())
         sizes = {name: stored_bytes(network.tensors, dtypes.get(name)) for name, network in networks.items()}
         with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="writing") as bar:
             writer.check_space(sum(sizes.values()))
@@ -246,6 +250,26 @@ def with_loras(
     changed, record = merge_loras(loras, tensors, there["unet"].config, dtypes)
     result = {name: replace(there[name], tensors=own) for name, own in changed.items()}
     return {**networks, **result}, {name: [*before.get(name, []), *own] for name, own in record.items()}
+
+
+def recast(base: Bundle, name: str, dtype: torch.dtype | None) -> Network | None:
+    """A network of the base to be written in another dtype; None if it is stored in that.
+
+    Args:
+        base: the bundle.
+        name: of the network.
+        dtype: of its parameters; buffers, such as codes and scales, keep theirs. None = as they are.
+    """
+    if dtype is None:
+        return None
+    config, tensors = base.config(name), base.tensors(name)
+    with sized_by(len(tensors)):
+        buffers = dict(build_network(name, config, base.configs.get("unet")).named_buffers())
+    tensors = {key: replace(tensor, castable=key not in buffers) for key, tensor in tensors.items()}
+    kinds = {
+        tensor.dtype for tensor in tensors.values() if tensor.castable and tensor.dtype.is_floating_point
+    }
+    return None if kinds <= {dtype} else Network(config, tensors, base.networks[name]["source"])
 
 
 def kept_methods(base: Bundle, networks: Mapping[str, Network]) -> dict[str, dict[str, Any]]:
@@ -543,7 +567,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--llm-bits", type=int, choices=sorted(PRESETS), help="bits per weight of LLaVA's language model:"
         " 8 halve its size and are recommended; 4 are unsafe")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
-    add("--dtype", choices=CHOICES, default="keep", help="dtype of the converted weights, except scorers"
+    add("--dtype", choices=CHOICES, default="keep", help="dtype of all weights but scorers, the base's too"
         " (default: keep)")  # fmt: skip
     add("--ema", action="store_true", help="use the averaged UNet of a single-file checkpoint")
     add("--no-llm", action="store_true", help="leave out LLaVA")

@@ -30,6 +30,7 @@ from moma.weights.download import KNOWN, MOMA_FILE, DownloadConfig, by_hand, dow
 from moma.weights.sources import DefaultConfigs, guess_tower
 from moma.weights.tiny import build_tokenizers
 from tests.compare import assert_close_to_std
+from tests.helpers import MINI
 from tests.make_checkpoints import (
     TINY,
     converted,
@@ -297,14 +298,39 @@ def test_dtype(public: Path, complete: Bundle, tmp_path: Path, choice: str) -> N
     kind = CHOICES[choice]
     bundle, _ = converted([public / "vae"], tmp_path / "b", complete, dtype=kind)
     assert_drawn(state(bundle, "vae"), torch.float32, "mse", cast=kind)
-    assert bundle.hashes["llava.safetensors"] == complete.hashes["llava.safetensors"]
+
+
+def test_dtype_casts_a_base(complete: Bundle, tmp_path: Path) -> None:
+    """Alone too; there and back nothing is lost, and a network that has the dtype is the same file."""
+    half, _ = converted([], tmp_path / "a", complete, dtype=torch.bfloat16)
+    assert half.networks.keys() == complete.networks.keys() and half.configs == complete.configs
+    for name in complete.networks:
+        before, after = complete.state(name), half.state(name)
+        assert before.keys() == after.keys(), name
+        assert all(torch.equal(after[key], value.bfloat16()) for key, value in before.items()), name
+    again, _ = converted([], tmp_path / "b", half, dtype=torch.bfloat16)
+    assert again.hashes == half.hashes
+    assert again.files("unet")[0].samefile(half.files("unet")[0])
+
+
+def test_dtype_leaves_a_base_its_codes_and_scorers(tmp_path: Path) -> None:
+    mini = Bundle.open(MINI)
+    few, _ = converted([], tmp_path / "few", mini, llm_bits=8)
+    wide, _ = converted([], tmp_path / "wide", few, dtype=torch.float32)
+    for name in ("llava", "sam"):
+        before, after = few.tensors(name), wide.tensors(name)
+        stored = {key for key, buffer in wide.build(name, "meta").named_buffers()}
+        kept = {key for key in after if after[key].dtype == before[key].dtype}
+        assert kept == stored & before.keys() and kept
+        assert all(torch.equal(after[key].read(), before[key].read().to(after[key].dtype)) for key in after)
 
 
 def test_without_llm(public: Path, complete: Bundle, tmp_path: Path) -> None:
     bundle, _ = converted([public / "sd15", public / MOMA_FILE, public / "llava"], tmp_path / "a", llm=False)
     assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
-    bundle, _ = converted([public / "vae"], tmp_path / "b", complete, llm=False)
-    assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
+    for i, sources in enumerate(([public / "vae"], [])):
+        bundle, _ = converted(sources, tmp_path / f"b{i}", complete, llm=False)
+        assert set(bundle.networks) == {"unet", "vae", "text", "adapter"}
 
 
 # --- which source wins ----------------------------------------------------------------------------------
@@ -1005,6 +1031,8 @@ def test_command_line(public: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert set(Bundle.open(out).networks) == set(SAMPLING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
     assert main(["--out", str(tmp_path / "c")]) == 2
+    assert main(["--base-bundle", out, "--out", str(tmp_path / "c")]) == 2
+    assert "--dtype" in capsys.readouterr().err.splitlines()[-1]
     assert main([*sources[:1], "--base-bundle", str(public), "--out", str(tmp_path / "c")]) == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()

@@ -212,7 +212,7 @@ def test_embeddings_of_mini_are_near_the_plain_ones(tmp_path: Path, bits: int, l
 
 @pytest.mark.parametrize("bits", BITS)
 def test_what_a_bundle_holds(plain: Bundle, few: dict[int, Bundle], bits: int) -> None:
-    """Codes and bfloat16 scales of the blocks' matrices; all else as --dtype says, and untouched."""
+    """Codes and bfloat16 scales of the blocks' matrices; all else as --dtype says."""
     before, after, cfg = plain.tensors("llava"), few[bits].tensors("llava"), PRESETS[bits]
     matrices = [n.removesuffix(".weight") for n in before if "_proj." in n]
     assert len(matrices) == 7 * plain.config("llava").llama.layers
@@ -223,8 +223,6 @@ def test_what_a_bundle_holds(plain: Bundle, few: dict[int, Bundle], bits: int) -
         assert stored.dtype == SCALE_DTYPE and torch.equal(stored, scale)
     assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.bfloat16}
     assert all(torch.equal(after[name].read(), t.read().bfloat16()) for name, t in before.items())
-    kept = [file for file in plain.hashes if not file.startswith("llava")]
-    assert {few[bits].hashes[file] for file in kept} == {plain.hashes[file] for file in kept}
 
 
 @pytest.mark.parametrize("bits", BITS)
