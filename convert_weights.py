@@ -161,6 +161,10 @@ def convert(
         check_tokenizers(tokenizers, configs)
         if plain and "adapter" in configs:
             unsaid = f"llava: {plain[0]} does not say that it is MoMA's own, which the adapter"
+            if "adapter" in kept and "llava" in base.networks:
+                raise ValueError(
+                    f"{unsaid} of {base.folder} needs: leave it out, or give its adapter as well"
+                )
             say(f"note: {unsaid} needs")
         networks = {
             name: check(name, network, configs.get("unet"), say) for name, network in networks.items()

@@ -240,7 +240,7 @@ def test_llava_hf(public: Path, tmp_path: Path, new: bool) -> None:
 
 
 def test_tower_inside_llava(public: Path, complete: Bundle, tmp_path: Path) -> None:
-    source = make_llava(tmp_path / "llava", TINY, public / "tokenizers", tower="other")
+    source = make_llava(tmp_path / "moma", TINY, public / "tokenizers", tower="other")
     bundle, _ = converted([source], tmp_path / "inside", complete)
     assert_drawn(state(bundle, "vision"), torch.float16, "other")
     # with OpenAI's folder given, that one is taken and compared
@@ -565,6 +565,19 @@ def test_a_plain_llava_does_not_replace_momas(public: Path, tmp_path: Path, orde
         make_llava(tmp_path / name, TINY, public / "tokenizers", dtype=dtype)
     bundle, said = converted([*(tmp_path / name for name in order), public / "clip"], tmp_path / "b")
     assert bundle.networks["llava"]["source"].startswith("MoMA_llava_7b") and "llava-1.5" in said
+
+
+def test_a_plain_llava_does_not_replace_a_bases(public: Path, complete: Bundle, tmp_path: Path) -> None:
+    """Its adapter was trained with the other; with an adapter of its own, or none, it may."""
+    plain = make_llava(tmp_path / "llava-1.5", TINY, public / "tokenizers", dtype=torch.float32)
+    with pytest.raises(ValueError, match="does not say that it is MoMA's own"):
+        converted([plain], tmp_path / "b", complete)
+    assert [path.name for path in tmp_path.iterdir()] == ["llava-1.5"]
+    _, said = converted([plain, public / MOMA_FILE], tmp_path / "c", complete)
+    assert "does not say that it is MoMA's own" in said
+    bare, _ = converted([public / "sd15", public / "clip"], tmp_path / "d")
+    bundle, said = converted([plain], tmp_path / "e", bare)
+    assert bundle.networks["llava"]["source"] == "llava-1.5" and "MoMA's own" not in said
 
 
 def test_an_export_stays_in_its_folder(tmp_path: Path, complete: Bundle) -> None:
