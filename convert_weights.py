@@ -49,7 +49,7 @@ from models.weights.loading import (
 )
 from models.weights.public_configs import llava_config
 from models.weights.quant import PRESETS, UNSAFE, QuantConfig, quantise
-from moma.app.files import Parser, exit_status, given_text
+from moma.app.files import Parser, check_writable, exit_status, given_text
 from moma.methods import find_method
 from moma.sampling.base import SIZES
 from moma.sampling.device import DTYPES
@@ -68,7 +68,7 @@ from moma.weights.bundle import (
     network_kinds,
 )
 from moma.weights.download import EXTRAS, DownloadConfig, download
-from moma.weights.export import export_ip_adapter
+from moma.weights.export import check_export, export_ip_adapter
 from moma.weights.lora import NETWORKS as LORA_NETWORKS
 from moma.weights.lora import merge_loras, parse_lora
 from moma.weights.mm_diff import PUBLIC, WORDS, encoders
@@ -612,6 +612,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if args.export_ip_adapter:
+        check_export(args.export_ip_adapter, args.out)
+        check_writable("--out", args.out.parent)
         export_ip_adapter(args.export_ip_adapter, args.out)
         return print(args.out)
     check_target(args.out, args.overwrite)
@@ -630,6 +632,9 @@ def _run(args: argparse.Namespace) -> None:
         return fetched
 
     loras = [parse_lora(text) for text in args.lora]
+    check_writable("--out", args.out.resolve().parent)
+    if extras:
+        check_writable("--cache", args.cache)
     convert(args.sources, args.out, base, dtype, args.ema, llm, args.llm_bits, args.overwrite,
         fetch=fetch, loras=loras)  # fmt: skip
     for folder in fetched if args.clean_cache else ():

@@ -236,10 +236,11 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(f"--bundle {args.bundle}: not what {args.run} started from: {listed}")
     choices = _choices_then(saved)
     choices.training.check(bundle, choices.stage, choices.method)
+    folder = args.to or args.run / f"{EXPORT}-{args.which}"
+    check_writable("--to", folder)
     runtime = Runtime(bundle, choose_device(args.device), DTYPES[choices.train.dtype], pack=False)
     model = _kind_of(choices.training).model_of(choices, runtime)
     load_weights(saved, model)
-    folder = args.to or args.run / f"{EXPORT}-{args.which}"
     write_export(folder, model.export())
     print(f"{folder}: step {saved.step}, validation loss {saved.validation}")
 

@@ -1053,6 +1053,23 @@ def test_command_line(public: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds no bundle" in capsys.readouterr().err and (tmp_path / "other" / "thesis.tex").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named_by_its_option(
+    public: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Before anything is fetched."""
+    (tmp_path / "file").touch()
+    bad, good = tmp_path / "file" / "x", tmp_path / "out"
+    cases = {
+        "--out": [public / "vae", "--out", bad / "b"],
+        "--cache": ["--download", "--cache", bad, "--out", good],
+        "--out ": ["--export-ip-adapter", MINI, "--out", bad / "b.safetensors"],
+    }
+    for option, line in cases.items():
+        assert main([str(part) for part in line]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert f"{option.strip()} {bad}: cannot write there (Not a directory): choose another folder" in error
+
+
 def test_links_to_and_from_bundles(public: Path, complete: Bundle, tmp_path: Path) -> None:
     """A bundle of links is a base like any other; of a link at the target, what it names is replaced."""
     (tmp_path / "linked/tokenizers").mkdir(parents=True)

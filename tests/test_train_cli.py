@@ -147,6 +147,28 @@ def test_a_small_set_is_refused_before_anything_is_computed(place, tmp_path, cap
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("training", ["moma:stage1", "moma:stage2"])
+def test_places_that_do_not_serve_are_named_by_their_option(place, tmp_path, capsys, no_weights, training):
+    (tmp_path / "file").touch()
+    cases = {"--validation": f"--validation '{tmp_path}/none': no such file"}
+    if training == "moma:stage2":
+        cases["--cache"] = (
+            f"--cache {tmp_path}/file/none: cannot write there (Not a directory): choose another"
+        )
+    for option, message in cases.items():
+        where = ["--bundle", place / "tiny", "--data", place / "data", "--out", tmp_path / "out", *QUICK]
+        where += ["--workers", 1, option, tmp_path / ("none" if option == "--validation" else "file/none")]
+        assert train.run([training, *map(str, where)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+
+
+def test_an_export_that_cannot_be_written_is_refused_first(place, trained, capsys, no_weights):
+    to = place / "data" / "0.png" / "x"
+    assert export(place, trained, "--to", to) == 2
+    assert f"--to {to}: cannot write there" in capsys.readouterr().err
+
+
 def test_a_validation_fits_the_set(place):
     for count, kept in ((2, 1), (4, 1), (30, 3), (640, 64), (700, 64)):
         source = SimpleNamespace(shards=[""], read=lambda shard, count=count: iter(range(count)))

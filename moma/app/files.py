@@ -135,4 +135,4 @@ def check_writable(option: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         why = f"a link to {os.readlink(folder)}" if folder.is_symlink() else error.strerror
-        raise ValueError(f"{option} {folder}: cannot write there ({why})") from None
+        raise ValueError(f"{option} {folder}: cannot write there ({why}): choose another folder") from None

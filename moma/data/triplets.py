@@ -191,40 +191,40 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def open_source(place: str | Path | Sequence[str | Path]) -> Source:
+def open_source(place: str | Path | Sequence[str | Path], what: str = "training data") -> Source:
     """The samples at `place`; ValueError if there are none.
 
-    place: a folder with `metadata.jsonl` or `*.tar`, a shard, a pattern such as `data/*/*.tar`, or a list of
-    shards.
+    Args:
+        place: a folder with `metadata.jsonl` or `*.tar`, a shard, a pattern such as `data/*/*.tar`, or a list
+            of shards.
+        what: names it in messages.
     """
     if not isinstance(place, str | Path):
         paths = [Path(path) for path in place]
         if not paths:
-            raise ValueError("training data: an empty list, expected tar shards")
+            raise ValueError(f"{what}: an empty list, expected tar shards")
     elif glob.has_magic(str(place)) and not Path(place).exists():
         paths = [Path(path) for path in glob.glob(str(place), recursive=True)]
         if not paths:
-            raise ValueError(f"training data {str(place)!r}: no file matches this pattern")
+            raise ValueError(f"{what} {str(place)!r}: no file matches this pattern")
     elif Path(place).is_dir():
         folder = Path(place)
         paths = list(folder.glob("*.tar"))
         if (folder / METADATA).is_file():
             if paths:
-                raise ValueError(
-                    f"training data {str(folder)!r}: has {METADATA} and tar shards, keep one of them"
-                )
+                raise ValueError(f"{what} {str(folder)!r}: has {METADATA} and tar shards, keep one of them")
             return FolderSource(folder)
         if not paths:
-            raise ValueError(f"training data {str(folder)!r}: has neither {METADATA} nor *.tar")
+            raise ValueError(f"{what} {str(folder)!r}: has neither {METADATA} nor *.tar")
     elif Path(place).name == METADATA and Path(place).exists():
         return FolderSource(Path(place).parent)
     else:
         paths = [Path(place)]
     for path in paths:
         if not path.exists():
-            raise ValueError(f"training data {str(path)!r}: no such file or folder")
+            raise ValueError(f"{what} {str(path)!r}: no such file or folder")
         if path.is_dir() or (path.suffix != ".tar" and not path.is_fifo()):
-            raise ValueError(f"training data {str(path)!r}: expected a tar shard (*.tar) or a folder of them")
+            raise ValueError(f"{what} {str(path)!r}: expected a tar shard (*.tar) or a folder of them")
     return ShardSource(paths)
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.weights.loading import load_into, read_checkpoint, save_tensors
-from moma.app.files import Parser, exit_status, write_text
+from moma.app.files import Parser, check_writable, exit_status, write_text
 from moma.app.record import save_png
 from moma.evaluate.world import write_scorers
 from moma.inputs.segment import Segmenter
@@ -333,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if start:
         refuse_quantised(start)
         _check_kept(args.keep, start)
-    args.work.mkdir(parents=True, exist_ok=True)
+    check_writable("--work", args.work)
+    check_writable("--out", args.out.parent)
     cfg = MiniConfig() if args.length == 1 else MiniConfig().shortened(args.length)
     with start_ranks(args.device) as ranks:
         work = Workspace(cfg, args.work, ranks, start, tuple(args.keep))

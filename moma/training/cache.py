@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models.weights.files import parse_json, read_object, read_text
 from models.weights.loading import read_checkpoint, save_tensors
-from moma.app.files import write_text
+from moma.app.files import check_writable, write_text
 from moma.data.shards import Raw
 from moma.data.triplets import SkipLog, Source, load, too_many
 from moma.inputs.preprocess import ReferenceConfig
@@ -237,7 +237,7 @@ def build_cache(
         ValueError: for a cache of something else, or data of which too little can be used.
     """
     manifest = _check_identity(folder, expected)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable("--cache", folder)
     if rank == 0 and manifest is None:
         _write_manifest(folder, {"identity": dict(expected)})
     building = _Building(folder, source, prepare, cfg, rank, world, _sha256(expected))

@@ -257,7 +257,7 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> DenoisingTask
     source, held_out = open_source(data), None
     kept = options.kept(source, data)  # before the cache takes its hours
     if options.validation is not None:
-        place, folder = open_source(options.validation), f"{options.cache}-validation"
+        place, folder = open_source(options.validation, "--validation"), f"{options.cache}-validation"
         held_out = _cached(choices, runtime, place, folder)
     cache = _cached(choices, runtime, source, options.cache)
     views = 1 + options.flip

@@ -129,7 +129,7 @@ def build(choices: Choices, runtime: Runtime, data: str | Path) -> FeatureTask:
     shape = replace(method, geometry=options.geometry)
     read = Read(kind.reader(bundle, choices.stage, method), bundle.image_size, shape)
     kept = options.kept(source, data)
-    validation = source if options.validation is None else open_source(options.validation)
+    validation = source if options.validation is None else open_source(options.validation, "--validation")
     held = list(islice(once(validation, transform=read), options.wanted if options.validation else kept))
     if options.validation is None:
         read = replace(read, kept=frozenset(item.key for item in held))
