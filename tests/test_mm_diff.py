@@ -15,9 +15,9 @@ from models.clip_image import MEAN, STD, normalise
 from models.tokenizers import Encoding
 from models.unet import Attention, KeysValues, UNetConfig, attention_layers
 from moma import Job, SampleConfig
-from moma.inputs.faces import aligned, similarity
+from moma.inputs.faces import Face, aligned, similarity
 from moma.methods.mm_diff.adapter import BlockLoRA, MMDiffSizes
-from moma.methods.mm_diff.images import padded
+from moma.methods.mm_diff.images import face_pixels, padded
 from moma.methods.mm_diff.method import MMDiff, MMDiffSubject, SubjectHook
 from moma.methods.mm_diff.prompts import MarkedPrompt
 from moma.methods.text import Prepared
@@ -223,3 +223,9 @@ def test_faces(side: int) -> None:
     np.testing.assert_allclose(similarity(landmarks, side), recorded[f"face.M{side}"].numpy(), atol=1e-4)
     crop = torch.from_numpy(np.array(aligned(drawn(300, 260), landmarks, side)))
     assert_recorded(crop, recorded[f"face.crop{side}_rgb"].float(), 1)
+
+
+def test_pixels_of_a_face() -> None:
+    recorded = golden("mmdiff_preprocess")
+    seen = face_pixels(drawn(300, 260), Face(torch.ones(512), recorded["face.landmarks"]), 224)
+    assert_recorded(seen, recorded["face.pixel_values_every8"], 1.001 / 255 / min(STD))  # a byte

@@ -12,7 +12,7 @@ from convert_weights import convert as convert_weights
 from moma import Bundle, Job
 from moma.inputs.faces import Face
 from moma.methods.mm_diff.adapter import MMDiffAdapter
-from tests.helpers import image, latents, mask, same
+from tests.helpers import far, image, latents, mask, same
 from tests.mm_diff_release import Files, base_bundle, released, small_adapter, write
 from tests.tiny import TinyConfig, build_tiny_bundle, tiny_sdxl
 
@@ -59,6 +59,21 @@ def test_converts_and_draws(tmp_path: Path, base: Bundle, adapter: MMDiffAdapter
     assert found.isfinite().all()
     assert not torch.allclose(found, draw(bundle, text_lora="both"), atol=1e-2)
     assert not torch.allclose(found, draw(bundle, fuse_scale=0.0), atol=1e-2)
+
+
+def test_loras_in_16_bit_weights(tmp_path: Path, base: Bundle, adapter: MMDiffAdapter) -> None:
+    """Are added in float32 and rounded once; K, V of the subjects' tokens are the base's own."""
+    bundle = converted(tmp_path, base, released(base, adapter))
+    method = moma.load(bundle, "mm-diff", device="cpu", dtype="bf16", pack=False).method
+    plain, lora = bundle.build("unet", dtype=torch.bfloat16), adapter.state_dict()
+    blocks = zip(plain.transformer_blocks(), method.base.unet.transformer_blocks(), strict=True)
+    for i, (block, (own, changed)) in enumerate(zip(method.frozen, blocks, strict=True)):
+        for name, frozen in zip(("to_k", "to_v"), block, strict=True):
+            before, after = (getattr(one.attn2, name).weight for one in (own, changed))
+            stem = f"unet.{i}.attn2.{name[-1]}"
+            assert torch.equal(frozen, before)
+            product = lora[f"{stem}.up"] @ lora[f"{stem}.down"]
+            assert torch.equal(after, (before.float() + product).bfloat16()) and far(after, before)
 
 
 def old_names(files: Files) -> None:

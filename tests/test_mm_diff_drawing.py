@@ -7,22 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from models.clip_image import clip_image
 from models.tokenizers import ClipTokenizer
-from models.unet import UNet, UNetConfig
+from models.unet import UNet, UNetConfig, sinusoids
 from models.vae import VAE, VAEConfig
 from moma import Job, Pipeline, SampleConfig
 from moma.inputs.faces import Face
 from moma.methods.mm_diff.adapter import MMDiffAdapter, MMDiffSizes, TextLoRA, attach, frozen_context, merge
+from moma.methods.mm_diff.images import face_pixels, padded
 from moma.methods.mm_diff.method import MMDiff
 from moma.sampling.base import SIZES, Base
+from moma.sampling.diffusion import solver_steps
 from moma.weights.tiny import build_tokenizers, fill
 from tests.helpers import Rerun, image, latents, mask, same
 
 WIDTHS, POOLED, SIDE = (16, 32), 24, 64
 CONFIG = SampleConfig(steps=6, height=SIDE, width=SIDE, batch_size=4)
+LANDMARKS = torch.tensor([[30.0, 30], [60, 30], [45, 50], [33, 65], [57, 65]])
 VISION = CLIPVisionConfig(width=32, layers=3, heads=4, mlp=64, image_size=56, patch=14, projection=24)
 
 
@@ -167,17 +172,59 @@ def test_faces(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, 2, "face")
     with pytest.raises(ValueError, match="face"):
         pipe.encode_subject(image(0), mask(30), "man")
-    landmarks = torch.tensor([[30.0, 30], [60, 30], [45, 50], [33, 65], [57, 65]])
     embedding = torch.randn(16, generator=torch.Generator().manual_seed(0))
     one, longer, moved, other = (
         pipe.encode_subject(image(0), mask(30), "man", face=Face(e, at)).tokens
         for e, at in (
-            (embedding, landmarks), (3 * embedding, landmarks), (embedding, landmarks + 9),
-            (-embedding, landmarks),
+            (embedding, LANDMARKS), (3 * embedding, LANDMARKS), (embedding, LANDMARKS + 9),
+            (-embedding, LANDMARKS),
         )
     )  # fmt: skip
     same(one, longer, 1e-5)
     assert not torch.allclose(one, moved, atol=1e-3) and not torch.allclose(one, other, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("subject", "seen"), [("cls", "photo"), ("cls", "segment"), ("face", "photo")])
+def test_what_the_image_encoders_see(tmp_path: Path, subject: str, seen: str) -> None:
+    """The trained one gives the embedding of the whole image on black, or of the subject on white; the public
+    one, before its last block, the patch tokens, with the class token, of the same or of the aligned face."""
+    pipe, given = pipeline(tmp_path, 2, subject, seen=seen), image(0)
+    given.putalpha(mask(40))
+    flat = Image.alpha_composite(Image.new("RGBA", given.size, "white"), given).convert("RGB")
+    face = Face(torch.randn(16, generator=torch.Generator().manual_seed(0)), LANDMARKS)
+    options = {"face": face} if subject == "face" else {}
+    found = pipe.encode_subject(given, mask(30), "cat", **options)
+    side, head = VISION.image_size, pipe.method.adapter.head
+    white = clip_image(found.reference.white, side)
+    pixels = (white if seen == "segment" else padded(flat, side))[None]
+    embedding = pipe.method.vision(pixels)[1]
+    same(found.embedding, embedding, 1e-6)
+    own, shown = embedding, pixels
+    if subject == "face":
+        own = (face.embedding / face.embedding.norm())[None]
+        shown = face_pixels(flat, face, side)[None]
+    same(found.tokens, head(own, pipe.method.patches.hidden(shown, -2)), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", ["even", "leading"])
+def test_steps_and_sizes(pipe: Pipeline, jobs: list[Job], grid: str) -> None:
+    """The subjects come in the chosen step of any solver and grid; both kinds of steps know the image's
+    height and width."""
+    pipe = pipe.with_config(replace(pipe.method.config, start_merge_step=2))
+    config, base = replace(CONFIG, solver="dpm", grid=grid, width=96), pipe.base
+    prepared = pipe.method.prepare(jobs[1:2])
+    conditioning = pipe.method.condition(prepared, config)
+    inputs = [conditioning.at(step, {}) for step in solver_steps(base.schedule, 6, "dpm", grid)]
+    assert [one.hook is not None for one in inputs] == [False, False, True, True, True, True]
+    for one, merged in ((inputs[1], False), (inputs[2], True)):
+        states, pooled = pipe.method.read_texts(prepared, merged)
+        for (k, v), (own_k, own_v) in zip(one.text, base.unet.text_kv(states), strict=True):
+            assert torch.equal(k, own_k) and torch.equal(v, own_v)
+        if len(base.text_encoders) == 2:
+            sizes = torch.cat([sinusoids(torch.tensor([n]), 8, 10000) for n in (64, 96, 0, 0, 64, 96)], dim=1)
+            same(one.added, torch.cat([pooled, sizes.expand(2, -1)], dim=1), 1e-6)
 
 
 def test_choices_of_loading_stay(pipe: Pipeline) -> None:
