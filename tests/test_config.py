@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moma.methods.mm_diff.method import MMDiff
+from moma.methods.mm_diff.training import MMDiffTrainingConfig
 from moma.methods.moma.config import PRESETS, MethodConfig
 from moma.methods.moma.method import MoMA
+from moma.methods.text import TextConfig
 from moma.sampling.config import TIMESTEPS, SampleConfig
 from moma.sampling.diffusion import ScheduleConfig
 from moma.sampling.interface import Job
@@ -34,6 +37,29 @@ CHANGES = {
         "lambda_init": 1.0, "context_init": "ip_adapter",
     },
 }  # fmt: skip
+
+
+MM_DIFF = {
+    "fuse_scale": 0.8, "start_merge_step": 0, "fuse_words": True, "fuse_negative": True, "text_lora": "first",
+    "seen": "photo", "patches": "mm_diff_public",
+}  # fmt: skip
+MM_DIFF_CHANGES = {
+    "default": {}, "release": {"start_merge_step": 10}, "paper": {"text_lora": "both", "seen": "segment"}
+}  # fmt: skip
+MM_DIFF_TRAINING = {
+    "init": "base", "subject": "cls", "rank": 64, "text_rank": 64, "refiner_blocks": 4, "without": "nothing",
+    "encoder_blocks": 2, "drop_subject": 0.1, "background": "white", "map_weight": 1e-3,
+    "image_map_weight": 1e-3, "map_form": "balanced", "map_normalise": False,
+}  # fmt: skip
+
+
+def test_mm_diffs_choices() -> None:
+    """As docs/mm-diff.md and the release have them; those of training are FastComposer's or ours."""
+    for name, changes in MM_DIFF_CHANGES.items():
+        own = asdict(MMDiff.Presets[name])
+        assert own == asdict(TextConfig()) | MM_DIFF | changes, name
+    assert MMDiff.Presets.keys() == MM_DIFF_CHANGES.keys()
+    assert asdict(MMDiffTrainingConfig()) == MM_DIFF_TRAINING
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from moma import Bundle, Job, Runtime, SampleConfig
 from moma.inputs.faces import Face
 from moma.methods.map_loss import map_loss
 from moma.methods.mm_diff.method import MMDiff
+from moma.methods.mm_diff.training import MapHook, MMDiffTrainingConfig
 from moma.training.denoising import DenoisingTask, build
 from tests.golden_files import golden
 from tests.helpers import far, image, mask, same
@@ -37,6 +40,33 @@ def test_map_loss(side: int, normalise: bool) -> None:
     found = map_loss(maps, masks, present, normalise).mean()
     theirs = recorded[f"text.layer{side}.normalize={normalise}"][0]
     torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_maps_of_an_attention_layer() -> None:
+    """Both meet the masks at the layer's size, with their weights; none on the finest grid."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, k_i, v_i = (torch.randn(1, 2, n, 8, generator=draw) for n in (24, 5, 5, 4, 4))
+    masks, present = torch.zeros(1, 2, 32, 48), torch.ones(2, 1, 2, dtype=torch.bool)
+    masks[0, 0, 3:17, 5:21] = masks[0, 1, 14:30, 25:42] = 1
+    places, every = torch.tensor([1, 3]), torch.ones(1, 1, 1, 1)
+    word = torch.nn.functional.one_hot(places, 5).T[None, None].float()
+    config = MMDiffTrainingConfig(map_weight=2.0, image_map_weight=3.0)
+    keep = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    hook = MapHook([(k_i, v_i)], keep, every, word, masks, present, (8, 12), config)
+    z, loss = hook.cross_attn(0, q, k, v, (4, 6))
+    text, image = ((q @ keys.mT / 8**0.5).softmax(dim=-1) for keys in (k, k_i))  # (1, 2, 24, .)
+    same(z, text @ v + image @ v_i, 1e-5)
+    small = [Image.fromarray(one.numpy()).resize((6, 4), Image.Resampling.BILINEAR) for one in masks[0]]
+    expected = 0.0
+    for weight, maps in ((2, text[..., places]), (3, image.unflatten(-1, (2, 2)).sum(dim=-1))):
+        for j, inside in enumerate(torch.from_numpy(np.array(one)).flatten() for one in small):
+            outside_mean, inside_mean = (
+                (maps[..., j] * part).sum(dim=-1) / part.sum() for part in (1 - inside, inside)
+            )
+            expected = expected + weight * (outside_mean - inside_mean).mean() / 2
+    same(loss, expected[None], 1e-5)
+    assert hook.cross_attn(0, q, k, v, (8, 12))[1] is None
 
 
 def drawn(bundle: Path) -> Tensor:
@@ -196,23 +226,52 @@ def test_noise_behind_subjects(pairs: Path) -> None:
     assert noise.model.export().methods["mm-diff"]["seen"] == "noise"
 
 
-def test_tokens_of_faces(tmp_path: Path) -> None:
-    """People with faces train weights that draw with one; subjects without are left out."""
-    write_bundle(tmp_path / "bundle")
-    write_pairs(tmp_path / "data")
+def write_faces(folder: Path) -> Face:
+    """A bundle, and pairs of which every subject but one has this face."""
+    write_bundle(folder / "bundle")
+    write_pairs(folder / "data")
     spots = [[10.0, 14], [20, 14], [15, 20], [11, 26], [19, 26]]
     face = Face(torch.randn(512, generator=torch.Generator().manual_seed(0)), torch.tensor(spots))
-    lines = [json.loads(line) for line in (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "data" / "metadata.jsonl").read_text().splitlines()]
     lines[0]["face"] = lines[1]["others"][0]["face"] = lines[2]["face"] = face.to_json()
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return face
+
+
+def exported(folder: Path) -> Path:
+    """The bundle with the training's export in it."""
+    start = Bundle.open(folder / "bundle")
+    convert([folder / "run" / "export"], folder / "trained", start, say=lambda text: None)
+    return folder / "trained"
+
+
+def test_tokens_of_faces(tmp_path: Path) -> None:
+    """People with faces train weights that draw with one; subjects without are left out."""
+    write_faces(tmp_path)
     sets = ("subject=face", "validation_samples=1")
     assert train.run([*options(tmp_path, "run", 1), *(x for one in sets for x in ("--set", one))]) == 0
     assert [name for _, name, _ in task_of(tmp_path, *sets).data.names] == ["cat", "black cat", "cat"]
-    start = Bundle.open(tmp_path / "bundle")
-    convert([tmp_path / "run" / "export"], tmp_path / "trained", start, say=lambda text: None)
-    assert MMDiff.needs_face(Bundle.open(tmp_path / "trained"))
-    pipe = moma.load(tmp_path / "trained", "mm-diff", device="cpu", dtype="fp32")
-    assert pipe.encode_subject(image(0), mask(30), "cat", face=face).tokens.isfinite().all()
+    assert MMDiff.needs_face(Bundle.open(exported(tmp_path)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("subject", ["cls", "face"])
+def test_it_learns_on_the_subjects_that_it_draws_with(tmp_path: Path, subject: str) -> None:
+    """Drawing makes the same of the image, once every trained part has moved."""
+    face = write_faces(tmp_path)
+    task = moved(task_of(tmp_path, f"subject={subject}", "validation_samples=1"))
+    generator, trainable = torch.Generator().manual_seed(4), task.model.trainable
+    for p in trainable.tail.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    task.export(tmp_path / "run" / "export")
+    batch = task.model.unpacked(batch_of(task, [0]))
+    learned = trainable.subjects(batch, ["cat"], ["a cat in the snow"])[0][0]
+    pipe = moma.load(exported(tmp_path), "mm-diff", device="cpu", dtype="fp32")
+    given = [Image.open(tmp_path / "data" / name) for name in ("photo.png", "left.png")]
+    found = pipe.encode_subject(*given, "cat", **({"face": face} if subject == "face" else {}))
+    same(found.embedding, learned.embedding, 1e-4)
+    same(found.tokens, learned.tokens, 1e-4)
 
 
 def test_all_that_starts_at_random_decays(pairs: Path) -> None:
