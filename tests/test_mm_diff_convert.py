@@ -27,9 +27,9 @@ def adapter(base: Bundle) -> MMDiffAdapter:
     return small_adapter(base)
 
 
-def converted(folder: Path, base: Bundle, files: Files) -> Bundle:
+def converted(folder: Path, base: Bundle, files: Files, said: list[str] | None = None) -> Bundle:
     source = write(folder / "portrait_generation", files)
-    convert_weights([source], folder / "bundle", base, say=lambda text: None)
+    convert_weights([source], folder / "bundle", base, say=[].append if said is None else said.append)
     return Bundle.open(folder / "bundle")
 
 
@@ -48,7 +48,9 @@ def draw(bundle: Bundle, **config: object) -> Tensor:
 
 
 def test_converts_and_draws(tmp_path: Path, base: Bundle, adapter: MMDiffAdapter) -> None:
-    bundle = converted(tmp_path, base, released(base, adapter))
+    said: list[str] = []
+    bundle = converted(tmp_path, base, released(base, adapter), said)
+    assert "note: portrait_generation: text encoders with LoRAs: 1, 2" in said
     assert bundle.config("mm_diff") == adapter.cfg
     for name, tensor in state(bundle).items():
         assert torch.equal(tensor, adapter.state_dict()[name]), name
@@ -114,9 +116,10 @@ def one_encoder(files: Files) -> None:
 
 
 def test_loras_of_one_text_encoder(tmp_path: Path, base: Bundle, adapter: MMDiffAdapter) -> None:
-    files = released(base, adapter)
+    files, said = released(base, adapter), []
     one_encoder(files)
-    bundle = converted(tmp_path, base, files)
+    bundle = converted(tmp_path, base, files, said)
+    assert "note: portrait_generation: text encoders with LoRAs: 1" in said
     assert bundle.config("mm_diff").text_2 is None and bundle.config("mm_diff").text_1
     assert torch.equal(draw(bundle), draw(bundle, text_lora="both"))
 

@@ -271,6 +271,8 @@ def _read_folder(source: Source, path: Path, defaults: DefaultConfigs) -> None:
         sizes, adapter, vision = read_mm_diff(path, defaults.unet)
         source.add("mm_diff", sizes, adapter)
         source.add(WORDS, None, vision)  # some of its tensors; a CLIP completes them
+        loras = [str(i) for i, own in enumerate((sizes.text_1, sizes.text_2), 1) if own]
+        source.notes.append(f"text encoders with LoRAs: {', '.join(loras) or 'none'}")
         return
     if (path / "unet").is_dir():
         _read_diffusers(source, path)
