@@ -4,6 +4,7 @@ Pages need Gradio (`pip install -e .[demo]`) and a Chromium (`tests/browser.py`)
 """
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -24,7 +26,7 @@ from moma import METHODS, Runtime, SampleConfig
 from moma.app.record import Segmented, read_record, save_png
 from moma.demo.__main__ import check_address
 from moma.demo.studio import Event, Form, Studio, Subject, lines_of
-from moma.weights.bundle import Bundle
+from moma.weights.bundle import MANIFEST, Bundle
 from tests.browser import chromium
 from tests.helpers import MINI, ROOT, image, mask
 
@@ -48,6 +50,12 @@ def drawn(studio: Studio, form: Form, strip: bool = False) -> list[Event]:
     return list(studio.draw(studio.requests(form, strip), threading.Event()))
 
 
+def replay(saved: Path, asked: Form, weights: str | Path) -> None:
+    """With sample.py."""
+    options = ["--ref", asked.subjects[0].file, "--weights", weights, "--out", saved.parent / "again"]
+    assert sample.run(["--replay", str(saved), "--device", "cpu", *map(str, options)]) == 0
+
+
 # --- without a browser -------------------------------------------------------------------------------
 
 
@@ -55,8 +63,20 @@ def test_what_is_drawn_is_what_sample_py_replays(studio: Studio, folder: str, tm
     asked = form(tmp_path, count=2)
     saved = [event.saved for event in drawn(studio, asked) if event.saved]
     assert [read_record(path).seed for path in saved] == [3, 4]
-    options = ["--ref", str(asked.subjects[0].file), "--weights", folder, "--out", str(tmp_path / "again")]
-    assert sample.run(["--replay", str(saved[1]), "--device", "cpu", *options]) == 0
+    replay(saved[1], asked, folder)
+    assert "identical" in capsys.readouterr().out
+
+
+def test_the_releases_reference_noise_is_sample_pys(folder: str, tmp_path: Path, capsys) -> None:
+    """Of the global generator, in whatever state that was."""
+    weights = Path(shutil.copytree(folder, tmp_path / "weights"))
+    settings = json.loads((weights / MANIFEST).read_text())
+    settings["method"] = {"reference_noise": "global"}
+    (weights / MANIFEST).write_text(json.dumps(settings))
+    studio, asked = Studio(Runtime.choose(Bundle.open(weights), "cpu", "fp32"), tmp_path), form(tmp_path)
+    torch.manual_seed(1)
+    (saved,) = [event.saved for event in drawn(studio, asked) if event.saved]
+    replay(saved, asked, weights)
     assert "identical" in capsys.readouterr().out
 
 

@@ -87,6 +87,12 @@ def test_threshold_keeps_soft_values() -> None:
     assert ((m_gen > 0) & (m_gen < 1)).any() and m_gen.max() <= 1
 
 
+def test_a_value_at_the_threshold_is_outside() -> None:
+    layer = torch.tensor([[0.0, 0.25], [0.5, 1.0]]).expand(2, 1, 2, 2)
+    m_gen = next_m_gen([layer], (2, 2), replace(DEFAULT, m_gen_threshold=0.25))
+    assert m_gen[0, 0].tolist() == [[0.0, 0.0], [0.5, 1.0]]
+
+
 def test_m_gen_of_ones() -> None:
     """`m_gen_inside` "one" keeps the outline and fills it."""
     soft, ones = (

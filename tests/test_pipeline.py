@@ -292,6 +292,15 @@ def test_reference_noise(pipe: Pipeline) -> None:
     assert torch.equal(keys(PAPER, 0, 1), keys(PAPER, 1, 2)) and far(keys(PAPER, 0, 1), keys(DEFAULT, 0, 1))
 
 
+def test_a_clean_reference_is_a_noisy_one_without_noise(pipe: Pipeline) -> None:
+    """Scaled as that; at t = 0 the noisy one has 1 - 0.00085 of the signal's power."""
+    mean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    none, schedule = torch.zeros_like(mean), pipe.base.schedule
+    noisy = reference_latent(mean, mean.exp(), (none, none), 0.13025, schedule)
+    clean = reference_latent(mean, mean.exp(), None, 0.13025, schedule)
+    same(noisy, 0.99915**0.5 * clean, 1e-6)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -323,6 +332,17 @@ def test_subject_term_starts_below_its_timestep(pipe: Pipeline, cat: MoMASubject
     """The release's range(0, 950): off at 950, on at 949; the mask changes nothing about it."""
     conditioning = condition(pipe, [Job(cat, "a cat", 0)], QUICK)
     assert [conditioning.hook(t, None).subject_on for t in (999, 950, 949, 0)] == [False, False, True, True]
+
+
+@torch.no_grad()
+def test_the_papers_context_is_read_everywhere(pipe: Pipeline, cat: MoMASubject) -> None:
+    """M_gen is not in it, whatever it is."""
+    pipe, m_gen = pipe.with_config(replace(DEFAULT, context_masked=False)), torch.zeros(1, 1, 8, 8)
+    conditioning = condition(pipe, [Job(cat, "a cat", 0)], QUICK)
+    (k, v), context = conditioning.text[0], conditioning.context[0]
+    q = torch.randn(2, k.shape[1], 64, k.shape[3], generator=torch.Generator().manual_seed(0))
+    z, _ = conditioning.hook(500, m_gen).cross_attn(0, q, k, v, (8, 8))
+    same(z, attention(q, k, v) + attention(q, *context), 1e-5)
 
 
 def test_absent_label(pipe: Pipeline) -> None:

@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+import moma
 import sample
-from moma import Bundle, load_segmenter
+from moma import RELEASE, Bundle, SampleConfig, find_mask, load_segmenter, open_image
 from moma.app.options import SCENES, parse_args, request_of_args
 from moma.app.record import read_record
 from moma.inputs.segment import Segmenter
@@ -96,6 +97,16 @@ def test_a_given_batch_size_holds_where_images_change_each_other(weights, cat, s
     line = f"--ref {cat} --preset release --batch-size {size}"
     request = request_of_args(parse_args(line.split()), Bundle.open(weights))
     assert request.sample.batch_size == size
+
+
+def test_the_releases_reference_noise_is_of_seed_zero(tmp_path, weights, cat):
+    options = ["--ref", cat, "--weights", weights, "--preset", "release", "--seed", 5]
+    assert run(*options, "--out", tmp_path / "out", *QUICK) == 0
+    pipe, given = moma.load(weights, device="cpu", dtype="fp32").with_config(RELEASE), open_image(cat)
+    torch.manual_seed(0)
+    subject = pipe.encode_subject(given, find_mask(given).mask, "cat")
+    (drawn,) = pipe.sample(subject, QUICK[-1], seeds=[5], config=SampleConfig(steps=3))
+    assert np.array_equal(pixels(only(tmp_path / "out", "*-seed5.png")), np.asarray(drawn))
 
 
 def test_several_scenes_when_none_is_asked_for(tmp_path, weights, cat):

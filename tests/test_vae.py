@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.vae import VAE
+from models.vae import SD15, SDXL, VAE
 from models.weights.public_configs import vae_config
 from tests.compare import assert_close_to_std
 from tests.recipe import fill, normal
@@ -51,3 +51,7 @@ def test_gradients_reach_every_weight() -> None:
 def test_refuses_other_autoencoders() -> None:
     with pytest.raises(ValueError, match="use_quant_conv"):
         vae_config(SMALL | {"use_quant_conv": False})
+
+
+def test_scalings_of_the_public_models() -> None:
+    assert (SD15.scaling, SDXL.scaling) == (0.18215, 0.13025)
