@@ -16,7 +16,7 @@ from moma.mini import SOURCE
 from moma.mini.segmenting import hints
 from moma.sampling.config import SampleConfig
 from moma.weights.bundle import SAMPLING, Bundle
-from moma.world.classifiers import classify, load_probes, stacked
+from moma.world.classifiers import classify, classify_views, load_probes, stacked
 from moma.world.measures import iou
 from moma.world.pairs import render_pairs
 from moma.world.scenes import PLACES, SCENES
@@ -117,3 +117,12 @@ def test_strength_brings_the_subjects_colours() -> None:
     colours = classify(probes, stacked([white, *drawn])).truth.colours[:, :3]  # (3, 3)
     plain, shown = (colours[1:] - colours[0]).abs().mean(dim=1).tolist()
     assert shown < plain
+
+
+def test_the_next_base_draws_two_subjects() -> None:
+    folder = MINI.with_name("mini-next")
+    config = SampleConfig(steps=10, solver="dpm", height=64, width=96)
+    images = load(folder, "text").sample((), "a cat and a teapot in the snow", range(4), config=config)
+    seen, there = classify_views(load_probes(folder / "probes.safetensors"), stacked(images), 0.08)
+    classes = [{CLASSES[i] for i in two} for two in seen.truth.label.view(-1, 2).tolist()]
+    assert there.all() and sum(two == {"cat", "teapot"} for two in classes) >= 3
