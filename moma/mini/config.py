@@ -166,7 +166,7 @@ class TextToImageConfig:
     empty: float = 0.1  # share without text, for classifier-free guidance
     # Steps of a wide image and two single ones per item.
     train: TrainConfig = _train(
-        steps=19000, batch_size=12, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.999,
+        steps=15300, batch_size=12, lr=1e-3, warmup=200, weight_decay=0.01, ema=0.999,
     )  # fmt: skip
 
 
