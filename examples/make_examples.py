@@ -25,7 +25,7 @@ from moma.app.record import save_png  # noqa: E402
 from moma.app.sheets import Cell, SheetConfig, contact_sheet  # noqa: E402
 from moma.evaluate import __main__ as evaluation  # noqa: E402
 from moma.evaluate import figures  # noqa: E402
-from moma.inputs.preprocess import find_mask, open_image  # noqa: E402
+from moma.inputs.preprocess import find_mask, on_white, open_image  # noqa: E402
 from moma.methods.prompts import joined  # noqa: E402
 from moma.world.world import DEFAULT, Spec, WorldConfig, draw  # noqa: E402
 
@@ -105,9 +105,8 @@ def _methods_row() -> list[Cell]:
 def _encoded(pipe: Pipeline, label: str) -> tuple[Any, Cell]:
     """An example as the pipeline's subject and as a large cell."""
     image = open_image(Path(__file__).with_name(f"{label}.png"))
-    mask = find_mask(image).mask
-    white = Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "white"), mask)
-    return pipe.encode_subject(image, mask, label), Cell(white, (f"reference: {label}",), LARGE)
+    subject = pipe.encode_subject(image, find_mask(image).mask, label)
+    return subject, Cell(on_white(image), (f"reference: {label}",), LARGE)
 
 
 def tasks(work: Path, chromium: str) -> None:
