@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,35 +39,29 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], cfg: SheetConfig | None = None
     """Rows of images, each fitted into a square, on one line above their wrapped captions."""
     cfg = cfg or SheetConfig()
     font, line = ImageFont.load_default(cfg.font), cfg.caption // 2
-    sides = [[cell.side or cfg.cell for cell in row] for row in rows]
-    texts = [
-        [
-            [part for text in cell.lines for part in wrap(plain(text), font, side, cfg.lines)]
-            for cell, side in zip(row, row_sides, strict=True)
-        ]
-        for row, row_sides in zip(rows, sides, strict=True)
-    ]
-    captions = [max(cfg.caption, *(line * len(text) for text in row)) for row in texts]
-    fitted = [
-        [_fitted(cell.image, side) for cell, side in zip(row, row_sides, strict=True)]
-        for row, row_sides in zip(rows, sides, strict=True)
-    ]
-    tallest = [max(image.height for image in row) for row in fitted]
-    width = cfg.gap + max(sum(row) + cfg.gap * len(row) for row in sides)
+    made = [[_made(cell, cfg, font) for cell in row] for row in rows]
+    captions = [max(cfg.caption, *(line * len(text) for *_, text in row)) for row in made]
+    tallest = [max(image.height for image, *_ in row) for row in made]
+    width = cfg.gap + max(sum(side + cfg.gap for _, side, _ in row) for row in made)
     height = cfg.gap * (1 + len(rows)) + sum(tallest) + sum(captions)
     sheet = Image.new("RGB", (width, height), cfg.background)
     draw, y = ImageDraw.Draw(sheet), cfg.gap
-    for images, row_sides, row_texts, tall, caption in zip(
-        fitted, sides, texts, tallest, captions, strict=True
-    ):
+    for row, tall, caption in zip(made, tallest, captions, strict=True):
         x = cfg.gap
-        for image, side, text in zip(images, row_sides, row_texts, strict=True):
+        for image, side, text in row:
             sheet.paste(image, (x + (side - image.width) // 2, y + tall - image.height))
             for n, part in enumerate(text):
                 draw.text((x, y + tall + 2 + n * line), part, cfg.ink, font)
             x += side + cfg.gap
         y += tall + caption + cfg.gap
     return sheet
+
+
+def _made(cell: Cell, cfg: SheetConfig, font: Any) -> tuple[Image.Image, int, list[str]]:
+    """A cell's image as it is shown, the side of its square, and the lines below it."""
+    side = cell.side or cfg.cell
+    lines = [part for text in cell.lines for part in wrap(plain(text), font, side, cfg.lines)]
+    return _fitted(cell.image, side), side, lines
 
 
 def prompt_rows(
